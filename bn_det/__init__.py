@@ -1,0 +1,15 @@
+"""bn_det: the batch in BatchNorm as a choice, in object detectors."""
+
+from .config import add_bn_det_config
+from .layers import BatchNorm2d, DomainBatchNorm2d, convert_batchnorm
+from .moments import Moments
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchNorm2d",
+    "DomainBatchNorm2d",
+    "Moments",
+    "add_bn_det_config",
+    "convert_batchnorm",
+]

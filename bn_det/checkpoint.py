@@ -1,0 +1,116 @@
+"""Checkpoints that are never half-written, and that have to fit."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+from typing import Any
+
+import torch
+from fvcore.common.checkpoint import Checkpointer as _Checkpointer
+from yacs.config import CfgNode
+
+from .errors import InputError
+
+
+class CheckpointerMixin:
+    """What both hosts add to fvcore's Checkpointer; put it before that class in the bases.
+
+    * A file is written aside and renamed, so that a run killed at any moment leaves the last
+      complete checkpoint, and a ``last_checkpoint`` that names it.
+    * Weights whose shapes differ are an error instead of a warning, except those of the final
+      predictors (PREDICTORS), whose shape a fine-tuning on other classes changes.
+    * With ``must_match``, which evaluation and resuming set, those too, and weights that the
+      checkpoint lacks.
+    """
+
+    PREDICTORS = ("cls_score.", "cls_logits.")
+
+    must_match = False
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Save the model and all checkpointables to ``<save_dir>/<name>.pth``."""
+        if not self.save_dir or not self.save_to_disk:
+            return
+        data = {"model": self.model.state_dict()}
+        data.update({key: value.state_dict() for key, value in self.checkpointables.items()})
+        data.update(kwargs)
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info("Saving checkpoint to %s", path)
+        with write_aside(path) as aside:
+            torch.save(data, aside)
+        self.tag_last_checkpoint(os.path.basename(path))
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        with (
+            write_aside(os.path.join(self.save_dir, "last_checkpoint")) as aside,
+            open(aside, "w") as f,
+        ):
+            f.write(last_filename_basename)
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As fvcore's, with errors that name the file."""
+        try:
+            return super().load(path, *args, **kwargs)
+        except (pickle.UnpicklingError, EOFError, RuntimeError) as e:
+            reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+            raise InputError(f"{path}: cannot be loaded as a checkpoint: {reason}") from e
+
+    def _load_file(self, f: str) -> dict[str, Any]:
+        loaded = super()._load_file(f)
+        return loaded if "model" in loaded else {"model": loaded}
+
+    def _load_model(self, checkpoint: Any) -> Any:
+        incompatible = super()._load_model(checkpoint)
+        for key, found, expected in incompatible.incorrect_shapes:
+            if self.must_match or not any(p in key for p in self.PREDICTORS):
+                raise InputError(
+                    f"{key}: the checkpoint has shape {tuple(found)}, the model of this config "
+                    f"{tuple(expected)}"
+                )
+        if len(incompatible.missing_keys) == len(self.model.state_dict()):
+            raise InputError("the checkpoint has no weights with the names of this config's model")
+        if self.must_match and incompatible.missing_keys:
+            raise InputError(
+                f"{incompatible.missing_keys[0]}: the checkpoint lacks it and "
+                f"{len(incompatible.missing_keys) - 1} more of the model of this config"
+            )
+        return incompatible
+
+
+class Checkpointer(CheckpointerMixin, _Checkpointer):
+    """fvcore's Checkpointer with :class:`CheckpointerMixin`."""
+
+
+class write_aside:
+    """Context manager: a path to write to, which replaces the real one when all went well."""
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = os.fspath(path)
+        self.aside = f"{self.path}.{os.getpid()}.tmp"
+
+    def __enter__(self) -> str:
+        return self.aside
+
+    def __exit__(self, exc_type: type | None, *_: object) -> None:
+        if exc_type is None:
+            os.replace(self.aside, self.path)
+        elif os.path.exists(self.aside):
+            os.remove(self.aside)
+
+
+def check_start(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Raise InputError if there is nothing to resume, or no weights where they are needed."""
+    if args.resume:
+        if not os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
+            raise InputError(
+                f"--resume: OUTPUT_DIR {cfg.OUTPUT_DIR} has nothing to resume (no file "
+                "last_checkpoint)"
+            )
+        return
+    path = cfg.MODEL.WEIGHTS
+    if args.eval_only and not path:
+        raise InputError("MODEL.WEIGHTS: '' is not accepted; --eval-only needs a checkpoint")
+    if path and "://" not in path and not os.path.isfile(path):
+        raise InputError(f"MODEL.WEIGHTS: there is no file {path}")

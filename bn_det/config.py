@@ -1,0 +1,75 @@
+"""Our config keys, on any yacs CfgNode."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+import yaml
+from yacs.config import CfgNode
+
+from .errors import InputError, choose
+from .layers import SHARING
+
+logger = logging.getLogger(__name__)
+
+
+def add_bn_det_config(cfg: CfgNode) -> None:
+    """Add the keys of bn_det to a config that has Detectron2's, in place."""
+    node = type(cfg)
+
+    # What the levels of RetinaNet's head share where MODEL.RETINANET.NORM is "BN": each choice is
+    # "shared" or "per_domain" (per level). See bn_det.DomainBatchNorm2d.
+    cfg.MODEL.RETINANET.BN = node()
+    # whose samples normalize in training
+    cfg.MODEL.RETINANET.BN.STATISTICS = "per_domain"
+    # whose statistics are kept for test time
+    cfg.MODEL.RETINANET.BN.POPULATION = "per_domain"
+    # whether levels share weight and bias
+    cfg.MODEL.RETINANET.BN.AFFINE = "shared"
+
+    # Data sets of one's own in COCO's format: a list of [name, JSON file, folder of images]. The
+    # names can then stand in DATASETS.TRAIN and DATASETS.TEST.
+    cfg.DATASETS.REGISTER_COCO = []
+
+
+def load_config(cfg: CfgNode, config_file: str, opts: Sequence[str], host: str) -> None:
+    """Merge a config file, then KEY VALUE pairs, into a config, in place. YAML is loaded safely.
+
+    Raises:
+        InputError: a file is missing or not a config, or a key or value is not accepted.
+    """
+    try:
+        if config_file:
+            # Detectron2 allows python tags unless told otherwise; other hosts do not know of them.
+            cfg.merge_from_file(config_file, allow_unsafe=False)
+    except FileNotFoundError as e:
+        raise InputError(f"--config-file: there is no file {e.filename}") from e
+    except (yaml.YAMLError, TypeError, AttributeError) as e:
+        raise InputError(f"--config-file: {config_file} is not a config file: {e}") from e
+    except (KeyError, ValueError, AssertionError) as e:
+        raise InputError(f"--config-file: {config_file}: {_reason(e, host)}") from e
+    if len(opts) % 2:
+        raise InputError(f"{opts[-1]}: has no value; the end of the command is KEY VALUE pairs")
+    for key, value in zip(opts[::2], opts[1::2], strict=True):
+        try:
+            cfg.merge_from_list([key, value])
+        except (KeyError, ValueError, AssertionError) as e:
+            raise InputError(f"{key}: {value!r} is not accepted: {_reason(e, host)}") from e
+    for choice in ("STATISTICS", "POPULATION", "AFFINE"):
+        choose(f"MODEL.RETINANET.BN.{choice}", cfg.MODEL.RETINANET.BN[choice], SHARING)
+
+
+def resolve_device(cfg: CfgNode) -> None:
+    """Set MODEL.DEVICE to the CPU where it is Detectron2's default, and there is no GPU."""
+    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
+        logger.warning("No CUDA device is available: MODEL.DEVICE cpu is used instead of cuda")
+        cfg.MODEL.DEVICE = "cpu"
+
+
+def _reason(error: Exception, host: str) -> str:
+    reason = str(error.args[0] if error.args else error).removesuffix(".")
+    if "Non-existent" in reason:
+        reason += f" (the {host} host does not know it)"
+    return reason

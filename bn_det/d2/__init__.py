@@ -1,0 +1,15 @@
+"""The Detectron2 host: registered components. Importing it registers them."""
+
+from ..config import add_bn_det_config
+from .backbone import build_bn_resnet_fpn_backbone, build_bn_retinanet_resnet_fpn_backbone
+from .datasets import register_datasets
+from .retinanet import BNRetinaNet, BNRetinaNetHead
+
+__all__ = [
+    "BNRetinaNet",
+    "BNRetinaNetHead",
+    "add_bn_det_config",
+    "build_bn_resnet_fpn_backbone",
+    "build_bn_retinanet_resnet_fpn_backbone",
+    "register_datasets",
+]

@@ -1,0 +1,62 @@
+"""RetinaNet whose head has shared or per-level BatchNorm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.meta_arch import RetinaNet
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from torch import Tensor
+
+from ..layers import forward_levels, level_norm_factory
+from .norms import NORMS
+
+
+class BNRetinaNetHead(RetinaNetHead):
+    """Detectron2's head (same arguments, same keys), applied layer by layer to all levels.
+
+    ``norm`` may be a callable that makes a :class:`~bn_det.DomainBatchNorm2d`, which then sees
+    all levels at once; :meth:`from_config` makes one of ``MODEL.RETINANET.NORM: "BN"`` and
+    ``MODEL.RETINANET.BN``. With the default choices (per-level statistics, shared affine) the head
+    computes what the stock head does with "BN", and their checkpoints are the same.
+    """
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict[str, Any]:
+        ret = super().from_config(cfg, input_shape)
+        choices = cfg.MODEL.RETINANET.BN
+        norm = level_norm_factory(
+            cfg.MODEL.RETINANET.NORM,
+            NORMS,
+            len(input_shape),
+            statistics=choices.STATISTICS,
+            population=choices.POPULATION,
+            affine=choices.AFFINE,
+            key="MODEL.RETINANET.NORM",
+        )
+        return {**ret, "norm": norm or ""}
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """As in the base class: from a list of levels to their logits and box deltas."""
+        logits = forward_levels([self.cls_subnet, self.cls_score], features)
+        deltas = forward_levels([self.bbox_subnet, self.bbox_pred], features)
+        return logits, deltas
+
+
+@META_ARCH_REGISTRY.register()
+class BNRetinaNet(RetinaNet):
+    """Detectron2's RetinaNet with :class:`BNRetinaNetHead`."""
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        # The base class builds the stock head from the norm's name, which has to be one it knows.
+        stock = cfg.clone()
+        stock.defrost()
+        stock.MODEL.RETINANET.NORM = ""
+        ret = super().from_config(stock)
+        shapes = ret["backbone"].output_shape()
+        ret["head"] = BNRetinaNetHead(cfg, [shapes[f] for f in ret["head_in_features"]])
+        return ret

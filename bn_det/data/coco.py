@@ -1,0 +1,152 @@
+"""Data sets in COCO's format by name, for both hosts."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from pycocotools.coco import COCO
+from yacs.config import CfgNode
+
+from ..errors import InputError, nearest
+from .shapes import SPLITS, generate_shapes
+
+
+class CocoSource(NamedTuple):
+    """Where a data set lies: its annotation file, and the folder of its images."""
+
+    json_file: str
+    image_root: str
+
+
+class CocoDataset(NamedTuple):
+    """A loaded data set.
+
+    Attributes:
+        name: as in DATASETS.TRAIN or DATASETS.TEST.
+        coco: the annotation file as pycocotools has it.
+        category_ids, category_names: of the classes 0, 1, ... in the order of their COCO ids.
+        records: for each image a dict in Detectron2's standard format, with ``category_id``
+            counted from 0 and ``bbox`` as x, y, width, height in pixels.
+    """
+
+    name: str
+    coco: COCO
+    category_ids: list[int]
+    category_names: list[str]
+    records: list[dict]
+
+
+def datasets_root() -> Path:
+    """The folder that Detectron2's builtin data sets lie in, too."""
+    return Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
+
+
+def shapes_sources() -> dict[str, CocoSource]:
+    """The data sets that we generate."""
+    root = datasets_root() / "shapes"
+    return {
+        f"shapes_{split}": CocoSource(
+            str(root / "annotations" / f"instances_{split}.json"), str(root / split)
+        )
+        for split in SPLITS
+    }
+
+
+def builtin_sources() -> dict[str, CocoSource]:
+    """The data sets that need no registration: shapes, and COCO under Detectron2's names."""
+    root = datasets_root() / "coco"
+    coco = {
+        f"coco_2017_{split}": CocoSource(
+            str(root / "annotations" / f"instances_{split}2017.json"), str(root / f"{split}2017")
+        )
+        for split in ("train", "val")
+    }
+    return {**shapes_sources(), **coco}
+
+
+def registered_sources(cfg: CfgNode) -> dict[str, CocoSource]:
+    """The data sets of DATASETS.REGISTER_COCO."""
+    sources = {}
+    for entry in cfg.DATASETS.REGISTER_COCO:
+        is_triple = isinstance(entry, (list, tuple)) and len(entry) == 3
+        if not is_triple or not all(isinstance(e, str) for e in entry):
+            raise InputError(
+                f"DATASETS.REGISTER_COCO: {entry!r} is not accepted; each entry is a list "
+                "[name, JSON file, folder of images]"
+            )
+        sources[entry[0]] = CocoSource(*entry[1:])
+    return sources
+
+
+def check_names(key: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Raise InputError, with the nearest names, unless all names are known."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise InputError(
+                f"{key}: {name!r} is not a registered data set; {nearest(name, known)}"
+            )
+
+
+def prepare(name: str, source: CocoSource) -> CocoSource:
+    """Generate a data set of ours where it is missing; check that the annotation file exists."""
+    if source == shapes_sources().get(name):
+        generate_shapes(datasets_root() / "shapes")
+    if not Path(source.json_file).is_file():
+        raise InputError(f"{name}: there is no annotation file {source.json_file}")
+    return source
+
+
+@contextlib.contextmanager
+def readable(name: str, source: CocoSource) -> Iterator[None]:
+    """Name the file in an error that a broken annotation file raises inside the block."""
+    try:
+        yield
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise InputError(f"{name}: {source.json_file} is not valid JSON: {e}") from e
+    except (KeyError, TypeError, IndexError, AssertionError) as e:
+        raise InputError(
+            f"{name}: {source.json_file} is not in COCO's format for detection (images, "
+            f"annotations and categories): {type(e).__name__} {e}"
+        ) from e
+
+
+def load_coco(name: str, source: CocoSource) -> CocoDataset:
+    """Load a data set.
+
+    Raises:
+        InputError: the annotation file is missing, not JSON, or not in COCO's format.
+    """
+    prepare(name, source)
+    with readable(name, source):
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+            coco = COCO(source.json_file)
+        category_ids = sorted(coco.getCatIds())
+        category_names = [c["name"] for c in coco.loadCats(category_ids)]
+        classes = {category_id: k for k, category_id in enumerate(category_ids)}
+        records = [
+            {
+                "file_name": os.path.join(source.image_root, image["file_name"]),
+                "image_id": image["id"],
+                "height": image["height"],
+                "width": image["width"],
+                "annotations": [
+                    {
+                        "bbox": list(map(float, annotation["bbox"])),
+                        "category_id": classes[annotation["category_id"]],
+                        "iscrowd": annotation.get("iscrowd", 0),
+                    }
+                    for annotation in coco.imgToAnns[image["id"]]
+                ],
+            }
+            for image in coco.loadImgs(sorted(coco.imgs))
+        ]
+    if not records or not category_ids:
+        raise InputError(f"{name}: {source.json_file} has no images or no categories")
+    return CocoDataset(name, coco, category_ids, category_names, records)

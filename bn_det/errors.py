@@ -1,0 +1,24 @@
+"""The error that a command shows as one line, without a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class InputError(ValueError):
+    """What a user gave cannot be used. It names the key, the value and what is accepted."""
+
+
+def choose(key: str, value: object, accepted: Iterable[object]) -> None:
+    """Raise InputError unless value is one of the accepted ones."""
+    accepted = list(accepted)
+    if value not in accepted:
+        raise InputError(f"{key}: {value!r} is not accepted; use one of {accepted}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Names that a misspelt one may have meant, for the end of an error message."""
+    known = sorted(known)
+    close = get_close_matches(name, known, n=3)
+    return f"nearest names: {close}" if close else f"known names: {known}"

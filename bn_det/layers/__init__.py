@@ -1,0 +1,17 @@
+"""Normalization layers, and what puts them into models."""
+
+from .batch_norm import BatchNorm2d
+from .convert import convert_batchnorm
+from .domain_batch_norm import SHARING, DomainBatchNorm2d
+from .levels import forward_levels
+from .norms import level_norm_factory, norm_factory
+
+__all__ = [
+    "SHARING",
+    "BatchNorm2d",
+    "DomainBatchNorm2d",
+    "convert_batchnorm",
+    "forward_levels",
+    "level_norm_factory",
+    "norm_factory",
+]

@@ -1,0 +1,34 @@
+"""A convolutional head on all levels of a feature pyramid at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor, nn
+
+from .domain_batch_norm import DomainBatchNorm2d
+
+
+def forward_levels(layers: Iterable[nn.Module], features: Sequence[Tensor]) -> list[Tensor]:
+    """Apply layers that all levels share, layer by layer over the list of levels.
+
+    Level by level would give the same for a convolution, but a layer that normalizes levels
+    together (:class:`DomainBatchNorm2d`) has to see all of them at once.
+
+    Args:
+        layers: modules in the order of application; an ``nn.Sequential`` among them is taken
+            apart.
+        features: one tensor of shape (N, C, H_k, W_k) for each level.
+
+    Returns:
+        One tensor for each level.
+    """
+    features = list(features)
+    for layer in layers:
+        if isinstance(layer, nn.Sequential):
+            features = forward_levels(layer, features)
+        elif isinstance(layer, DomainBatchNorm2d):
+            features = layer(features)
+        else:
+            features = [layer(x) for x in features]
+    return features

@@ -1,0 +1,104 @@
+"""Mergeable moments: the one operation behind most ways to choose a normalization batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Moments(NamedTuple):
+    """Count, mean and biased variance of each channel over a set of values.
+
+    Moments of disjoint sets merge into the moments of their union (Chan, Golub & LeVeque,
+    *Updating formulae and a pairwise algorithm for computing sample variances*, 1979). No gradient
+    flows through them.
+
+    Attributes:
+        count: number of values per channel, a float64 scalar. Zero for an empty set, whose mean
+            and variance are zero by convention and weigh nothing in a merge.
+        mean: shape (C,); float32 for inputs of lower precision, else the input's dtype.
+        var: biased variance, same shape and dtype.
+    """
+
+    count: Tensor
+    mean: Tensor
+    var: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, x: Tensor) -> Moments:
+        """Moments of a tensor of shape (N, C, *), over all dimensions but C.
+
+        Raises:
+            ValueError: x has fewer than two dimensions, or is not floating point.
+        """
+        if x.dim() < 2 or not x.is_floating_point():
+            raise ValueError(
+                f"moments need a floating point tensor of shape (N, C, *), got {x.dtype} of shape "
+                f"{tuple(x.shape)}"
+            )
+        num_channels = x.shape[1]
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        count = torch.full(
+            (), x.numel() // max(num_channels, 1), dtype=torch.float64, device=x.device
+        )
+        if x.numel() == 0:
+            zeros = torch.zeros(num_channels, dtype=dtype, device=x.device)
+            return cls(count, zeros, zeros.clone())
+        mean_var = _two_pass_mean_var if x.device.type == "cpu" else _fused_mean_var
+        return cls(count, *mean_var(x, dtype))
+
+    @classmethod
+    def merge(cls, parts: Sequence[Moments]) -> Moments:
+        """Moments of the union of disjoint sets. Empty sets change nothing.
+
+        Raises:
+            ValueError: there is nothing to merge.
+        """
+        if not parts:
+            raise ValueError("nothing to merge: parts is empty")
+        counts = torch.stack([p.count for p in parts])
+        # Float64 costs nothing at this size, and keeps a merge of many from drifting.
+        means = torch.stack([p.mean for p in parts]).double()
+        variances = torch.stack([p.var for p in parts]).double()
+        total = counts.sum()
+        weights = (counts / total.clamp(min=1)).unsqueeze(1)
+        mean = (weights * means).sum(0)
+        var = (weights * (variances + (means - mean).square())).sum(0)
+        dtype = parts[0].mean.dtype
+        return cls(total, mean.to(dtype), var.to(dtype))
+
+    @property
+    def unbiased_var(self) -> Tensor:
+        """Variance with Bessel's correction, what an EMA averages; zero for fewer than two."""
+        correction = self.count / (self.count - 1).clamp(min=1)
+        return self.var * correction.to(self.var.dtype)
+
+
+def _two_pass_mean_var(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Corrected two-pass algorithm on the CPU.
+
+    ``batch_norm_update_stats`` takes three times as long on large NCHW inputs (its second pass is
+    not vectorized) and loses the variance of channels_last data with a large mean;
+    ``torch.var_mean`` takes ten times as long.
+    """
+    x = x.reshape(x.shape[0], x.shape[1], -1).to(dtype)
+    count = x.shape[0] * x.shape[2]
+    mean = x.mean((0, 2))
+    centered = x - mean.unsqueeze(1)
+    # A norm per sample, then over samples: the inner reduction stays contiguous and short.
+    square_sum = torch.linalg.vector_norm(centered, dim=2).square().sum(0)
+    rounding = centered.mean((0, 2))
+    var = (square_sum / count - rounding.square()).clamp(min=0)
+    return mean + rounding, var
+
+
+def _fused_mean_var(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """One kernel (Welford's algorithm on CUDA, in every memory format)."""
+    # Without float32 buffers, half inputs would get half statistics.
+    buffers = torch.zeros(2, x.shape[1], dtype=dtype, device=x.device)
+    mean, var = torch.batch_norm_update_stats(x, buffers[0], buffers[1], 0.0)
+    return mean.to(dtype), var.to(dtype)

@@ -1,0 +1,130 @@
+"""Loading of images for the torchvision host, in an order that can be resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torchvision import tv_tensors
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms import v2
+
+from ..data.coco import CocoDataset
+from ..errors import InputError
+
+Sample = tuple[Tensor, dict[str, Tensor], dict]
+"""An image (3, H, W) in float32 from 0 to 255, its target for training, and its record."""
+
+
+class DetectionDataset(Dataset):
+    """Images with boxes, as torchvision's detectors take them.
+
+    Args:
+        records: in Detectron2's standard format, with boxes as x, y, width, height.
+        transform: applied to a uint8 image and its boxes.
+        image_format: "BGR" or "RGB".
+        seed: with the number of a draw it determines the random part of the transform, so that
+            the same draw gives the same sample in whatever process, at whatever time.
+    """
+
+    def __init__(
+        self, records: Sequence[dict], transform: v2.Transform, image_format: str, seed: int = 0
+    ) -> None:
+        self.records = records
+        self.transform = transform
+        self.image_format = image_format
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        """The sample of a draw, which is (number of the draw, index of the record)."""
+        draw, index = key
+        record = self.records[index]
+        image = _read_image(record["file_name"])
+        objects = [a for a in record["annotations"] if not a["iscrowd"]]
+        boxes = torch.tensor([a["bbox"] for a in objects], dtype=torch.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        target = {
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=image.shape[1:]),
+            "labels": torch.tensor([a["category_id"] for a in objects], dtype=torch.int64),
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(hash((self.seed, draw)) % 2**63)
+            image, target = self.transform(image, target)
+        if self.image_format == "BGR":
+            image = image.flip(0)
+        boxes = target["boxes"].as_subclass(Tensor)
+        proper = (boxes[:, 2:] - boxes[:, :2] > 1e-5).all(1)
+        target = {"boxes": boxes[proper], "labels": target["labels"][proper]}
+        return image.as_subclass(Tensor).float(), target, record
+
+
+def build_train_loader(
+    cfg: CfgNode, datasets: Sequence[CocoDataset], seed: int, start_iter: int
+) -> DataLoader:
+    """Batches from an iteration on, in an order that the seed alone determines.
+
+    Each epoch is a permutation of all images; with the same seed, the batch of an iteration is the
+    same wherever a run starts.
+    """
+    records = [r for d in datasets for r in d.records]
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        records = [r for r in records if any(not a["iscrowd"] for a in r["annotations"])]
+    if not records:
+        raise InputError(
+            f"DATASETS.TRAIN: {[d.name for d in datasets]} have no image with objects to train on"
+        )
+    flips = {
+        "horizontal": [v2.RandomHorizontalFlip()],
+        "vertical": [v2.RandomVerticalFlip()],
+        "none": [],
+    }[cfg.INPUT.RANDOM_FLIP]
+    resize = v2.RandomShortestSize(list(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN)
+    dataset = DetectionDataset(records, v2.Compose([resize, *flips]), cfg.INPUT.FORMAT, seed)
+    batch_size = cfg.SOLVER.IMS_PER_BATCH
+    order = RandomSampler(
+        records,
+        num_samples=cfg.SOLVER.MAX_ITER * batch_size,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    draws = list(islice(enumerate(order), start_iter * batch_size, None))
+    return _loader(cfg, dataset, draws, batch_size)
+
+
+def build_test_loader(cfg: CfgNode, dataset: CocoDataset) -> DataLoader:
+    """All images of a data set in its order, one in a batch, as Detectron2 evaluates."""
+    size = cfg.INPUT.MIN_SIZE_TEST
+    resize = [v2.RandomShortestSize([size], cfg.INPUT.MAX_SIZE_TEST)] if size else []
+    images = DetectionDataset(
+        dataset.records, v2.Compose([*resize, v2.Identity()]), cfg.INPUT.FORMAT
+    )
+    return _loader(cfg, images, list(enumerate(range(len(images)))), 1)
+
+
+def _loader(
+    cfg: CfgNode, dataset: DetectionDataset, draws: list[tuple[int, int]], batch_size: int
+) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_size,
+        sampler=draws,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        collate_fn=list,
+        # The transforms have generators of their own; without this, workers would draw their base
+        # seed from the global one, which a resumed run could not follow.
+        generator=torch.Generator(),
+    )
+
+
+def _read_image(path: str) -> tv_tensors.Image:
+    try:
+        image = decode_image(path, ImageReadMode.RGB, apply_exif_orientation=True)
+    except RuntimeError as e:
+        raise InputError(f"{path}: cannot be read as an image: {e}") from e
+    return tv_tensors.Image(image)

@@ -1,0 +1,124 @@
+"""COCO evaluation of a torchvision detector by pycocotools."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import time
+from collections.abc import Iterable
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+from pycocotools.cocoeval import COCOeval
+from torch import nn
+from torchvision.models.detection.transform import resize_boxes
+
+from ..checkpoint import write_aside
+from ..data.coco import CocoDataset
+
+logger = logging.getLogger(__name__)
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+"""The first six numbers of COCOeval, under Detectron2's names."""
+
+
+def evaluate(
+    model: nn.Module, loader: Iterable[list], dataset: CocoDataset, output_dir: str
+) -> dict[str, dict[str, float]]:
+    """Detect on a data set and compare with its annotations.
+
+    The detections are written to ``coco_instances_results.json`` in COCO's format.
+
+    Args:
+        model: a torchvision detector. It is left in the mode, training or not, that it was in.
+        loader: batches of samples of the data set.
+        output_dir: a folder, made if missing.
+
+    Returns:
+        ``{"bbox": {"AP": ..., "AP50": ..., "AP-<category>": ...}}`` in percent; NaN where there is
+        nothing to measure.
+    """
+    predictions = predict(model, loader, dataset)
+    path = Path(output_dir) / "coco_instances_results.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with write_aside(path) as aside:
+        Path(aside).write_text(json.dumps(predictions))
+    logger.info("Saved %d detections to %s", len(predictions), path)
+    return {"bbox": coco_metrics(dataset, predictions)}
+
+
+def predict(model: nn.Module, loader: Iterable[list], dataset: CocoDataset) -> list[dict]:
+    """Detections on all images, in COCO's result format: boxes as x, y, width, height."""
+    was_training = model.training
+    device = next(model.parameters()).device
+    model.eval()
+    predictions, done, start, last_log = [], 0, time.monotonic(), time.monotonic()
+    try:
+        for batch in loader:
+            images, _, records = zip(*batch, strict=True)
+            with torch.inference_mode():
+                outputs = model([image.to(device) for image in images])
+            for image, record, output in zip(images, records, outputs, strict=True):
+                predictions += _to_coco(output, image.shape[-2:], record, dataset.category_ids)
+            done += len(batch)
+            if time.monotonic() - last_log > 5:
+                last_log = time.monotonic()
+                left = (last_log - start) / done * (len(dataset.records) - done)
+                eta = timedelta(seconds=int(left))
+                logger.info("Inference done %d/%d. ETA=%s", done, len(dataset.records), eta)
+    finally:
+        model.train(was_training)
+    seconds = time.monotonic() - start
+    logger.info("Inference on %d images took %.1f s", done, seconds)
+    return predictions
+
+
+def coco_metrics(dataset: CocoDataset, predictions: list[dict]) -> dict[str, float]:
+    """COCO's box metrics of predictions, in percent, overall and per category."""
+    names = [*METRICS, *(f"AP-{name}" for name in dataset.category_names)]
+    if not predictions:
+        logger.warning("No detections: the metrics are not defined")
+        return dict.fromkeys(names, float("nan"))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        results = dataset.coco.loadRes([dict(p) for p in predictions])
+        evaluation = COCOeval(dataset.coco, results, "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        printed.truncate(printed.seek(0))
+        evaluation.summarize()
+    logger.info("COCO evaluation of %s:\n%s", dataset.name, printed.getvalue().rstrip())
+    # precision: IoU threshold x recall x category x area range x detections per image
+    per_category = [
+        evaluation.eval["precision"][:, :, k, 0, -1] for k in range(len(dataset.category_ids))
+    ]
+    values = [*evaluation.stats[: len(METRICS)]]
+    values += [p[p > -1].mean() if (p > -1).any() else -1 for p in per_category]
+    return {
+        name: float(value * 100) if value >= 0 else float("nan")
+        for name, value in zip(names, np.asarray(values, dtype=float), strict=True)
+    }
+
+
+def _to_coco(
+    output: dict[str, torch.Tensor],
+    size: tuple[int, int],
+    record: dict,
+    category_ids: list[int],
+) -> list[dict]:
+    boxes = resize_boxes(output["boxes"], size, (record["height"], record["width"])).cpu()
+    boxes[:, 2:] -= boxes[:, :2]
+    return [
+        {
+            "image_id": record["image_id"],
+            "category_id": category_ids[label],
+            "bbox": box,
+            "score": score,
+        }
+        for box, label, score in zip(
+            boxes.tolist(), output["labels"].tolist(), output["scores"].tolist(), strict=True
+        )
+    ]

@@ -1,0 +1,139 @@
+"""Detectors built from a config."""
+
+from __future__ import annotations
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
+from torchvision.models import resnet
+from torchvision.models.detection import RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+from ..layers import convert_batchnorm, level_norm_factory, norm_factory
+from .config import check_cfg
+from .norms import NORMS
+from .retinanet import BNRetinaNetHead
+
+Sizes = tuple[tuple[float, ...], ...]
+"""Numbers for each level."""
+
+_STAGES = {"res2": "layer1", "res3": "layer2", "res4": "layer3", "res5": "layer4"}
+
+
+def build_model(cfg: CfgNode) -> RetinaNet:
+    """torchvision's RetinaNet with our layers and head, as the config has it, on MODEL.DEVICE.
+
+    It takes images in the value range and channel order of INPUT.FORMAT, like Detectron2's.
+
+    Raises:
+        InputError: a value that this host does not have.
+    """
+    check_cfg(cfg)
+    backbone = build_backbone(cfg)
+    retinanet = cfg.MODEL.RETINANET
+    anchors = _anchor_generator(cfg)
+    norm = level_norm_factory(
+        retinanet.NORM,
+        NORMS,
+        len(retinanet.IN_FEATURES),
+        statistics=retinanet.BN.STATISTICS,
+        population=retinanet.BN.POPULATION,
+        affine=retinanet.BN.AFFINE,
+        key="MODEL.RETINANET.NORM",
+    )
+    head = BNRetinaNetHead(
+        backbone.out_channels,
+        anchors.num_anchors_per_location()[0],
+        retinanet.NUM_CLASSES,
+        retinanet.NUM_CONVS,
+        norm,
+    )
+    model = RetinaNet(
+        backbone,
+        retinanet.NUM_CLASSES,
+        anchor_generator=anchors,
+        head=head,
+        score_thresh=retinanet.SCORE_THRESH_TEST,
+        nms_thresh=retinanet.NMS_THRESH_TEST,
+        detections_per_img=cfg.TEST.DETECTIONS_PER_IMAGE,
+        topk_candidates=retinanet.TOPK_CANDIDATES_TEST,
+    )
+    model.transform = _NormalizeAndPad(
+        0, 0, list(cfg.MODEL.PIXEL_MEAN), list(cfg.MODEL.PIXEL_STD), size_divisible=32
+    )
+    return model.to(cfg.MODEL.DEVICE)
+
+
+def build_backbone(cfg: CfgNode) -> BackboneWithFPN:
+    """A ResNet with a feature pyramid whose levels p6 and p7 come from res5."""
+    depth = cfg.MODEL.RESNETS.DEPTH
+    norm = norm_factory(cfg.MODEL.RESNETS.NORM, NORMS, "MODEL.RESNETS.NORM") or nn.Identity
+    body = getattr(resnet, f"resnet{depth}")(norm_layer=norm)
+    _freeze(body, cfg.MODEL.BACKBONE.FREEZE_AT)
+    channels = {f: cfg.MODEL.RESNETS.RES2_OUT_CHANNELS * 2**k for k, f in enumerate(_STAGES)}
+    levels = {"res2": "p2", "res3": "p3", "res4": "p4", "res5": "p5"}
+    features = cfg.MODEL.FPN.IN_FEATURES
+    return BackboneWithFPN(
+        body,
+        {_STAGES[f]: levels[f] for f in features},
+        [channels[f] for f in features],
+        cfg.MODEL.FPN.OUT_CHANNELS,
+        extra_blocks=LastLevelP6P7(channels["res5"], cfg.MODEL.FPN.OUT_CHANNELS),
+        norm_layer=norm_factory(cfg.MODEL.FPN.NORM, NORMS, "MODEL.FPN.NORM"),
+    )
+
+
+class _NormalizeAndPad(GeneralizedRCNNTransform):
+    """The model's transform without its resizing, which the data loader has done."""
+
+    def resize(
+        self, image: Tensor, target: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
+        return image, target
+
+
+class _AnchorGenerator(AnchorGenerator):
+    """torchvision's anchors, moved by a part of the stride, as Detectron2's OFFSET does.
+
+    Where an image is a few strides wide, as shapes at p6 and p7, it decides which objects the
+    anchors can reach.
+    """
+
+    def __init__(self, sizes: Sizes, aspect_ratios: Sizes, offset: float) -> None:
+        super().__init__(sizes, aspect_ratios)
+        self.offset = offset
+
+    def grid_anchors(
+        self, grid_sizes: list[list[int]], strides: list[list[Tensor]]
+    ) -> list[Tensor]:
+        anchors = super().grid_anchors(grid_sizes, strides)
+        return [
+            a + self.offset * torch.stack([dx, dy, dx, dy])
+            for a, (dy, dx) in zip(anchors, strides, strict=True)
+        ]
+
+
+def _anchor_generator(cfg: CfgNode) -> AnchorGenerator:
+    num_levels = len(cfg.MODEL.RETINANET.IN_FEATURES)
+
+    def of_each_level(values: list[list[float]]) -> Sizes:
+        return tuple(map(tuple, values)) * (num_levels // len(values))
+
+    return _AnchorGenerator(
+        of_each_level(cfg.MODEL.ANCHOR_GENERATOR.SIZES),
+        of_each_level(cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS),
+        cfg.MODEL.ANCHOR_GENERATOR.OFFSET,
+    )
+
+
+def _freeze(body: nn.Module, freeze_at: int) -> None:
+    """Freeze the stem (1), the stem and res2 (2), and so on, as Detectron2's FREEZE_AT does."""
+    names = ["conv1", "bn1", *_STAGES.values()]
+    for name in names[: freeze_at + 1] if freeze_at else []:
+        stage = getattr(body, name)
+        stage.requires_grad_(False)
+        setattr(body, name, convert_batchnorm(stage, FrozenBatchNorm2d))

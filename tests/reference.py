@@ -1,0 +1,76 @@
+"""Independent references: batch normalization by its definition, and the Jacobian test."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+SHARING = ("shared", "per_domain")
+EIGHT_CHOICES = list(itertools.product(SHARING, SHARING, SHARING))
+"""All (statistics, population, affine)."""
+
+
+def values(xs: Sequence[Tensor]) -> Tensor:
+    """All values of tensors (N, C, H, W) as one matrix (number of values, C)."""
+    return torch.cat([x.movedim(1, -1).reshape(-1, x.shape[1]) for x in xs])
+
+
+def normalize(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps=1e-5):
+    """Element by element, without any function for normalization."""
+    mean, var, weight, bias = (t.view(1, -1, 1, 1) for t in (mean, var, weight, bias))
+    return (x - mean) / (var + eps).sqrt() * weight + bias
+
+
+def mean_var(xs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of all values per channel."""
+    v = values(xs)
+    mean = v.sum(0) / len(v)
+    return mean, ((v - mean) ** 2).sum(0) / len(v)
+
+
+def unbiased(xs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    v = values(xs)
+    mean = v.sum(0) / len(v)
+    return mean, ((v - mean) ** 2).sum(0) / (len(v) - 1)
+
+
+def domain_batch_norm(xs, weights, biases, statistics: str) -> list[Tensor]:
+    """Training mode by the definition; differentiable."""
+    merged = mean_var(xs) if statistics == "shared" else None
+    return [
+        normalize(x, *(merged or mean_var([x])), w, b)
+        for x, w, b in zip(xs, weights, biases, strict=True)
+    ]
+
+
+def dependence(f: Callable[[list[Tensor]], list[Tensor]], xs: Sequence[Tensor]) -> Tensor:
+    """The Jacobian test: which samples' outputs depend on which samples' inputs.
+
+    Args:
+        f: from a list of tensors (N_k, ...) to a list of tensors (N_k, ...).
+        xs: its input, in float64.
+
+    Returns:
+        a boolean matrix over all samples of all tensors, in order: [i, j] is whether any
+        derivative of output i by input j is not zero.
+    """
+    xs = [x.detach().clone().requires_grad_() for x in xs]
+    rows = []
+    for y in f(xs):
+        for i in range(len(y)):
+            # A random direction: the plain sum of a normalized output does not depend on its input.
+            direction = torch.randn_like(y[i])
+            grads = torch.autograd.grad(
+                (y[i] * direction).sum(), xs, retain_graph=True, allow_unused=True
+            )
+            row = [
+                torch.zeros(len(x), dtype=torch.bool)
+                if g is None
+                else g.flatten(1).abs().amax(1) > 1e-12
+                for g, x in zip(grads, xs, strict=True)
+            ]
+            rows.append(torch.cat(row))
+    return torch.stack(rows)
