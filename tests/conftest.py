@@ -3,7 +3,29 @@
 import pytest
 import torch
 
+from bn_det.data.shapes import Split, generate_shapes
+
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_shapes(tmp_path_factory):
+    """Config options for a small shapes data set of 12 and 6 images."""
+    root = generate_shapes(
+        tmp_path_factory.mktemp("data") / "tiny", {"train": Split(12, 0), "val": Split(6, 1)}
+    )
+    sets = [
+        [f"tiny_{split}", str(root / "annotations" / f"instances_{split}.json"), str(root / split)]
+        for split in ("train", "val")
+    ]
+    return [
+        "DATASETS.REGISTER_COCO",
+        repr(sets),
+        "DATASETS.TRAIN",
+        "('tiny_train',)",
+        "DATASETS.TEST",
+        "('tiny_val',)",
+    ]

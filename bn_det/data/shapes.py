@@ -106,7 +106,7 @@ def draw_image(seed: int, index: int) -> tuple[np.ndarray, list[dict]]:
         _fill(image, polygon, _colour_unlike(ground, rng), rng)
         boxes.append(_box_of(polygon))
         objects.append(_annotation(category + 1, polygon))
-    noise = rng.normal(0, rng.uniform(1, 6), image.shape)
+    noise = rng.normal(0, rng.uniform(2, 8), image.shape)
     return np.clip(image + noise, 0, 255).round().astype(np.uint8), objects
 
 
@@ -150,10 +150,10 @@ def _check_version(root: Path) -> None:
 
 def _draw_ground(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """A smooth random texture with a few lines, as float BGR, and its mean colour."""
-    colour = rng.uniform(30, 225, 3)
-    coarse = colour + rng.normal(0, rng.uniform(2, 15), (6, 6, 3))
+    colour = rng.normal(128, 12, 3)
+    coarse = colour + rng.normal(0, 12, (6, 6, 3))
     image = cv2.resize(coarse, (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_CUBIC)
-    for _ in range(rng.integers(0, 6)):
+    for _ in range(rng.integers(0, 4)):
         start, end = rng.integers(0, IMAGE_SIZE, (2, 2)).tolist()
         shade = (colour + rng.normal(0, 25, 3)).tolist()
         cv2.line(image, start, end, shade, int(rng.integers(1, 4)), cv2.LINE_8)

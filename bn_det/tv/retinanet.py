@@ -50,13 +50,20 @@ class BNRetinaNetHead(RetinaNetHead):
         return {"loss_cls": losses["classification"], "loss_box_reg": losses["bbox_regression"]}
 
 
-class _ClassificationHead(RetinaNetClassificationHead):
+class _OwnKeys(nn.Module):
+    """Loads keys as they are, where torchvision would take our towers for its version 1."""
+
+    def _load_from_state_dict(self, *args) -> None:
+        nn.Module._load_from_state_dict(self, *args)
+
+
+class _ClassificationHead(_OwnKeys, RetinaNetClassificationHead):
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         logits = forward_levels([self.conv, self.cls_logits], features)
         return _join_anchors(logits, self.num_classes)
 
 
-class _RegressionHead(RetinaNetRegressionHead):
+class _RegressionHead(_OwnKeys, RetinaNetRegressionHead):
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         return _join_anchors(forward_levels([self.conv, self.bbox_reg], features), 4)
 

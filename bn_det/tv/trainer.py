@@ -34,6 +34,8 @@ class Trainer:
 
     def __init__(self, cfg: CfgNode) -> None:
         self.cfg = cfg
+        self.train_sets = load_datasets(cfg, "TRAIN")
+        self.test_sets = load_datasets(cfg, "TEST")
         self.seed = cfg.SEED if cfg.SEED >= 0 else torch.seed() % 2**31
         torch.manual_seed(self.seed)
         self.model = build_model(cfg)
@@ -41,8 +43,6 @@ class Trainer:
         self.optimizer = build_optimizer(cfg, self.model)
         self.scheduler = build_lr_scheduler(cfg, self.optimizer)
         self.iteration = -1
-        self.train_sets = load_datasets(cfg, "TRAIN")
-        self.test_sets = load_datasets(cfg, "TEST")
         self.checkpointer = Checkpointer(self.model, cfg.OUTPUT_DIR, trainer=self)
 
     def resume_or_load(self, resume: bool) -> None:

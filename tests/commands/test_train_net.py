@@ -1,0 +1,203 @@
+"""tools/train_net.py on both hosts: the main job, and what bad input gets."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+TRAIN_NET = ROOT / "tools" / "train_net.py"
+BASE = str(ROOT / "configs" / "Base-RetinaNet-Shapes.yaml")
+INSTALLED = importlib.util.find_spec("detectron2") is not None
+detectron2 = pytest.param(
+    "detectron2",
+    marks=pytest.mark.skipif(not INSTALLED, reason="Detectron2 is not installed"),
+)
+both_hosts = pytest.mark.parametrize("host", ["torchvision", detectron2])
+
+
+@pytest.fixture
+def options(tiny_shapes, tmp_path):
+    """A run of a few seconds."""
+    return [
+        *("MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "out")),
+        *("SOLVER.MAX_ITER", "4", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.CHECKPOINT_PERIOD", "2"),
+        *tiny_shapes,
+    ]
+
+
+def command(host, *args):
+    return [sys.executable, str(TRAIN_NET), "--host", host, "--config-file", BASE, *args]
+
+
+def run(host, *args, timeout=300):
+    env = {**os.environ, "OMP_NUM_THREADS": "2"}
+    return subprocess.run(
+        command(host, *args), capture_output=True, text=True, timeout=timeout, env=env
+    )
+
+
+def fails(capsys, monkeypatch, host, *args, config=BASE):
+    """The message of a command that ends with an error, run in this process."""
+    spec = importlib.util.spec_from_file_location("train_net", TRAIN_NET)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(
+        sys, "argv", ["train_net.py", "--host", host, "--config-file", config, *map(str, args)]
+    )
+    with pytest.raises(SystemExit) as e:
+        module.main()
+    message = str(e.value.code)
+    assert message.startswith("error: ") and "\n" not in message
+    return message
+
+
+@both_hosts
+def test_trains_evaluates_and_continues_after_a_kill(host, options, tmp_path):
+    out = tmp_path / "out"
+    long = [*options, "SOLVER.MAX_ITER", "1000000", "SOLVER.CHECKPOINT_PERIOD", "3"]
+    process = subprocess.Popen(
+        command(host, *long), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 240
+    while not (out / "model_0000005.pth").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(60)
+    last = (out / "last_checkpoint").read_text()
+    done = torch.load(out / last, weights_only=True)["iteration"] + 1
+    assert done >= 3
+
+    resumed = run(host, "--resume", *options, "SOLVER.MAX_ITER", str(done + 2))
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"Host: {host} (--host {host})" in resumed.stdout
+    # The results table comes last.
+    tail = resumed.stdout.strip().splitlines()[-7:]
+    assert tail[0] == "Evaluation results for bbox:" and "AP50" in tail[1]
+    assert tail[4] == "Per-category bbox AP:" or tail[4].startswith("Per-category")
+    final = torch.load(out / "model_final.pth", weights_only=True)
+    assert final["iteration"] == done + 1
+    assert not list(out.glob("*.tmp"))
+    metrics = (out / "metrics.json").read_text().splitlines()
+    assert any("bbox/AP" in json.loads(line) for line in metrics)
+    assert list(out.glob("events.out.tfevents.*")) and (out / "config.yaml").exists()
+
+    evaluated = run(host, "--eval-only", *options, "MODEL.WEIGHTS", out / "model_final.pth")
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert evaluated.stdout.strip().splitlines()[-7:] == tail
+
+
+def test_auto_says_what_it_took_and_why(options, tmp_path):
+    done = run("auto", *options, "MODEL.WEIGHTS", tmp_path / "none.pth")
+    host, words = ("detectron2", "") if INSTALLED else ("torchvision", "not ")
+    assert done.stdout.startswith(f"Host: {host} (--host auto, and Detectron2 is {words}installed)")
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: MODEL.WEIGHTS: there is no file")
+    assert "Traceback" not in done.stderr
+
+
+@both_hosts
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (
+            ["MODEL.RETINANET.NORM", "SyncBatchNorm2d"],
+            ["RETINANET.NORM: 'SyncBatchNorm2d'", "'BN'"],
+        ),
+        (["MODEL.RESNETS.NORM", "bn"], ["MODEL.RESNETS.NORM: 'bn'", "'FrozenBN'"]),
+        (["MODEL.FPN.NORM", "bn"], ["MODEL.FPN.NORM: 'bn'", "'FrozenBN'"]),
+        (["MODEL.RETINANET.BN.AFFINE", "own"], ["BN.AFFINE: 'own'", "'shared', 'per_domain'"]),
+        (["MODEL.RETINANET.BM", "1"], ["MODEL.RETINANET.BM", "Non-existent", "host"]),
+        (["SOLVER.MAX_ITER", "many"], ["SOLVER.MAX_ITER: 'many'", "Type mismatch"]),
+        (["SOLVER.MAX_ITER"], ["SOLVER.MAX_ITER", "no value"]),
+        (["DATASETS.TRAIN", "('shape_train',)"], ["DATASETS.TRAIN: 'shape_train'", "shapes_train"]),
+        (["DATASETS.TEST", "('coco_2017_vla',)"], ["DATASETS.TEST", "coco_2017_val"]),
+        (["DATASETS.REGISTER_COCO", "[['a', 'b']]"], ["REGISTER_COCO: ['a', 'b']", "JSON file"]),
+        (["--resume"], ["--resume", "nothing to resume"]),
+        (["--eval-only"], ["MODEL.WEIGHTS: ''", "--eval-only"]),
+        (["MODEL.WEIGHTS", "none.pth"], ["MODEL.WEIGHTS", "no file none.pth"]),
+        (["MODEL.RETINANET.NUM_CLASSES", "3"], ["NUM_CLASSES: 3", "4 categories"]),
+        (["--num-gpus", "64"], ["--num-gpus", "64"]),
+    ],
+    ids=lambda v: "-".join(map(str, v[:2])) if isinstance(v, list) else None,
+)
+def test_bad_options(capsys, monkeypatch, host, args, words, options):
+    flags = [a for a in args if a.startswith("--")] + (["64"] if "64" in args else [])
+    opts = [a for a in args if a not in flags]
+    message = fails(capsys, monkeypatch, host, *flags, *options, *opts)
+    for word in words:
+        assert word in message
+
+
+@both_hosts
+def test_missing_and_broken_files(capsys, monkeypatch, host, options, tmp_path):
+    def message(*args, **kwargs):
+        return fails(capsys, monkeypatch, host, *args, **kwargs)
+
+    assert "no file nowhere.yaml" in message(config="nowhere.yaml")
+    for k, text in enumerate(["MODEL: [", "just words", "MODEL: !!python/name:os.system x"]):
+        path = tmp_path / f"{k}.yaml"
+        path.write_text(text)
+        assert f"{k}.yaml is not a config file" in message(config=str(path))
+    path.write_text(f"_BASE_: {tmp_path}/nowhere.yaml")
+    assert "nowhere.yaml" in message(config=str(path))
+
+    annotations = tmp_path / "a.json"
+    register = ["DATASETS.REGISTER_COCO", f"[['mine', '{annotations}', 'x']]"]
+    register += ["DATASETS.TRAIN", "('mine',)"]
+    assert "mine: there is no annotation file" in message(*options, *register)
+    for text, words in [("{", "not valid JSON"), ("{}", "not in COCO's format")]:
+        annotations.write_text(text)
+        found = message(*options, *register)
+        assert words in found and str(annotations) in found
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    assert "coco_2017_train" in message(*options, "DATASETS.TRAIN", "('coco_2017_train',)")
+
+
+@both_hosts
+def test_checkpoints_that_do_not_fit(capsys, monkeypatch, host, options, tmp_path):
+    def message(*args):
+        return fails(capsys, monkeypatch, host, *args)
+
+    broken = tmp_path / "broken.pth"
+    broken.write_bytes(b"no checkpoint")
+    assert f"{broken}: cannot be loaded" in message(*options, "MODEL.WEIGHTS", broken)
+    torch.save({"model": {"a": torch.zeros(1)}}, broken)
+    assert "no weights with the names" in message(*options, "MODEL.WEIGHTS", broken)
+
+    assert run(host, *options, "DATASETS.TEST", "()").returncode == 0
+    weights = ["MODEL.WEIGHTS", tmp_path / "out" / "model_final.pth"]
+    other = ["MODEL.FPN.OUT_CHANNELS", "32"]
+    for flags in ([], ["--eval-only"], ["--resume"]):
+        found = message(*flags, *options, *weights, *other)
+        assert "the checkpoint has shape" in found and "(64, " in found and "(32, " in found
+    more = ["MODEL.RETINANET.NUM_CLASSES", "7"]
+    assert "cls_" in message("--eval-only", *options, *weights, *more)
+    lacking = ["MODEL.RETINANET.BN.AFFINE", "per_domain"]
+    assert "the checkpoint lacks it" in message("--eval-only", *options, *weights, *lacking)
+    # Fine-tuning on other classes is not an error.
+    tuned = run(host, *options, *weights, *more, "SOLVER.MAX_ITER", "1", "DATASETS.TEST", "()")
+    assert tuned.returncode == 0, tuned.stderr
+
+
+def test_what_the_torchvision_host_refuses(capsys, monkeypatch, options):
+    def message(*args):
+        return fails(capsys, monkeypatch, "torchvision", *args)
+
+    found = message(*options, "MODEL.RPN.NMS_THRESH", "0.5")
+    assert "MODEL.RPN.NMS_THRESH" in found and "torchvision host does not know" in found
+    found = message(*options, "MODEL.WEIGHTS", "detectron2://ImageNetPretrained/MSRA/R-50.pkl")
+    assert "MODEL.WEIGHTS: 'detectron2://" in found and "cannot be resolved" in found
+
+
+@pytest.mark.skipif(INSTALLED, reason="Detectron2 is installed")
+def test_detectron2_is_asked_for_and_missing(capsys, monkeypatch):
+    found = fails(capsys, monkeypatch, "detectron2")
+    assert "--host: 'detectron2' is not installed" in found

@@ -1,0 +1,190 @@
+"""The torchvision host's loop, data order, checkpoints and evaluation."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from bn_det.config import load_config
+from bn_det.data.coco import load_coco, registered_sources
+from bn_det.errors import InputError
+from bn_det.tv import get_cfg
+from bn_det.tv.data import build_test_loader, build_train_loader
+from bn_det.tv.evaluation import coco_metrics, predict
+from bn_det.tv.trainer import Trainer, load_datasets
+
+BASE = "configs/Base-RetinaNet-Shapes.yaml"
+
+
+@pytest.fixture
+def make_cfg(tiny_shapes, tmp_path):
+    def make(*opts):
+        cfg = get_cfg()
+        small = ["SOLVER.MAX_ITER", "6", "SOLVER.IMS_PER_BATCH", "2", "OUTPUT_DIR", str(tmp_path)]
+        opts = ["MODEL.DEVICE", "cpu", *tiny_shapes, *small, *opts]
+        load_config(cfg, BASE, opts, "torchvision")
+        return cfg
+
+    return make
+
+
+def train(cfg, resume=False):
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume)
+    return trainer, trainer.train()
+
+
+def flat(batches):
+    return [
+        (record["image_id"], image.tolist(), target["boxes"].tolist())
+        for batch in batches
+        for image, target, record in batch
+    ]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_data_order_is_the_seeds_alone(make_cfg, num_workers):
+    cfg = make_cfg("DATALOADER.NUM_WORKERS", str(num_workers), "INPUT.MIN_SIZE_TRAIN", "(64, 96)")
+    datasets = load_datasets(cfg, "TRAIN")
+    torch.manual_seed(1)
+    whole = flat(build_train_loader(cfg, datasets, seed=5, start_iter=0))
+    torch.manual_seed(2)
+    rest = flat(build_train_loader(cfg, datasets, seed=5, start_iter=4))
+    assert len(whole) == 12 and rest == whole[8:]
+    assert sorted(i for i, _, _ in whole) == list(range(1, 13))  # an epoch is a permutation
+    other = flat(build_train_loader(cfg, datasets, seed=6, start_iter=0))
+    assert [i for i, _, _ in other] != [i for i, _, _ in whole]
+
+
+def test_samples(make_cfg):
+    """Pixels in BGR from 0 to 255, boxes that follow flips and sizes."""
+    cfg = make_cfg("INPUT.RANDOM_FLIP", "horizontal", "INPUT.MIN_SIZE_TRAIN", "(64,)")
+    (dataset,) = load_datasets(cfg, "TRAIN")
+    plain = build_test_loader(make_cfg("INPUT.MIN_SIZE_TEST", "64"), dataset)
+    references = {record["image_id"]: (image, target) for ((image, target, record),) in plain}
+    flipped = set()
+    batches = build_train_loader(cfg, [dataset], seed=0, start_iter=0)
+    for image, target, record in (sample for batch in batches for sample in batch):
+        expected, expected_target = references[record["image_id"]]
+        boxes = expected_target["boxes"]
+        assert image.shape == (3, 64, 64) and image.dtype == torch.float32 and image.max() > 1
+        flip = not torch.equal(image, expected)
+        flipped.add(flip)
+        if flip:
+            expected = expected.flip(2)
+            boxes = torch.stack([64 - boxes[:, 2], boxes[:, 1], 64 - boxes[:, 0], boxes[:, 3]], 1)
+        torch.testing.assert_close(image, expected)
+        torch.testing.assert_close(target["boxes"], boxes)
+        original = torch.tensor([a["bbox"] for a in record["annotations"]])
+        torch.testing.assert_close(
+            (boxes[:, 2:] - boxes[:, :2]).sort(0).values, (original[:, 2:] / 2).sort(0).values
+        )
+    assert flipped == {True, False}
+
+
+def test_channel_order(make_cfg):
+    cfg = make_cfg()
+    (dataset,) = load_datasets(cfg, "TRAIN")
+    ((bgr, _, _),) = next(iter(build_test_loader(cfg, dataset)))
+    ((rgb, _, _),) = next(iter(build_test_loader(make_cfg("INPUT.FORMAT", "RGB"), dataset)))
+    assert torch.equal(bgr.flip(0), rgb) and not torch.equal(bgr, rgb)
+
+
+def test_writes_what_detectron2_users_expect(make_cfg, tmp_path):
+    cfg = make_cfg("SOLVER.CHECKPOINT_PERIOD", "4", "TEST.EVAL_PERIOD", "3")
+    _, results = train(cfg)
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    assert {p.name for p in tmp_path.glob("*.pth")} == {"model_0000003.pth", "model_final.pth"}
+    lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    evaluations = [line for line in lines if "bbox/AP" in line]
+    assert [line["iteration"] for line in evaluations] == [2, 5]
+    assert {"AP", "AP50", "APs", "AP-circle"} <= set(results["bbox"])
+    (training,) = [line for line in lines if "total_loss" in line]
+    assert {"loss_cls", "loss_box_reg", "lr", "time", "data_time", "eta_seconds"} <= set(training)
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_resumed_run_ends_with_the_same_weights(make_cfg, tmp_path, num_workers):
+    opts = ["DATALOADER.NUM_WORKERS", str(num_workers), "SOLVER.CHECKPOINT_PERIOD", "2"]
+    opts += ["DATASETS.TEST", "()", "SEED", "-1"]
+    whole, results = train(make_cfg(*opts))
+    assert results == {}
+    # As after a kill -9 between iterations 3 and 4: the file of iteration 3 is the last.
+    (tmp_path / "last_checkpoint").write_text("model_0000003.pth")
+    torch.manual_seed(99)
+    resumed, _ = train(make_cfg(*opts), resume=True)
+    assert resumed.seed == whole.seed
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    for a, b in zip(whole.optimizer.state.values(), resumed.optimizer.state.values(), strict=True):
+        assert torch.equal(a["momentum_buffer"], b["momentum_buffer"])
+
+
+def test_nothing_left_to_train(make_cfg):
+    cfg = make_cfg("DATASETS.TEST", "()", "SOLVER.MAX_ITER", "1")
+    train(cfg)
+    with pytest.raises(InputError, match="MAX_ITER: 1 .* done 1 iterations"):
+        train(cfg, resume=True)
+
+
+def test_evaluation_equals_pycocotools_by_hand(make_cfg, tmp_path):
+    cfg = make_cfg("MODEL.RETINANET.SCORE_THRESH_TEST", "0.001", "SOLVER.MAX_ITER", "2")
+    _, results = train(cfg)
+    truth = COCO(registered_sources(cfg)["tiny_val"].json_file)
+    path = tmp_path / "inference" / "coco_instances_results.json"
+    evaluation = COCOeval(truth, truth.loadRes(str(path)), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+    found = [results["bbox"][n] for n in names]
+    expected = [100 * s if s >= 0 else float("nan") for s in evaluation.stats[:6]]
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_perfect_and_missing_predictions(make_cfg):
+    cfg = make_cfg()
+    dataset = load_coco("tiny_val", registered_sources(cfg)["tiny_val"])
+    truth = [
+        {k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 1.0}
+        for a in dataset.coco.dataset["annotations"]
+    ]
+    metrics = coco_metrics(dataset, truth)
+    assert metrics["AP"] == pytest.approx(100)
+    present = {a["category_id"] for a in truth}
+    for category_id, name in zip(dataset.category_ids, dataset.category_names, strict=True):
+        assert metrics[f"AP-{name}"] == pytest.approx(
+            100 if category_id in present else float("nan"), nan_ok=True
+        )
+    assert all(np.isnan(v) for v in coco_metrics(dataset, []).values())
+
+
+def test_boxes_come_back_in_the_original_size(make_cfg):
+    """Detections of a resized image are in the pixels of the file."""
+    small, large = make_cfg("SOLVER.MAX_ITER", "1"), make_cfg("INPUT.MIN_SIZE_TEST", "256")
+    large.INPUT.MAX_SIZE_TEST = 256
+    trainer, _ = train(small)
+    trainer.model.score_thresh = 0.0
+    (dataset,) = trainer.test_sets
+    for cfg in (small, large):
+        boxes = np.array(
+            [p["bbox"] for p in predict(trainer.model, build_test_loader(cfg, dataset), dataset)]
+        )
+        assert (boxes[:, :2] + boxes[:, 2:]).max() == pytest.approx(128, abs=1e-3)
+    assert trainer.model.training
+
+
+def test_loss_that_is_not_finite(make_cfg):
+    trainer = Trainer(make_cfg("SOLVER.BASE_LR", "1e30", "DATASETS.TEST", "()"))
+    trainer.resume_or_load(False)
+    with pytest.raises(FloatingPointError, match="iteration"):
+        trainer.train()
+
+
+def test_no_detections_at_all(make_cfg):
+    _, results = train(make_cfg("MODEL.RETINANET.SCORE_THRESH_TEST", "0.999"))
+    assert np.isnan(results["bbox"]["AP"])

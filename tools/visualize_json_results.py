@@ -1,0 +1,120 @@
+#!/usr/bin/env python
+"""Draw detections beside the truth: one picture of several images of a data set.
+
+Of each image the truth is above and the detections, with their scores, below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from bn_det.checkpoint import write_aside
+from bn_det.data.coco import CocoDataset, CocoSource, builtin_sources, check_names, load_coco
+from bn_det.errors import InputError
+
+COLOURS = [(80, 80, 255), (80, 220, 80), (255, 140, 60), (60, 220, 255), (255, 80, 255)]
+"""BGR, for the classes in turn."""
+
+
+def draw_objects(image: np.ndarray, objects: list[dict], names: dict[int, str]) -> np.ndarray:
+    """Boxes with labels on a copy of a BGR image.
+
+    Args:
+        objects: with ``bbox`` (x, y, width, height), ``category_id`` and, if detected, ``score``.
+        names: of the categories, by id.
+    """
+    image = image.copy()
+    classes = {category_id: k for k, category_id in enumerate(sorted(names))}
+    for item in objects:
+        x, y, width, height = item["bbox"]
+        colour = COLOURS[classes[item["category_id"]] % len(COLOURS)]
+        corners = [(round(x), round(y)), (round(x + width), round(y + height))]
+        cv2.rectangle(image, *corners, (255, 255, 255), 3)
+        cv2.rectangle(image, *corners, colour, 2)
+        label = names[item["category_id"]]
+        if "score" in item:
+            label += f" {item['score']:.2f}"
+        place = (corners[0][0] + 3, max(corners[0][1] - 5, 12))
+        for shade, thickness in (((0, 0, 0), 3), ((255, 255, 255), 1)):
+            cv2.putText(
+                image, label, place, cv2.FONT_HERSHEY_SIMPLEX, 0.45, shade, thickness, cv2.LINE_AA
+            )
+    return image
+
+
+def draw_image(dataset: CocoDataset, record: dict, detections: list[dict], size: int) -> np.ndarray:
+    """The truth above the detections of one image, each scaled into a square."""
+    image = cv2.imread(record["file_name"])
+    if image is None:
+        raise InputError(f"{record['file_name']}: cannot be read as an image")
+    scale = size / max(image.shape[:2])
+    image = cv2.resize(image, None, fx=scale, fy=scale)
+    names = dict(zip(dataset.category_ids, dataset.category_names, strict=True))
+    pictures = []
+    for objects in (dataset.coco.imgToAnns[record["image_id"]], detections):
+        scaled = [{**o, "bbox": [scale * v for v in o["bbox"]]} for o in objects]
+        picture = np.zeros((size, size, 3), np.uint8)
+        picture[: image.shape[0], : image.shape[1]] = draw_objects(image, scaled, names)
+        pictures.append(cv2.copyMakeBorder(picture, 2, 2, 2, 2, cv2.BORDER_CONSTANT))
+    return np.vstack(pictures)
+
+
+def load_detections(path: str) -> list[dict]:
+    """Detections in COCO's result format."""
+    try:
+        detections = json.loads(Path(path).read_text())
+        if not all({"image_id", "category_id", "bbox", "score"} <= set(d) for d in detections):
+            raise ValueError("a detection lacks image_id, category_id, bbox or score")
+    except (OSError, ValueError, TypeError) as e:
+        raise InputError(f"--input: {path} is not a file of detections: {e}") from e
+    return detections
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--input", required=True, help="coco_instances_results.json of a run")
+    parser.add_argument("--output", required=True, help="the picture to write, PNG or JPEG")
+    parser.add_argument("--dataset", default="shapes_val", help="name of the data set")
+    parser.add_argument("--json", help="annotation file, for a data set of your own")
+    parser.add_argument("--images", help="folder of its images")
+    parser.add_argument("--conf-threshold", type=float, default=0.5, help="least score to draw")
+    parser.add_argument("--num-images", type=int, default=8, help="how many images, side by side")
+    parser.add_argument("--first", type=int, default=0, help="the image to begin with")
+    parser.add_argument("--size", type=int, default=256, help="pixels of each image's longer side")
+    args = parser.parse_args()
+    try:
+        draw(args)
+    except InputError as e:
+        sys.exit(f"error: {e}")
+
+
+def draw(args: argparse.Namespace) -> None:
+    sources = builtin_sources()
+    if args.json:
+        sources[args.dataset] = CocoSource(args.json, args.images or str(Path(args.json).parent))
+    check_names("--dataset", [args.dataset], sources)
+    dataset = load_coco(args.dataset, sources[args.dataset])
+    by_image: dict[int, list[dict]] = {}
+    for detection in load_detections(args.input):
+        if detection["score"] >= args.conf_threshold:
+            by_image.setdefault(detection["image_id"], []).append(detection)
+    records = dataset.records[args.first : args.first + args.num_images]
+    if not records:
+        raise InputError(f"--first: {args.first} is past the {len(dataset.records)} images")
+    columns = [draw_image(dataset, r, by_image.get(r["image_id"], []), args.size) for r in records]
+    suffix = Path(args.output).suffix or ".png"
+    _, encoded = cv2.imencode(suffix, np.hstack(columns))
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    with write_aside(args.output) as aside:
+        Path(aside).write_bytes(encoded.tobytes())
+    print(f"{args.output}: {len(records)} images, truth above, detections below")
+
+
+if __name__ == "__main__":
+    main()
