@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,7 +55,9 @@ class CheckpointerMixin:
         """As fvcore's, with errors that name the file."""
         try:
             return super().load(path, *args, **kwargs)
-        except (pickle.UnpicklingError, EOFError, RuntimeError) as e:
+        except InputError:
+            raise
+        except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as e:
             reason = str(e).splitlines()[0] if str(e) else type(e).__name__
             raise InputError(f"{path}: cannot be loaded as a checkpoint: {reason}") from e
 
@@ -79,25 +83,28 @@ class CheckpointerMixin:
         return incompatible
 
 
-class Checkpointer(CheckpointerMixin, _Checkpointer):
-    """fvcore's Checkpointer with :class:`CheckpointerMixin`."""
+class _SafeCheckpointer(_Checkpointer):
+    def _load_file(self, f: str) -> dict[str, Any]:
+        return torch.load(f, map_location="cpu", weights_only=True)
 
 
-class write_aside:
-    """Context manager: a path to write to, which replaces the real one when all went well."""
+class Checkpointer(CheckpointerMixin, _SafeCheckpointer):
+    """fvcore's Checkpointer with :class:`CheckpointerMixin`; loads tensors and plain data only."""
 
-    def __init__(self, path: str | os.PathLike) -> None:
-        self.path = os.fspath(path)
-        self.aside = f"{self.path}.{os.getpid()}.tmp"
 
-    def __enter__(self) -> str:
-        return self.aside
+@contextmanager
+def write_aside(path: str | os.PathLike) -> Iterator[str]:
+    """A path to write to instead, which replaces the real one once the block is done.
 
-    def __exit__(self, exc_type: type | None, *_: object) -> None:
-        if exc_type is None:
-            os.replace(self.aside, self.path)
-        elif os.path.exists(self.aside):
-            os.remove(self.aside)
+    If the block fails, the real one stays as it was.
+    """
+    aside = f"{os.fspath(path)}.{os.getpid()}.tmp"
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        if os.path.exists(aside):
+            os.remove(aside)
 
 
 def check_start(cfg: CfgNode, args: argparse.Namespace) -> None:

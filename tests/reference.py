@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+BASE = str(Path(__file__).parents[1] / "configs" / "Base-RetinaNet-Shapes.yaml")
+"""The config that all small models of the tests begin with."""
+
 SHARING = ("shared", "per_domain")
 EIGHT_CHOICES = list(itertools.product(SHARING, SHARING, SHARING))
 """All (statistics, population, affine)."""
+
+
+def choice_opts(choices: Sequence[str]) -> list[str]:
+    """KEY VALUE pairs for one of EIGHT_CHOICES."""
+    names = ("STATISTICS", "POPULATION", "AFFINE")
+    return [o for n, c in zip(names, choices, strict=True) for o in (f"MODEL.RETINANET.BN.{n}", c)]
 
 
 def values(xs: Sequence[Tensor]) -> Tensor:

@@ -27,6 +27,14 @@ def options(tiny_shapes, tmp_path):
     ]
 
 
+def takes_a_step(trainer):
+    """Whether training changes the weights."""
+    before = [p.clone() for p in trainer.model.parameters()]
+    trainer.train()
+    pairs = zip(before, trainer.model.parameters(), strict=True)
+    return any(not torch.equal(a, b) for a, b in pairs)
+
+
 @every_config
 def test_torchvision(config, options, tmp_path):
     cfg = get_cfg()
@@ -34,7 +42,9 @@ def test_torchvision(config, options, tmp_path):
     trainer = Trainer(cfg)
     before = [p.clone() for p in trainer.model.parameters()]
     trainer.train()
-    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+    assert any(
+        not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True)
+    )
     assert (tmp_path / "model_final.pth").exists()
 
 
@@ -55,7 +65,9 @@ def test_detectron2(config, options, tmp_path):
     trainer = Trainer(cfg)
     before = [p.clone() for p in trainer.model.parameters()]
     trainer.train()
-    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+    assert any(
+        not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True)
+    )
     assert (tmp_path / "model_final.pth").exists()
 
 

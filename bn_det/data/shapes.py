@@ -1,11 +1,12 @@
 """The shapes data set: coloured shapes on textured grounds, in COCO's format.
 
 Small enough to train a detector on a laptop's CPU in minutes, and hard enough for AP to tell
-detectors apart: objects from 12 to 112 pixels, rotated, partly occluded, of low contrast at times.
+detectors apart: objects from 12 to 112 pixels, tilted, partly occluded, on a noisy ground.
 """
 
 from __future__ import annotations
 
+import colorsys
 import json
 import os
 import shutil
@@ -28,6 +29,12 @@ IMAGE_SIZE = 128
 
 OBJECT_SIZES = (12.0, 112.0)
 """Range of the longer side of an object's box, in pixels. Sizes are log-uniform."""
+
+MAX_TILT = np.pi / 9
+"""Largest rotation of an object from upright, in radians."""
+
+HUE_SPREAD = 0.1
+"""Standard deviation of a category's hue, where the whole circle is one."""
 
 MAX_OBJECTS = 5
 """Most objects in an image; the least is one."""
@@ -92,7 +99,7 @@ def draw_image(seed: int, index: int) -> tuple[np.ndarray, list[dict]]:
         and ``area``, in pixels.
     """
     rng = np.random.default_rng([VERSION, seed, index])
-    image, ground = _draw_ground(rng)
+    image = _draw_ground(rng)
     sizes = np.exp(rng.uniform(*np.log(OBJECT_SIZES), size=rng.integers(1, MAX_OBJECTS + 1)))
     objects, boxes = [], []
     # From large to small, so that small ones are not hidden and large ones find a place.
@@ -103,7 +110,7 @@ def draw_image(seed: int, index: int) -> tuple[np.ndarray, list[dict]]:
         polygon = _place(outline, boxes, rng)
         if polygon is None:
             continue
-        _fill(image, polygon, _colour_unlike(ground, rng), rng)
+        _fill(image, polygon, _draw_colour(category, rng), rng)
         boxes.append(_box_of(polygon))
         objects.append(_annotation(category + 1, polygon))
     noise = rng.normal(0, rng.uniform(2, 8), image.shape)
@@ -148,8 +155,8 @@ def _check_version(root: Path) -> None:
             )
 
 
-def _draw_ground(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A smooth random texture with a few lines, as float BGR, and its mean colour."""
+def _draw_ground(rng: np.random.Generator) -> np.ndarray:
+    """A smooth greyish texture with a few lines, as float BGR."""
     colour = rng.normal(128, 12, 3)
     coarse = colour + rng.normal(0, 12, (6, 6, 3))
     image = cv2.resize(coarse, (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_CUBIC)
@@ -157,16 +164,18 @@ def _draw_ground(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         start, end = rng.integers(0, IMAGE_SIZE, (2, 2)).tolist()
         shade = (colour + rng.normal(0, 25, 3)).tolist()
         cv2.line(image, start, end, shade, int(rng.integers(1, 4)), cv2.LINE_8)
-    return image, colour
+    return image
 
 
 def _outline(category: str, rng: np.random.Generator) -> np.ndarray:
-    """A rotated outline around the origin, shape (number of corners, 2)."""
+    """A tilted outline around the origin, shape (number of corners, 2)."""
     corners, inner = {"circle": (32, 1), "square": (4, 1), "triangle": (3, 1), "star": (5, 0.45)}[
         category
     ]
     radii = np.ones(corners) if inner == 1 else np.tile([1.0, inner], corners)
-    angles = rng.uniform(0, 2 * np.pi) + 2 * np.pi * np.arange(len(radii)) / len(radii)
+    upright = np.pi / 4 if category == "square" else -np.pi / 2
+    tilt = rng.uniform(-MAX_TILT, MAX_TILT)
+    angles = upright + tilt + 2 * np.pi * np.arange(len(radii)) / len(radii)
     return radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
@@ -195,12 +204,11 @@ def _covered(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.clip(sides, 0, None).prod() / smaller)
 
 
-def _colour_unlike(ground: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A colour that can be told from the ground's, though not always easily."""
-    while True:
-        colour = rng.uniform(0, 255, 3)
-        if np.abs(colour - ground).max() > 80:
-            return colour
+def _draw_colour(category: int, rng: np.random.Generator) -> np.ndarray:
+    """A saturated BGR colour whose hue hints at the category, but does not settle it."""
+    hue = category / len(CATEGORIES) + rng.normal(0, HUE_SPREAD)
+    red_green_blue = colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.5, 1), rng.uniform(0.4, 1))
+    return 255 * np.array(red_green_blue[::-1])
 
 
 def _fill(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
+import cv2
 import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
 from torchvision import tv_tensors
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 from ..data.coco import CocoDataset
@@ -46,7 +46,7 @@ class DetectionDataset(Dataset):
         """The sample of a draw, which is (number of the draw, index of the record)."""
         draw, index = key
         record = self.records[index]
-        image = _read_image(record["file_name"])
+        image = _read_image(record["file_name"], self.image_format)
         objects = [a for a in record["annotations"] if not a["iscrowd"]]
         boxes = torch.tensor([a["bbox"] for a in objects], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
@@ -57,8 +57,6 @@ class DetectionDataset(Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(hash((self.seed, draw)) % 2**63)
             image, target = self.transform(image, target)
-        if self.image_format == "BGR":
-            image = image.flip(0)
         boxes = target["boxes"].as_subclass(Tensor)
         proper = (boxes[:, 2:] - boxes[:, :2] > 1e-5).all(1)
         target = {"boxes": boxes[proper], "labels": target["labels"][proper]}
@@ -93,23 +91,32 @@ def build_train_loader(
         num_samples=cfg.SOLVER.MAX_ITER * batch_size,
         generator=torch.Generator().manual_seed(seed),
     )
-    draws = list(islice(enumerate(order), start_iter * batch_size, None))
-    return _loader(cfg, dataset, draws, batch_size)
+    return _loader(cfg, dataset, _Draws(order, start_iter * batch_size), batch_size)
 
 
 def build_test_loader(cfg: CfgNode, dataset: CocoDataset) -> DataLoader:
     """All images of a data set in its order, one in a batch, as Detectron2 evaluates."""
     size = cfg.INPUT.MIN_SIZE_TEST
-    resize = [v2.RandomShortestSize([size], cfg.INPUT.MAX_SIZE_TEST)] if size else []
-    images = DetectionDataset(
-        dataset.records, v2.Compose([*resize, v2.Identity()]), cfg.INPUT.FORMAT
-    )
-    return _loader(cfg, images, list(enumerate(range(len(images)))), 1)
+    resize = v2.RandomShortestSize([size], cfg.INPUT.MAX_SIZE_TEST) if size else v2.Identity()
+    images = DetectionDataset(dataset.records, resize, cfg.INPUT.FORMAT)
+    return _loader(cfg, images, _Draws(SequentialSampler(images)), 1)
 
 
-def _loader(
-    cfg: CfgNode, dataset: DetectionDataset, draws: list[tuple[int, int]], batch_size: int
-) -> DataLoader:
+class _Draws(Sampler):
+    """The numbered draws of a sampler, without the first ones."""
+
+    def __init__(self, sampler: Sampler, start: int = 0) -> None:
+        self.sampler = sampler
+        self.start = start
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return islice(enumerate(self.sampler), self.start, None)
+
+    def __len__(self) -> int:
+        return len(self.sampler) - self.start
+
+
+def _loader(cfg: CfgNode, dataset: DetectionDataset, draws: _Draws, batch_size: int) -> DataLoader:
     return DataLoader(
         dataset,
         batch_size,
@@ -122,9 +129,11 @@ def _loader(
     )
 
 
-def _read_image(path: str) -> tv_tensors.Image:
-    try:
-        image = decode_image(path, ImageReadMode.RGB, apply_exif_orientation=True)
-    except RuntimeError as e:
-        raise InputError(f"{path}: cannot be read as an image: {e}") from e
-    return tv_tensors.Image(image)
+def _read_image(path: str, image_format: str) -> tv_tensors.Image:
+    """An image file as uint8 of shape (3, H, W), upright by its EXIF tag."""
+    pixels = cv2.imread(path, cv2.IMREAD_COLOR)
+    if pixels is None:
+        raise InputError(f"{path}: cannot be read as an image")
+    if image_format == "RGB":
+        pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+    return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from reference import BASE
+
 ROOT = Path(__file__).parents[2]
 TRAIN_NET = ROOT / "tools" / "train_net.py"
-BASE = str(ROOT / "configs" / "Base-RetinaNet-Shapes.yaml")
 INSTALLED = importlib.util.find_spec("detectron2") is not None
 detectron2 = pytest.param(
     "detectron2",

@@ -24,9 +24,8 @@ from bn_det.config import load_config
 from bn_det.d2 import BNRetinaNetHead, add_bn_det_config, register_datasets
 from bn_det.errors import InputError
 from bn_det.tv.retinanet import BNRetinaNetHead as TorchvisionHead
-from reference import EIGHT_CHOICES
+from reference import BASE, EIGHT_CHOICES, choice_opts
 
-BASE = "configs/Base-RetinaNet-Shapes.yaml"
 STOCK = [
     "MODEL.META_ARCHITECTURE",
     "RetinaNet",
@@ -167,11 +166,6 @@ def test_weight_decay_of_norms_reaches_every_affine(choices):
     assert in_head == 2 * 2 * 2 * num_domains  # towers, layers, weight and bias
     for p in model.parameters():
         assert decay[id(p)] == (0.5 if id(p) in affine else cfg.SOLVER.WEIGHT_DECAY)
-
-
-def choice_opts(choices):
-    names = ("STATISTICS", "POPULATION", "AFFINE")
-    return [o for n, c in zip(names, choices, strict=True) for o in (f"MODEL.RETINANET.BN.{n}", c)]
 
 
 @pytest.mark.parametrize("choices", EIGHT_CHOICES, ids="-".join)

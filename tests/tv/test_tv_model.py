@@ -14,20 +14,13 @@ from bn_det.errors import InputError
 from bn_det.tv import build_model, get_cfg
 from bn_det.tv.retinanet import BNRetinaNetHead
 from bn_det.tv.solver import build_optimizer
-from reference import EIGHT_CHOICES
-
-BASE = "configs/Base-RetinaNet-Shapes.yaml"
+from reference import BASE, EIGHT_CHOICES, choice_opts
 
 
 def make_cfg(*opts):
     cfg = get_cfg()
     load_config(cfg, BASE, ["MODEL.DEVICE", "cpu", *opts], "torchvision")
     return cfg
-
-
-def choice_opts(choices):
-    names = ("STATISTICS", "POPULATION", "AFFINE")
-    return [o for n, c in zip(names, choices, strict=True) for o in (f"MODEL.RETINANET.BN.{n}", c)]
 
 
 def batch(num_images=2, size=128):
@@ -63,7 +56,7 @@ def test_head_without_norm_equals_torchvision():
 
 @pytest.mark.parametrize("choices", EIGHT_CHOICES, ids="-".join)
 def test_trains_and_detects(choices):
-    model = build_model(make_cfg(*choice_opts(choices), "MODEL.RETINANET.SCORE_THRESH_TEST", "0"))
+    model = build_model(make_cfg(*choice_opts(choices), "MODEL.RETINANET.SCORE_THRESH_TEST", "0.0"))
     images, targets = batch()
     losses = model(images, targets)
     assert set(losses) == {"loss_cls", "loss_box_reg"}

@@ -7,6 +7,7 @@ import pytest
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torch import nn
 
 from bn_det.config import load_config
 from bn_det.data.coco import load_coco, registered_sources
@@ -15,8 +16,7 @@ from bn_det.tv import get_cfg
 from bn_det.tv.data import build_test_loader, build_train_loader
 from bn_det.tv.evaluation import coco_metrics, predict
 from bn_det.tv.trainer import Trainer, load_datasets
-
-BASE = "configs/Base-RetinaNet-Shapes.yaml"
+from reference import BASE
 
 
 @pytest.fixture
@@ -163,19 +163,30 @@ def test_perfect_and_missing_predictions(make_cfg):
     assert all(np.isnan(v) for v in coco_metrics(dataset, []).values())
 
 
-def test_boxes_come_back_in_the_original_size(make_cfg):
+class HalfOfTheImage(nn.Module):
+    """Detects the upper left quarter of every image, in the pixels that it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, images):
+        ends = [torch.tensor([i.shape[2], i.shape[1]]) * self.scale for i in images]
+        boxes = [torch.cat([torch.zeros(2), e])[None] for e in ends]
+        return [{"boxes": b, "labels": torch.tensor([2]), "scores": torch.ones(1)} for b in boxes]
+
+
+@pytest.mark.parametrize("size", ["64", "200", "0"])
+def test_boxes_come_back_in_the_original_size(make_cfg, size):
     """Detections of a resized image are in the pixels of the file."""
-    small, large = make_cfg("SOLVER.MAX_ITER", "1"), make_cfg("INPUT.MIN_SIZE_TEST", "256")
-    large.INPUT.MAX_SIZE_TEST = 256
-    trainer, _ = train(small)
-    trainer.model.score_thresh = 0.0
-    (dataset,) = trainer.test_sets
-    for cfg in (small, large):
-        boxes = np.array(
-            [p["bbox"] for p in predict(trainer.model, build_test_loader(cfg, dataset), dataset)]
-        )
-        assert (boxes[:, :2] + boxes[:, 2:]).max() == pytest.approx(128, abs=1e-3)
-    assert trainer.model.training
+    cfg = make_cfg("INPUT.MIN_SIZE_TEST", size, "INPUT.MAX_SIZE_TEST", "300")
+    (dataset,) = load_datasets(cfg, "TEST")
+    model = HalfOfTheImage()
+    found = predict(model, build_test_loader(cfg, dataset), dataset)
+    assert model.training and len(found) == len(dataset.records)
+    for prediction in found:
+        assert prediction["bbox"] == pytest.approx([0, 0, 64, 64])
+        assert prediction["category_id"] == dataset.category_ids[2]
 
 
 def test_loss_that_is_not_finite(make_cfg):

@@ -1,0 +1,72 @@
+"""The commands beside tools/train_net.py."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(script, *args):
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def visualize(tiny_shapes, tmp_path, detections, *args):
+    _, annotations, images = ast.literal_eval(tiny_shapes[1])[1]
+    (tmp_path / "d.json").write_text(json.dumps(detections))
+    return run(
+        "tools/visualize_json_results.py",
+        *("--input", tmp_path / "d.json", "--output", tmp_path / "out" / "a.png"),
+        *("--dataset", "mine", "--json", annotations, "--images", images, *args),
+    )
+
+
+def test_visualize(tiny_shapes, tmp_path):
+    detection = {"image_id": 2, "category_id": 1, "bbox": [20, 30, 50, 60], "score": 0.9}
+    weak = {**detection, "image_id": 1, "score": 0.1}
+    done = visualize(tiny_shapes, tmp_path, [detection, weak], "--num-images", "3")
+    assert done.returncode == 0, done.stderr
+    picture = cv2.imread(str(tmp_path / "out" / "a.png"))
+    assert picture.shape == (2 * 260, 3 * 260, 3)
+    lower = picture[260 + 2 : 2 * 260 - 2]
+    records = json.loads(Path(ast.literal_eval(tiny_shapes[1])[1][1]).read_text())["images"]
+    for k, record in enumerate(records[:3]):
+        path = Path(ast.literal_eval(tiny_shapes[1])[1][2]) / record["file_name"]
+        plain = cv2.resize(cv2.imread(str(path)), (256, 256))
+        changed = (lower[:, k * 260 + 2 : (k + 1) * 260 - 2] != plain).any(2)
+        assert changed.any() == (record["id"] == 2)
+
+
+def test_visualize_bad_input(tiny_shapes, tmp_path):
+    for detections, args, words in [
+        ([{"bbox": 1}], [], "is not a file of detections"),
+        ([], ["--first", "100"], "--first: 100 is past the 6 images"),
+    ]:
+        done = visualize(tiny_shapes, tmp_path, detections, *args)
+        assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+    done = run(
+        "tools/visualize_json_results.py",
+        *("--input", "none.json", "--output", "a.png", "--dataset", "shapes_vall"),
+    )
+    assert "shapes_vall" in done.stderr and "shapes_val'" in done.stderr
+
+
+def test_benchmark_of_joint_batch_norm():
+    done = run(
+        "benchmarks/joint_batch_norm.py",
+        *("--json", "--channels", "4", "--batch", "1", "--rounds", "2"),
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    names = "concat_ms joint_ms per_level_ms speedup_over_concat ratio_to_per_level max_abs_error"
+    assert set(result) == {*names.split(), "extra_memory_ratio"}
+    assert result["max_abs_error"] < 1e-4  # float32, ten thousand values
