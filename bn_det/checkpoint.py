@@ -15,6 +15,18 @@ from yacs.config import CfgNode
 
 from .errors import InputError
 
+_LOAD_ERRORS = (
+    pickle.UnpicklingError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What loaders raise for a file that is missing, cannot be had, or is no checkpoint."""
+
 
 class CheckpointerMixin:
     """What both hosts add to fvcore's Checkpointer; put it before that class in the bases.
@@ -27,7 +39,12 @@ class CheckpointerMixin:
       checkpoint lacks.
     """
 
-    PREDICTORS = ("cls_score.", "cls_logits.")
+    PREDICTORS = (
+        "cls_score.",
+        "cls_logits.",
+        "box_predictor.bbox_pred.",
+        "mask_head.predictor.",
+    )
 
     must_match = False
 
@@ -57,7 +74,7 @@ class CheckpointerMixin:
             return super().load(path, *args, **kwargs)
         except InputError:
             raise
-        except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as e:
+        except _LOAD_ERRORS as e:
             reason = str(e).splitlines()[0] if str(e) else type(e).__name__
             raise InputError(f"{path}: cannot be loaded as a checkpoint: {reason}") from e
 
@@ -73,7 +90,9 @@ class CheckpointerMixin:
                     f"{key}: the checkpoint has shape {tuple(found)}, the model of this config "
                     f"{tuple(expected)}"
                 )
-        if len(incompatible.missing_keys) == len(self.model.state_dict()):
+        # BatchNorm makes up a num_batches_tracked that a checkpoint lacks.
+        names = {k for k in self.model.state_dict() if not k.endswith("num_batches_tracked")}
+        if names <= set(incompatible.missing_keys):
             raise InputError("the checkpoint has no weights with the names of this config's model")
         if self.must_match and incompatible.missing_keys:
             raise InputError(
@@ -98,7 +117,7 @@ def write_aside(path: str | os.PathLike) -> Iterator[str]:
 
     If the block fails, the real one stays as it was.
     """
-    aside = f"{os.fspath(path)}.{os.getpid()}.tmp"
+    aside = f"{os.fspath(path)}.tmp"
     try:
         yield aside
         os.replace(aside, path)
@@ -119,5 +138,6 @@ def check_start(cfg: CfgNode, args: argparse.Namespace) -> None:
     path = cfg.MODEL.WEIGHTS
     if args.eval_only and not path:
         raise InputError("MODEL.WEIGHTS: '' is not accepted; --eval-only needs a checkpoint")
-    if path and "://" not in path and not os.path.isfile(path):
+    # Detectron2 takes options after a question mark.
+    if path and "://" not in path and not os.path.isfile(path.split("?")[0]):
         raise InputError(f"MODEL.WEIGHTS: there is no file {path}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 
 import torch
@@ -40,14 +41,17 @@ def load_config(cfg: CfgNode, config_file: str, opts: Sequence[str], host: str) 
     Raises:
         InputError: a file is missing or not a config, or a key or value is not accepted.
     """
+    if config_file and not os.path.isfile(config_file):
+        raise InputError(f"--config-file: there is no file {config_file}")
     try:
         if config_file:
             # Detectron2 allows python tags unless told otherwise; other hosts do not know of them.
             cfg.merge_from_file(config_file, allow_unsafe=False)
     except FileNotFoundError as e:
-        raise InputError(f"--config-file: there is no file {e.filename}") from e
+        raise InputError(f"--config-file: {config_file}: there is no file {e.filename}") from e
     except (yaml.YAMLError, TypeError, AttributeError) as e:
-        raise InputError(f"--config-file: {config_file} is not a config file: {e}") from e
+        reason = " ".join(str(e).split())
+        raise InputError(f"--config-file: {config_file} is not a config file: {reason}") from e
     except (KeyError, ValueError, AssertionError) as e:
         raise InputError(f"--config-file: {config_file}: {_reason(e, host)}") from e
     if len(opts) % 2:
@@ -55,17 +59,26 @@ def load_config(cfg: CfgNode, config_file: str, opts: Sequence[str], host: str) 
     for key, value in zip(opts[::2], opts[1::2], strict=True):
         try:
             cfg.merge_from_list([key, value])
-        except (KeyError, ValueError, AssertionError) as e:
+        except (KeyError, ValueError, AssertionError, TypeError, AttributeError) as e:
             raise InputError(f"{key}: {value!r} is not accepted: {_reason(e, host)}") from e
     for choice in ("STATISTICS", "POPULATION", "AFFINE"):
         choose(f"MODEL.RETINANET.BN.{choice}", cfg.MODEL.RETINANET.BN[choice], SHARING)
 
 
 def resolve_device(cfg: CfgNode) -> None:
-    """Set MODEL.DEVICE to the CPU where it is Detectron2's default, and there is no GPU."""
+    """Set MODEL.DEVICE to the CPU where it is Detectron2's default, and there is no GPU.
+
+    Raises:
+        InputError: it is not a device, or not one of this machine's.
+    """
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         logger.warning("No CUDA device is available: MODEL.DEVICE cpu is used instead of cuda")
         cfg.MODEL.DEVICE = "cpu"
+    try:
+        torch.empty(0, device=cfg.MODEL.DEVICE)
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).splitlines()[0]
+        raise InputError(f"MODEL.DEVICE: {cfg.MODEL.DEVICE!r} is not accepted: {reason}") from e
 
 
 def _reason(error: Exception, host: str) -> str:

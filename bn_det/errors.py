@@ -22,3 +22,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = get_close_matches(name, known, n=3)
     return f"nearest names: {close}" if close else f"known names: {known}"
+
+
+def one_line(error: InputError) -> str:
+    """The message alone, without the report that a data loader's process puts around it."""
+    return str(error).strip().splitlines()[-1].removeprefix("bn_det.errors.InputError: ")

@@ -12,7 +12,7 @@ import importlib.util
 import os
 import sys
 
-from bn_det.errors import InputError
+from bn_det.errors import InputError, one_line
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -73,7 +73,7 @@ def main() -> None:
         package = {"detectron2": "d2", "torchvision": "tv"}[choose_host(args.host)]
         importlib.import_module(f"bn_det.{package}.train").main(args)
     except InputError as e:
-        sys.exit(f"error: {e}")
+        sys.exit(f"error: {one_line(e)}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import numpy as np
 
 from bn_det.checkpoint import write_aside
 from bn_det.data.coco import CocoDataset, CocoSource, builtin_sources, check_names, load_coco
-from bn_det.errors import InputError
+from bn_det.errors import InputError, one_line
 
 COLOURS = [(80, 80, 255), (80, 220, 80), (255, 140, 60), (60, 220, 255), (255, 80, 255)]
 """BGR, for the classes in turn."""
@@ -76,6 +76,14 @@ def load_detections(path: str) -> list[dict]:
     return detections
 
 
+def positive(text: str) -> int:
+    """A number of the command line that is 1 or more."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not accepted; use 1 or more")
+    return value
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--input", required=True, help="coco_instances_results.json of a run")
@@ -84,14 +92,16 @@ def main() -> None:
     parser.add_argument("--json", help="annotation file, for a data set of your own")
     parser.add_argument("--images", help="folder of its images")
     parser.add_argument("--conf-threshold", type=float, default=0.5, help="least score to draw")
-    parser.add_argument("--num-images", type=int, default=8, help="how many images, side by side")
+    parser.add_argument("--num-images", type=positive, default=8, help="images, side by side")
     parser.add_argument("--first", type=int, default=0, help="the image to begin with")
-    parser.add_argument("--size", type=int, default=256, help="pixels of each image's longer side")
+    parser.add_argument(
+        "--size", type=positive, default=256, help="pixels of an image's longer side"
+    )
     args = parser.parse_args()
     try:
         draw(args)
     except InputError as e:
-        sys.exit(f"error: {e}")
+        sys.exit(f"error: {one_line(e)}")
 
 
 def draw(args: argparse.Namespace) -> None:
@@ -100,16 +110,22 @@ def draw(args: argparse.Namespace) -> None:
         sources[args.dataset] = CocoSource(args.json, args.images or str(Path(args.json).parent))
     check_names("--dataset", [args.dataset], sources)
     dataset = load_coco(args.dataset, sources[args.dataset])
+    if not cv2.haveImageWriter(args.output):
+        raise InputError(f"--output: {args.output!r} is not accepted; use a .png or .jpg file")
     by_image: dict[int, list[dict]] = {}
     for detection in load_detections(args.input):
+        if detection["category_id"] not in dataset.category_ids:
+            raise InputError(
+                f"--input: {args.input} has category {detection['category_id']}, which "
+                f"{dataset.name} has not"
+            )
         if detection["score"] >= args.conf_threshold:
             by_image.setdefault(detection["image_id"], []).append(detection)
     records = dataset.records[args.first : args.first + args.num_images]
-    if not records:
-        raise InputError(f"--first: {args.first} is past the {len(dataset.records)} images")
+    if not 0 <= args.first < len(dataset.records):
+        raise InputError(f"--first: {args.first} is not one of the {len(dataset.records)} images")
     columns = [draw_image(dataset, r, by_image.get(r["image_id"], []), args.size) for r in records]
-    suffix = Path(args.output).suffix or ".png"
-    _, encoded = cv2.imencode(suffix, np.hstack(columns))
+    _, encoded = cv2.imencode(Path(args.output).suffix, np.hstack(columns))
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     with write_aside(args.output) as aside:
         Path(aside).write_bytes(encoded.tobytes())

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import weakref
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ from detectron2.utils.logger import setup_logger
 
 from ..checkpoint import CheckpointerMixin, check_start
 from ..config import add_bn_det_config, load_config, resolve_device
-from ..data.coco import check_names
+from ..data.coco import CocoSource, check_names, load_coco
 from ..errors import InputError
 from ..results import results_table
 from .datasets import register_datasets
@@ -43,11 +43,6 @@ class Trainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         self.checkpointer.must_match = resume
         super().resume_or_load(resume)
-        if self.start_iter >= self.max_iter:
-            raise InputError(
-                f"SOLVER.MAX_ITER: {self.max_iter} is not accepted; the checkpoint to resume has "
-                f"done {self.start_iter} iterations already"
-            )
 
     def train(self) -> dict[str, Any]:
         """Train and evaluate.
@@ -62,17 +57,16 @@ class Trainer(DefaultTrainer):
     def build_train_loader(cls, cfg: CfgNode) -> Any:
         with _readable(cfg.DATASETS.TRAIN):
             loader = super().build_train_loader(cfg)
-        _check_classes(cfg, "TRAIN")
+        for name in cfg.DATASETS.TRAIN:
+            _check_classes(cfg, "TRAIN", name, len(MetadataCatalog.get(name).thing_classes))
         return loader
 
     @classmethod
-    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        with _readable([dataset_name]):
-            return super().build_test_loader(cfg, dataset_name)
-
-    @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
-        return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+        if len(cfg.DATASETS.TEST) > 1:
+            folder = os.path.join(folder, dataset_name)
+        return COCOEvaluator(dataset_name, output_dir=folder)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -88,16 +82,17 @@ def main(args: argparse.Namespace) -> None:
         num_machines=args.num_machines,
         machine_rank=args.machine_rank,
         dist_url=args.dist_url,
-        args=(args,),
+        args=(args, setup(args)),
     )
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """Load the config, check what it names, and start the log in OUTPUT_DIR."""
+    """Load the config and check what it names, before any process is started."""
     cfg = get_cfg()
     add_bn_det_config(cfg)
     load_config(cfg, args.config_file, args.opts, "Detectron2")
-    if cfg.TEST.PRECISE_BN.ENABLED and cfg.MODEL.RETINANET.NORM == "BN":
+    ours = cfg.MODEL.META_ARCHITECTURE == "BNRetinaNet" and cfg.MODEL.RETINANET.NORM == "BN"
+    if cfg.TEST.PRECISE_BN.ENABLED and ours:
         raise InputError(
             "TEST.PRECISE_BN.ENABLED: True is not accepted with MODEL.RETINANET.NORM 'BN', whose "
             "layers take a list of levels; use False"
@@ -106,15 +101,22 @@ def setup(args: argparse.Namespace) -> CfgNode:
     register_datasets(cfg)
     for split in ("TRAIN", "TEST"):
         check_names(f"DATASETS.{split}", cfg.DATASETS[split], DatasetCatalog.list())
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="bn_det")
+    for name in cfg.DATASETS.TEST:
+        # Now, and not when the training is done. COCOEvaluator reads the file, too.
+        metadata = MetadataCatalog.get(name)
+        if metadata.get("evaluator_type") == "coco":
+            source = CocoSource(metadata.json_file, metadata.image_root)
+            dataset = load_coco(name, source, for_evaluation=True)
+            _check_classes(cfg, "TEST", name, len(dataset.category_ids))
     resolve_device(cfg)
     cfg.freeze()
-    default_setup(cfg, args)
     return cfg
 
 
-def _run(args: argparse.Namespace) -> None:
-    cfg = setup(args)
+def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
+    register_datasets(cfg)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="bn_det")
+    default_setup(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
         checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
@@ -129,21 +131,22 @@ def _run(args: argparse.Namespace) -> None:
         print(results_table(results))
 
 
-def _check_classes(cfg: CfgNode, split: str) -> None:
+def _check_classes(cfg: CfgNode, split: str, name: str, found: int) -> None:
     num_classes = cfg.MODEL.RETINANET.NUM_CLASSES
-    for name in cfg.DATASETS[split]:
-        found = len(MetadataCatalog.get(name).thing_classes)
-        if cfg.MODEL.META_ARCHITECTURE == "BNRetinaNet" and found > num_classes:
-            raise InputError(
-                f"MODEL.RETINANET.NUM_CLASSES: {num_classes} is not accepted; {name} of "
-                f"DATASETS.{split} has {found} categories"
-            )
+    if cfg.MODEL.META_ARCHITECTURE == "BNRetinaNet" and found > num_classes:
+        raise InputError(
+            f"MODEL.RETINANET.NUM_CLASSES: {num_classes} is not accepted; {name} of "
+            f"DATASETS.{split} has {found} categories"
+        )
 
 
 @contextmanager
-def _readable(names):
-    """Turn what Detectron2's own loaders raise for a missing or broken file into an InputError."""
+def _readable(names: Sequence[str]) -> Iterator[None]:
+    """Turn what Detectron2's loaders raise for a missing or broken file into an InputError."""
     try:
         yield
-    except (FileNotFoundError, json.JSONDecodeError) as e:
-        raise InputError(f"{list(names)}: cannot be loaded: {e}") from e
+    except InputError:
+        raise
+    except (AssertionError, KeyError, OSError, TypeError, ValueError) as e:
+        reason = " ".join(str(e).split())
+        raise InputError(f"DATASETS.TRAIN: {names!r} cannot be loaded: {reason}") from e

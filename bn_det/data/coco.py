@@ -94,13 +94,12 @@ def check_names(key: str, names: Iterable[str], known: Iterable[str]) -> None:
             )
 
 
-def prepare(name: str, source: CocoSource) -> CocoSource:
+def prepare(name: str, source: CocoSource) -> None:
     """Generate a data set of ours where it is missing; check that the annotation file exists."""
     if source == shapes_sources().get(name):
         generate_shapes(datasets_root() / "shapes")
     if not Path(source.json_file).is_file():
         raise InputError(f"{name}: there is no annotation file {source.json_file}")
-    return source
 
 
 @contextlib.contextmanager
@@ -110,15 +109,22 @@ def readable(name: str, source: CocoSource) -> Iterator[None]:
         yield
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise InputError(f"{name}: {source.json_file} is not valid JSON: {e}") from e
-    except (KeyError, TypeError, IndexError, AssertionError) as e:
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError, AssertionError) as e:
+        reason = " ".join(str(e).split())
         raise InputError(
             f"{name}: {source.json_file} is not in COCO's format for detection (images, "
-            f"annotations and categories): {type(e).__name__} {e}"
+            f"annotations and categories): {type(e).__name__} {reason}"
         ) from e
 
 
-def load_coco(name: str, source: CocoSource) -> CocoDataset:
+def load_coco(name: str, source: CocoSource, for_evaluation: bool = False) -> CocoDataset:
     """Load a data set.
+
+    Args:
+        for_evaluation: whether pycocotools will compare detections with it, which takes the
+            ``area`` and ``iscrowd`` of each annotation; training does without.
 
     Raises:
         InputError: the annotation file is missing, not JSON, or not in COCO's format.
@@ -137,11 +143,7 @@ def load_coco(name: str, source: CocoSource) -> CocoDataset:
                 "height": image["height"],
                 "width": image["width"],
                 "annotations": [
-                    {
-                        "bbox": list(map(float, annotation["bbox"])),
-                        "category_id": classes[annotation["category_id"]],
-                        "iscrowd": annotation.get("iscrowd", 0),
-                    }
+                    _read_annotation(annotation, classes, for_evaluation)
                     for annotation in coco.imgToAnns[image["id"]]
                 ],
             }
@@ -150,3 +152,14 @@ def load_coco(name: str, source: CocoSource) -> CocoDataset:
     if not records or not category_ids:
         raise InputError(f"{name}: {source.json_file} has no images or no categories")
     return CocoDataset(name, coco, category_ids, category_names, records)
+
+
+def _read_annotation(annotation: dict, classes: dict[int, int], for_evaluation: bool) -> dict:
+    x, y, width, height = map(float, annotation["bbox"])
+    if for_evaluation:
+        float(annotation["area"] + annotation["iscrowd"])  # raises where one is missing
+    return {
+        "bbox": [x, y, width, height],
+        "category_id": classes[annotation["category_id"]],
+        "iscrowd": annotation.get("iscrowd", 0),
+    }

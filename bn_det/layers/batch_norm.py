@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import InputError
 from ..moments import Moments
 from .joint import joint_batch_norm, normalize
 
@@ -20,15 +21,16 @@ class BatchNorm2d(nn.BatchNorm2d):
     * an empty input (no proposals, no positives) gives an empty output and zero gradients, and
       updates nothing;
     * the forward pass that activation checkpointing repeats does not update the population
-      statistics a second time;
+      statistics a second time (in a block that is compiled by itself and checkpointed from
+      outside it cannot tell, and does);
     * on a CPU the variance of channels_last data is exact, where torch loses it for data with a
-      large mean.
+      large mean; second derivatives are refused there.
 
     Shape:
         (N, C, H, W) to the same.
 
     Raises:
-        ValueError: in training, if the normalization batch has a single value per channel.
+        InputError: in training, if the normalization batch has a single value per channel.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,9 +85,9 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 def check_batch_size(xs: Sequence[Tensor], where: str = "") -> None:
-    """Raise ValueError if tensors (N, C, H, W) have a single value per channel in all."""
+    """Raise InputError if tensors (N, C, H, W) have a single value per channel in all."""
     if sum(x.numel() // x.shape[1] for x in xs) == 1:
-        raise ValueError(
+        raise InputError(
             f"{where}a normalization batch of a single value per channel has no variance: train "
             "with more images, larger ones, or statistics shared between domains"
         )

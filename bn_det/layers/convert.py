@@ -27,7 +27,8 @@ def convert_batchnorm(module: nn.Module, make: Callable[[int], nn.Module]) -> nn
         that optimizers stay valid), eps, momentum and training mode.
 
     Raises:
-        ValueError: the old layer has parameters or buffers that the new one has no place for.
+        ValueError: the old layer has parameters or buffers that the new one has no place for, or
+            lacks some that the new one needs.
     """
     return _convert(module, make, {})
 
@@ -58,9 +59,9 @@ def _with_state_of(old: nn.Module, new: nn.Module) -> nn.Module:
     for name, value in (*old._parameters.items(), *old._buffers.items()):
         if name in new._parameters and (value is None or name in old._parameters):
             new._parameters[name] = value
-        elif name in new._buffers:
+        elif name in new._buffers and (value is not None or isinstance(new, nn.BatchNorm2d)):
             is_parameter = isinstance(value, nn.Parameter)
             new._buffers[name] = value.detach() if is_parameter else value
-        elif value is not None and name != "num_batches_tracked":
-            raise ValueError(f"{type(new).__name__} has no place for {name} of {old}")
+        elif name != "num_batches_tracked" and (value is not None or name in new._buffers):
+            raise ValueError(f"{type(new).__name__} cannot hold the {name} of {old}")
     return new.train(old.training)

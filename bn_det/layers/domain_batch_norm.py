@@ -47,8 +47,8 @@ class DomainBatchNorm2d(BatchNorm2d):
 
     Raises:
         TypeError: the input is not a list or tuple.
-        ValueError: it has another length, or a domain another number of channels; or, in
-            training, a normalization batch has a single value per channel.
+        ValueError: it has another length, or a domain another number of channels; or (an
+            InputError) in training a normalization batch has a single value per channel.
     """
 
     def __init__(

@@ -38,7 +38,7 @@ def joint_batch_norm(
     biases: Sequence[Tensor | None],
     eps: float,
 ) -> list[Tensor]:
-    """Normalize tensors by the batch statistics of all of them, each in place of its own.
+    """Normalize tensors by the batch statistics of all of them instead of each one's own.
 
     Equal to batch normalization of the values of all tensors taken together, gradients included:
     the statistics depend on every input, and the backward pass takes that into account.
@@ -121,8 +121,8 @@ class _JointBatchNormBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor):
         raise RuntimeError(
-            "second derivatives of batch normalization with statistics shared between tensors are "
-            'not implemented; use statistics="per_domain", or evaluation mode'
+            "second derivatives of batch normalization are not implemented for statistics that are "
+            "shared between tensors, and for channels_last inputs on a CPU"
         )
 
 
@@ -131,14 +131,16 @@ def _reduce(dy: Tensor, x: Tensor, moments: Moments, eps: float) -> tuple[Tensor
     if x.numel() == 0:
         return torch.zeros_like(moments.mean), torch.zeros_like(moments.mean)
     # In evaluation mode, gradients of weight and bias alone: the two sums in one vectorized pass.
+    # CUDA's kernel wants the batch statistics that this mode does not have to be empty, not None.
+    nothing = moments.mean.new_empty(0)
     _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
         dy,
         x,
         torch.ones_like(moments.mean),
         moments.mean,
         moments.var,
-        None,
-        None,
+        nothing,
+        nothing,
         False,
         eps,
         [False, True, True],

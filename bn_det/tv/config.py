@@ -109,9 +109,11 @@ def check_cfg(cfg: CfgNode) -> None:
     for key in ("MAX_ITER", "IMS_PER_BATCH", "CHECKPOINT_PERIOD"):
         if cfg.SOLVER[key] < 1:
             raise InputError(f"SOLVER.{key}: {cfg.SOLVER[key]!r} is not accepted; use 1 or more")
-    sizes = cfg.MODEL.ANCHOR_GENERATOR.SIZES
-    if len(sizes) not in (1, len(levels)):
-        raise InputError(
-            f"MODEL.ANCHOR_GENERATOR.SIZES: {sizes!r} is not accepted; use one list of sizes, or "
-            f"one for each of the {len(levels)} levels"
-        )
+    for name in ("SIZES", "ASPECT_RATIOS"):
+        values = cfg.MODEL.ANCHOR_GENERATOR[name]
+        nested = all(isinstance(v, (list, tuple)) for v in values)
+        if not nested or len(values) not in (1, len(levels)) or len({len(v) for v in values}) > 1:
+            raise InputError(
+                f"MODEL.ANCHOR_GENERATOR.{name}: {values!r} is not accepted; use one list in a "
+                f"list, or {len(levels)} of the same length, one for each level"
+            )

@@ -47,6 +47,11 @@ class DetectionDataset(Dataset):
         draw, index = key
         record = self.records[index]
         image = _read_image(record["file_name"], self.image_format)
+        if image.shape[1:] != (record["height"], record["width"]):
+            raise InputError(
+                f"{record['file_name']}: is {image.shape[2]}x{image.shape[1]} pixels, its "
+                f"annotation says {record['width']}x{record['height']}"
+            )
         objects = [a for a in record["annotations"] if not a["iscrowd"]]
         boxes = torch.tensor([a["bbox"] for a in objects], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
@@ -76,7 +81,8 @@ def build_train_loader(
         records = [r for r in records if any(not a["iscrowd"] for a in r["annotations"])]
     if not records:
         raise InputError(
-            f"DATASETS.TRAIN: {[d.name for d in datasets]} have no image with objects to train on"
+            f"DATASETS.TRAIN: {cfg.DATASETS.TRAIN!r} is not accepted; name a data set that has an "
+            "image with objects"
         )
     flips = {
         "horizontal": [v2.RandomHorizontalFlip()],

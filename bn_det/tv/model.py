@@ -77,12 +77,14 @@ def build_backbone(cfg: CfgNode) -> BackboneWithFPN:
     channels = {f: cfg.MODEL.RESNETS.RES2_OUT_CHANNELS * 2**k for k, f in enumerate(_STAGES)}
     levels = {"res2": "p2", "res3": "p3", "res4": "p4", "res5": "p5"}
     features = cfg.MODEL.FPN.IN_FEATURES
+    top_block = LastLevelP6P7(channels["res5"], cfg.MODEL.FPN.OUT_CHANNELS)
+    top_block.use_P5 = False  # torchvision's choice where both have as many channels
     return BackboneWithFPN(
         body,
         {_STAGES[f]: levels[f] for f in features},
         [channels[f] for f in features],
         cfg.MODEL.FPN.OUT_CHANNELS,
-        extra_blocks=LastLevelP6P7(channels["res5"], cfg.MODEL.FPN.OUT_CHANNELS),
+        extra_blocks=top_block,
         norm_layer=norm_factory(cfg.MODEL.FPN.NORM, NORMS, "MODEL.FPN.NORM"),
     )
 

@@ -75,10 +75,8 @@ class Trainer:
         """
         start, max_iter = self.iteration + 1, self.cfg.SOLVER.MAX_ITER
         if start >= max_iter:
-            raise InputError(
-                f"SOLVER.MAX_ITER: {max_iter} is not accepted; the checkpoint to resume has done "
-                f"{start} iterations already"
-            )
+            logger.info("All %d iterations are done: evaluating", max_iter)
+            return test(self.cfg, self.model, self.test_sets)
         loader = build_train_loader(self.cfg, self.train_sets, self.seed, start)
         logger.info("Starting training from iteration %d", start)
         saver = PeriodicCheckpointer(self.checkpointer, self.cfg.SOLVER.CHECKPOINT_PERIOD, max_iter)
@@ -134,9 +132,15 @@ def load_datasets(cfg: CfgNode, split: str) -> list[CocoDataset]:
     """The data sets of DATASETS.TRAIN or DATASETS.TEST, checked against the model's classes."""
     known = {**builtin_sources(), **registered_sources(cfg)}
     key = f"DATASETS.{split}"
-    check_names(key, cfg.DATASETS[split], known)
-    datasets = [load_coco(name, known[name]) for name in cfg.DATASETS[split]]
+    names = cfg.DATASETS[split]
+    check_names(key, names, known)
+    datasets = [load_coco(name, known[name], for_evaluation=split == "TEST") for name in names]
     for dataset in datasets:
+        if dataset.category_names != datasets[0].category_names:
+            raise InputError(
+                f"{key}: {names!r} have different categories: {dataset.name} has "
+                f"{dataset.category_names}, {datasets[0].name} has {datasets[0].category_names}"
+            )
         if len(dataset.category_ids) > cfg.MODEL.RETINANET.NUM_CLASSES:
             raise InputError(
                 f"MODEL.RETINANET.NUM_CLASSES: {cfg.MODEL.RETINANET.NUM_CLASSES} is not accepted; "

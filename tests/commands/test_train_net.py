@@ -1,5 +1,6 @@
 """tools/train_net.py on both hosts: the main job, and what bad input gets."""
 
+import ast
 import importlib.util
 import json
 import os
@@ -80,19 +81,23 @@ def test_trains_evaluates_and_continues_after_a_kill(host, options, tmp_path):
     assert resumed.returncode == 0, resumed.stderr
     assert f"Host: {host} (--host {host})" in resumed.stdout
     # The results table comes last.
-    tail = resumed.stdout.strip().splitlines()[-7:]
+    tail = resumed.stdout.strip().splitlines()[-8:]
     assert tail[0] == "Evaluation results for bbox:" and "AP50" in tail[1]
-    assert tail[4] == "Per-category bbox AP:" or tail[4].startswith("Per-category")
+    assert tail[4] == "Per-category bbox AP:"
     final = torch.load(out / "model_final.pth", weights_only=True)
     assert final["iteration"] == done + 1
-    assert not list(out.glob("*.tmp"))
     metrics = (out / "metrics.json").read_text().splitlines()
     assert any("bbox/AP" in json.loads(line) for line in metrics)
     assert list(out.glob("events.out.tfevents.*")) and (out / "config.yaml").exists()
 
     evaluated = run(host, "--eval-only", *options, "MODEL.WEIGHTS", out / "model_final.pth")
     assert evaluated.returncode == 0, evaluated.stderr
-    assert evaluated.stdout.strip().splitlines()[-7:] == tail
+    assert evaluated.stdout.strip().splitlines()[-8:] == tail
+
+    # As after a kill during the last evaluation: all that is left to do is done.
+    again = run(host, "--resume", *options, "SOLVER.MAX_ITER", str(done + 2))
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.strip().splitlines()[-8:] == tail
 
 
 def test_auto_says_what_it_took_and_why(options, tmp_path):
@@ -126,6 +131,10 @@ def test_auto_says_what_it_took_and_why(options, tmp_path):
         (["MODEL.WEIGHTS", "none.pth"], ["MODEL.WEIGHTS", "no file none.pth"]),
         (["MODEL.RETINANET.NUM_CLASSES", "3"], ["NUM_CLASSES: 3", "4 categories"]),
         (["--num-gpus", "64"], ["--num-gpus", "64"]),
+        (["MODEL.DEVICE", "gpu"], ["MODEL.DEVICE: 'gpu'"]),
+        (["DATASETS.TRAIN", "()"], ["DATASETS.TRAIN: ()"]),
+        (["MODEL.RETINANET.NUM_CONVS.X", "3"], ["NUM_CONVS.X: '3'"]),
+        (["SOLVER.IMS_PER_BATCH", "1"], ["domain 4: ", "single value per channel"]),
     ],
     ids=lambda v: "-".join(map(str, v[:2])) if isinstance(v, list) else None,
 )
@@ -158,6 +167,13 @@ def test_missing_and_broken_files(capsys, monkeypatch, host, options, tmp_path):
         annotations.write_text(text)
         found = message(*options, *register)
         assert words in found and str(annotations) in found
+    # Found before the training, not after it.
+    sets = ast.literal_eval(options[options.index("DATASETS.REGISTER_COCO") + 1])
+    content = json.loads(Path(sets[0][1]).read_text())
+    del content["annotations"][0]["area"]
+    annotations.write_text(json.dumps(content))
+    found = message(*options, *register[:2], "DATASETS.TEST", "('mine',)")
+    assert "not in COCO's format" in found and "area" in found
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     assert "coco_2017_train" in message(*options, "DATASETS.TRAIN", "('coco_2017_train',)")
 
@@ -168,6 +184,9 @@ def test_checkpoints_that_do_not_fit(capsys, monkeypatch, host, options, tmp_pat
         return fails(capsys, monkeypatch, host, *args)
 
     broken = tmp_path / "broken.pth"
+    for scheme in ("s3", "detectron2"):
+        found = message(*options, "MODEL.WEIGHTS", f"{scheme}://nowhere/x.pkl")
+        assert f"{scheme}://nowhere/x.pkl" in found
     broken.write_bytes(b"no checkpoint")
     assert f"{broken}: cannot be loaded" in message(*options, "MODEL.WEIGHTS", broken)
     torch.save({"model": {"a": torch.zeros(1)}}, broken)

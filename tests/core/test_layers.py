@@ -77,7 +77,7 @@ def test_convert_a_single_layer():
 
 
 def test_convert_to_a_layer_without_place():
-    with pytest.raises(ValueError, match="GroupNorm has no place for running_mean"):
+    with pytest.raises(ValueError, match="GroupNorm cannot hold the running_mean"):
         convert_batchnorm(nn.Sequential(nn.BatchNorm2d(4)), partial(nn.GroupNorm, 2))
 
 

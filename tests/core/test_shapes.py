@@ -131,6 +131,9 @@ def test_a_folder_of_another_version(tmp_path):
     path.write_text(json.dumps({"info": {"version": 0}}))
     with pytest.raises(InputError, match="instances_val.json is not of version"):
         shapes.generate_shapes(root, SMALL)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty: exists, and is not the shapes data set"):
+        shapes.generate_shapes(tmp_path / "empty", SMALL)
 
 
 def test_prepare_generates_where_the_environment_says(tmp_path, monkeypatch):
@@ -139,7 +142,7 @@ def test_prepare_generates_where_the_environment_says(tmp_path, monkeypatch):
     from bn_det.data.coco import builtin_sources
 
     source = builtin_sources()["shapes_val"]
-    assert prepare("shapes_val", source) == source
+    prepare("shapes_val", source)
     assert (tmp_path / "shapes/annotations/instances_val.json").is_file()
     coco = builtin_sources()["coco_2017_val"]
     assert coco.json_file == str(tmp_path / "coco/annotations/instances_val2017.json")

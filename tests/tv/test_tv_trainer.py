@@ -1,6 +1,7 @@
 """The torchvision host's loop, data order, checkpoints and evaluation."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 from bn_det.config import load_config
 from bn_det.data.coco import load_coco, registered_sources
-from bn_det.errors import InputError
+from bn_det.errors import InputError, one_line
 from bn_det.tv import get_cfg
 from bn_det.tv.data import build_test_loader, build_train_loader
 from bn_det.tv.evaluation import coco_metrics, predict
@@ -124,11 +125,14 @@ def test_resumed_run_ends_with_the_same_weights(make_cfg, tmp_path, num_workers)
         assert torch.equal(a["momentum_buffer"], b["momentum_buffer"])
 
 
-def test_nothing_left_to_train(make_cfg):
-    cfg = make_cfg("DATASETS.TEST", "()", "SOLVER.MAX_ITER", "1")
-    train(cfg)
-    with pytest.raises(InputError, match="MAX_ITER: 1 .* done 1 iterations"):
-        train(cfg, resume=True)
+def test_resuming_a_finished_run_evaluates(make_cfg):
+    """As after a kill during the last evaluation."""
+    cfg = make_cfg("SOLVER.MAX_ITER", "2", "MODEL.RETINANET.SCORE_THRESH_TEST", "0.001")
+    first, expected = train(cfg)
+    again, results = train(cfg, resume=True)
+    np.testing.assert_equal(results, expected)
+    for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_evaluation_equals_pycocotools_by_hand(make_cfg, tmp_path):
@@ -199,3 +203,31 @@ def test_loss_that_is_not_finite(make_cfg):
 def test_no_detections_at_all(make_cfg):
     _, results = train(make_cfg("MODEL.RETINANET.SCORE_THRESH_TEST", "0.999"))
     assert np.isnan(results["bbox"]["AP"])
+
+
+def test_data_that_does_not_go_together(make_cfg, tmp_path):
+    cfg = make_cfg()
+    name, path, images = cfg.DATASETS.REGISTER_COCO[0]
+    content = json.loads(Path(path).read_text())
+    content["categories"][0]["name"] = "disc"
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    sets = [[name, path, images], ["other", str(tmp_path / "other.json"), images]]
+    both = make_cfg("DATASETS.REGISTER_COCO", repr(sets), "DATASETS.TRAIN", f"('{name}', 'other')")
+    with pytest.raises(InputError, match="DATASETS.TRAIN: .* different categories.*disc"):
+        load_datasets(both, "TRAIN")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_images_that_cannot_be_used(make_cfg, tmp_path, num_workers):
+    cfg = make_cfg("DATALOADER.NUM_WORKERS", str(num_workers))
+    (dataset,) = load_datasets(cfg, "TEST")
+    record = dataset.records[0]
+    for change, message in [
+        ({"file_name": str(tmp_path / "none.png")}, "none.png: cannot be read as an image"),
+        ({"height": 5}, "is 128x128 pixels, its annotation says 128x5"),
+    ]:
+        dataset.records[0] = {**record, **change}
+        with pytest.raises(InputError) as e:
+            next(iter(build_test_loader(cfg, dataset)))
+        assert one_line(e.value).endswith(message)
+        assert one_line(e.value).startswith("/")
