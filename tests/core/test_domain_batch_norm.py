@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -108,6 +109,47 @@ def test_evaluation_equals_the_definition(choices):
     torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
 
 
+def torchs_own(layer, xs):
+    """The layer's forward pass by ``F.batch_norm`` alone, population statistics updated with it."""
+    pops = [layer.population_of(k) for k in range(len(xs))]
+    eps = layer.eps
+    if not layer.training:
+        ys = [
+            F.batch_norm(x, p.running_mean, p.running_var, eps=eps)
+            for x, p in zip(xs, pops, strict=True)
+        ]
+    else:
+        ys = []
+        for x, p in zip(xs, pops, strict=True):
+            own = layer.population == "per_domain" or layer.statistics == "per_domain"
+            ema = (p.running_mean, p.running_var) if own else (None, None)
+            ys.append(F.batch_norm(x, *ema, training=True, momentum=0.1, eps=eps))
+        if layer.statistics == "shared":
+            joined = torch.cat([x.flatten(2) for x in xs], 2)
+            ema = (None, None) if own else (layer.running_mean, layer.running_var)
+            joined = F.batch_norm(joined, *ema, training=True, momentum=0.1, eps=eps)
+            parts = joined.split([x.shape[2] * x.shape[3] for x in xs], 2)
+            ys = [y.reshape(x.shape) for x, y in zip(xs, parts, strict=True)]
+    shape = (1, -1, 1, 1)
+    return [y * w.view(shape) + b.view(shape) for y, w, b in zip(ys, *affines(layer), strict=True)]
+
+
+@eight_choices
+@pytest.mark.parametrize("training", [True, False])
+def test_equals_torchs_own(choices, training):
+    layer = make(choices).train(training)
+    other = copy.deepcopy(layer)
+    for _ in range(2):
+        xs = pyramid([(2, 5, 4), (2, 3, 2), (2, 2, 2), (2, 1, 1)])
+        ys, expected = layer(xs), torchs_own(other, xs)
+        assert_all_close(ys, expected, 1e-10)
+        found = gradients(ys, [*xs, *layer.parameters()])
+        assert_all_close(found, gradients(expected, [*xs, *other.parameters()]), 1e-10)
+    for (name, a), b in zip(layer.state_dict().items(), other.state_dict().values(), strict=True):
+        if "num_batches" not in name:
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
 def test_one_module_called_for_each_level_to_the_bit():
     """Row 3 of Table 5: per-domain statistics, shared population, against nn.BatchNorm2d."""
     layer = DomainBatchNorm2d(5, len(SIZES), population="shared")
@@ -126,9 +168,9 @@ def test_separate_modules_to_the_bit():
     torchs = [nn.BatchNorm2d(5, affine=False) for _ in SIZES]
     for _ in range(3):
         xs = pyramid(dtype=torch.float32)
-        layer(xs)
-        for bn, x in zip(torchs, xs, strict=True):
-            bn(x)
+        ys = layer(xs)
+        for bn, x, y in zip(torchs, xs, ys, strict=True):
+            assert torch.equal(bn(x), y)
     for k, bn in enumerate(torchs):
         for name, value in bn.state_dict().items():
             assert torch.equal(layer.state_dict()[f"{k}.{name}"], value), name
@@ -193,8 +235,9 @@ def test_half_precision(statistics, dtype):
     found = gradients(ys, [*xs, layer.weight, layer.bias])
     wanted = gradients(expected, [*wide, exact.weight, exact.bias])
     assert_all_close(found[:-2], wanted[:-2], 2 * tolerance)
-    # Sums over a hundred values.
-    assert_all_close(found[-2:], wanted[-2:], 20 * tolerance)
+    # Sums over a hundred values: relative to their size, about 10.
+    for a, b in zip(found[-2:], wanted[-2:], strict=True):
+        assert (a - b).abs().max() <= 4 * tolerance * b.abs().max()
     assert_all_close(layer.buffers(), exact.buffers(), 1e-4)  # statistics are float32
 
 
@@ -214,13 +257,18 @@ def test_autocast(statistics):
     conv = nn.Conv2d(5, 5, 1)
     layer = make((statistics, "shared", "shared")).float()
     xs = pyramid(dtype=torch.float32)
-    exact = copy.deepcopy(layer)([conv(x) for x in xs])
+    other = copy.deepcopy(layer)
+    exact = other([conv(x) for x in xs])
     with torch.autocast("cpu", torch.bfloat16):
         ys = layer([conv(x) for x in xs])
     assert all(y.dtype == torch.bfloat16 for y in ys)
     found = gradients(ys, [*xs, *conv.parameters(), *layer.parameters()])
-    assert all(torch.isfinite(g).all() and g.dtype == torch.float32 for g in found)
-    assert_all_close(ys, exact, 0.1)
+    assert_all_close(ys, exact, 0.1)  # bfloat16 has eight bits
+    wanted = gradients(exact, [*xs, *conv.parameters(), *other.parameters()])
+    for k, (a, b) in enumerate(zip(found, wanted, strict=True)):
+        assert a.dtype == torch.float32
+        if k != len(xs) + 1:  # the bias before a normalization has no gradient but rounding
+            assert (a - b).norm() <= 0.1 * b.norm(), k
 
 
 @pytest.mark.parametrize("statistics", ["shared", "per_domain"])

@@ -150,6 +150,33 @@ def test_evaluation_equals_pycocotools_by_hand(make_cfg, tmp_path):
     np.testing.assert_array_equal(found, expected)
 
 
+def test_imperfect_predictions_equal_pycocotools(make_cfg, tmp_path):
+    """The same on detections that are nearly right, where no number is zero by chance."""
+    dataset = load_coco("tiny_val", registered_sources(make_cfg())["tiny_val"])
+    rng = np.random.default_rng(0)
+    predictions = [
+        {
+            "image_id": a["image_id"],
+            "category_id": a["category_id"] if rng.random() < 0.8 else 1,
+            "bbox": (np.array(a["bbox"]) + rng.normal(0, 3, 4)).tolist(),
+            "score": rng.random(),
+        }
+        for a in dataset.coco.dataset["annotations"] * 2
+    ]
+    path = tmp_path / "predictions.json"
+    path.write_text(json.dumps(predictions))
+    truth = COCO(registered_sources(make_cfg())["tiny_val"].json_file)
+    evaluation = COCOeval(truth, truth.loadRes(str(path)), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    found = list(coco_metrics(dataset, predictions).values())[:6]
+    assert 0 < found[0] < 100
+    np.testing.assert_array_equal(
+        found, 100 * np.where(evaluation.stats < 0, np.nan, evaluation.stats)[:6]
+    )
+
+
 def test_perfect_and_missing_predictions(make_cfg):
     cfg = make_cfg()
     dataset = load_coco("tiny_val", registered_sources(cfg)["tiny_val"])
