@@ -78,6 +78,10 @@ class Moments(NamedTuple):
         return self.var * correction.to(self.var.dtype)
 
 
+_PART_SIZE = 2**19
+"""Values that are centered at once: 2 MiB of float32."""
+
+
 def _two_pass_mean_var(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Corrected two-pass algorithm on the CPU.
 
@@ -85,15 +89,22 @@ def _two_pass_mean_var(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     not vectorized) and loses the variance of channels_last data with a large mean;
     ``torch.var_mean`` takes ten times as long.
     """
-    x = x.reshape(x.shape[0], x.shape[1], -1).to(dtype)
-    count = x.shape[0] * x.shape[2]
-    mean = x.mean((0, 2))
-    centered = x - mean.unsqueeze(1)
-    # A norm per sample, then over samples: the inner reduction stays contiguous and short.
-    square_sum = torch.linalg.vector_norm(centered, dim=2).square().sum(0)
-    rounding = centered.mean((0, 2))
-    var = (square_sum / count - rounding.square()).clamp(min=0)
-    return mean + rounding, var
+    num_samples, num_channels = x.shape[:2]
+    rows = x.reshape(num_samples * num_channels, -1)
+    count = rows.numel() // num_channels
+    mean = rows.mean(1, dtype=dtype).view(num_samples, num_channels).mean(0)
+    shift = mean.repeat(num_samples).unsqueeze(1)
+    # Some rows at a time, in one buffer: memory for all would be fresh, and slow, at each call.
+    step = max(1, _PART_SIZE // rows.shape[1])
+    buffer = torch.empty(min(step, len(rows)), rows.shape[1], dtype=dtype)
+    norms, sums = [], []
+    for part, part_shift in zip(rows.split(step), shift.split(step), strict=True):
+        centered = torch.sub(part, part_shift, out=buffer[: len(part)])
+        norms.append(torch.linalg.vector_norm(centered, dim=1))
+        sums.append(centered.sum(1))
+    square_mean = torch.cat(norms).square().view(num_samples, num_channels).sum(0) / count
+    rounding = torch.cat(sums).view(num_samples, num_channels).sum(0) / count
+    return mean + rounding, (square_mean - rounding.square()).clamp(min=0)
 
 
 def _fused_mean_var(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
