@@ -40,12 +40,22 @@ def draw_objects(image: np.ndarray, objects: list[dict], names: dict[int, str]) 
         label = names[item["category_id"]]
         if "score" in item:
             label += f" {item['score']:.2f}"
-        place = (corners[0][0] + 3, max(corners[0][1] - 5, 12))
-        for shade, thickness in (((0, 0, 0), 3), ((255, 255, 255), 1)):
-            cv2.putText(
-                image, label, place, cv2.FONT_HERSHEY_SIMPLEX, 0.45, shade, thickness, cv2.LINE_AA
-            )
+        _draw_label(image, label, corners[0], colour)
     return image
+
+
+def _draw_label(
+    image: np.ndarray, label: str, corner: tuple[int, int], colour: tuple[int, int, int]
+) -> None:
+    """Text on a plate of a colour, on top of a box's corner or, at the image's edge, inside it."""
+    font, scale = cv2.FONT_HERSHEY_SIMPLEX, 0.4
+    (width, height), below = cv2.getTextSize(label, font, scale, 1)
+    left = min(max(corner[0] - 1, 0), max(image.shape[1] - width, 0))
+    bottom = max(corner[1], height + below + 1)
+    cv2.rectangle(
+        image, (left, bottom - height - below), (left + width, bottom), colour, cv2.FILLED
+    )
+    cv2.putText(image, label, (left, bottom - below), font, scale, (0, 0, 0), 1, cv2.LINE_AA)
 
 
 def draw_image(dataset: CocoDataset, record: dict, detections: list[dict], size: int) -> np.ndarray:
@@ -91,7 +101,7 @@ def main() -> None:
     parser.add_argument("--dataset", default="shapes_val", help="name of the data set")
     parser.add_argument("--json", help="annotation file, for a data set of your own")
     parser.add_argument("--images", help="folder of its images")
-    parser.add_argument("--conf-threshold", type=float, default=0.5, help="least score to draw")
+    parser.add_argument("--conf-threshold", type=float, default=0.4, help="least score to draw")
     parser.add_argument("--num-images", type=positive, default=8, help="images, side by side")
     parser.add_argument("--first", type=int, default=0, help="the image to begin with")
     parser.add_argument(

@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.models.detection import retinanet as stock
 from torchvision.ops import FrozenBatchNorm2d
 
-from bn_det import BatchNorm2d, DomainBatchNorm2d
+from bn_det import BatchNorm2d, DomainBatchNorm2d, convert_batchnorm
 from bn_det.config import load_config
 from bn_det.errors import InputError
 from bn_det.tv import build_model, get_cfg
@@ -155,3 +155,20 @@ def test_stride_of_deep_resnets_is_named():
     with pytest.raises(InputError, match="STRIDE_IN_1X1: True .*False"):
         build_model(make_cfg(*opts))
     build_model(make_cfg(*opts, "MODEL.RESNETS.STRIDE_IN_1X1", "False"))
+
+
+def test_conversion_to_frozen():
+    """Parameters become buffers; what a frozen layer cannot do without is an error."""
+    old = nn.BatchNorm2d(4)
+    for t in (*old.parameters(), old.running_mean, old.running_var):
+        t.data.uniform_(0.5, 2)
+    x = torch.randn(2, 4, 3, 3)
+    new = convert_batchnorm(nn.Sequential(old), FrozenBatchNorm2d)[0]
+    assert isinstance(new, FrozenBatchNorm2d) and not list(new.parameters())
+    torch.testing.assert_close(new(x), old.eval()(x))
+    for kwargs, name in [
+        ({"affine": False}, "weight"),
+        ({"track_running_stats": False}, "running"),
+    ]:
+        with pytest.raises(ValueError, match=f"FrozenBatchNorm2d cannot hold the {name}"):
+            convert_batchnorm(nn.BatchNorm2d(4, **kwargs), FrozenBatchNorm2d)
