@@ -73,33 +73,38 @@ class Trainer:
         Returns:
             the results of the last evaluation, empty without a test set.
         """
-        start, max_iter = self.iteration + 1, self.cfg.SOLVER.MAX_ITER
-        if start >= max_iter:
-            logger.info("All %d iterations are done: evaluating", max_iter)
-            return test(self.cfg, self.model, self.test_sets)
-        loader = build_train_loader(self.cfg, self.train_sets, self.seed, start)
-        logger.info("Starting training from iteration %d", start)
-        saver = PeriodicCheckpointer(self.checkpointer, self.cfg.SOLVER.CHECKPOINT_PERIOD, max_iter)
-        writer = MetricsWriter(self.cfg.OUTPUT_DIR, max_iter)
-        period = self.cfg.TEST.EVAL_PERIOD
-        results = {}
-        self.model.train()
-        batches = iter(loader)
+        writer = MetricsWriter(self.cfg.OUTPUT_DIR, self.cfg.SOLVER.MAX_ITER)
         try:
-            for self.iteration in range(start, max_iter):
-                data_start = time.perf_counter()
-                batch = next(batches)
-                data_time = time.perf_counter() - data_start
-                lr = self.optimizer.param_groups[0]["lr"]
-                losses = self.run_step(batch)
-                writer.step(self.iteration, lr, data_time, losses)
-                saver.step(self.iteration)
-                done = self.iteration + 1
-                if done == max_iter or (period > 0 and done % period == 0):
-                    results = test(self.cfg, self.model, self.test_sets)
-                    writer.results(self.iteration, results)
+            # A run that was stopped in its last evaluation has no iterations left.
+            if self.iteration + 1 < self.cfg.SOLVER.MAX_ITER:
+                self._train(writer)
+            return self._test(writer)
         finally:
             writer.close()
+
+    def _train(self, writer: MetricsWriter) -> None:
+        start, max_iter = self.iteration + 1, self.cfg.SOLVER.MAX_ITER
+        logger.info("Starting training from iteration %d", start)
+        saver = PeriodicCheckpointer(self.checkpointer, self.cfg.SOLVER.CHECKPOINT_PERIOD, max_iter)
+        eval_period = self.cfg.TEST.EVAL_PERIOD
+        batches = iter(build_train_loader(self.cfg, self.train_sets, self.seed, start))
+        self.model.train()
+        for self.iteration in range(start, max_iter):
+            data_start = time.perf_counter()
+            batch = next(batches)
+            data_time = time.perf_counter() - data_start
+            lr = self.optimizer.param_groups[0]["lr"]
+            losses = self.run_step(batch)
+            writer.step(self.iteration, lr, data_time, losses)
+            saver.step(self.iteration)
+            done = self.iteration + 1
+            if eval_period > 0 and done % eval_period == 0 and done < max_iter:
+                self._test(writer)
+
+    def _test(self, writer: MetricsWriter) -> dict:
+        results = test(self.cfg, self.model, self.test_sets)
+        if results:
+            writer.results(self.iteration, results)
         return results
 
     def run_step(self, batch: list) -> dict[str, float]:

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from fvcore.nn.precise_bn import update_bn_stats
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -112,3 +113,13 @@ def test_jacobian():
     assert torch.equal(
         reference.dependence(lambda xs: [layer(xs[0])], xs), torch.eye(3, dtype=torch.bool)
     )
+
+
+def test_stock_precise_bn():
+    """fvcore's hook finds and updates our layer as it does torch's."""
+    ours, theirs = (nn.Sequential(nn.Conv2d(3, 6, 1), layer).double() for layer in pair())
+    theirs[0].load_state_dict(ours[0].state_dict())
+    data = [torch.randn(n, 3, 4, 4, dtype=torch.float64) for n in (2, 3, 5)]
+    for model in (ours, theirs):
+        update_bn_stats(model, data, num_iters=3)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-12, atol=1e-12)

@@ -4,6 +4,10 @@ import pytest
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
+import subprocess
+import sys
+from pathlib import Path
+
 import detectron2.config
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -15,8 +19,10 @@ from torch import nn
 
 import bn_det.d2
 from bn_det.config import load_config
+from bn_det.d2 import norms as d2_norms
 from bn_det.data.coco import builtin_sources, load_coco, registered_sources
 from bn_det.tv import build_model, get_cfg
+from bn_det.tv import norms as tv_norms
 from bn_det.tv import solver as tv_solver
 from bn_det.tv.data import build_test_loader
 from bn_det.tv.evaluation import coco_metrics
@@ -162,3 +168,35 @@ def test_the_same_test_images(tiny_shapes):
     ):
         assert image.shape == inputs[0]["image"].shape
         assert (image - inputs[0]["image"].float()).abs().max() <= 2
+
+
+@pytest.mark.parametrize("name", sorted(d2_norms.NORMS))
+def test_norms_without_a_batch(name):
+    assert set(d2_norms.NORMS) == set(tv_norms.NORMS)
+    x = torch.randn(2, 64, 5, 4) * 3 + 1
+    ours, theirs = tv_norms.NORMS[name](64), d2_norms.NORMS[name](64)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+    assert ours.eps == theirs.eps
+
+
+@pytest.mark.parametrize("host", ["torchvision", "detectron2"])
+def test_two_test_sets(host, tiny_shapes, tmp_path):
+    """Each has its results, and its own file of detections."""
+    root = Path(__file__).parents[2]
+    both = [o if o != "('tiny_val',)" else "('tiny_val', 'tiny_train')" for o in tiny_shapes]
+    done = subprocess.run(
+        [
+            *(sys.executable, str(root / "tools" / "train_net.py"), "--host", host),
+            *("--config-file", BASE, *both, "OUTPUT_DIR", str(tmp_path), "MODEL.DEVICE", "cpu"),
+            *("SOLVER.MAX_ITER", "1", "SOLVER.IMS_PER_BATCH", "2"),
+            *("MODEL.RETINANET.SCORE_THRESH_TEST", "0.001"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    tail = done.stdout[done.stdout.rindex("Data set tiny_val") :]
+    assert "Data set tiny_train" in tail and tail.count("Evaluation results for bbox:") == 2
+    for name in ("tiny_val", "tiny_train"):
+        assert (tmp_path / "inference" / name / "coco_instances_results.json").is_file()

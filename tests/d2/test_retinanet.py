@@ -123,6 +123,17 @@ def test_our_layers_are_in_place():
     assert isinstance(model.head.cls_subnet[1], DomainBatchNorm2d)
 
 
+def test_freezing_our_layer():
+    """Detectron2's conversion takes our layer for the BatchNorm2d that it is."""
+    layer = BatchNorm2d(4)
+    for t in (*layer.parameters(), layer.running_mean, layer.running_var):
+        t.data.uniform_(0.5, 2)
+    frozen = FrozenBatchNorm2d.convert_frozen_batchnorm(nn.Sequential(layer))[0]
+    x = torch.randn(2, 4, 3, 3)
+    assert isinstance(frozen, FrozenBatchNorm2d)
+    torch.testing.assert_close(frozen(x), layer.eval()(x))
+
+
 @pytest.mark.parametrize("norm", ["", "FrozenBN", "GN", "LN"])
 def test_other_norms(norm):
     opts = []

@@ -125,12 +125,14 @@ def test_resumed_run_ends_with_the_same_weights(make_cfg, tmp_path, num_workers)
         assert torch.equal(a["momentum_buffer"], b["momentum_buffer"])
 
 
-def test_resuming_a_finished_run_evaluates(make_cfg):
+def test_resuming_a_finished_run_evaluates(make_cfg, tmp_path):
     """As after a kill during the last evaluation."""
     cfg = make_cfg("SOLVER.MAX_ITER", "2", "MODEL.RETINANET.SCORE_THRESH_TEST", "0.001")
     first, expected = train(cfg)
     again, results = train(cfg, resume=True)
     np.testing.assert_equal(results, expected)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    assert [line["iteration"] for line in lines if "bbox/AP" in line] == [1, 1]
     for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(a, b)
 
