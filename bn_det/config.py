@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import yaml
 from yacs.config import CfgNode
 
 from .errors import InputError, choose
-from .layers import SHARING
+from .layers import SHARING, level_norm_factory
+from .layers.norms import NormFactory
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,22 @@ def add_bn_det_config(cfg: CfgNode) -> None:
     # Data sets of one's own in COCO's format: a list of [name, JSON file, folder of images]. The
     # names can then stand in DATASETS.TRAIN and DATASETS.TEST.
     cfg.DATASETS.REGISTER_COCO = []
+
+
+def retinanet_norm(
+    cfg: CfgNode, others: Mapping[str, NormFactory], num_levels: int
+) -> NormFactory | None:
+    """The norm of RetinaNet's head that MODEL.RETINANET asks for; see ``level_norm_factory``."""
+    choices = cfg.MODEL.RETINANET.BN
+    return level_norm_factory(
+        cfg.MODEL.RETINANET.NORM,
+        others,
+        num_levels,
+        statistics=choices.STATISTICS,
+        population=choices.POPULATION,
+        affine=choices.AFFINE,
+        key="MODEL.RETINANET.NORM",
+    )
 
 
 def load_config(cfg: CfgNode, config_file: str, opts: Sequence[str], host: str) -> None:

@@ -23,6 +23,11 @@ def choice_opts(choices: Sequence[str]) -> list[str]:
     return [o for n, c in zip(names, choices, strict=True) for o in (f"MODEL.RETINANET.BN.{n}", c)]
 
 
+def norm_opts(norm: str) -> list[str]:
+    """KEY VALUE pairs for one norm in all parts of the detector."""
+    return [o for part in ("RESNETS", "FPN", "RETINANET") for o in (f"MODEL.{part}.NORM", norm)]
+
+
 def values(xs: Sequence[Tensor]) -> Tensor:
     """All values of tensors (N, C, H, W) as one matrix (number of values, C)."""
     return torch.cat([x.movedim(1, -1).reshape(-1, x.shape[1]) for x in xs])

@@ -11,7 +11,8 @@ from detectron2.modeling.meta_arch import RetinaNet
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import Tensor
 
-from ..layers import forward_levels, level_norm_factory
+from ..config import retinanet_norm
+from ..layers import forward_levels
 from .norms import NORMS
 
 
@@ -27,17 +28,7 @@ class BNRetinaNetHead(RetinaNetHead):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict[str, Any]:
         ret = super().from_config(cfg, input_shape)
-        choices = cfg.MODEL.RETINANET.BN
-        norm = level_norm_factory(
-            cfg.MODEL.RETINANET.NORM,
-            NORMS,
-            len(input_shape),
-            statistics=choices.STATISTICS,
-            population=choices.POPULATION,
-            affine=choices.AFFINE,
-            key="MODEL.RETINANET.NORM",
-        )
-        return {**ret, "norm": norm or ""}
+        return {**ret, "norm": retinanet_norm(cfg, NORMS, len(input_shape)) or ""}
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """As in the base class: from a list of levels to their logits and box deltas."""
@@ -52,7 +43,8 @@ class BNRetinaNet(RetinaNet):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        # The base class builds the stock head from the norm's name, which has to be one it knows.
+        # The base class builds the stock head, which is replaced below, from the norm's name: it
+        # has to be one that the base class knows.
         stock = cfg.clone()
         stock.defrost()
         stock.MODEL.RETINANET.NORM = ""

@@ -20,7 +20,7 @@ from detectron2.utils.logger import setup_logger
 
 from ..checkpoint import CheckpointerMixin, check_start
 from ..config import add_bn_det_config, load_config, resolve_device
-from ..data.coco import CocoSource, check_names, load_coco
+from ..data.coco import CocoSource, check_names, check_num_classes, load_coco
 from ..errors import InputError
 from ..results import results_table
 from .datasets import register_datasets
@@ -58,7 +58,9 @@ class Trainer(DefaultTrainer):
         with _readable(cfg.DATASETS.TRAIN):
             loader = super().build_train_loader(cfg)
         for name in cfg.DATASETS.TRAIN:
-            _check_classes(cfg, "TRAIN", name, len(MetadataCatalog.get(name).thing_classes))
+            _check_classes(
+                cfg, "DATASETS.TRAIN", name, len(MetadataCatalog.get(name).thing_classes)
+            )
         return loader
 
     @classmethod
@@ -107,7 +109,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         if metadata.get("evaluator_type") == "coco":
             source = CocoSource(metadata.json_file, metadata.image_root)
             dataset = load_coco(name, source, for_evaluation=True)
-            _check_classes(cfg, "TEST", name, len(dataset.category_ids))
+            _check_classes(cfg, "DATASETS.TEST", name, len(dataset.category_ids))
     resolve_device(cfg)
     cfg.freeze()
     return cfg
@@ -131,13 +133,9 @@ def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
         print(results_table(results))
 
 
-def _check_classes(cfg: CfgNode, split: str, name: str, found: int) -> None:
-    num_classes = cfg.MODEL.RETINANET.NUM_CLASSES
-    if cfg.MODEL.META_ARCHITECTURE == "BNRetinaNet" and found > num_classes:
-        raise InputError(
-            f"MODEL.RETINANET.NUM_CLASSES: {num_classes} is not accepted; {name} of "
-            f"DATASETS.{split} has {found} categories"
-        )
+def _check_classes(cfg: CfgNode, key: str, name: str, found: int) -> None:
+    if cfg.MODEL.META_ARCHITECTURE == "BNRetinaNet":
+        check_num_classes(cfg, key, name, found)
 
 
 @contextmanager

@@ -94,6 +94,16 @@ def check_names(key: str, names: Iterable[str], known: Iterable[str]) -> None:
             )
 
 
+def check_num_classes(cfg: CfgNode, key: str, name: str, found: int) -> None:
+    """Raise InputError if a data set has more categories than RetinaNet's head has classes."""
+    num_classes = cfg.MODEL.RETINANET.NUM_CLASSES
+    if found > num_classes:
+        raise InputError(
+            f"MODEL.RETINANET.NUM_CLASSES: {num_classes} is not accepted; {name} of {key} has "
+            f"{found} categories"
+        )
+
+
 def prepare(name: str, source: CocoSource) -> None:
     """Generate a data set of ours where it is missing; check that the annotation file exists."""
     if source == shapes_sources().get(name):

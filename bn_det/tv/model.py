@@ -13,7 +13,8 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from ..layers import convert_batchnorm, level_norm_factory, norm_factory
+from ..config import retinanet_norm
+from ..layers import convert_batchnorm, norm_factory
 from .config import check_cfg
 from .norms import NORMS
 from .retinanet import BNRetinaNetHead
@@ -36,21 +37,12 @@ def build_model(cfg: CfgNode) -> RetinaNet:
     backbone = build_backbone(cfg)
     retinanet = cfg.MODEL.RETINANET
     anchors = _anchor_generator(cfg)
-    norm = level_norm_factory(
-        retinanet.NORM,
-        NORMS,
-        len(retinanet.IN_FEATURES),
-        statistics=retinanet.BN.STATISTICS,
-        population=retinanet.BN.POPULATION,
-        affine=retinanet.BN.AFFINE,
-        key="MODEL.RETINANET.NORM",
-    )
     head = BNRetinaNetHead(
         backbone.out_channels,
         anchors.num_anchors_per_location()[0],
         retinanet.NUM_CLASSES,
         retinanet.NUM_CONVS,
-        norm,
+        retinanet_norm(cfg, NORMS, len(retinanet.IN_FEATURES)),
     )
     model = RetinaNet(
         backbone,
@@ -75,13 +67,12 @@ def build_backbone(cfg: CfgNode) -> BackboneWithFPN:
     body = getattr(resnet, f"resnet{depth}")(norm_layer=norm)
     _freeze(body, cfg.MODEL.BACKBONE.FREEZE_AT)
     channels = {f: cfg.MODEL.RESNETS.RES2_OUT_CHANNELS * 2**k for k, f in enumerate(_STAGES)}
-    levels = {"res2": "p2", "res3": "p3", "res4": "p4", "res5": "p5"}
     features = cfg.MODEL.FPN.IN_FEATURES
     top_block = LastLevelP6P7(channels["res5"], cfg.MODEL.FPN.OUT_CHANNELS)
     top_block.use_P5 = False  # torchvision's choice where both have as many channels
     return BackboneWithFPN(
         body,
-        {_STAGES[f]: levels[f] for f in features},
+        {_STAGES[f]: f.replace("res", "p") for f in features},
         [channels[f] for f in features],
         cfg.MODEL.FPN.OUT_CHANNELS,
         extra_blocks=top_block,

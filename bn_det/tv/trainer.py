@@ -13,7 +13,14 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from ..checkpoint import Checkpointer
-from ..data.coco import CocoDataset, builtin_sources, check_names, load_coco, registered_sources
+from ..data.coco import (
+    CocoDataset,
+    builtin_sources,
+    check_names,
+    check_num_classes,
+    load_coco,
+    registered_sources,
+)
 from ..errors import InputError
 from .data import build_test_loader, build_train_loader
 from .evaluation import evaluate
@@ -146,11 +153,7 @@ def load_datasets(cfg: CfgNode, split: str) -> list[CocoDataset]:
                 f"{key}: {names!r} have different categories: {dataset.name} has "
                 f"{dataset.category_names}, {datasets[0].name} has {datasets[0].category_names}"
             )
-        if len(dataset.category_ids) > cfg.MODEL.RETINANET.NUM_CLASSES:
-            raise InputError(
-                f"MODEL.RETINANET.NUM_CLASSES: {cfg.MODEL.RETINANET.NUM_CLASSES} is not accepted; "
-                f"{dataset.name} of {key} has {len(dataset.category_ids)} categories"
-            )
+        check_num_classes(cfg, key, dataset.name, len(dataset.category_ids))
     return datasets
 
 

@@ -24,7 +24,7 @@ from bn_det.config import load_config
 from bn_det.d2 import BNRetinaNetHead, add_bn_det_config, register_datasets
 from bn_det.errors import InputError
 from bn_det.tv.retinanet import BNRetinaNetHead as TorchvisionHead
-from reference import BASE, EIGHT_CHOICES, choice_opts
+from reference import BASE, EIGHT_CHOICES, choice_opts, norm_opts
 
 STOCK = [
     "MODEL.META_ARCHITECTURE",
@@ -136,10 +136,7 @@ def test_freezing_our_layer():
 
 @pytest.mark.parametrize("norm", ["", "FrozenBN", "GN", "LN"])
 def test_other_norms(norm):
-    opts = []
-    for part in ("RESNETS", "FPN", "RETINANET"):
-        opts += [f"MODEL.{part}.NORM", norm]
-    model = build_model(make_cfg(*opts))
+    model = build_model(make_cfg(*norm_opts(norm)))
     losses, _ = losses_and_gradients(model, batch())
     assert all(torch.isfinite(v) for v in losses.values())
     assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())

@@ -14,7 +14,7 @@ from bn_det.errors import InputError
 from bn_det.tv import build_model, get_cfg
 from bn_det.tv.retinanet import BNRetinaNetHead
 from bn_det.tv.solver import build_optimizer
-from reference import BASE, EIGHT_CHOICES, choice_opts
+from reference import BASE, EIGHT_CHOICES, choice_opts, norm_opts
 
 
 def make_cfg(*opts):
@@ -90,10 +90,7 @@ def test_freeze_at(freeze_at, frozen):
 
 @pytest.mark.parametrize("norm", ["", "FrozenBN", "GN", "LN"])
 def test_other_norms(norm):
-    opts = []
-    for part in ("RESNETS", "FPN", "RETINANET"):
-        opts += [f"MODEL.{part}.NORM", norm]
-    model = build_model(make_cfg(*opts))
+    model = build_model(make_cfg(*norm_opts(norm)))
     losses = model(*batch())
     assert all(torch.isfinite(v) for v in losses.values())
     assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
