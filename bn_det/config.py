@@ -11,18 +11,28 @@ import yaml
 from yacs.config import CfgNode
 
 from .errors import InputError, choose
-from .layers import SHARING, level_norm_factory
+from .layers import SHARING, level_norm_factory, norm_factory
 from .layers.norms import NormFactory
 
 logger = logging.getLogger(__name__)
+
+
+PARTS = ("RESNETS", "FPN", "RETINANET", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
+"""The nodes of MODEL that have a NORM."""
 
 
 def add_bn_det_config(cfg: CfgNode) -> None:
     """Add the keys of bn_det to a config that has Detectron2's, in place."""
     node = type(cfg)
 
-    # What the levels of RetinaNet's head share where MODEL.RETINANET.NORM is "BN": each choice is
-    # "shared" or "per_domain" (per level). See bn_det.DomainBatchNorm2d.
+    # For NORM "GhostBN": how many samples (images, or RoIs in a RoI head) are normalized together,
+    # and which: "contiguous" or "random".
+    for part in PARTS:
+        cfg.MODEL[part].GHOST_SIZE = 0
+        cfg.MODEL[part].GHOST_ORDER = "contiguous"
+
+    # What the levels of RetinaNet's head share where MODEL.RETINANET.NORM is "BN", "SyncBN" or
+    # "GhostBN": each choice is "shared" or "per_domain" (per level). See bn_det.DomainBatchNorm2d.
     cfg.MODEL.RETINANET.BN = node()
     # whose samples normalize in training
     cfg.MODEL.RETINANET.BN.STATISTICS = "per_domain"
@@ -31,24 +41,56 @@ def add_bn_det_config(cfg: CfgNode) -> None:
     # whether levels share weight and bias
     cfg.MODEL.RETINANET.BN.AFFINE = "shared"
 
+    # Whether training mixes the RoIs of all processes before the head.
+    cfg.MODEL.ROI_BOX_HEAD.SHUFFLE = False
+    cfg.MODEL.ROI_MASK_HEAD.SHUFFLE = False
+
+    # Whether the processes' EMAs are averaged before evaluation and saving. Without it each
+    # process evaluates with its own, and those of process 0 are saved.
+    cfg.SOLVER.AVERAGE_BN_STATISTICS = True
+
+    # What normalizes in evaluation: "population" statistics, or those of the "batch", in the parts
+    # of the model that are named (MODEL.RESNETS is "RESNETS" and so on); in all if none is.
+    cfg.TEST.BN_STATISTICS = "population"
+    cfg.TEST.BN_STATISTICS_PARTS = []
+
     # Data sets of one's own in COCO's format: a list of [name, JSON file, folder of images]. The
     # names can then stand in DATASETS.TRAIN and DATASETS.TEST.
     cfg.DATASETS.REGISTER_COCO = []
+
+
+def part_norm(cfg: CfgNode, part: str, others: Mapping[str, NormFactory]) -> NormFactory | None:
+    """The norm that a part of the model asks for by its NORM; see ``norm_factory``.
+
+    Args:
+        part: one of PARTS.
+        others: the host's layers that have no choice of batch, by name.
+    """
+    node = cfg.MODEL[part]
+    return norm_factory(
+        node.NORM,
+        others,
+        f"MODEL.{part}.NORM",
+        ghost_size=node.GHOST_SIZE,
+        ghost_order=node.GHOST_ORDER,
+    )
 
 
 def retinanet_norm(
     cfg: CfgNode, others: Mapping[str, NormFactory], num_levels: int
 ) -> NormFactory | None:
     """The norm of RetinaNet's head that MODEL.RETINANET asks for; see ``level_norm_factory``."""
-    choices = cfg.MODEL.RETINANET.BN
+    node = cfg.MODEL.RETINANET
     return level_norm_factory(
-        cfg.MODEL.RETINANET.NORM,
+        node.NORM,
         others,
         num_levels,
-        statistics=choices.STATISTICS,
-        population=choices.POPULATION,
-        affine=choices.AFFINE,
+        statistics=node.BN.STATISTICS,
+        population=node.BN.POPULATION,
+        affine=node.BN.AFFINE,
         key="MODEL.RETINANET.NORM",
+        ghost_size=node.GHOST_SIZE,
+        ghost_order=node.GHOST_ORDER,
     )
 
 

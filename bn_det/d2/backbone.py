@@ -9,19 +9,20 @@ from detectron2.modeling.backbone import FPN, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import nn
 
-from ..layers import convert_batchnorm, norm_factory
+from ..config import part_norm
+from ..layers import BATCH_NORMS, convert_batchnorm
 from .norms import NORMS
 
 
 @BACKBONE_REGISTRY.register()
 def build_bn_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """As ``build_resnet_fpn_backbone``, with our layers where a norm is "BN"."""
+    """As ``build_resnet_fpn_backbone``, with our layers where a norm is one of BATCH_NORMS."""
     return _build_fpn(cfg, _build_resnet(cfg, input_shape), LastLevelMaxPool())
 
 
 @BACKBONE_REGISTRY.register()
 def build_bn_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """As ``build_retinanet_resnet_fpn_backbone``, with our layers where a norm is "BN"."""
+    """As ``build_retinanet_resnet_fpn_backbone``, with our layers where a norm is one of BATCH_NORMS."""
     bottom_up = _build_resnet(cfg, input_shape)
     res5_channels = bottom_up.output_shape()["res5"].channels
     return _build_fpn(cfg, bottom_up, LastLevelP6P7(res5_channels, cfg.MODEL.FPN.OUT_CHANNELS))
@@ -32,10 +33,13 @@ def _build_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
 
     What FREEZE_AT freezes is FrozenBN by then, and stays so.
     """
-    norm = cfg.MODEL.RESNETS.NORM
-    make = norm_factory(norm, NORMS, "MODEL.RESNETS.NORM")
-    bottom_up = build_resnet_backbone(cfg, input_shape)
-    return convert_batchnorm(bottom_up, make) if norm == "BN" else bottom_up
+    make = part_norm(cfg, "RESNETS", NORMS)
+    if cfg.MODEL.RESNETS.NORM not in BATCH_NORMS:
+        return build_resnet_backbone(cfg, input_shape)
+    stock = cfg.clone()
+    stock.defrost()
+    stock.MODEL.RESNETS.NORM = "BN"
+    return convert_batchnorm(build_resnet_backbone(stock, input_shape), make)
 
 
 def _build_fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module) -> FPN:
@@ -44,7 +48,7 @@ def _build_fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module) -> FPN:
         in_features=cfg.MODEL.FPN.IN_FEATURES,
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         # FPN decides by comparison with "" whether its convolutions have a bias.
-        norm=norm_factory(cfg.MODEL.FPN.NORM, NORMS, "MODEL.FPN.NORM") or "",
+        norm=part_norm(cfg, "FPN", NORMS) or "",
         top_block=top_block,
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )

@@ -4,9 +4,10 @@ from .batch_norm import BatchNorm2d
 from .convert import convert_batchnorm
 from .domain_batch_norm import SHARING, DomainBatchNorm2d
 from .levels import forward_levels
-from .norms import level_norm_factory, norm_factory
+from .norms import BATCH_NORMS, level_norm_factory, norm_factory
 
 __all__ = [
+    "BATCH_NORMS",
     "SHARING",
     "BatchNorm2d",
     "DomainBatchNorm2d",

@@ -15,25 +15,36 @@ NormFactory = Callable[[int], nn.Module]
 """From a number of channels to a layer for inputs of shape (N, C, H, W)."""
 
 
+BATCH_NORMS = ("BN", "SyncBN", "GhostBN")
+"""The names that stand for our layers."""
+
+
 def norm_factory(
-    norm: str | NormFactory | None, others: Mapping[str, NormFactory], key: str = "norm"
+    norm: str | NormFactory | None,
+    others: Mapping[str, NormFactory],
+    key: str = "norm",
+    *,
+    ghost_size: int = 0,
+    ghost_order: str = "contiguous",
 ) -> NormFactory | None:
     """The layer that a name stands for.
 
     Args:
-        norm: "" or None for none, "BN" for :class:`BatchNorm2d`, a name in others, or a callable,
-            which is returned as it is.
+        norm: "" or None for none; "BN" for :class:`BatchNorm2d`, "SyncBN" for the same over all
+            processes, "GhostBN" for the same in batches of ghost_size samples; a name in others;
+            or a callable, which is returned as it is.
         others: the layers without a choice of batch (FrozenBN, GN, LN) by name, which each host
             has its own of.
         key: what the error calls the value, a config key for example.
+        ghost_size, ghost_order: for "GhostBN".
 
     Returns:
         A callable from the number of channels to the layer, or None for no normalization.
 
     Raises:
-        InputError: the name is unknown.
+        InputError: the name is unknown, or "GhostBN" has no size.
     """
-    return _factory(norm, {"BN": BatchNorm2d, **others}, key)
+    return _factory(norm, BatchNorm2d, others, key, ghost_size, ghost_order)
 
 
 def level_norm_factory(
@@ -45,11 +56,13 @@ def level_norm_factory(
     population: str,
     affine: str,
     key: str = "norm",
+    ghost_size: int = 0,
+    ghost_order: str = "contiguous",
 ) -> NormFactory | None:
     """As :func:`norm_factory`, for a head that is applied to several feature levels.
 
-    "BN" stands for :class:`DomainBatchNorm2d` over ``num_levels`` domains with the three choices;
-    the others are applied to each level by itself.
+    "BN", "SyncBN" and "GhostBN" stand for :class:`DomainBatchNorm2d` over ``num_levels`` domains
+    with the three choices; the others are applied to each level by itself.
     """
     joint = partial(
         DomainBatchNorm2d,
@@ -58,16 +71,32 @@ def level_norm_factory(
         population=population,
         affine=affine,
     )
-    return _factory(norm, {"BN": joint, **others}, key)
+    return _factory(norm, joint, others, key, ghost_size, ghost_order)
 
 
 def _factory(
-    norm: str | NormFactory | None, named: Mapping[str, NormFactory], key: str
+    norm: str | NormFactory | None,
+    layer: NormFactory,
+    others: Mapping[str, NormFactory],
+    key: str,
+    ghost_size: int,
+    ghost_order: str,
 ) -> NormFactory | None:
     if not norm:
         return None
     if callable(norm):
         return norm
+    named = {
+        "BN": layer,
+        "SyncBN": partial(layer, group="world"),
+        "GhostBN": partial(layer, ghost_size=ghost_size, ghost_order=ghost_order),
+        **others,
+    }
     if norm not in named:
         raise InputError(f"{key}: {norm!r} is not accepted; use one of {['', *named]}")
+    if norm == "GhostBN" and ghost_size < 1:
+        ghost_key = key.replace("NORM", "GHOST_SIZE")
+        raise InputError(
+            f"{ghost_key}: {ghost_size!r} is not accepted; {key} 'GhostBN' takes 1 sample or more"
+        )
     return named[norm]

@@ -38,6 +38,8 @@ _DEFAULTS = {
             "TOPK_CANDIDATES_TEST": 1000,
             "NMS_THRESH_TEST": 0.5,
         },
+        "ROI_BOX_HEAD": {"NORM": ""},
+        "ROI_MASK_HEAD": {"NORM": ""},
     },
     "INPUT": {
         "MIN_SIZE_TRAIN": (800,),

@@ -13,8 +13,8 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from ..config import retinanet_norm
-from ..layers import convert_batchnorm, norm_factory
+from ..config import part_norm, retinanet_norm
+from ..layers import convert_batchnorm
 from .config import check_cfg
 from .norms import NORMS
 from .retinanet import BNRetinaNetHead
@@ -63,7 +63,7 @@ def build_model(cfg: CfgNode) -> RetinaNet:
 def build_backbone(cfg: CfgNode) -> BackboneWithFPN:
     """A ResNet with a feature pyramid whose levels p6 and p7 come from res5."""
     depth = cfg.MODEL.RESNETS.DEPTH
-    norm = norm_factory(cfg.MODEL.RESNETS.NORM, NORMS, "MODEL.RESNETS.NORM") or nn.Identity
+    norm = part_norm(cfg, "RESNETS", NORMS) or nn.Identity
     body = getattr(resnet, f"resnet{depth}")(norm_layer=norm)
     _freeze(body, cfg.MODEL.BACKBONE.FREEZE_AT)
     channels = {f: cfg.MODEL.RESNETS.RES2_OUT_CHANNELS * 2**k for k, f in enumerate(_STAGES)}
@@ -76,7 +76,7 @@ def build_backbone(cfg: CfgNode) -> BackboneWithFPN:
         [channels[f] for f in features],
         cfg.MODEL.FPN.OUT_CHANNELS,
         extra_blocks=top_block,
-        norm_layer=norm_factory(cfg.MODEL.FPN.NORM, NORMS, "MODEL.FPN.NORM"),
+        norm_layer=part_norm(cfg, "FPN", NORMS),
     )
 
 

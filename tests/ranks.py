@@ -1,0 +1,98 @@
+"""Run a function in several processes that gloo connects, with a time limit."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+# Each child is forked from a server that has imported these once.
+_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "bn_det"])
+
+
+def run_ranks(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0
+) -> list[Any]:
+    """Call ``fn(rank, *args)`` on each rank of a process group.
+
+    Args:
+        fn: a function of a module (no closure). What it returns is saved with ``torch.save``.
+        timeout: in seconds; then all ranks are killed, and the test fails.
+
+    Returns:
+        what each rank returned.
+
+    Raises:
+        RuntimeError: a rank raised, died or did not end; the others are killed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        pipes, processes = [], []
+        for rank in range(world_size):
+            receiver, sender = _CONTEXT.Pipe(duplex=False)
+            process = _CONTEXT.Process(
+                target=_rank, args=(fn, rank, world_size, f"{folder}/store", sender, args)
+            )
+            process.start()
+            sender.close()
+            pipes.append(receiver)
+            processes.append(process)
+        try:
+            return _collect(pipes, time.monotonic() + timeout)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(pipes):
+        waiting = [p for rank, p in enumerate(pipes) if rank not in results]
+        ready = wait(waiting, timeout=max(0, deadline - time.monotonic()))
+        if not ready:
+            late = [rank for rank in range(len(pipes)) if rank not in results]
+            raise RuntimeError(f"ranks {late} did not end in time")
+        for pipe in ready:
+            rank = pipes.index(pipe)
+            try:
+                failed, content = pipe.recv()
+            except EOFError as e:
+                raise RuntimeError(f"rank {rank} died") from e
+            if failed:
+                raise RuntimeError(f"rank {rank} raised:\n{content}")
+            results[rank] = torch.load(io.BytesIO(content), weights_only=False)
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _rank(
+    fn: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    store: str,
+    sender: Connection,
+    args: tuple,
+) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    dist.init_process_group(
+        "gloo", init_method=Path(store).as_uri(), rank=rank, world_size=world_size
+    )
+    try:
+        buffer = io.BytesIO()
+        torch.save(fn(rank, *args), buffer)
+        sender.send((False, buffer.getvalue()))
+    except Exception:
+        sender.send((True, traceback.format_exc()))
+    finally:
+        sender.close()
+        dist.destroy_process_group()
