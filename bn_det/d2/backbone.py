@@ -16,13 +16,13 @@ from .norms import NORMS
 
 @BACKBONE_REGISTRY.register()
 def build_bn_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """As ``build_resnet_fpn_backbone``, with our layers where a norm is one of BATCH_NORMS."""
+    """As ``build_resnet_fpn_backbone``, with our layers for BATCH_NORMS."""
     return _build_fpn(cfg, _build_resnet(cfg, input_shape), LastLevelMaxPool())
 
 
 @BACKBONE_REGISTRY.register()
 def build_bn_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """As ``build_retinanet_resnet_fpn_backbone``, with our layers where a norm is one of BATCH_NORMS."""
+    """As ``build_retinanet_resnet_fpn_backbone``, with our layers for BATCH_NORMS."""
     bottom_up = _build_resnet(cfg, input_shape)
     res5_channels = bottom_up.output_shape()["res5"].channels
     return _build_fpn(cfg, bottom_up, LastLevelP6P7(res5_channels, cfg.MODEL.FPN.OUT_CHANNELS))
