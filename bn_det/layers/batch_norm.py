@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -248,6 +249,25 @@ class BatchNorm2d(nn.BatchNorm2d):
             }
             check_agreement(type(self).__name__, values, group)
             self._ranks_agree = True
+
+
+@contextmanager
+def evaluated_with(module: nn.Module, statistics: str) -> Iterator[None]:
+    """Inside the block, what normalizes every BatchNorm of ours in a module in evaluation.
+
+    Args:
+        statistics: "population" or "batch".
+    """
+    choose("statistics", statistics, STATISTICS)
+    layers = [m for m in module.modules() if isinstance(m, BatchNorm2d)]
+    before = [layer.eval_statistics for layer in layers]
+    try:
+        for layer in layers:
+            layer.eval_statistics = statistics
+        yield
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            layer.eval_statistics = own
 
 
 def check_batch_sizes(batches: Iterable[Batch], where: str = "") -> None:
