@@ -66,12 +66,13 @@ def steps_averaged(rank):
     hook.trainer = trainer
     hook.before_train()
     averaged = []
-    for trainer.iter in range(trainer.max_iter):
+    for step in range(trainer.max_iter):
+        trainer.iter = step
         hook.before_step()
         with counted_collectives() as counts:
             hook.after_step()
         if counts:
-            averaged.append(trainer.iter + 1)
+            averaged.append(step + 1)
     hook.after_train()
     return averaged
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import counted_collectives, run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -11,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import reference
 from bn_det import BatchNorm2d, DomainBatchNorm2d
 from bn_det.errors import InputError
+from ranks import counted_collectives, run_ranks
 from reference import EIGHT_CHOICES
 
 C = 5
