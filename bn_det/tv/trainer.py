@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
@@ -80,12 +81,7 @@ class Trainer:
         torch.manual_seed(self.seed)
         self.model = build_model(cfg)
         logger.info("Model:\n%s", self.model)
-        # What each process calls; to average the gradients is all that it adds.
-        self._parallel = (
-            DistributedDataParallel(self.model, broadcast_buffers=False)
-            if self.num_ranks > 1
-            else self.model
-        )
+        self._parallel = _parallel(self.model) if self.num_ranks > 1 else self.model
         if self.rank > 0:  # the weights are the same, what is sampled in training is not
             torch.manual_seed(self.seed + self.rank)
         self.optimizer = build_optimizer(cfg, self.model)
@@ -129,7 +125,7 @@ class Trainer:
         self.scheduler.load_state_dict(state["scheduler"])
         states = torch.atleast_2d(state["random_state"])
         if len(states) == self.num_ranks:
-            torch.set_rng_state(states[self.rank])
+            torch.set_rng_state(states[self.rank].clone())  # it takes no view
         else:
             logger.warning(
                 "The checkpoint has the random states of %d processes, and these are %d: "
@@ -163,7 +159,8 @@ class Trainer:
                 writer.close()
 
     def _train(self, writer: MetricsWriter | None) -> None:
-        start, max_iter = self.iter + 1, self.max_iter
+        self.iter, max_iter = self.iter + 1, self.max_iter
+        start = self.iter
         logger.info("Starting training from iteration %d", start)
         saver = PeriodicCheckpointer(self.checkpointer, self.cfg.SOLVER.CHECKPOINT_PERIOD, max_iter)
         eval_period = self.cfg.TEST.EVAL_PERIOD
@@ -238,6 +235,14 @@ def _shared_seed(cfg: CfgNode) -> int:
     if world()[1] > 1:
         dist.broadcast(seed, 0)
     return int(seed)
+
+
+def _parallel(model: nn.Module) -> DistributedDataParallel:
+    """The model with gradients that are averaged over all processes, and nothing else shared."""
+    with warnings.catch_warnings():
+        # torch 2.15 wants another name for the option, which older ones do not know.
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(model, broadcast_buffers=False)
 
 
 def check_datasets(cfg: CfgNode, split: str) -> None:
