@@ -131,6 +131,16 @@ def load_config(cfg: CfgNode, config_file: str, opts: Sequence[str], host: str) 
     _check_bn_statistics(cfg)
 
 
+def check_ims_per_batch(cfg: CfgNode, num_processes: int) -> None:
+    """Raise InputError unless each process gets the same number of images of a batch."""
+    if cfg.SOLVER.IMS_PER_BATCH % num_processes:
+        raise InputError(
+            f"SOLVER.IMS_PER_BATCH: {cfg.SOLVER.IMS_PER_BATCH!r} is not accepted with "
+            f"{num_processes} processes (--num-gpus, --num-machines); use a multiple of "
+            f"{num_processes}"
+        )
+
+
 def resolve_device(cfg: CfgNode) -> None:
     """Set MODEL.DEVICE to the CPU where it is Detectron2's default, and there is no GPU.
 
@@ -141,7 +151,12 @@ def resolve_device(cfg: CfgNode) -> None:
         logger.warning("No CUDA device is available: MODEL.DEVICE cpu is used instead of cuda")
         cfg.MODEL.DEVICE = "cpu"
     try:
-        torch.empty(0, device=cfg.MODEL.DEVICE)
+        device = torch.device(cfg.MODEL.DEVICE)
+        if device.type != "cuda":
+            torch.empty(0, device=device)
+        elif (device.index or 0) >= torch.cuda.device_count():
+            # Not by trying, which takes memory of a GPU that another process may train on.
+            raise RuntimeError(f"this machine has {torch.cuda.device_count()} GPUs")
     except (RuntimeError, AssertionError) as e:
         reason = str(e).splitlines()[0]
         raise InputError(f"MODEL.DEVICE: {cfg.MODEL.DEVICE!r} is not accepted: {reason}") from e

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Each child is forked from a server that has imported these once.
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "bn_det"])
+_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "bn_det", "bn_det.tv.trainer"])
 
 
 def run_ranks(

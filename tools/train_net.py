@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import os
 import sys
 
 from bn_det.errors import InputError, one_line
+from bn_det.launch import RankError
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -33,14 +33,24 @@ def argument_parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR"
     )
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS")
-    parser.add_argument("--num-gpus", type=int, default=1, help="number of GPUs per machine")
-    parser.add_argument("--num-machines", type=int, default=1, help="number of machines")
-    parser.add_argument("--machine-rank", type=int, default=0, help="rank of this machine")
+    parser.add_argument(
+        "--num-gpus",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of processes per machine: GPUs where there are some, else CPU processes",
+    )
+    parser.add_argument(
+        "--num-machines", type=int, default=1, metavar="N", help="number of machines"
+    )
+    parser.add_argument(
+        "--machine-rank", type=int, default=0, metavar="K", help="rank of this machine, from 0"
+    )
     parser.add_argument(
         "--dist-url",
-        # The same for all runs of a user: a run that is left over is noticed by its port.
-        default=f"tcp://127.0.0.1:{2**15 + 2**14 + os.getuid() % 2**14}",
-        help="where processes meet, see torch.distributed",
+        default="auto",
+        metavar="URL",
+        help="where processes meet: tcp://ADDRESS:PORT of machine 0; auto for one machine",
     )
     parser.add_argument(
         "opts",
@@ -74,6 +84,8 @@ def main() -> None:
         importlib.import_module(f"bn_det.{package}.train").main(args)
     except InputError as e:
         sys.exit(f"error: {one_line(e)}")
+    except RankError as e:
+        sys.exit(f"error: {e}")
 
 
 if __name__ == "__main__":
