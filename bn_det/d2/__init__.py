@@ -3,9 +3,11 @@
 from ..config import add_bn_det_config
 from .backbone import build_bn_resnet_fpn_backbone, build_bn_retinanet_resnet_fpn_backbone
 from .datasets import register_datasets
+from .hooks import AverageStatistics
 from .retinanet import BNRetinaNet, BNRetinaNetHead
 
 __all__ = [
+    "AverageStatistics",
     "BNRetinaNet",
     "BNRetinaNetHead",
     "add_bn_det_config",

@@ -16,11 +16,12 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import (
     AMPTrainer,
     DefaultTrainer,
+    HookBase,
     SimpleTrainer,
     create_ddp_model,
     default_setup,
 )
-from detectron2.engine.hooks import EvalHook
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -32,6 +33,7 @@ from ..errors import InputError
 from ..launch import launch, world_size
 from ..results import results_table
 from .datasets import register_datasets
+from .hooks import AverageStatistics
 
 
 class Checkpointer(CheckpointerMixin, DetectionCheckpointer):
@@ -60,6 +62,16 @@ class Trainer(DefaultTrainer):
             optimizer,
         )
         self.register_hooks(self.build_hooks())
+
+    def build_hooks(self) -> list[HookBase]:
+        ret = super().build_hooks()
+        if self.cfg.SOLVER.AVERAGE_BN_STATISTICS:
+            first = next(
+                k for k, h in enumerate(ret) if isinstance(h, (EvalHook, PeriodicCheckpointer))
+            )
+            periods = [self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD]
+            ret.insert(first, AverageStatistics(periods))
+        return ret
 
     def resume_or_load(self, resume: bool = True) -> None:
         self.checkpointer.must_match = resume

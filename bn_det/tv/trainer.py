@@ -8,7 +8,7 @@ import warnings
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from ..data.coco import (
     registered_sources,
 )
 from ..errors import InputError
+from ..hooks import AverageStatistics, Hook
 from .data import build_test_loader, build_train_loader
 from .evaluation import evaluate
 from .model import build_model
@@ -36,23 +37,6 @@ from .solver import build_lr_scheduler, build_optimizer
 from .writer import MetricsWriter
 
 logger = logging.getLogger(__name__)
-
-
-class Hook(Protocol):
-    """What happens between steps: Detectron2's hooks, of which these four methods are called.
-
-    The trainer is set before the first one is called.
-    """
-
-    trainer: Trainer
-
-    def before_train(self) -> None: ...
-
-    def before_step(self) -> None: ...
-
-    def after_step(self) -> None: ...
-
-    def after_train(self) -> None: ...
 
 
 class Trainer:
@@ -95,7 +79,10 @@ class Trainer:
 
     def build_hooks(self) -> list[Hook]:
         """The hooks that the config asks for."""
-        return []
+        if not self.cfg.SOLVER.AVERAGE_BN_STATISTICS:
+            return []
+        periods = [self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD]
+        return [AverageStatistics(periods)]
 
     def register_hooks(self, hooks: Iterable[Hook]) -> None:
         """Have hooks called in order; after a step, before checkpoint and evaluation."""
