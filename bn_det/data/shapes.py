@@ -88,12 +88,12 @@ SHAPES_CORRELATED = Variant(
     name="shapes_correlated",
     version=1,
     splits={"train": Split(1000, 2), "val": Split(200, 3)},
-    num_objects=(3, 6),
-    object_sizes=(14.0, 56.0),
+    num_objects=(4, 7),
+    object_sizes=(14.0, 48.0),
     hue_spread=0.2,
     noise=(8.0, 24.0),
     common_hue_spread=0.03,
-    bluntness=(0.3, 1.0),
+    bluntness=(0.5, 1.0),
 )
 
 VARIANTS = {variant.name: variant for variant in (SHAPES, SHAPES_CORRELATED)}
