@@ -11,7 +11,9 @@ import yaml
 from yacs.config import CfgNode
 
 from .errors import InputError, choose
-from .layers import SHARING, level_norm_factory, norm_factory
+from .layers import BATCH_NORMS, SHARING, level_norm_factory, norm_factory
+from .layers.batch_norm import STATISTICS
+from .layers.ghost import GHOST_ORDERS
 from .layers.norms import NormFactory
 
 logger = logging.getLogger(__name__)
@@ -73,6 +75,7 @@ def part_norm(cfg: CfgNode, part: str, others: Mapping[str, NormFactory]) -> Nor
         f"MODEL.{part}.NORM",
         ghost_size=node.GHOST_SIZE,
         ghost_order=node.GHOST_ORDER,
+        eval_statistics=_eval_statistics(cfg, part),
     )
 
 
@@ -91,6 +94,7 @@ def retinanet_norm(
         key="MODEL.RETINANET.NORM",
         ghost_size=node.GHOST_SIZE,
         ghost_order=node.GHOST_ORDER,
+        eval_statistics=_eval_statistics(cfg, "RETINANET"),
     )
 
 
@@ -122,6 +126,9 @@ def load_config(cfg: CfgNode, config_file: str, opts: Sequence[str], host: str) 
             raise InputError(f"{key}: {value!r} is not accepted: {_reason(e, host)}") from e
     for choice in ("STATISTICS", "POPULATION", "AFFINE"):
         choose(f"MODEL.RETINANET.BN.{choice}", cfg.MODEL.RETINANET.BN[choice], SHARING)
+    for part in PARTS:
+        choose(f"MODEL.{part}.GHOST_ORDER", cfg.MODEL[part].GHOST_ORDER, GHOST_ORDERS)
+    _check_bn_statistics(cfg)
 
 
 def resolve_device(cfg: CfgNode) -> None:
@@ -138,6 +145,62 @@ def resolve_device(cfg: CfgNode) -> None:
     except (RuntimeError, AssertionError) as e:
         reason = str(e).splitlines()[0]
         raise InputError(f"MODEL.DEVICE: {cfg.MODEL.DEVICE!r} is not accepted: {reason}") from e
+
+
+def _eval_statistics(cfg: CfgNode, part: str) -> str:
+    """What normalizes a part in evaluation."""
+    parts = cfg.TEST.BN_STATISTICS_PARTS
+    return cfg.TEST.BN_STATISTICS if part in parts or not parts else "population"
+
+
+def _check_bn_statistics(cfg: CfgNode) -> None:
+    """Raise InputError if batch statistics are asked of what has none."""
+    choose("TEST.BN_STATISTICS", cfg.TEST.BN_STATISTICS, STATISTICS)
+    for part in cfg.TEST.BN_STATISTICS_PARTS:
+        choose("TEST.BN_STATISTICS_PARTS", part, PARTS)
+    if cfg.TEST.BN_STATISTICS == "population":
+        return
+    has_batch = {part: _has_our_batch_norm(cfg, part) for part in PARTS}
+    for part in cfg.TEST.BN_STATISTICS_PARTS:
+        if not has_batch[part]:
+            key, names = _COMPONENTS[part]
+            raise InputError(
+                f"TEST.BN_STATISTICS: 'batch' is not accepted for {part}, which has no batch "
+                f"statistics with MODEL.{part}.NORM {cfg.MODEL[part].NORM!r} and MODEL.{key} "
+                f"{_get(cfg, key)!r}; use 'population', or a NORM in {list(BATCH_NORMS)} and a "
+                f"MODEL.{key} in {list(names)}"
+            )
+    if not any(has_batch.values()):
+        raise InputError(
+            "TEST.BN_STATISTICS: 'batch' is not accepted: no part of the model has batch "
+            f"statistics; use 'population', or a NORM in {list(BATCH_NORMS)} with our components"
+        )
+
+
+_BACKBONES = ("build_bn_resnet_fpn_backbone", "build_bn_retinanet_resnet_fpn_backbone")
+_COMPONENTS = {
+    "RESNETS": ("BACKBONE.NAME", _BACKBONES),
+    "FPN": ("BACKBONE.NAME", _BACKBONES),
+    "RETINANET": ("META_ARCHITECTURE", ("BNRetinaNet",)),
+    "ROI_BOX_HEAD": ("ROI_BOX_HEAD.NAME", ("BNFastRCNNConvFCHead",)),
+    "ROI_MASK_HEAD": ("ROI_MASK_HEAD.NAME", ("BNMaskRCNNConvUpsampleHead",)),
+}
+"""For each part the key below MODEL that says what builds it, and our components."""
+
+
+def _has_our_batch_norm(cfg: CfgNode, part: str) -> bool:
+    if part.startswith("ROI_") and cfg.MODEL.META_ARCHITECTURE == "BNRetinaNet":
+        return False
+    key, names = _COMPONENTS[part]
+    return _get(cfg, key) in names and cfg.MODEL[part].NORM in BATCH_NORMS
+
+
+def _get(cfg: CfgNode, key: str) -> object:
+    """The value of a key below MODEL."""
+    value = cfg.MODEL
+    for name in key.split("."):
+        value = value[name]
+    return value
 
 
 def _reason(error: Exception, host: str) -> str:
