@@ -15,12 +15,22 @@ from reference import EIGHT_CHOICES
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(p.relative_to(ROOT) for p in (ROOT / "configs").rglob("*.yaml"))
 MULTI_DOMAIN = ROOT / "configs" / "multi_domain"
+SMALL_IMAGES = ["INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MAX_SIZE_TRAIN", "64"]
 LEAKAGE = ROOT / "configs" / "leakage"
 HEADS = sorted(p.name for p in LEAKAGE.glob("head_*.yaml"))
 # What takes a step is what is run, and every base with it.
 every_config = pytest.mark.parametrize(
     "config", [c for c in CONFIGS if not c.name.startswith("Base-")], ids=str
 )
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """For steps this small, threads that wait for each other cost more than the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -33,14 +43,18 @@ def options(tiny_shapes, tmp_path):
 
 
 def shrink(config):
-    """Options that make a config for COCO small; the others are."""
+    """Options that make a config for COCO small. The others are, but for the R-CNNs' images."""
+    if "shapes" in config.parts:
+        return SMALL_IMAGES if "leakage" in config.parts else []
     if config.parent.name not in ("leakage", "multi_domain"):
         return []
     return [
-        *("INPUT.MIN_SIZE_TRAIN", "(96,)", "INPUT.MAX_SIZE_TRAIN", "96"),
+        *SMALL_IMAGES,
         *("DATALOADER.NUM_WORKERS", "0", "MODEL.WEIGHTS", ""),
         *("MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"),
-        *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16"),
+        *("MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16"),
+        *("MODEL.ROI_BOX_HEAD.CONV_DIM", "32", "MODEL.ROI_BOX_HEAD.FC_DIM", "32"),
+        *("MODEL.ROI_MASK_HEAD.CONV_DIM", "32"),
     ]
 
 
