@@ -3,6 +3,7 @@
 from .config import add_bn_det_config
 from .layers import BatchNorm2d, DomainBatchNorm2d, convert_batchnorm
 from .moments import Moments
+from .shuffle import shuffle, shuffled
 
 __version__ = "0.1.0"
 
@@ -12,4 +13,6 @@ __all__ = [
     "Moments",
     "add_bn_det_config",
     "convert_batchnorm",
+    "shuffle",
+    "shuffled",
 ]
