@@ -3,6 +3,7 @@
 from .config import add_bn_det_config
 from .layers import BatchNorm2d, DomainBatchNorm2d, convert_batchnorm, ghost_groups
 from .moments import Moments
+from .shuffle import shuffle, shuffled
 
 __version__ = "0.1.0"
 
@@ -13,4 +14,6 @@ __all__ = [
     "add_bn_det_config",
     "convert_batchnorm",
     "ghost_groups",
+    "shuffle",
+    "shuffled",
 ]

@@ -71,3 +71,20 @@ def test_benchmark_of_joint_batch_norm():
     assert set(result) == {*names.split(), "extra_memory_ratio"}
     assert result["max_abs_error"] < 1e-4  # float32, ten thousand values
     assert result["extra_memory_ratio"] > 1.5  # bytes, not time: nothing is concatenated
+
+
+def test_benchmark_of_shuffle():
+    sizes = ("--rois", "30", "--channels", "4", "--rounds", "1", "--warm-up", "0")
+    done = run("benchmarks/shuffle.py", "--json", "--world-size", "3", *sizes)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    names = "gather_ms shuffle_ms speedup bytes_received_gather bytes_received_shuffle"
+    assert set(result) == {*names.split(), "world_size", "max_abs_error"}
+    assert result["max_abs_error"] == 0
+    held = 30 * 4 * 7 * 7 * 4
+    # Two gathers and their all-reduced gradients; a random two thirds of the samples, four times.
+    small = 8 * 1024  # the permutation, headers
+    assert 12 * held <= result["bytes_received_gather"] <= 12 * held + small
+    assert 1.5 * held < result["bytes_received_shuffle"] < 4 * held
+    done = run("benchmarks/shuffle.py", "--world-size", "1")
+    assert done.returncode == 2 and "--world-size: 1 is not accepted" in done.stderr
