@@ -99,7 +99,12 @@ def test_a_rank_that_fails_ends_all(how, message):
     "reported, ended, error, message",
     [
         # The other ranks' loss of connection is reported later, or the only report there is.
-        ([(8.1, 0, "", "lost"), (8.0, 1, "", "why")], {0: 1, 1: 1}, RankError, "rank 1 raised:\nwhy"),
+        (
+            [(8.1, 0, "", "lost"), (8.0, 1, "", "why")],
+            {0: 1, 1: 1},
+            RankError,
+            "rank 1 raised:\nwhy",
+        ),
         ([(8.1, 0, "", "lost")], {0: 1, 1: -9}, RankError, "rank 1 was killed by SIGKILL"),
         ([(8.0, 1, "", "why")], {0: -6}, RankError, "rank 1 raised:\nwhy"),
         ([], {0: -6}, RankError, "rank 0 was killed by SIGABRT"),
