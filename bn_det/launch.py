@@ -258,7 +258,7 @@ def _rank(
     except Exception as e:
         # Before the connections close, which makes other ranks raise.
         is_input = isinstance(e, InputError)
-        message = str(e) if is_input else traceback.format_exc()
+        message = str(e) if is_input else traceback.format_exc().rstrip()
         report = (time.time(), place.rank, InputError.__name__ if is_input else "", message)
         with write_aside(Path(reports) / f"{place.rank}.report") as aside:
             Path(aside).write_bytes(pickle.dumps(report))

@@ -141,7 +141,7 @@ def test_auto_says_what_it_took_and_why(options, tmp_path):
         (["--eval-only"], ["MODEL.WEIGHTS: ''", "--eval-only"]),
         (["MODEL.WEIGHTS", "none.pth"], ["MODEL.WEIGHTS", "no file none.pth"]),
         (["MODEL.RETINANET.NUM_CLASSES", "3"], ["NUM_CLASSES: 3", "4 categories"]),
-        (["--num-gpus", "64"], ["--num-gpus", "64"]),
+        (["--num-gpus", "64"], ["SOLVER.IMS_PER_BATCH: 2", "64 processes", "multiple of 64"]),
         (["MODEL.DEVICE", "gpu"], ["MODEL.DEVICE: 'gpu'"]),
         (["DATASETS.TRAIN", "()"], ["DATASETS.TRAIN: ()"]),
         (["MODEL.RETINANET.NUM_CONVS.X", "3"], ["NUM_CONVS.X: '3'"]),

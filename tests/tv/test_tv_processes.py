@@ -2,17 +2,18 @@
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_ranks
 
 from bn_det.config import load_config
 from bn_det.tv import get_cfg
 from bn_det.tv.data import build_train_loader
 from bn_det.tv.trainer import Trainer, load_datasets
 from bn_det.tv.trainer import test as evaluate
-from ranks import run_ranks
 from reference import BASE, norm_opts
 
 CALLS = ["before_train", *["before_step", "after_step"] * 4, "after_train"]
@@ -141,9 +142,8 @@ def evaluate_shares(rank, opts, weights, numbers):
         datasets = [d._replace(records=d.records[:number]) for d in load_datasets(cfg, "TEST")]
         found.append(repr(evaluate(cfg, trainer.model, datasets)))
         if rank == 0:
-            path = f"{cfg.OUTPUT_DIR}/inference/coco_instances_results.json"
-            found.append(json.loads(open(path).read()))
-        dist.is_initialized() and dist.barrier()
+            path = Path(cfg.OUTPUT_DIR) / "inference" / "coco_instances_results.json"
+            found.append(json.loads(path.read_text()))
     return found
 
 

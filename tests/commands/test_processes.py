@@ -1,0 +1,154 @@
+"""tools/train_net.py in several processes: each way to start them, and what ends them."""
+
+import ast
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from reference import BASE, norm_opts
+
+ROOT = Path(__file__).parents[2]
+TRAIN_NET = str(ROOT / "tools" / "train_net.py")
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+detectron2 = pytest.param(
+    "detectron2",
+    marks=pytest.mark.skipif(
+        importlib.util.find_spec("detectron2") is None, reason="Detectron2 is not installed"
+    ),
+)
+
+
+@pytest.fixture
+def opts(tiny_shapes, tmp_path):
+    """Three iterations, without statistics that each process has of its own."""
+    return [
+        *("MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "out"), *tiny_shapes),
+        *("SOLVER.MAX_ITER", "3", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.CHECKPOINT_PERIOD", "2"),
+        *("MODEL.RETINANET.SCORE_THRESH_TEST", "0.001", *norm_opts("GN")),
+    ]
+
+
+def start(host, *args, before=()):
+    command = [sys.executable, *before, TRAIN_NET, "--host", host, "--config-file", BASE, *args]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=ONE_THREAD)
+
+
+def finish(*processes):
+    """Exit code, standard output and standard error of each."""
+    try:
+        outputs = [process.communicate(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(p.returncode, *output) for p, output in zip(processes, outputs, strict=True)]
+
+
+def evaluate_here(host, monkeypatch, opts):
+    """--eval-only in this process, with as many threads as each of several processes has."""
+    spec = importlib.util.spec_from_file_location("train_net", TRAIN_NET)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    arguments = ["train_net.py", "--host", host, "--config-file", BASE, "--eval-only", *opts]
+    monkeypatch.setattr(sys, "argv", arguments)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    module.main()
+    torch.set_num_threads(threads)
+
+
+def detections(folder):
+    return json.loads((folder / "inference" / "coco_instances_results.json").read_text())
+
+
+def two_commands(host, opts):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        url = f"tcp://127.0.0.1:{s.getsockname()[1]}"
+    flags = ["--num-machines", "2", "--dist-url", url, "--machine-rank"]
+    return [start(host, *flags, str(k), *opts) for k in range(2)]
+
+
+def torchrun(host, opts):
+    before = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return [start(host, *opts, before=before)]
+
+
+@pytest.mark.parametrize(
+    "host, way", [("torchvision", two_commands), (*detectron2.values, torchrun)]
+)
+def test_trains_and_evaluates(host, way, opts, tmp_path, monkeypatch):
+    """The evaluation that ends the training equals that of one process, to the bit."""
+    if host == "detectron2":
+        pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+    done = finish(*way(host, opts))
+    assert [code for code, *_ in done] == [0] * len(done), done
+    # Rank 0 alone prints and writes.
+    tables = [out.count("Evaluation results for bbox:\n") for _, out, _ in done]
+    assert tables == [1, 0][: len(done)]
+    out = tmp_path / "out"
+    assert (out / "log.txt").stat().st_size and (out / "log.txt.rank1").stat().st_size
+    assert len(list(out.glob("events.out.tfevents.*"))) == 1
+    final = torch.load(out / "model_final.pth", weights_only=True)
+    assert final["iteration"] == 2 and not any(k.startswith("module.") for k in final["model"])
+
+    found = detections(out)
+    weights = ["MODEL.WEIGHTS", str(out / "model_final.pth"), "OUTPUT_DIR", str(tmp_path / "one")]
+    evaluate_here(host, monkeypatch, [*opts, *weights])
+    assert found == detections(tmp_path / "one") and len(found) > 100
+
+
+@pytest.mark.parametrize("host", ["torchvision", detectron2])
+def test_an_image_that_one_rank_cannot_read(host, opts, tmp_path):
+    (name, annotations, images), *rest = ast.literal_eval(
+        opts[opts.index("DATASETS.REGISTER_COCO") + 1]
+    )
+    shutil.copytree(images, tmp_path / "images")
+    (tmp_path / "images" / "000003.png").write_bytes(b"no image")
+    sets = [[name, annotations, str(tmp_path / "images")], *rest]
+    long = ["DATASETS.REGISTER_COCO", repr(sets), "SOLVER.MAX_ITER", "1000000"]
+    ((code, _, error),) = finish(start(host, "--num-gpus", "2", *opts, *long))
+    assert code == 1 and "000003.png" in error
+    if host == "torchvision":  # whose reader says it in a line
+        line = f"error: {tmp_path}/images/000003.png: cannot be read as an image"
+        assert error.strip().splitlines()[-1] == line and "Traceback" not in error
+    else:
+        report = error[error.rindex("error: rank ") :].splitlines()
+        assert report[0][-8:] == " raised:" and report[1].startswith("Traceback")
+        assert "UnidentifiedImageError" in report[-1]
+
+
+def test_a_rank_that_is_killed(opts, tmp_path):
+    """It ends the run, which leaves no process behind."""
+    out = tmp_path / "out"
+    process = start("torchvision", "--num-gpus", "2", *opts, "SOLVER.MAX_ITER", "1000000")
+    try:
+        wait_for(lambda: (out / "model_0000001.pth").exists() or process.poll() is not None)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        ranks = [
+            int(pid) for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()
+        ]
+        assert len(ranks) == 2
+        os.kill(ranks[1], signal.SIGKILL)
+    finally:
+        ((code, _, error),) = finish(process)
+    assert code == 1
+    assert error.strip().splitlines()[-1] == "error: rank 1 was killed by SIGKILL"
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children))
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
