@@ -79,6 +79,26 @@ def part_norm(cfg: CfgNode, part: str, others: Mapping[str, NormFactory]) -> Nor
     )
 
 
+def shuffle_of(cfg: CfgNode, part: str) -> bool:
+    """Whether training is to shuffle the RoIs of a head, as its SHUFFLE says.
+
+    Where its NORM has no batch, shuffling would change nothing: a warning says so, and the answer
+    is no.
+
+    Args:
+        part: "ROI_BOX_HEAD" or "ROI_MASK_HEAD".
+    """
+    node = cfg.MODEL[part]
+    if node.SHUFFLE and node.NORM not in BATCH_NORMS:
+        logger.warning(
+            "MODEL.%s.SHUFFLE: True does nothing with MODEL.%s.NORM %r, which has no batch; it "
+            "is of use with %s",
+            *(part, part, node.NORM, ", ".join(BATCH_NORMS)),
+        )
+        return False
+    return node.SHUFFLE
+
+
 def retinanet_norm(
     cfg: CfgNode, others: Mapping[str, NormFactory], num_levels: int
 ) -> NormFactory | None:

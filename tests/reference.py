@@ -12,6 +12,9 @@ from torch import Tensor
 BASE = str(Path(__file__).parents[1] / "configs" / "Base-RetinaNet-Shapes.yaml")
 """The config that all small models of the tests begin with."""
 
+RCNN_BASE = str(Path(BASE).with_name("Base-RCNN-Shapes.yaml"))
+"""The same of Mask R-CNNs."""
+
 SHARING = ("shared", "per_domain")
 EIGHT_CHOICES = list(itertools.product(SHARING, SHARING, SHARING))
 """All (statistics, population, affine)."""
