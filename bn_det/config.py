@@ -11,7 +11,7 @@ import yaml
 from yacs.config import CfgNode
 
 from .errors import InputError, choose
-from .layers import SHARING, level_norm_factory, norm_factory
+from .layers import BATCH_NORMS, SHARING, level_norm_factory, norm_factory
 from .layers.norms import NormFactory
 
 logger = logging.getLogger(__name__)
@@ -74,6 +74,26 @@ def part_norm(cfg: CfgNode, part: str, others: Mapping[str, NormFactory]) -> Nor
         ghost_size=node.GHOST_SIZE,
         ghost_order=node.GHOST_ORDER,
     )
+
+
+def shuffle_of(cfg: CfgNode, part: str) -> bool:
+    """Whether training is to shuffle the RoIs of a head, as its SHUFFLE says.
+
+    Where its NORM has no batch, shuffling would change nothing: a warning says so, and the answer
+    is no.
+
+    Args:
+        part: "ROI_BOX_HEAD" or "ROI_MASK_HEAD".
+    """
+    node = cfg.MODEL[part]
+    if node.SHUFFLE and node.NORM not in BATCH_NORMS:
+        logger.warning(
+            "MODEL.%s.SHUFFLE: True does nothing with MODEL.%s.NORM %r, which has no batch; it "
+            "is of use with %s",
+            *(part, part, node.NORM, ", ".join(BATCH_NORMS)),
+        )
+        return False
+    return node.SHUFFLE
 
 
 def retinanet_norm(
