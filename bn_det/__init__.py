@@ -1,7 +1,7 @@
 """bn_det: the batch in BatchNorm as a choice, in object detectors."""
 
 from .config import add_bn_det_config
-from .layers import BatchNorm2d, DomainBatchNorm2d, convert_batchnorm
+from .layers import BatchNorm2d, DomainBatchNorm2d, convert_batchnorm, ghost_groups
 from .moments import Moments
 
 __version__ = "0.1.0"
@@ -12,4 +12,5 @@ __all__ = [
     "Moments",
     "add_bn_det_config",
     "convert_batchnorm",
+    "ghost_groups",
 ]

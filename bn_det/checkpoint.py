@@ -50,11 +50,13 @@ class CheckpointerMixin:
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Save the model and all checkpointables to ``<save_dir>/<name>.pth``."""
-        if not self.save_dir or not self.save_to_disk:
+        if not self.save_dir:
             return
         data = {"model": self.model.state_dict()}
         data.update({key: value.state_dict() for key, value in self.checkpointables.items()})
         data.update(kwargs)
+        if not self.save_to_disk:  # only now: a state may be gathered from all processes
+            return
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
         with write_aside(path) as aside:

@@ -30,6 +30,19 @@ def process_group(group: Group) -> dist.ProcessGroup | None:
     return resolved if dist.get_world_size(resolved) > 1 else None
 
 
+def world() -> tuple[int, int]:
+    """Rank of this process and number of all, (0, 1) where there is no process group."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def share(length: int) -> range:
+    """The part of a sequence that is this rank's: contiguous, and equal to one element."""
+    rank, num_ranks = world()
+    return range(length * rank // num_ranks, length * (rank + 1) // num_ranks)
+
+
 def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """From the same shape (*) on each rank to (number of ranks, *) on all, in one collective."""
     x = x.contiguous()

@@ -12,6 +12,8 @@ from yacs.config import CfgNode
 
 from .errors import InputError, choose
 from .layers import BATCH_NORMS, SHARING, level_norm_factory, norm_factory
+from .layers.batch_norm import STATISTICS
+from .layers.ghost import GHOST_ORDERS
 from .layers.norms import NormFactory
 
 logger = logging.getLogger(__name__)
@@ -73,6 +75,7 @@ def part_norm(cfg: CfgNode, part: str, others: Mapping[str, NormFactory]) -> Nor
         f"MODEL.{part}.NORM",
         ghost_size=node.GHOST_SIZE,
         ghost_order=node.GHOST_ORDER,
+        eval_statistics=_eval_statistics(cfg, part),
     )
 
 
@@ -111,6 +114,7 @@ def retinanet_norm(
         key="MODEL.RETINANET.NORM",
         ghost_size=node.GHOST_SIZE,
         ghost_order=node.GHOST_ORDER,
+        eval_statistics=_eval_statistics(cfg, "RETINANET"),
     )
 
 
@@ -142,6 +146,19 @@ def load_config(cfg: CfgNode, config_file: str, opts: Sequence[str], host: str) 
             raise InputError(f"{key}: {value!r} is not accepted: {_reason(e, host)}") from e
     for choice in ("STATISTICS", "POPULATION", "AFFINE"):
         choose(f"MODEL.RETINANET.BN.{choice}", cfg.MODEL.RETINANET.BN[choice], SHARING)
+    for part in PARTS:
+        choose(f"MODEL.{part}.GHOST_ORDER", cfg.MODEL[part].GHOST_ORDER, GHOST_ORDERS)
+    _check_bn_statistics(cfg)
+
+
+def check_ims_per_batch(cfg: CfgNode, num_processes: int) -> None:
+    """Raise InputError unless each process gets the same number of images of a batch."""
+    if cfg.SOLVER.IMS_PER_BATCH % num_processes:
+        raise InputError(
+            f"SOLVER.IMS_PER_BATCH: {cfg.SOLVER.IMS_PER_BATCH!r} is not accepted with "
+            f"{num_processes} processes (--num-gpus, --num-machines); use a multiple of "
+            f"{num_processes}"
+        )
 
 
 def resolve_device(cfg: CfgNode) -> None:
@@ -154,10 +171,71 @@ def resolve_device(cfg: CfgNode) -> None:
         logger.warning("No CUDA device is available: MODEL.DEVICE cpu is used instead of cuda")
         cfg.MODEL.DEVICE = "cpu"
     try:
-        torch.empty(0, device=cfg.MODEL.DEVICE)
+        device = torch.device(cfg.MODEL.DEVICE)
+        if device.type != "cuda":
+            torch.empty(0, device=device)
+        elif (device.index or 0) >= torch.cuda.device_count():
+            # Not by trying, which takes memory of a GPU that another process may train on.
+            raise RuntimeError(f"this machine has {torch.cuda.device_count()} GPUs")
     except (RuntimeError, AssertionError) as e:
         reason = str(e).splitlines()[0]
         raise InputError(f"MODEL.DEVICE: {cfg.MODEL.DEVICE!r} is not accepted: {reason}") from e
+
+
+def _eval_statistics(cfg: CfgNode, part: str) -> str:
+    """What normalizes a part in evaluation."""
+    parts = cfg.TEST.BN_STATISTICS_PARTS
+    return cfg.TEST.BN_STATISTICS if part in parts or not parts else "population"
+
+
+def _check_bn_statistics(cfg: CfgNode) -> None:
+    """Raise InputError if batch statistics are asked of what has none."""
+    choose("TEST.BN_STATISTICS", cfg.TEST.BN_STATISTICS, STATISTICS)
+    for part in cfg.TEST.BN_STATISTICS_PARTS:
+        choose("TEST.BN_STATISTICS_PARTS", part, PARTS)
+    if cfg.TEST.BN_STATISTICS == "population":
+        return
+    has_batch = {part: _has_our_batch_norm(cfg, part) for part in PARTS}
+    for part in cfg.TEST.BN_STATISTICS_PARTS:
+        if not has_batch[part]:
+            key, names = _COMPONENTS[part]
+            raise InputError(
+                f"TEST.BN_STATISTICS: 'batch' is not accepted for {part}, which has no batch "
+                f"statistics with MODEL.{part}.NORM {cfg.MODEL[part].NORM!r} and MODEL.{key} "
+                f"{_get(cfg, key)!r}; use 'population', or a NORM in {list(BATCH_NORMS)} and a "
+                f"MODEL.{key} in {list(names)}"
+            )
+    if not any(has_batch.values()):
+        raise InputError(
+            "TEST.BN_STATISTICS: 'batch' is not accepted: no part of the model has batch "
+            f"statistics; use 'population', or a NORM in {list(BATCH_NORMS)} with our components"
+        )
+
+
+_BACKBONES = ("build_bn_resnet_fpn_backbone", "build_bn_retinanet_resnet_fpn_backbone")
+_COMPONENTS = {
+    "RESNETS": ("BACKBONE.NAME", _BACKBONES),
+    "FPN": ("BACKBONE.NAME", _BACKBONES),
+    "RETINANET": ("META_ARCHITECTURE", ("BNRetinaNet",)),
+    "ROI_BOX_HEAD": ("ROI_BOX_HEAD.NAME", ("BNFastRCNNConvFCHead",)),
+    "ROI_MASK_HEAD": ("ROI_MASK_HEAD.NAME", ("BNMaskRCNNConvUpsampleHead",)),
+}
+"""For each part the key below MODEL that says what builds it, and our components."""
+
+
+def _has_our_batch_norm(cfg: CfgNode, part: str) -> bool:
+    if part.startswith("ROI_") and cfg.MODEL.META_ARCHITECTURE == "BNRetinaNet":
+        return False
+    key, names = _COMPONENTS[part]
+    return _get(cfg, key) in names and cfg.MODEL[part].NORM in BATCH_NORMS
+
+
+def _get(cfg: CfgNode, key: str) -> object:
+    """The value of a key below MODEL."""
+    value = cfg.MODEL
+    for name in key.split("."):
+        value = value[name]
+    return value
 
 
 def _reason(error: Exception, host: str) -> str:

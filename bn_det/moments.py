@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from .comm import all_gather
 
 
 class Moments(NamedTuple):
@@ -60,22 +63,47 @@ class Moments(NamedTuple):
         """
         if not parts:
             raise ValueError("nothing to merge: parts is empty")
-        counts = torch.stack([p.count for p in parts])
-        # Float64 costs nothing at this size, and keeps a merge of many from drifting.
-        means = torch.stack([p.mean for p in parts]).double()
-        variances = torch.stack([p.var for p in parts]).double()
-        total = counts.sum()
-        weights = (counts / total.clamp(min=1)).unsqueeze(1)
-        mean = (weights * means).sum(0)
-        var = (weights * (variances + (means - mean).square())).sum(0)
+        return _merge(*(torch.stack(field) for field in zip(*parts, strict=True)))
+
+    @classmethod
+    def all_reduce(cls, parts: Sequence[Moments], group: dist.ProcessGroup) -> list[Moments]:
+        """Each of several moments merged over the ranks of a group, in one collective.
+
+        Args:
+            parts: as many on every rank, with the same number of channels. Any may be empty.
+
+        Returns:
+            the same on every rank, to the bit.
+        """
+        fields = [torch.stack(field) for field in zip(*parts, strict=True)]
+        counts, means, variances = fields[0].unsqueeze(1), *fields[1:]
+        packed = torch.cat([counts, means.double(), variances.double()], 1)
+        counts, means, variances = all_gather(packed, group).split(
+            [1, means.shape[1], means.shape[1]], 2
+        )
+        merged = _merge(counts.squeeze(2), means, variances)
         dtype = parts[0].mean.dtype
-        return cls(total, mean.to(dtype), var.to(dtype))
+        return [
+            cls(count, mean.to(dtype), var.to(dtype))
+            for count, mean, var in zip(*merged, strict=True)
+        ]
 
     @property
     def unbiased_var(self) -> Tensor:
         """Variance with Bessel's correction, what an EMA averages; zero for fewer than two."""
         correction = self.count / (self.count - 1).clamp(min=1)
         return self.var * correction.to(self.var.dtype)
+
+
+def _merge(counts: Tensor, means: Tensor, variances: Tensor) -> Moments:
+    """Merge over the first dimension: counts of shape (n, *), means and variances (n, *, C)."""
+    # Float64 costs nothing at this size, and keeps a merge of many from drifting.
+    dtype, means, variances = means.dtype, means.double(), variances.double()
+    total = counts.sum(0)
+    weights = (counts / total.clamp(min=1)).unsqueeze(-1)
+    mean = (weights * means).sum(0)
+    var = (weights * (variances + (means - mean).square())).sum(0)
+    return Moments(total, mean.to(dtype), var.to(dtype))
 
 
 _PART_SIZE = 2**19

@@ -7,7 +7,9 @@ import multiprocessing
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Each child is forked from a server that has imported these once.
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "bn_det"])
+_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "bn_det", "bn_det.tv.trainer"])
 
 
 def run_ranks(
@@ -52,6 +54,43 @@ def run_ranks(
             for process in processes:
                 process.kill()
                 process.join()
+
+
+COLLECTIVES = (
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "all_reduce",
+    "all_to_all",
+    "all_to_all_single",
+    "barrier",
+    "broadcast",
+    "broadcast_object_list",
+    "gather_object",
+    "reduce_scatter_tensor",
+)
+
+
+@contextmanager
+def counted_collectives() -> Iterator[Counter]:
+    """The number of calls of each function of torch.distributed that the block makes."""
+    counts: Counter = Counter()
+    real = {name: getattr(dist, name) for name in COLLECTIVES}
+
+    def counted(name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return real[name](*args, **kwargs)
+
+        return call
+
+    try:
+        for name in COLLECTIVES:
+            setattr(dist, name, counted(name))
+        yield counts
+    finally:
+        for name, function in real.items():
+            setattr(dist, name, function)
 
 
 def _collect(pipes: list[Connection], deadline: float) -> list[Any]:

@@ -49,7 +49,10 @@ def choice_opts(choices: Sequence[str]) -> list[str]:
 
 def norm_opts(norm: str) -> list[str]:
     """KEY VALUE pairs for one norm in all parts of the detector."""
-    return [o for part in PARTS for o in (f"MODEL.{part}.NORM", norm)]
+    opts = [o for part in PARTS for o in (f"MODEL.{part}.NORM", norm)]
+    if norm == "GhostBN":  # a multiple would be one image's RoIs
+        opts += [o for part in PARTS for o in (f"MODEL.{part}.GHOST_SIZE", "3")]
+    return opts
 
 
 def values(xs: Sequence[Tensor]) -> Tensor:

@@ -14,8 +14,23 @@ from reference import EIGHT_CHOICES
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(p.relative_to(ROOT) for p in (ROOT / "configs").rglob("*.yaml"))
-MULTI_DOMAIN = ROOT / "configs" / "multi_domain" / "shapes"
-every_config = pytest.mark.parametrize("config", CONFIGS, ids=str)
+MULTI_DOMAIN = ROOT / "configs" / "multi_domain"
+SMALL_IMAGES = ["INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MAX_SIZE_TRAIN", "64"]
+LEAKAGE = ROOT / "configs" / "leakage"
+HEADS = sorted(p.name for p in LEAKAGE.glob("head_*.yaml"))
+# What takes a step is what is run, and every base with it.
+every_config = pytest.mark.parametrize(
+    "config", [c for c in CONFIGS if not c.name.startswith("Base-")], ids=str
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """For steps this small, threads that wait for each other cost more than the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -24,6 +39,22 @@ def options(tiny_shapes, tmp_path):
         *tiny_shapes,
         *("MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path), "SOLVER.MAX_ITER", "1"),
         *("DATASETS.TEST", "()", "SOLVER.IMS_PER_BATCH", "2"),
+    ]
+
+
+def shrink(config):
+    """Options that make a config for COCO small. The others are, but for the R-CNNs' images."""
+    if "shapes" in config.parts:
+        return SMALL_IMAGES if "leakage" in config.parts else []
+    if config.parent.name not in ("leakage", "multi_domain"):
+        return []
+    return [
+        *SMALL_IMAGES,
+        *("DATALOADER.NUM_WORKERS", "0", "MODEL.WEIGHTS", ""),
+        *("MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"),
+        *("MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16"),
+        *("MODEL.ROI_BOX_HEAD.CONV_DIM", "32", "MODEL.ROI_BOX_HEAD.FC_DIM", "32"),
+        *("MODEL.ROI_MASK_HEAD.CONV_DIM", "32"),
     ]
 
 
@@ -38,7 +69,7 @@ def takes_a_step(trainer):
 @every_config
 def test_torchvision(config, options, tmp_path):
     cfg = get_cfg()
-    load_config(cfg, str(ROOT / config), options, "torchvision")
+    load_config(cfg, str(ROOT / config), [*options, *shrink(config)], "torchvision")
     trainer = Trainer(cfg)
     assert takes_a_step(trainer)
     assert (tmp_path / "model_final.pth").exists()
@@ -56,31 +87,90 @@ def test_detectron2(config, options, tmp_path):
 
     cfg = detectron2.config.get_cfg()
     add_bn_det_config(cfg)
-    load_config(cfg, str(ROOT / config), options, "Detectron2")
+    load_config(cfg, str(ROOT / config), [*options, *shrink(config)], "Detectron2")
     register_datasets(cfg)
     trainer = Trainer(cfg)
     assert takes_a_step(trainer)
     assert (tmp_path / "model_final.pth").exists()
 
 
-@every_config
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_plain_yaml(config):
     text = (ROOT / config).read_text()
     assert isinstance(yaml.safe_load(text), dict) and "!!" not in text
     assert text.startswith("#"), "say in a comment what the file is"
 
 
+ROWS = ["shared-shared", "shared-per_domain", "per_domain-shared", "per_domain-per_domain"]
+"""Of Table 5: STATISTICS and POPULATION."""
+
+
+def check_row(path, choices):
+    """That a file's name and comment say which row of Table 5 its choices are."""
+    assert path.stem == "-".join(choices)
+    row = 1 + ROWS.index("-".join(choices[:2]))
+    comment = path.read_text().split("_BASE_")[0].lower().replace("\n# ", " ")
+    assert f"row {row} of table 5" in comment
+    assert ("ours" in comment) == (choices[2] == "per_domain")
+    assert ("precisebn" in comment) == (choices[1] == "per_domain")
+
+
+def choices_of(path):
+    choices = yaml.safe_load(path.read_text())["MODEL"]["RETINANET"]["BN"]
+    return tuple(choices[k] for k in ("STATISTICS", "POPULATION", "AFFINE"))
+
+
 def test_the_eight_choices():
-    found = {}
-    for path in MULTI_DOMAIN.glob("*.yaml"):
-        choices = yaml.safe_load(path.read_text())["MODEL"]["RETINANET"]["BN"]
-        found[tuple(choices[k] for k in ("STATISTICS", "POPULATION", "AFFINE"))] = path
+    found = {choices_of(p): p for p in (MULTI_DOMAIN / "shapes").glob("*.yaml")}
     assert set(found) == set(EIGHT_CHOICES)
-    rows = ["shared-shared", "shared-per_domain", "per_domain-shared", "per_domain-per_domain"]
     for choices, path in found.items():
-        assert path.stem == "-".join(choices)
-        row = 1 + rows.index("-".join(choices[:2]))
-        comment = path.read_text().split("_BASE_")[0].lower().replace("\n# ", " ")
-        assert f"row {row} of table 5" in comment
-        assert ("ours" in comment) == (choices[2] == "per_domain")
-        assert ("precisebn" in comment) == (choices[1] == "per_domain")
+        check_row(path, choices)
+
+
+def test_the_rows_of_table_5():
+    """On COCO, with the affine that the paper's levels share."""
+    found = {choices_of(p): p for p in MULTI_DOMAIN.glob("*-*-*.yaml") if "Base" not in p.name}
+    assert set(found) == {c for c in EIGHT_CHOICES if c[2] == "shared"}
+    for choices, path in found.items():
+        check_row(path, choices)
+
+
+def merged(path):
+    """A config's leaves by their dotted keys, its bases included."""
+    own = yaml.safe_load(path.read_text())
+    leaves = merged(path.parent / own.pop("_BASE_")) if "_BASE_" in own else {}
+    nodes = [("", own)]
+    for prefix, node in nodes:
+        for key, value in node.items():
+            if isinstance(value, dict):
+                nodes.append((f"{prefix}{key}.", value))
+            else:
+                leaves[prefix + key] = value
+    return leaves
+
+
+@pytest.mark.parametrize("folder", [LEAKAGE, LEAKAGE / "shapes"], ids=["coco", "shapes"])
+def test_only_the_heads_norms_differ(folder):
+    assert sorted(p.name for p in folder.glob("head_*.yaml")) == HEADS
+    reference = merged(folder / "head_none.yaml")
+    for name in HEADS:
+        leaves = merged(folder / name)
+        changed = {k for k in leaves if leaves[k] != reference.get(k)} - {"OUTPUT_DIR"}
+        heads = ("MODEL.ROI_BOX_HEAD.", "MODEL.ROI_MASK_HEAD.", "TEST.BN_STATISTICS")
+        assert bool(changed) == (name != "head_none.yaml")
+        assert all(k.startswith(heads) for k in changed), changed
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_twins(name):
+    """A config for COCO and its twin for shapes ask for the same in both heads, by their name."""
+    norm, *option = name.removesuffix(".yaml").removeprefix("head_").split("_", 1)
+    for folder in (LEAKAGE, LEAKAGE / "shapes"):
+        leaves = merged(folder / name)
+        assert leaves["OUTPUT_DIR"].endswith(f"{folder.relative_to(LEAKAGE.parent)}/{name[:-5]}")
+        for head in ("MODEL.ROI_BOX_HEAD.", "MODEL.ROI_MASK_HEAD."):
+            assert leaves[f"{head}NORM"] == ("" if norm == "none" else norm)
+            assert leaves.get(f"{head}SHUFFLE", False) == (option == ["shuffle"])
+            assert (leaves.get(f"{head}GHOST_SIZE", 0) > 0) == (norm == "GhostBN")
+        statistics = "batch" if option == ["batch_stats"] else "population"
+        assert leaves.get("TEST.BN_STATISTICS", "population") == statistics

@@ -3,9 +3,14 @@
 from ..config import add_bn_det_config
 from .backbone import build_bn_resnet_fpn_backbone, build_bn_retinanet_resnet_fpn_backbone
 from .datasets import register_datasets
+from .hooks import AverageStatistics
 from .retinanet import BNRetinaNet, BNRetinaNetHead
+from .roi_heads import BNFastRCNNConvFCHead, BNMaskRCNNConvUpsampleHead
 
 __all__ = [
+    "AverageStatistics",
+    "BNFastRCNNConvFCHead",
+    "BNMaskRCNNConvUpsampleHead",
     "BNRetinaNet",
     "BNRetinaNetHead",
     "add_bn_det_config",

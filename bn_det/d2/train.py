@@ -9,21 +9,31 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
+import torch.distributed as dist
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import DefaultTrainer, HookBase, default_setup, launch
+from detectron2.engine import (
+    AMPTrainer,
+    DefaultTrainer,
+    HookBase,
+    SimpleTrainer,
+    create_ddp_model,
+    default_setup,
+)
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ..checkpoint import CheckpointerMixin, check_start
-from ..config import add_bn_det_config, load_config, resolve_device
+from ..config import add_bn_det_config, check_ims_per_batch, load_config, resolve_device
 from ..data.coco import CocoSource, check_names, check_num_classes, load_coco
 from ..errors import InputError
+from ..launch import launch, world_size
 from ..results import results_table
 from .datasets import register_datasets
+from .hooks import AverageStatistics
 
 
 class Checkpointer(CheckpointerMixin, DetectionCheckpointer):
@@ -31,14 +41,37 @@ class Checkpointer(CheckpointerMixin, DetectionCheckpointer):
 
 
 class Trainer(DefaultTrainer):
-    """DefaultTrainer with COCO evaluation, and with checkpoints that survive any interruption."""
+    """DefaultTrainer with COCO evaluation, and with checkpoints that survive any interruption.
+
+    It trains in processes on the CPU, too.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        # DefaultTrainer's own gives DistributedDataParallel the number of a GPU in any case.
+        super(DefaultTrainer, self).__init__()
+        self.cfg = cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        on_cpu = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
+        self._trainer = (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(
+            create_ddp_model(model, broadcast_buffers=False, **on_cpu),
+            self.build_train_loader(cfg),
+            optimizer,
+        )
+        self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase]:
-        # Before the hooks that save with it are built.
-        self.checkpointer = Checkpointer(
-            self.checkpointer.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
-        )
-        return super().build_hooks()
+        ret = super().build_hooks()
+        if self.cfg.SOLVER.AVERAGE_BN_STATISTICS:
+            first = next(
+                k for k, h in enumerate(ret) if isinstance(h, (EvalHook, PeriodicCheckpointer))
+            )
+            periods = [self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD]
+            ret.insert(first, AverageStatistics(periods))
+        return ret
 
     def resume_or_load(self, resume: bool = True) -> None:
         self.checkpointer.must_match = resume
@@ -52,6 +85,13 @@ class Trainer(DefaultTrainer):
         """
         super().train()
         return getattr(self, "_last_eval_results", {})
+
+    def after_train(self) -> None:
+        if self.iter < self.max_iter:
+            # A failure. EvalHook takes one in the last iteration for the end of the training, and
+            # its evaluation would wait for the other processes, which are not there.
+            self._hooks = [h for h in self._hooks if not isinstance(h, EvalHook)]
+        super().after_train()
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
@@ -73,18 +113,15 @@ class Trainer(DefaultTrainer):
 
 def main(args: argparse.Namespace) -> None:
     """Train and evaluate, or only evaluate, as the flags of ``tools/train_net.py`` say."""
-    if args.num_gpus > 1 and args.num_gpus > torch.cuda.device_count():
-        raise InputError(
-            f"--num-gpus: {args.num_gpus} is not accepted; this machine has "
-            f"{torch.cuda.device_count()}"
-        )
+    cfg = setup(args)
     launch(
         _run,
+        (args, cfg),
         args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args, setup(args)),
+        args.num_machines,
+        args.machine_rank,
+        args.dist_url,
+        cfg.MODEL.DEVICE,
     )
 
 
@@ -99,6 +136,10 @@ def setup(args: argparse.Namespace) -> CfgNode:
             "TEST.PRECISE_BN.ENABLED: True is not accepted with MODEL.RETINANET.NORM 'BN', whose "
             "layers take a list of levels; use False"
         )
+    num_processes = world_size(args.num_gpus, args.num_machines)
+    if not args.eval_only:
+        # Detectron2 scales the batch with the processes where it is told for how many it is.
+        check_ims_per_batch(cfg, cfg.SOLVER.REFERENCE_WORLD_SIZE or num_processes)
     check_start(cfg, args)
     register_datasets(cfg)
     for split in ("TRAIN", "TEST"):
@@ -116,6 +157,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 
 def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
+    if dist.is_initialized():
+        comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
     register_datasets(cfg)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="bn_det")
     default_setup(cfg, args)

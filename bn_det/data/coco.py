@@ -15,7 +15,7 @@ from yacs.config import CfgNode
 
 from ..errors import InputError, nearest
 from .masks import is_segmentation
-from .shapes import SPLITS, generate_shapes
+from .shapes import VARIANTS, Variant, generate_shapes
 
 
 class CocoSource(NamedTuple):
@@ -51,12 +51,10 @@ def datasets_root() -> Path:
 
 def shapes_sources() -> dict[str, CocoSource]:
     """The data sets that we generate."""
-    root = datasets_root() / "shapes"
     return {
-        f"shapes_{split}": CocoSource(
-            str(root / "annotations" / f"instances_{split}.json"), str(root / split)
-        )
-        for split in SPLITS
+        name: source
+        for variant in VARIANTS.values()
+        for name, source in _variant_sources(variant).items()
     }
 
 
@@ -112,10 +110,21 @@ def check_num_classes(cfg: CfgNode, key: str, name: str, found: int) -> None:
 
 def prepare(name: str, source: CocoSource) -> None:
     """Generate a data set of ours where it is missing; check that the annotation file exists."""
-    if source == shapes_sources().get(name):
-        generate_shapes(datasets_root() / "shapes")
+    for variant in VARIANTS.values():
+        if source == _variant_sources(variant).get(name):
+            generate_shapes(datasets_root() / variant.name, variant=variant)
     if not Path(source.json_file).is_file():
         raise InputError(f"{name}: there is no annotation file {source.json_file}")
+
+
+def _variant_sources(variant: Variant) -> dict[str, CocoSource]:
+    root = datasets_root() / variant.name
+    return {
+        f"{variant.name}_{split}": CocoSource(
+            str(root / "annotations" / f"instances_{split}.json"), str(root / split)
+        )
+        for split in variant.splits
+    }
 
 
 @contextlib.contextmanager

@@ -1,7 +1,14 @@
-"""The shapes data set: coloured shapes on textured grounds, in COCO's format.
+"""The shapes data sets: coloured shapes on textured grounds, in COCO's format.
 
 Small enough to train a detector on a laptop's CPU in minutes, and hard enough for AP to tell
-detectors apart: objects from 12 to 112 pixels, tilted, partly occluded, on a noisy ground.
+detectors apart: objects of many sizes, tilted, partly occluded, on a noisy ground.
+
+In SHAPES each object has a category and a colour of its own. In SHAPES_CORRELATED the objects of
+an image have them in common, as RoIs of one real image do: one category, one saturation and
+brightness, one offset of the hue. There a single object is ambiguous: its own deviation of the hue
+is as large as the distance between the categories, its outline is blunted towards a circle, and
+the image is noisy. What its neighbours have in common tells more than the object itself, so a
+BatchNorm that normalizes RoIs of one image together has something to leak.
 """
 
 from __future__ import annotations
@@ -19,49 +26,100 @@ import numpy as np
 
 from ..errors import InputError
 
-VERSION = 1
-"""Raised with every change of what is drawn, so that an older folder is not taken for this one."""
-
 CATEGORIES = ("circle", "square", "triangle", "star")
 
 IMAGE_SIZE = 128
 """Height and width of an image, in pixels."""
 
-OBJECT_SIZES = (12.0, 112.0)
-"""Range of the longer side of an object's box, in pixels. Sizes are log-uniform."""
-
 MAX_TILT = np.pi / 9
 """Largest rotation of an object from upright, in radians."""
-
-HUE_SPREAD = 0.1
-"""Standard deviation of a category's hue, where the whole circle is one."""
-
-MAX_OBJECTS = 5
-"""Most objects in an image; the least is one."""
 
 MAX_COVERED = 0.25
 """Largest part of an object's box that the box of another may cover."""
 
 
 class Split(NamedTuple):
-    """A part of the data set: its number of images, and the seed that sets it apart."""
+    """A part of a data set: its number of images, and the seed that sets it apart."""
 
     num_images: int
     seed: int
 
 
-SPLITS = {"train": Split(1000, 0), "val": Split(200, 1)}
+class Variant(NamedTuple):
+    """What one of the data sets draws.
+
+    Attributes:
+        name: of the data set, to which ``_<split>`` is added, and of its folder.
+        version: raised with every change of what is drawn, so that an older folder is not taken
+            for this one.
+        splits: no two splits of any variants have the same seed.
+        num_objects: least and most objects in an image; one that finds no place is left out.
+        object_sizes: range of the longer side of an object's box, in pixels. Sizes are log-uniform.
+        hue_spread: standard deviation of an object's hue, where the whole circle is one.
+        noise: range of the standard deviation of an image's noise, in grey levels of 255.
+        common_hue_spread: standard deviation of the hue that the objects of an image have in
+            common, with their category, saturation and brightness; None if each has its own.
+        bluntness: range of how far an outline is drawn towards a circle, from 0 to 1; None if it
+            is not.
+    """
+
+    name: str
+    version: int
+    splits: dict[str, Split]
+    num_objects: tuple[int, int]
+    object_sizes: tuple[float, float]
+    hue_spread: float
+    noise: tuple[float, float]
+    common_hue_spread: float | None = None
+    bluntness: tuple[float, float] | None = None
 
 
-def generate_shapes(root: Path, splits: dict[str, Split] | None = None) -> Path:
-    """Make sure that the data set is in a folder, and generate it where it is not.
+SHAPES = Variant(
+    name="shapes",
+    version=1,
+    splits={"train": Split(1000, 0), "val": Split(200, 1)},
+    num_objects=(1, 5),
+    object_sizes=(12.0, 112.0),
+    hue_spread=0.1,
+    noise=(2.0, 8.0),
+)
+
+SHAPES_CORRELATED = Variant(
+    name="shapes_correlated",
+    version=1,
+    splits={"train": Split(1000, 2), "val": Split(200, 3)},
+    num_objects=(4, 7),
+    object_sizes=(14.0, 48.0),
+    hue_spread=0.2,
+    noise=(8.0, 24.0),
+    common_hue_spread=0.03,
+    bluntness=(0.5, 1.0),
+)
+
+VARIANTS = {variant.name: variant for variant in (SHAPES, SHAPES_CORRELATED)}
+
+
+class Theme(NamedTuple):
+    """What the objects of one image have in common."""
+
+    category: int
+    hue: float
+    saturation: float
+    brightness: float
+
+
+def generate_shapes(
+    root: Path, splits: dict[str, Split] | None = None, variant: Variant = SHAPES
+) -> Path:
+    """Make sure that a data set is in a folder, and generate it where it is not.
 
     It is written aside and renamed, so that an interrupted generation leaves nothing that looks
     finished; of two processes that generate at once, the second finds the first one's work.
 
     Args:
         root: the folder, which gets ``annotations/instances_<split>.json`` and ``<split>/*.png``.
-        splits: what to draw; SPLITS by default.
+        splits: the parts to draw; those of the variant by default.
+        variant: what to draw.
 
     Returns:
         root.
@@ -70,13 +128,13 @@ def generate_shapes(root: Path, splits: dict[str, Split] | None = None) -> Path:
         InputError: the folder exists and holds something else.
     """
     if root.exists():
-        _check_version(root)
+        _check_version(root, variant)
         return root
     root.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
     try:
-        for name, split in (splits or SPLITS).items():
-            _write_split(aside, name, split)
+        for name, split in (splits or variant.splits).items():
+            _write_split(aside, name, split, variant)
         aside.chmod(0o755)
         try:
             os.rename(aside, root)
@@ -84,45 +142,49 @@ def generate_shapes(root: Path, splits: dict[str, Split] | None = None) -> Path:
             # Another process was first. Its data set is the same: it depends on the seed alone.
             if not root.exists():
                 raise
-            _check_version(root)
+            _check_version(root, variant)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return root
 
 
-def draw_image(seed: int, index: int) -> tuple[np.ndarray, list[dict]]:
-    """One image and its objects. It depends on nothing but the seed and the index.
+def draw_image(seed: int, index: int, variant: Variant = SHAPES) -> tuple[np.ndarray, list[dict]]:
+    """One image and its objects. It depends on nothing but the variant, the seed and the index.
 
     Returns:
         a BGR image of shape (IMAGE_SIZE, IMAGE_SIZE, 3), uint8, and for each object a dict with
         ``category_id`` (from 1), ``bbox`` (x, y, width, height), ``segmentation`` (one polygon)
         and ``area``, in pixels.
     """
-    rng = np.random.default_rng([VERSION, seed, index])
+    rng = np.random.default_rng([variant.version, seed, index])
     image = _draw_ground(rng)
-    sizes = np.exp(rng.uniform(*np.log(OBJECT_SIZES), size=rng.integers(1, MAX_OBJECTS + 1)))
+    low, high = variant.num_objects
+    sizes = np.exp(rng.uniform(*np.log(variant.object_sizes), size=rng.integers(low, high + 1)))
+    theme = None if variant.common_hue_spread is None else _draw_theme(variant, rng)
     objects, boxes = [], []
     # From large to small, so that small ones are not hidden and large ones find a place.
     for size in sorted(sizes, reverse=True):
-        category = int(rng.integers(len(CATEGORIES)))
+        category = theme.category if theme else int(rng.integers(len(CATEGORIES)))
         outline = _outline(CATEGORIES[category], rng)
+        if variant.bluntness is not None:
+            outline = _blunt(outline, rng.uniform(*variant.bluntness))
         outline *= size / np.ptp(outline, axis=0).max()
         polygon = _place(outline, boxes, rng)
         if polygon is None:
             continue
-        _fill(image, polygon, _draw_colour(category, rng), rng)
+        _fill(image, polygon, _draw_colour(category, variant, theme, rng), rng)
         boxes.append(_box_of(polygon))
         objects.append(_annotation(category + 1, polygon))
-    noise = rng.normal(0, rng.uniform(2, 8), image.shape)
+    noise = rng.normal(0, rng.uniform(*variant.noise), image.shape)
     return np.clip(image + noise, 0, 255).round().astype(np.uint8), objects
 
 
-def _write_split(root: Path, name: str, split: Split) -> None:
+def _write_split(root: Path, name: str, split: Split, variant: Variant) -> None:
     (root / name).mkdir()
     (root / "annotations").mkdir(exist_ok=True)
     images, annotations = [], []
     for index in range(split.num_images):
-        pixels, objects = draw_image(split.seed, index)
+        pixels, objects = draw_image(split.seed, index, variant)
         file_name = f"{index:06d}.png"
         if not cv2.imwrite(str(root / name / file_name), pixels):
             raise OSError(f"{root / name / file_name}: could not be written")
@@ -133,7 +195,7 @@ def _write_split(root: Path, name: str, split: Split) -> None:
             annotation.update(id=len(annotations) + 1, image_id=index + 1, iscrowd=0)
             annotations.append(annotation)
     content = {
-        "info": {"description": "bn_det shapes", "version": VERSION, "seed": split.seed},
+        "info": {**_identity(variant), "seed": split.seed},
         "licenses": [],
         "images": images,
         "annotations": annotations,
@@ -142,23 +204,29 @@ def _write_split(root: Path, name: str, split: Split) -> None:
     (root / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))
 
 
-def _check_version(root: Path) -> None:
+def _check_version(root: Path, variant: Variant) -> None:
     paths = sorted((root / "annotations").glob("instances_*.json"))
     if not paths:
         raise InputError(
-            f"{root}: exists, and is not the shapes data set; move it away, and the data set is "
-            "generated there"
+            f"{root}: exists, and is not the {variant.name} data set; move it away, and the data "
+            "set is generated there"
         )
     for path in paths:
         try:
-            version = json.loads(path.read_text())["info"]["version"]
+            info = json.loads(path.read_text())["info"]
+            found = {key: info[key] for key in _identity(variant)}
         except (ValueError, KeyError, TypeError):
-            version = None
-        if version != VERSION:
+            found = None
+        if found != _identity(variant):
             raise InputError(
-                f"{root}: its {path.name} is not of version {VERSION} of the shapes data set "
-                f"(found {version!r}); move the folder away, and it is generated anew"
+                f"{root}: its {path.name} is not of version {variant.version} of the "
+                f"{variant.name} data set (found {found!r}); move the folder away, and it is "
+                "generated anew"
             )
+
+
+def _identity(variant: Variant) -> dict[str, str | int]:
+    return {"description": f"bn_det {variant.name}", "version": variant.version}
 
 
 def _draw_ground(rng: np.random.Generator) -> np.ndarray:
@@ -188,6 +256,15 @@ def _outline(category: str, rng: np.random.Generator) -> np.ndarray:
     return radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
+def _blunt(outline: np.ndarray, amount: float) -> np.ndarray:
+    """Draw an outline around the origin towards the unit circle: 0 leaves it, 1 is the circle."""
+    steps = np.linspace(0, 1, 8, endpoint=False)[:, None]
+    following = np.roll(outline, -1, axis=0)
+    fine = np.concatenate([a + steps * (b - a) for a, b in zip(outline, following, strict=True)])
+    radii = np.linalg.norm(fine, axis=1, keepdims=True)
+    return fine * (1 - amount + amount / radii)
+
+
 def _place(
     outline: np.ndarray, boxes: list[np.ndarray], rng: np.random.Generator
 ) -> np.ndarray | None:
@@ -213,10 +290,25 @@ def _covered(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.clip(sides, 0, None).prod() / smaller)
 
 
-def _draw_colour(category: int, rng: np.random.Generator) -> np.ndarray:
+def _draw_theme(variant: Variant, rng: np.random.Generator) -> Theme:
+    return Theme(
+        category=int(rng.integers(len(CATEGORIES))),
+        hue=rng.normal(0, variant.common_hue_spread),
+        saturation=rng.uniform(0.5, 1),
+        brightness=rng.uniform(0.4, 1),
+    )
+
+
+def _draw_colour(
+    category: int, variant: Variant, theme: Theme | None, rng: np.random.Generator
+) -> np.ndarray:
     """A saturated BGR colour whose hue hints at the category, but does not settle it."""
-    hue = category / len(CATEGORIES) + rng.normal(0, HUE_SPREAD)
-    red_green_blue = colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.5, 1), rng.uniform(0.4, 1))
+    hue = category / len(CATEGORIES) + rng.normal(0, variant.hue_spread)
+    if theme is None:
+        colour = (hue % 1, rng.uniform(0.5, 1), rng.uniform(0.4, 1))
+    else:
+        colour = ((hue + theme.hue) % 1, theme.saturation, theme.brightness)
+    red_green_blue = colorsys.hsv_to_rgb(*colour)
     return 255 * np.array(red_green_blue[::-1])
 
 

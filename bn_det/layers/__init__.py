@@ -3,6 +3,7 @@
 from .batch_norm import BatchNorm2d
 from .convert import convert_batchnorm
 from .domain_batch_norm import SHARING, DomainBatchNorm2d
+from .ghost import ghost_groups
 from .levels import forward_levels
 from .norms import BATCH_NORMS, level_norm_factory, norm_factory
 
@@ -13,6 +14,7 @@ __all__ = [
     "DomainBatchNorm2d",
     "convert_batchnorm",
     "forward_levels",
+    "ghost_groups",
     "level_norm_factory",
     "norm_factory",
 ]

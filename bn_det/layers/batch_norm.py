@@ -2,21 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..comm import Group, check_agreement, process_group
+from ..errors import InputError, choose
 from ..moments import Moments
+from .ghost import GHOST_ORDERS, GhostBatches, ghost_batches
 from .joint import joint_batch_norm, normalize
+
+STATISTICS = ("population", "batch")
+"""What can normalize in evaluation."""
+
+
+class Batch(NamedTuple):
+    """A normalization batch.
+
+    Attributes:
+        moments: of all its values.
+        size: number of values per channel, of which only 0, 1 and more are told apart; the exact
+            one may still be computed by a device.
+    """
+
+    moments: Moments
+    size: int
+
+    @classmethod
+    def merge(cls, parts: Sequence[Batch]) -> Batch:
+        """The union of disjoint parts."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(Moments.merge([p.moments for p in parts]), sum(p.size for p in parts))
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """``nn.BatchNorm2d`` (same arguments, same state dict) that detectors can rely on.
+    """``nn.BatchNorm2d`` (same arguments, same state dict) with a choice of batch.
 
-    Equal to its base class except that
+    In training the normalization batch is
+
+    * by default, all samples of this process;
+    * with ``group``, those of all its processes (SyncBN): exact whatever each of them holds, one
+      of them nothing for example. Every process of the group has to call the layer, and to run the
+      backward pass, as often as the others. The first call also checks that they agree.
+    * with ``ghost_size``, that many samples (GhostBN: Hoffer et al., *Train longer, generalize
+      better*, 2017), the remainder with the last ones. The EMA is updated once in a call, with
+      the mean of the batches' statistics weighted by their samples.
+
+    Where it is the same as the base class, it is equal to it, except that
 
     * an empty input (no proposals, no positives) gives an empty output and zero gradients, and
       updates nothing;
@@ -26,53 +64,156 @@ class BatchNorm2d(nn.BatchNorm2d):
     * on a CPU the variance of channels_last data is exact, where torch loses it for data with a
       large mean; second derivatives are refused there.
 
+    Args:
+        num_features, eps, momentum, affine, track_running_stats: as in ``nn.BatchNorm2d``.
+        group: None, "world", or a ProcessGroup that this process is in. In a run of one process
+            "world" is this process.
+        ghost_size: samples in a normalization batch, or None.
+        ghost_order: which samples: "contiguous" ones, or "random" ones. For other groups see
+            ``ghost_groups``.
+        eval_statistics: what normalizes in evaluation: the "population" statistics, or those of
+            the "batch", then all samples of this process.
+
     Shape:
         (N, C, H, W) to the same.
 
     Raises:
-        InputError: in training, if the normalization batch has a single value per channel.
+        InputError: an argument is not accepted; in training, a normalization batch has a single
+            value per channel; at the first call, the processes of the group disagree about the
+            layer.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    _ranks_agree = False
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        group: Group = None,
+        ghost_size: int | None = None,
+        ghost_order: str = "contiguous",
+        eval_statistics: str = "population",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, **kwargs)
+        if ghost_size is not None and ghost_size < 1:
+            raise InputError(f"ghost_size: {ghost_size!r} is not accepted; use 1 or more, or None")
+        if ghost_size is not None and group is not None:
+            raise InputError(
+                f"ghost_size: {ghost_size!r} is not accepted with group {group!r}: a normalization "
+                "batch is a part of one process's samples or those of several; use None for one"
+            )
+        choose("ghost_order", ghost_order, GHOST_ORDERS)
+        choose("eval_statistics", eval_statistics, STATISTICS)
+        process_group(group)
+        self.group = group
+        self.ghost_size = ghost_size
+        self.ghost_order = ghost_order
+        self.eval_statistics = eval_statistics
+
+    def forward(self, x: Tensor, groups: Tensor | None = None) -> Tensor:
+        """Normalize x.
+
+        Args:
+            x: shape (N, C, H, W).
+            groups: in training, instead of ``ghost_size``: for each sample the number of its
+                normalization batch, shape (N,).
+        """
         self._check_input_dim(x)
-        if not (self.training or self.running_mean is None):
+        if not self.normalizes_by_batch:
             return normalize(
                 x, self.running_mean, self.running_var, self.weight, self.bias, self.eps
             )
-        return self.normalize_by_batch(x, self.weight, self.bias)
+        group = self.group_in_use(groups)
+        ghosts = self.ghosts(len(x), groups)
+        if group is None and len(ghosts.sizes) == 1:
+            return self.normalize_by_batch(x, self.weight, self.bias)
+        pieces = ghosts.split(x)
+        batches = self.batches_of(pieces, group)
+        check_batch_sizes(batches)
+        self.update_population_statistics(batches)
+        num = len(pieces)
+        ys = joint_batch_norm(
+            pieces,
+            [b.moments for b in batches],
+            range(num),
+            [self.weight] * num,
+            [self.bias] * num,
+            self.eps,
+            group,
+        )
+        return ghosts.join(ys)
 
-    def normalize_by_batch(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    @property
+    def normalizes_by_batch(self) -> bool:
+        """Whether batch statistics, and not those of the population, are used in this mode."""
+        return self.training or self.eval_statistics == "batch" or self.running_mean is None
+
+    def group_in_use(self, groups: Tensor | None = None) -> dist.ProcessGroup | None:
+        """The processes to merge over in this mode, if any."""
+        group = process_group(self.group) if self.training else None
+        if groups is not None and group is not None:
+            raise ValueError("groups: not accepted by a layer that normalizes over processes")
+        return group
+
+    def ghosts(self, num_samples: int, groups: Tensor | None = None) -> GhostBatches:
+        """The normalization batches of this process in this mode."""
+        if not self.training:
+            return ghost_batches(num_samples, None)
+        return ghost_batches(num_samples, self.ghost_size, self.ghost_order, groups)
+
+    def normalize_by_batch(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, where: str = ""
+    ) -> Tensor:
         """Normalize x by its own statistics and update the population statistics with them.
 
         Args:
             x: shape (N, C, H, W).
             weight, bias: the affine to use, which need not be this module's; shape (C,) or None.
+            where: begins the message of an error.
         """
         if x.numel() == 0:
             return normalize(x, self.running_mean, self.running_var, weight, bias, self.eps)
-        check_batch_size([x])
         if x.device.type == "cpu" and not x.is_contiguous():
-            moments = Moments.of(x)
-            self.update_population_statistics(moments)
-            return joint_batch_norm([x], moments, [weight], [bias], self.eps)[0]
-        return F.batch_norm(
-            x,
-            self.running_mean,
-            self.running_var,
-            weight,
-            bias,
-            True,
-            self.next_momentum(),
-            self.eps,
-        )
+            batches = self.batches_of([x])
+            check_batch_sizes(batches, where)
+            self.update_population_statistics(batches)
+            return joint_batch_norm([x], [batches[0].moments], [0], [weight], [bias], self.eps)[0]
+        _check_size(x.numel() // x.shape[1], where)
+        # A weight of 0 does not keep an infinite variance out, so evaluation gives no buffers.
+        # Training does in any case: a recomputation has to save what the first pass saved.
+        running = (self.running_mean, self.running_var) if self.training else (None, None)
+        return F.batch_norm(x, *running, weight, bias, True, self.next_momentum(), self.eps)
+
+    def batches_of(
+        self, xs: Sequence[Tensor], group: dist.ProcessGroup | None = None
+    ) -> list[Batch]:
+        """Each tensor on all processes of the group as a batch of its own, in one collective."""
+        moments = [Moments.of(x) for x in xs]
+        sizes = [x.numel() // x.shape[1] for x in xs]
+        if group is not None:
+            self._check_ranks(xs, group)
+            moments = Moments.all_reduce(moments, group)
+            # With more than one value here there is no need to wait for the device.
+            sizes = [n if n > 1 else int(m.count) for n, m in zip(sizes, moments, strict=True)]
+        return [Batch(m, n) for m, n in zip(moments, sizes, strict=True)]
 
     @torch.no_grad()
-    def update_population_statistics(self, moments: Moments) -> None:
-        """Move the EMA towards the mean and the unbiased variance of a normalization batch."""
-        momentum = self.next_momentum()
+    def update_population_statistics(self, batches: Sequence[Batch]) -> None:
+        """Move the EMA towards the mean and the unbiased variance of a normalization batch.
+
+        Of several batches, towards the means of theirs, weighted by the number of values.
+        """
+        present = [b.moments for b in batches if b.size > 0]
+        momentum = self.next_momentum() if present else 0.0
         if momentum > 0:
-            self.running_mean.mul_(1 - momentum).add_(moments.mean * momentum)
-            self.running_var.mul_(1 - momentum).add_(moments.unbiased_var * momentum)
+            mean, var = _mean_statistics(present)
+            self.running_mean.mul_(1 - momentum).add_(mean * momentum)
+            self.running_var.mul_(1 - momentum).add_(var * momentum)
 
     def next_momentum(self) -> float:
         """Count a batch; the weight that the EMA gives it, 0 where it must not change."""
@@ -83,14 +224,79 @@ class BatchNorm2d(nn.BatchNorm2d):
             return 1.0 / float(self.num_batches_tracked)
         return self.momentum
 
+    def extra_repr(self) -> str:
+        return super().extra_repr() + self.repr_of_choices()
 
-def check_batch_size(xs: Sequence[Tensor], where: str = "") -> None:
-    """Raise InputError if tensors (N, C, H, W) have a single value per channel in all."""
-    if sum(x.numel() // x.shape[1] for x in xs) == 1:
+    def repr_of_choices(self) -> str:
+        """What the layer's repr says of the normalization batch, where it is not the default."""
+        choices = ""
+        if self.group is not None:
+            group = process_group(self.group)
+            ranks = dist.get_world_size(group) if group else 1
+            choices += f", normalization_batch=all samples of {ranks} process(es)"
+        if self.ghost_size is not None:
+            choices += f", normalization_batch={self.ghost_size} {self.ghost_order} samples"
+        if self.eval_statistics != "population":
+            choices += f", eval_statistics={self.eval_statistics}"
+        return choices
+
+    def _check_ranks(self, xs: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+        if not self._ranks_agree:
+            values = {
+                "num_features": self.num_features,
+                "dtype": str(xs[0].dtype),
+                "number of domains": len(xs),
+            }
+            check_agreement(type(self).__name__, values, group)
+            self._ranks_agree = True
+
+
+@contextmanager
+def evaluated_with(module: nn.Module, statistics: str) -> Iterator[None]:
+    """Inside the block, what normalizes every BatchNorm of ours in a module in evaluation.
+
+    Args:
+        statistics: "population" or "batch".
+    """
+    choose("statistics", statistics, STATISTICS)
+    layers = [m for m in module.modules() if isinstance(m, BatchNorm2d)]
+    before = [layer.eval_statistics for layer in layers]
+    try:
+        for layer in layers:
+            layer.eval_statistics = statistics
+        yield
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            layer.eval_statistics = own
+
+
+def check_batch_sizes(batches: Iterable[Batch], where: str = "") -> None:
+    """Raise InputError if a normalization batch has a single value per channel.
+
+    Args:
+        where: begins the message.
+    """
+    for batch in batches:
+        _check_size(batch.size, where)
+
+
+def _check_size(size: int, where: str) -> None:
+    if size == 1:
         raise InputError(
-            f"{where}a normalization batch of a single value per channel has no variance: train "
-            "with more images, larger ones, or statistics shared between domains"
+            f"{where}a normalization batch of a single value per channel has no variance: use "
+            "more images, larger ones, or statistics shared between domains"
         )
+
+
+def _mean_statistics(batches: Sequence[Moments]) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance, averaged over batches: not those of the batches merged."""
+    if len(batches) == 1:
+        return batches[0].mean, batches[0].unbiased_var
+    counts = torch.stack([m.count for m in batches])
+    weights = (counts / counts.sum()).to(batches[0].mean.dtype).unsqueeze(1)
+    means = torch.stack([m.mean for m in batches])
+    variances = torch.stack([m.unbiased_var for m in batches])
+    return (weights * means).sum(0), (weights * variances).sum(0)
 
 
 def _in_backward_pass() -> bool:

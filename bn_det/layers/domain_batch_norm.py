@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
+import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import choose
-from ..moments import Moments
-from .batch_norm import BatchNorm2d, check_batch_size
+from .batch_norm import Batch, BatchNorm2d, check_batch_sizes
+from .ghost import GhostBatches
 from .joint import joint_batch_norm, normalize
 
 SHARING = ("shared", "per_domain")
@@ -40,6 +42,9 @@ class DomainBatchNorm2d(BatchNorm2d):
         num_features: number of channels C.
         num_domains: length of the lists.
         eps, momentum: as in ``nn.BatchNorm2d``.
+        choices: ``group``, ``ghost_size``, ``ghost_order`` and ``eval_statistics`` as in
+            :class:`BatchNorm2d`. They make the normalization batches of what ``statistics`` says;
+            over several processes there is one collective for all domains.
 
     Shape:
         a list of ``num_domains`` tensors (N_k, C, H_k, W_k) to a list of the same shapes. A domain
@@ -61,6 +66,7 @@ class DomainBatchNorm2d(BatchNorm2d):
         statistics: str = "per_domain",
         population: str = "per_domain",
         affine: str = "shared",
+        **choices: Any,
     ) -> None:
         choose("statistics", statistics, SHARING)
         choose("population", population, SHARING)
@@ -73,6 +79,7 @@ class DomainBatchNorm2d(BatchNorm2d):
             momentum,
             affine=affine == "shared",
             track_running_stats=population == "shared",
+            **choices,
         )
         self.num_domains = num_domains
         self.statistics = statistics
@@ -89,13 +96,32 @@ class DomainBatchNorm2d(BatchNorm2d):
                 )
                 self.add_module(str(k), own)
 
-    def forward(self, xs: Sequence[Tensor]) -> list[Tensor]:
+    def forward(self, xs: Sequence[Tensor], groups: Tensor | None = None) -> list[Tensor]:
+        """Normalize the tensors of all domains.
+
+        Args:
+            groups: as in :class:`BatchNorm2d`, for the samples of every domain.
+        """
         self._check_input(xs)
-        if not self.training:
+        if not self.normalizes_by_batch:
             return [self._normalize_by_population(k, x) for k, x in enumerate(xs)]
-        if self.statistics == "per_domain" or not any(x.numel() for x in xs):
+        group = self.group_in_use(groups)
+        # One partition for all, so that a random one has the same samples in each domain.
+        partitions = {n: self.ghosts(n, groups) for n in dict.fromkeys(map(len, xs))}
+        ghosts = [partitions[len(x)] for x in xs]
+        if self.statistics == "shared" and len({len(g.sizes) for g in ghosts}) > 1:
+            raise ValueError(
+                f"domains of {[len(x) for x in xs]} samples have no ghost batches in common; use "
+                "statistics 'per_domain', or as many samples in each"
+            )
+        one_each = group is None and all(len(g.sizes) == 1 for g in ghosts)
+        if one_each and (self.statistics == "per_domain" or not any(x.numel() for x in xs)):
             return [self._normalize_by_domain(k, x) for k, x in enumerate(xs)]
-        return self._normalize_by_all(xs)
+        return self._normalize_jointly(xs, group, ghosts)
+
+    @property
+    def normalizes_by_batch(self) -> bool:
+        return self.training or self.eval_statistics == "batch"
 
     def population_of(self, domain: int) -> BatchNorm2d:
         """The module that holds the domain's population statistics."""
@@ -106,11 +132,12 @@ class DomainBatchNorm2d(BatchNorm2d):
         return self if self.affine_sharing == "shared" else self.get_submodule(str(domain))
 
     def extra_repr(self) -> str:
-        return (
+        choices = (
             f"{self.num_features}, num_domains={self.num_domains}, eps={self.eps}, "
             f"momentum={self.momentum}, statistics={self.statistics}, "
             f"population={self.population}, affine={self.affine_sharing}"
         )
+        return choices + self.repr_of_choices()
 
     def _normalize_by_population(self, domain: int, x: Tensor) -> Tensor:
         population, affine = self.population_of(domain), self.affine_of(domain)
@@ -124,27 +151,44 @@ class DomainBatchNorm2d(BatchNorm2d):
         )
 
     def _normalize_by_domain(self, domain: int, x: Tensor) -> Tensor:
-        check_batch_size([x], f"domain {domain}: ")
         affine = self.affine_of(domain)
-        return self.population_of(domain).normalize_by_batch(x, affine.weight, affine.bias)
-
-    def _normalize_by_all(self, xs: Sequence[Tensor]) -> list[Tensor]:
-        present = [k for k, x in enumerate(xs) if x.numel() > 0]
-        if self.population == "per_domain":  # each will need a variance of its own
-            for k in present:
-                check_batch_size([xs[k]], f"domain {k}: ")
-        check_batch_size(xs, "all domains together: ")
-        moments = [Moments.of(x) for x in xs]
-        merged = Moments.merge(moments)
-        if self.population == "shared":
-            self.update_population_statistics(merged)
-        else:
-            for k in present:
-                self.population_of(k).update_population_statistics(moments[k])
-        affines = [self.affine_of(k) for k in range(self.num_domains)]
-        return joint_batch_norm(
-            xs, merged, [a.weight for a in affines], [a.bias for a in affines], self.eps
+        return self.population_of(domain).normalize_by_batch(
+            x, affine.weight, affine.bias, f"domain {domain}: "
         )
+
+    def _normalize_jointly(
+        self, xs: Sequence[Tensor], group: dist.ProcessGroup | None, ghosts: Sequence[GhostBatches]
+    ) -> list[Tensor]:
+        """By the statistics of pieces of domains, on all processes of the group."""
+        pieces = [piece for g, x in zip(ghosts, xs, strict=True) for piece in g.split(x)]
+        domain_of = [k for k, g in enumerate(ghosts) for _ in g.sizes]
+        parts = self.batches_of(pieces, group)
+        by_domain = _grouped(parts, domain_of)
+        batch_of = range(len(pieces))
+        if self.statistics == "shared":
+            batch_of = [b for g in ghosts for b in range(len(g.sizes))]
+        batches = [Batch.merge(of_batch) for of_batch in _grouped(parts, batch_of)]
+        if self.statistics == "shared":
+            check_batch_sizes(batches, "all domains together: ")
+        if "per_domain" in (self.statistics, self.population):  # a domain needs its own variance
+            for k, of_domain in enumerate(by_domain):
+                check_batch_sizes(of_domain, f"domain {k}: ")
+        if self.statistics == self.population == "shared":
+            self.update_population_statistics(batches)
+        else:
+            for k, of_domain in enumerate(by_domain):
+                self.population_of(k).update_population_statistics(of_domain)
+        affines = [self.affine_of(k) for k in domain_of]
+        ys = joint_batch_norm(
+            pieces,
+            [b.moments for b in batches],
+            batch_of,
+            [a.weight for a in affines],
+            [a.bias for a in affines],
+            self.eps,
+            group,
+        )
+        return [g.join(y) for g, y in zip(ghosts, _grouped(ys, domain_of), strict=True)]
 
     def _check_input(self, xs: Sequence[Tensor]) -> None:
         if not isinstance(xs, (list, tuple)):
@@ -163,3 +207,14 @@ class DomainBatchNorm2d(BatchNorm2d):
                     f"domain {k}: shape (N, {self.num_features}, H, W) expected, "
                     f"got {tuple(x.shape)}"
                 )
+
+
+T = TypeVar("T")
+
+
+def _grouped(values: Sequence[T], index_of: Sequence[int]) -> list[list[T]]:
+    """The values with index 0, those with index 1, and so on."""
+    grouped: list[list[T]] = [[] for _ in range(max(index_of) + 1)]
+    for value, index in zip(values, index_of, strict=True):
+        grouped[index].append(value)
+    return grouped

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
@@ -33,21 +35,28 @@ def normalize(
 
 def joint_batch_norm(
     xs: Sequence[Tensor],
-    moments: Moments,
+    batches: Sequence[Moments],
+    batch_of: Sequence[int],
     weights: Sequence[Tensor | None],
     biases: Sequence[Tensor | None],
     eps: float,
+    group: dist.ProcessGroup | None = None,
 ) -> list[Tensor]:
-    """Normalize tensors by the batch statistics of all of them instead of each one's own.
+    """Normalize each tensor by the statistics of the normalization batch that it is in.
 
-    Equal to batch normalization of the values of all tensors taken together, gradients included:
-    the statistics depend on every input, and the backward pass takes that into account.
+    Equal to batch normalization of each batch's values taken together, gradients included: the
+    statistics depend on every input, and the backward pass takes that into account.
 
     Args:
-        xs: tensors of shape (N_k, C, H_k, W_k). Any but not all may be empty.
-        moments: the merged moments of exactly these tensors.
+        xs: tensors of shape (N_k, C, H_k, W_k). Any may be empty.
+        batches: the moments of each normalization batch: of exactly the tensors in it, on all
+            ranks of the group.
+        batch_of: for each tensor the index of its batch.
         weights, biases: one of shape (C,), or None, for each tensor.
         eps: added to the variance.
+        group: the processes that batches have been merged over; every one of them has to run the
+            backward pass, which is one collective. Gradients of weights and biases are those of
+            this process's tensors, for DistributedDataParallel to average.
 
     Returns:
         For each tensor its normalized one, of the same shape, dtype and memory format.
@@ -55,72 +64,90 @@ def joint_batch_norm(
     Raises:
         RuntimeError: from the backward pass, if second derivatives are asked for.
     """
-    dtype = moments.mean.dtype
+    dtype = batches[0].mean.dtype
     affine = (None if p is None else p.to(dtype) for p in (*weights, *biases))
-    flat = (*xs, *affine)
-    return list(_JointBatchNorm.apply(moments, eps, len(xs), *flat))
+    # An input that needs a gradient on every rank, or one whose tensors happen to need none
+    # (zeros made up for no proposals) would be missing from the collective.
+    anchor = None
+    if group is not None:
+        anchor = torch.zeros((), dtype=dtype, requires_grad=torch.is_grad_enabled())
+    call = _Call(tuple(batch_of), len(batches), eps, group)
+    return list(_JointBatchNorm.apply(call, anchor, *_flatten(batches), *xs, *affine))
+
+
+class _Call(NamedTuple):
+    """What both passes need beside tensors."""
+
+    batch_of: tuple[int, ...]
+    num_batches: int
+    eps: float
+    group: dist.ProcessGroup | None
+
+    def unflatten(self, flat: Sequence[Tensor]) -> tuple[list[Moments], Sequence[Tensor | None]]:
+        """Each tensor's moments, and what follows the moments."""
+        size = 3 * self.num_batches
+        batches = [Moments(*flat[k : k + 3]) for k in range(0, size, 3)]
+        return [batches[b] for b in self.batch_of], flat[size:]
+
+
+def _flatten(batches: Sequence[Moments]) -> list[Tensor]:
+    return [tensor for moments in batches for tensor in moments]
 
 
 class _JointBatchNorm(torch.autograd.Function):
-    """y_k = (x_k - mean) / sqrt(var + eps) * weight_k + bias_k, mean and var of all x_k."""
+    """y_k = (x_k - mean) / sqrt(var + eps) * weight_k + bias_k, mean and var of k's batch."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, moments: Moments, eps: float, num: int, *flat: Tensor | None):
-        xs, weights, biases = flat[:num], flat[num : 2 * num], flat[2 * num :]
-        ctx.save_for_backward(*moments, *xs, *weights)
-        ctx.eps, ctx.num = eps, num
+    def forward(ctx: FunctionCtx, call: _Call, anchor: Tensor | None, *flat: Tensor | None):
+        moments, rest = call.unflatten(flat)
+        num = len(call.batch_of)
+        xs, weights, biases = rest[:num], rest[num : 2 * num], rest[2 * num :]
+        ctx.save_for_backward(*flat[:-num])
+        ctx.call = call
         return tuple(
-            normalize(x, moments.mean, moments.var, w, b, eps)
-            for x, w, b in zip(xs, weights, biases, strict=True)
+            normalize(x, m.mean, m.var, w, b, call.eps)
+            for x, m, w, b in zip(xs, moments, weights, biases, strict=True)
         )
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor):
-        saved, num = ctx.saved_tensors, ctx.num
-        moments, xs, weights = Moments(*saved[:3]), saved[3 : 3 + num], saved[3 + num :]
-        needs_x = tuple(ctx.needs_input_grad[3 : 3 + num])
-        flat = _JointBatchNormBackward.apply(moments, ctx.eps, num, needs_x, *grads, *xs, *weights)
-        needed = ctx.needs_input_grad[3:]
-        return None, None, None, *(g if n else None for g, n in zip(flat, needed, strict=True))
+        num, num_constant = len(ctx.call.batch_of), 2 + 3 * ctx.call.num_batches
+        needed = ctx.needs_input_grad[num_constant:]
+        flat = _JointBatchNormBackward.apply(ctx.call, needed[:num], *ctx.saved_tensors, *grads)
+        return *[None] * num_constant, *(
+            g if n else None for g, n in zip(flat, needed, strict=True)
+        )
 
 
 class _JointBatchNormBackward(torch.autograd.Function):
     """The backward pass as a function of its own, so that differentiating it can be refused.
 
-    With r = 1 / sqrt(var + eps), z = (x - mean) r and n values per channel in all,
+    With r = 1 / sqrt(var + eps), z = (x - mean) r and n values per channel in the batch,
     dx_k = r (w_k dy_k - 1/n sum_j w_j sum(dy_j) - z_k/n sum_j w_j sum(dy_j z_j)): Ioffe & Szegedy,
     Sec. 3, with the sums over the whole normalization batch.
     """
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        moments: Moments,
-        eps: float,
-        num: int,
-        needs_x: tuple[bool, ...],
-        *flat: Tensor | None,
-    ):
-        grads, xs, weights = flat[:num], flat[num : 2 * num], flat[2 * num :]
-        sums = [_reduce(dy, x, moments, eps) for dy, x in zip(grads, xs, strict=True)]
-        grad_biases, grad_weights = zip(*sums, strict=True)
-        inv_std = (moments.var + eps).rsqrt()
-        scale = -inv_std / moments.count.to(inv_std.dtype)
-        offset = scale * _weighted_sum(weights, grad_biases)
-        slope = scale * _weighted_sum(weights, grad_weights)
+    def forward(ctx: FunctionCtx, call: _Call, needs_x: tuple[bool, ...], *flat: Tensor | None):
+        moments, rest = call.unflatten(flat)
+        num = len(call.batch_of)
+        xs, weights, grads = rest[:num], rest[num : 2 * num], rest[2 * num :]
+        sums = [_reduce(dy, x, m, call.eps) for dy, x, m in zip(grads, xs, moments, strict=True)]
+        batch_sums = _sum_over_batches(call, sums, weights)
         grad_xs = [
-            _grad_input(dy, x, moments, eps, slope, offset, inv_std if w is None else inv_std * w)
-            if needed
-            else None
-            for dy, x, w, needed in zip(grads, xs, weights, needs_x, strict=True)
+            _grad_input(dy, x, m, call.eps, batch_sums[b], w) if needed else None
+            for dy, x, m, b, w, needed in zip(
+                grads, xs, moments, call.batch_of, weights, needs_x, strict=True
+            )
         ]
+        grad_biases, grad_weights = zip(*sums, strict=True)
         return *grad_xs, *grad_weights, *grad_biases
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor):
         raise RuntimeError(
             "second derivatives of batch normalization are not implemented for statistics that are "
-            "shared between tensors, and for channels_last inputs on a CPU"
+            "shared between tensors or processes, and for channels_last inputs on a CPU"
         )
 
 
@@ -146,9 +173,17 @@ def _reduce(dy: Tensor, x: Tensor, moments: Moments, eps: float) -> tuple[Tensor
     return grad_bias, grad_weight
 
 
-def _weighted_sum(weights: Sequence[Tensor | None], sums: Sequence[Tensor]) -> Tensor:
-    terms = [s if w is None else w * s for w, s in zip(weights, sums, strict=True)]
-    return torch.stack(terms).sum(0)
+def _sum_over_batches(
+    call: _Call, sums: Sequence[tuple[Tensor, Tensor]], weights: Sequence[Tensor | None]
+) -> Tensor:
+    """Shape (number of batches, 2, C): the weighted sums of each batch's tensors, on all ranks."""
+    totals = sums[0][0].new_zeros(call.num_batches, 2, len(sums[0][0]))
+    for batch, pair, weight in zip(call.batch_of, sums, weights, strict=True):
+        pair = torch.stack(pair)
+        totals[batch] += pair if weight is None else pair * weight
+    if call.group is not None:
+        dist.all_reduce(totals, group=call.group)
+    return totals
 
 
 def _grad_input(
@@ -156,12 +191,15 @@ def _grad_input(
     x: Tensor,
     moments: Moments,
     eps: float,
-    slope: Tensor,
-    offset: Tensor,
-    dy_scale: Tensor,
+    batch_sums: Tensor,
+    weight: Tensor | None,
 ) -> Tensor:
-    """dy_scale dy + slope x^ + offset, in two passes and one allocation."""
+    """dx in two passes and one allocation: an affine function of z, and then of dy."""
+    inv_std = (moments.var + eps).rsqrt()
+    scale = -inv_std / moments.count.clamp(min=1).to(inv_std.dtype)
+    offset, slope = scale * batch_sums
     dx = normalize(x, moments.mean, moments.var, slope, offset, eps)
+    dy_scale = inv_std if weight is None else inv_std * weight
     return dx.addcmul_(dy, dy_scale.view(-1, 1, 1))
 
 

@@ -26,6 +26,7 @@ def norm_factory(
     *,
     ghost_size: int = 0,
     ghost_order: str = "contiguous",
+    eval_statistics: str = "population",
 ) -> NormFactory | None:
     """The layer that a name stands for.
 
@@ -37,6 +38,7 @@ def norm_factory(
             has its own of.
         key: what the error calls the value, a config key for example.
         ghost_size, ghost_order: for "GhostBN".
+        eval_statistics: what normalizes in evaluation, for our layers.
 
     Returns:
         A callable from the number of channels to the layer, or None for no normalization.
@@ -44,7 +46,8 @@ def norm_factory(
     Raises:
         InputError: the name is unknown, or "GhostBN" has no size.
     """
-    return _factory(norm, BatchNorm2d, others, key, ghost_size, ghost_order)
+    layer = partial(BatchNorm2d, eval_statistics=eval_statistics)
+    return _factory(norm, layer, others, key, ghost_size, ghost_order)
 
 
 def level_norm_factory(
@@ -58,6 +61,7 @@ def level_norm_factory(
     key: str = "norm",
     ghost_size: int = 0,
     ghost_order: str = "contiguous",
+    eval_statistics: str = "population",
 ) -> NormFactory | None:
     """As :func:`norm_factory`, for a head that is applied to several feature levels.
 
@@ -70,6 +74,7 @@ def level_norm_factory(
         statistics=statistics,
         population=population,
         affine=affine,
+        eval_statistics=eval_statistics,
     )
     return _factory(norm, joint, others, key, ghost_size, ghost_order)
 

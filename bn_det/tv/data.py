@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, Sequen
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from ..comm import share
 from ..data.coco import CocoDataset
 from ..data.masks import decode_mask
 from ..errors import InputError
@@ -85,7 +86,8 @@ def build_train_loader(
     """Batches from an iteration on, in an order that the seed alone determines.
 
     Each epoch is a permutation of all images; with the same seed, the batch of an iteration is the
-    same wherever a run starts.
+    same wherever a run starts. Of several processes each gets its share of every batch, and all
+    together what one would get.
     """
     records = [r for d in datasets for r in d.records]
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
@@ -109,29 +111,34 @@ def build_train_loader(
         num_samples=cfg.SOLVER.MAX_ITER * batch_size,
         generator=torch.Generator().manual_seed(seed),
     )
-    return _loader(cfg, dataset, _Draws(order, start_iter * batch_size), batch_size)
+    mine = share(batch_size)
+    return _loader(cfg, dataset, _Draws(order, start_iter, batch_size, mine), len(mine))
 
 
 def build_test_loader(cfg: CfgNode, dataset: CocoDataset) -> DataLoader:
-    """All images of a data set in its order, one in a batch, as Detectron2 evaluates."""
+    """This process's share of a data set in its order, one image a batch, as in Detectron2."""
     size = cfg.INPUT.MIN_SIZE_TEST
     resize = v2.RandomShortestSize([size], cfg.INPUT.MAX_SIZE_TEST) if size else v2.Identity()
     images = DetectionDataset(dataset.records, resize, cfg.INPUT.FORMAT)
-    return _loader(cfg, images, _Draws(SequentialSampler(images)), 1)
+    draws = _Draws(SequentialSampler(images), 0, len(images), share(len(images)))
+    return _loader(cfg, images, draws, 1)
 
 
 class _Draws(Sampler):
-    """The numbered draws of a sampler, without the first ones."""
+    """The numbered draws of a sampler in batches: from each batch on from the first, a part."""
 
-    def __init__(self, sampler: Sampler, start: int = 0) -> None:
+    def __init__(self, sampler: Sampler, first: int, batch_size: int, part: range) -> None:
         self.sampler = sampler
-        self.start = start
+        self.first = first
+        self.batch_size = batch_size
+        self.part = part
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return islice(enumerate(self.sampler), self.start, None)
+        draws = islice(enumerate(self.sampler), self.first * self.batch_size, None)
+        return (d for d in draws if d[0] % self.batch_size in self.part)
 
     def __len__(self) -> int:
-        return len(self.sampler) - self.start
+        return (len(self.sampler) // self.batch_size - self.first) * len(self.part)
 
 
 def _loader(cfg: CfgNode, dataset: DetectionDataset, draws: _Draws, batch_size: int) -> DataLoader:

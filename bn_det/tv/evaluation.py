@@ -13,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 from torchvision.models.detection.transform import resize_boxes
 
 from ..checkpoint import write_aside
+from ..comm import share, world
 from ..data.coco import CocoDataset
 from ..data.masks import encode_mask
 from .masks import paste_mask
@@ -37,19 +39,22 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """Detect on a data set and compare with its annotations.
 
-    The detections are written to ``coco_instances_results.json`` in COCO's format.
+    The detections are written to ``coco_instances_results.json`` in COCO's format. Of several
+    processes each detects on its share, and rank 0 compares.
 
     Args:
         model: a torchvision detector. It is left in the mode, training or not, that it was in.
-        loader: batches of samples of the data set.
+        loader: batches of samples of the data set, this process's.
         output_dir: a folder, made if missing.
         tasks: what to measure: "bbox", or "segm" for masks.
 
     Returns:
         ``{"bbox": {"AP": ..., "AP50": ..., "AP-<category>": ...}}``, for each task, in percent;
-        NaN where there is nothing to measure.
+        NaN where there is nothing to measure. Empty on other ranks than 0.
     """
-    predictions = predict(model, loader, dataset)
+    predictions = _gather(predict(model, loader, dataset))
+    if world()[0] > 0:
+        return {}
     path = Path(output_dir) / "coco_instances_results.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     with write_aside(path) as aside:
@@ -67,6 +72,7 @@ def predict(model: nn.Module, loader: Iterable[list], dataset: CocoDataset) -> l
     device = next(model.parameters()).device
     model.eval()
     predictions, done, start, last_log = [], 0, time.monotonic(), time.monotonic()
+    total = len(share(len(dataset.records)))
     try:
         for batch in loader:
             images, _, records = zip(*batch, strict=True)
@@ -77,14 +83,24 @@ def predict(model: nn.Module, loader: Iterable[list], dataset: CocoDataset) -> l
             done += len(batch)
             if time.monotonic() - last_log > 5:
                 last_log = time.monotonic()
-                left = (last_log - start) / done * (len(dataset.records) - done)
+                left = (last_log - start) / done * (total - done)
                 eta = timedelta(seconds=int(left))
-                logger.info("Inference done %d/%d. ETA=%s", done, len(dataset.records), eta)
+                logger.info("Inference done %d/%d. ETA=%s", done, total, eta)
     finally:
         model.train(was_training)
     seconds = time.monotonic() - start
     logger.info("Inference on %d images took %.1f s", done, seconds)
     return predictions
+
+
+def _gather(predictions: list[dict]) -> list[dict]:
+    """On rank 0 those of all ranks, in their order; elsewhere none."""
+    rank, num_ranks = world()
+    if num_ranks == 1:
+        return predictions
+    parts = [None] * num_ranks if rank == 0 else None
+    dist.gather_object(predictions, parts)
+    return [p for part in parts or [] for p in part]
 
 
 def coco_metrics(

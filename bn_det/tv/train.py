@@ -10,24 +10,34 @@ from pathlib import Path
 from fvcore.common.config import CfgNode
 
 from ..checkpoint import Checkpointer, check_start
-from ..config import load_config, resolve_device
+from ..comm import world
+from ..config import check_ims_per_batch, load_config, resolve_device
 from ..errors import InputError
+from ..launch import launch, world_size
 from ..results import results_table
-from .config import get_cfg
+from .config import check_cfg, get_cfg
 from .model import build_model
-from .trainer import Trainer, load_datasets, test
+from .trainer import Trainer, check_datasets, load_datasets, test
 
 logger = logging.getLogger(__name__)
 
 
 def main(args: argparse.Namespace) -> None:
     """Train and evaluate, or only evaluate, as the flags of ``tools/train_net.py`` say."""
-    if args.num_gpus > 1 or args.num_machines > 1:
-        raise InputError(
-            f"--num-gpus {args.num_gpus} --num-machines {args.num_machines}: the torchvision host "
-            "runs in one process; use 1 and 1"
-        )
     cfg = setup(args)
+    launch(
+        _run,
+        (args, cfg),
+        args.num_gpus,
+        args.num_machines,
+        args.machine_rank,
+        args.dist_url,
+        cfg.MODEL.DEVICE,
+    )
+
+
+def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
+    _start_log(args, cfg)
     if args.eval_only:
         model = build_model(cfg)
         checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
@@ -43,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """Load the config, check what it names, and start the log in OUTPUT_DIR."""
+    """Load the config and check what it names, before any process is started."""
     cfg = get_cfg()
     load_config(cfg, args.config_file, args.opts, "torchvision")
     if cfg.MODEL.WEIGHTS.startswith(("detectron2://", "catalog://")):
@@ -51,22 +61,33 @@ def setup(args: argparse.Namespace) -> CfgNode:
             f"MODEL.WEIGHTS: {cfg.MODEL.WEIGHTS!r} cannot be resolved by the torchvision host; use "
             "a file or a https:// address of a checkpoint of this host"
         )
+    check_cfg(cfg)
+    num_processes = world_size(args.num_gpus, args.num_machines)
+    if not args.eval_only:
+        check_ims_per_batch(cfg, num_processes)
     check_start(cfg, args)
-    _setup_logging(Path(cfg.OUTPUT_DIR))
+    for split in ("TEST",) if args.eval_only else ("TRAIN", "TEST"):
+        check_datasets(cfg, split)
     resolve_device(cfg)
     cfg.freeze()
-    logger.info("Command line arguments: %s", args)
-    logger.info("Running with full config:\n%s", cfg.dump())
-    (Path(cfg.OUTPUT_DIR) / "config.yaml").write_text(cfg.dump())
     return cfg
 
 
-def _setup_logging(output_dir: Path) -> None:
+def _start_log(args: argparse.Namespace, cfg: CfgNode) -> None:
+    """Log to OUTPUT_DIR; of several processes the first to log.txt, which is shown, too."""
+    rank, num_ranks = world()
+    output_dir = Path(cfg.OUTPUT_DIR)
     output_dir.mkdir(parents=True, exist_ok=True)
+    file = logging.FileHandler(output_dir / (f"log.txt.rank{rank}" if rank else "log.txt"))
     logging.basicConfig(
         level=logging.INFO,
         format="[%(asctime)s %(name)s]: %(message)s",
         datefmt="%m/%d %H:%M:%S",
-        handlers=[logging.StreamHandler(sys.stdout), logging.FileHandler(output_dir / "log.txt")],
+        handlers=[file] if rank else [logging.StreamHandler(sys.stdout), file],
         force=True,
     )
+    logger.info("Rank of this process: %d of %d", rank, num_ranks)
+    logger.info("Command line arguments: %s", args)
+    logger.info("Running with full config:\n%s", cfg.dump())
+    if rank == 0:
+        (output_dir / "config.yaml").write_text(cfg.dump())

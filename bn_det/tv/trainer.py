@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
+import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from fvcore.common.checkpoint import PeriodicCheckpointer
 from fvcore.common.config import CfgNode
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint import Checkpointer
+from ..comm import all_gather, process_group, world
 from ..data.coco import (
     CocoDataset,
     builtin_sources,
     check_names,
     check_num_classes,
     load_coco,
+    prepare,
     registered_sources,
 )
 from ..errors import InputError
+from ..hooks import AverageStatistics, Hook
 from .data import build_test_loader, build_train_loader
 from .evaluation import evaluate
 from .model import build_model
@@ -34,23 +42,53 @@ logger = logging.getLogger(__name__)
 class Trainer:
     """A loop over batches: losses, SGD, a checkpoint now and then, an evaluation at the end.
 
+    In a process group each process takes its share of every batch (DistributedDataParallel), and
+    rank 0 alone writes.
+
     On a CPU a run that was interrupted and resumed ends with the same weights, to the bit, as one
     that was not: the checkpoint holds the model, the optimizer, the schedule, the iteration, the
-    random state and the seed of the data order.
+    random states and the seed of the data order. With more than two processes that is as good as
+    the order in which gloo adds, and with another number of processes the random states are new.
+
+    Attributes:
+        model: without DistributedDataParallel around it.
+        iter: the iteration that is done or was done last, from 0; after the training ``max_iter``.
+        max_iter: the number of iterations.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
         self.cfg = cfg
         self.train_sets = load_datasets(cfg, "TRAIN")
         self.test_sets = load_datasets(cfg, "TEST")
-        self.seed = cfg.SEED if cfg.SEED >= 0 else torch.seed() % 2**31
+        self.rank, self.num_ranks = world()
+        self.seed = _shared_seed(cfg)
         torch.manual_seed(self.seed)
         self.model = build_model(cfg)
         logger.info("Model:\n%s", self.model)
+        self._parallel = _parallel(self.model) if self.num_ranks > 1 else self.model
+        if self.rank > 0:  # the weights are the same, what is sampled in training is not
+            torch.manual_seed(self.seed + self.rank)
         self.optimizer = build_optimizer(cfg, self.model)
         self.scheduler = build_lr_scheduler(cfg, self.optimizer)
-        self.iteration = -1
-        self.checkpointer = Checkpointer(self.model, cfg.OUTPUT_DIR, trainer=self)
+        self.iter, self.max_iter = -1, cfg.SOLVER.MAX_ITER
+        self.checkpointer = Checkpointer(
+            self.model, cfg.OUTPUT_DIR, save_to_disk=self.rank == 0, trainer=self
+        )
+        self._hooks: list[Hook] = []
+        self.register_hooks(self.build_hooks())
+
+    def build_hooks(self) -> list[Hook]:
+        """The hooks that the config asks for."""
+        if not self.cfg.SOLVER.AVERAGE_BN_STATISTICS:
+            return []
+        periods = [self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD]
+        return [AverageStatistics(periods)]
+
+    def register_hooks(self, hooks: Iterable[Hook]) -> None:
+        """Have hooks called in order; after a step, before checkpoint and evaluation."""
+        for hook in hooks:
+            hook.trainer = weakref.proxy(self)
+            self._hooks.append(hook)
 
     def resume_or_load(self, resume: bool) -> None:
         """Continue from the last checkpoint of OUTPUT_DIR, or begin from MODEL.WEIGHTS."""
@@ -58,86 +96,148 @@ class Trainer:
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs beside the model."""
+        """All that a resumed run needs beside the model. All processes have to call it."""
         return {
-            "iteration": self.iteration,
+            "iteration": self.iter,
             "seed": self.seed,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "random_state": torch.get_rng_state(),
+            "random_state": self._random_states(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.iteration = state["iteration"]
+        self.iter = state["iteration"]
         self.seed = state["seed"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        torch.set_rng_state(state["random_state"])
+        states = torch.atleast_2d(state["random_state"])
+        if len(states) == self.num_ranks:
+            torch.set_rng_state(states[self.rank].clone())  # it takes no view
+        else:
+            logger.warning(
+                "The checkpoint has the random states of %d processes, and these are %d: "
+                "theirs are made from the seed anew",
+                len(states),
+                self.num_ranks,
+            )
+            torch.manual_seed(hash((self.seed, self.iter, self.rank)) % 2**63)
+
+    def _random_states(self) -> Tensor:
+        """Those of all processes, shape (number of processes, number of bytes)."""
+        state, group = torch.get_rng_state(), process_group("world")
+        if group is None:
+            return state[None]
+        return all_gather(state.to(self.cfg.MODEL.DEVICE), group).cpu()
 
     def train(self) -> dict:
         """Train up to MAX_ITER and evaluate.
 
         Returns:
-            the results of the last evaluation, empty without a test set.
+            the results of the last evaluation, empty without a test set and on other ranks than 0.
         """
-        writer = MetricsWriter(self.cfg.OUTPUT_DIR, self.cfg.SOLVER.MAX_ITER)
+        writer = MetricsWriter(self.cfg.OUTPUT_DIR, self.max_iter) if self.rank == 0 else None
         try:
             # A run that was stopped in its last evaluation has no iterations left.
-            if self.iteration + 1 < self.cfg.SOLVER.MAX_ITER:
+            if self.iter + 1 < self.max_iter:
                 self._train(writer)
-            return self._test(writer)
+            return self._test(writer, self.max_iter - 1)
         finally:
-            writer.close()
+            if writer:
+                writer.close()
 
-    def _train(self, writer: MetricsWriter) -> None:
-        start, max_iter = self.iteration + 1, self.cfg.SOLVER.MAX_ITER
+    def _train(self, writer: MetricsWriter | None) -> None:
+        self.iter, max_iter = self.iter + 1, self.max_iter
+        start = self.iter
         logger.info("Starting training from iteration %d", start)
         saver = PeriodicCheckpointer(self.checkpointer, self.cfg.SOLVER.CHECKPOINT_PERIOD, max_iter)
         eval_period = self.cfg.TEST.EVAL_PERIOD
         batches = iter(build_train_loader(self.cfg, self.train_sets, self.seed, start))
         self.model.train()
-        for self.iteration in range(start, max_iter):
-            data_start = time.perf_counter()
-            batch = next(batches)
-            data_time = time.perf_counter() - data_start
-            lr = self.optimizer.param_groups[0]["lr"]
-            losses = self.run_step(batch)
-            writer.step(self.iteration, lr, data_time, losses)
-            saver.step(self.iteration)
-            done = self.iteration + 1
-            if eval_period > 0 and done % eval_period == 0 and done < max_iter:
-                self._test(writer)
+        self._call_hooks("before_train")
+        try:
+            for self.iter in range(start, max_iter):
+                self._call_hooks("before_step")
+                data_start = time.perf_counter()
+                batch = next(batches)
+                data_time = time.perf_counter() - data_start
+                lr = self.optimizer.param_groups[0]["lr"]
+                losses = self.run_step(batch)
+                if writer:
+                    writer.step(self.iter, lr, data_time, losses)
+                self._call_hooks("after_step")
+                saver.step(self.iter)
+                done = self.iter + 1
+                if eval_period > 0 and done % eval_period == 0 and done < max_iter:
+                    self._test(writer, self.iter)
+            self.iter += 1
+        finally:  # as in Detectron2, where iter tells a hook whether the training was finished
+            self._call_hooks("after_train")
 
-    def _test(self, writer: MetricsWriter) -> dict:
+    def _call_hooks(self, moment: str) -> None:
+        for hook in self._hooks:
+            getattr(hook, moment)()
+
+    def _test(self, writer: MetricsWriter | None, iteration: int) -> dict:
         results = test(self.cfg, self.model, self.test_sets)
-        if results:
-            writer.results(self.iteration, results)
+        if results and writer:
+            writer.results(iteration, results)
         return results
 
     def run_step(self, batch: list) -> dict[str, float]:
         """One step of SGD.
 
         Returns:
-            the losses by name, and their sum as ``total_loss``.
+            the losses by name, and their sum as ``total_loss``; on rank 0 the mean of all ranks.
 
         Raises:
             FloatingPointError: a loss is not finite.
         """
         images, targets, _ = zip(*batch, strict=True)
         device = self.cfg.MODEL.DEVICE
-        losses = self.model(
+        losses = self._parallel(
             [image.to(device) for image in images],
             [{k: v.to(device) for k, v in target.items()} for target in targets],
         )
         total = sum(losses.values())
-        values = {"total_loss": total.item(), **{k: v.item() for k, v in losses.items()}}
+        names = ["total_loss", *losses]
+        values = torch.stack([total, *losses.values()]).detach()
         if not torch.isfinite(total):
-            raise FloatingPointError(f"loss not finite at iteration {self.iteration}: {values}")
+            named = dict(zip(names, values.tolist(), strict=True))
+            raise FloatingPointError(f"loss not finite at iteration {self.iter}: {named}")
         self.optimizer.zero_grad()
         total.backward()
         self.optimizer.step()
         self.scheduler.step()
-        return values
+        if self.num_ranks > 1:
+            dist.reduce(values, 0)
+            values /= self.num_ranks
+        return dict(zip(names, values.tolist(), strict=True))
+
+
+def _shared_seed(cfg: CfgNode) -> int:
+    """SEED, or a random one, which rank 0 chooses."""
+    if cfg.SEED >= 0:
+        return cfg.SEED
+    seed = torch.tensor(torch.seed() % 2**31, device=cfg.MODEL.DEVICE)
+    if world()[1] > 1:
+        dist.broadcast(seed, 0)
+    return int(seed)
+
+
+def _parallel(model: nn.Module) -> DistributedDataParallel:
+    """The model with gradients that are averaged over all processes, and nothing else shared."""
+    with warnings.catch_warnings():
+        # torch 2.15 wants another name for the option, which older ones do not know.
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(model, broadcast_buffers=False)
+
+
+def check_datasets(cfg: CfgNode, split: str) -> None:
+    """Check that the data sets of DATASETS.TRAIN or DATASETS.TEST are there; generate ours."""
+    known = {**builtin_sources(), **registered_sources(cfg)}
+    check_names(f"DATASETS.{split}", cfg.DATASETS[split], known)
+    for name in cfg.DATASETS[split]:
+        prepare(name, known[name])
 
 
 def load_datasets(cfg: CfgNode, split: str) -> list[CocoDataset]:
@@ -162,7 +262,8 @@ def test(cfg: CfgNode, model: nn.Module, datasets: list[CocoDataset]) -> dict:
     """Evaluate on each data set.
 
     Returns:
-        metrics by task; by data set and task where there are several sets.
+        metrics by task; by data set and task where there are several sets. Empty on other ranks
+        than 0.
     """
     results = {}
     for dataset in datasets:
@@ -172,4 +273,6 @@ def test(cfg: CfgNode, model: nn.Module, datasets: list[CocoDataset]) -> dict:
         loader = build_test_loader(cfg, dataset)
         tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
         results[dataset.name] = evaluate(model, loader, dataset, str(folder), tasks)
+    if world()[0] > 0:
+        return {}
     return next(iter(results.values())) if len(results) == 1 else results

@@ -29,7 +29,9 @@ def test_norms_by_name_and_callable():
 
 
 def test_unknown_norm():
-    with pytest.raises(InputError, match=r"MODEL.X.NORM: 'bn' .*\['', 'BN', 'GN'\]"):
+    with pytest.raises(
+        InputError, match=r"MODEL.X.NORM: 'bn' .*\['', 'BN', 'SyncBN', 'GhostBN', 'GN'\]"
+    ):
         norm_factory("bn", OTHERS, "MODEL.X.NORM")
     with pytest.raises(InputError, match="norm: 'SyncBatchNorm2d' is not accepted"):
         level_norm_factory("SyncBatchNorm2d", OTHERS, 3, **CHOICES)

@@ -1,3 +1,4 @@
+import colorsys
 import json
 import multiprocessing
 import os
@@ -10,10 +11,11 @@ import pytest
 
 from bn_det.data import shapes
 from bn_det.data.coco import CocoSource, load_coco, prepare
-from bn_det.data.shapes import CATEGORIES, IMAGE_SIZE, OBJECT_SIZES, Split, draw_image
+from bn_det.data.shapes import CATEGORIES, IMAGE_SIZE, SHAPES, VARIANTS, Split, draw_image
 from bn_det.errors import InputError
 
 SMALL = {"train": Split(5, 0), "val": Split(3, 1)}
+each_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 
 
 def files(root):
@@ -32,19 +34,22 @@ def test_deterministic_by_seed(tmp_path):
     assert (a / "val/000000.png").read_bytes() != (more / "val/000000.png").read_bytes()
 
 
-def test_coco_format(tmp_path):
-    root = shapes.generate_shapes(tmp_path / "shapes", SMALL)
+@each_variant
+def test_coco_format(tmp_path, variant):
+    root = shapes.generate_shapes(tmp_path / "shapes", SMALL, variant)
     source = CocoSource(str(root / "annotations/instances_train.json"), str(root / "train"))
     dataset = load_coco("train", source)
     assert dataset.category_names == list(CATEGORIES)
     for record in dataset.records:
         image = cv2.imread(record["file_name"])
         assert image.shape == (record["height"], record["width"], 3) == (IMAGE_SIZE,) * 2 + (3,)
-        assert 1 <= len(record["annotations"]) <= shapes.MAX_OBJECTS
+        # One that finds no place is left out.
+        assert 1 <= len(record["annotations"]) <= variant.num_objects[1]
     for annotation in dataset.coco.dataset["annotations"]:
         x, y, width, height = annotation["bbox"]
         assert x >= 0 and y >= 0 and x + width <= IMAGE_SIZE and y + height <= IMAGE_SIZE
-        assert OBJECT_SIZES[0] - 0.1 <= max(width, height) <= OBJECT_SIZES[1] + 0.1
+        low, high = variant.object_sizes
+        assert low - 0.1 <= max(width, height) <= high + 0.1
         (polygon,) = annotation["segmentation"]
         points = np.array(polygon).reshape(-1, 2)
         corners = [*points.min(0), *(points.max(0) - points.min(0))]
@@ -54,11 +59,12 @@ def test_coco_format(tmp_path):
         assert abs(mask.sum() - annotation["area"]) <= 0.2 * annotation["area"] + 10
 
 
-def test_objects_are_where_the_annotations_say():
+@each_variant
+def test_objects_are_where_the_annotations_say(variant):
     """A single object's polygon covers its pixels: a shade of one colour, unlike the ground."""
     checked = 0
     for index in range(60):
-        image, objects = draw_image(7, index)
+        image, objects = draw_image(7, index, variant._replace(num_objects=(1, 2)))
         if len(objects) > 1:
             continue
         polygon = np.array(objects[0]["segmentation"][0]).reshape(-1, 2) - 0.5
@@ -76,10 +82,70 @@ def test_objects_are_where_the_annotations_say():
 
 def test_sizes_are_log_uniform():
     sizes = [max(o["bbox"][2:]) for index in range(600) for o in draw_image(0, index)[1]]
-    quantiles = (np.log(sizes) - np.log(OBJECT_SIZES[0])) / np.ptp(np.log(OBJECT_SIZES))
+    quantiles = (np.log(sizes) - np.log(SHAPES.object_sizes[0])) / np.ptp(
+        np.log(SHAPES.object_sizes)
+    )
     found = np.histogram(quantiles, bins=4, range=(0, 1))[0] / len(sizes)
     # Large objects find a place less often; none of the quarters is rare.
     assert (found > 0.17).all() and (found < 0.33).all()
+
+
+# Of version 1: the first object of images 0 to 2 of the training split, and the images' mean.
+DRAWN = {
+    "shapes": [
+        ([100.44, 80.18, 24.15, 24.15], 131.87),
+        ([26.55, 19.87, 54.08, 54.08], 115.04),
+        ([15.33, 22.32, 73.56, 73.56], 115.69),
+    ],
+    "shapes_correlated": [
+        ([1.25, 4.2, 42.09, 42.97], 113.06),
+        ([61.66, 43.74, 39.03, 40.31], 124.49),
+        ([50.94, 68.19, 42.13, 42.13], 129.91),
+    ],
+}
+
+
+@each_variant
+def test_what_is_drawn_changes_with_the_version_alone(variant):
+    assert variant.version == 1, "draw DRAWN anew"
+    for index, (box, mean) in enumerate(DRAWN[variant.name]):
+        image, objects = draw_image(variant.splits["train"].seed, index, variant)
+        assert objects[0]["bbox"] == pytest.approx(box, abs=0.02)
+        assert image.mean() == pytest.approx(mean, abs=0.05)
+
+
+def test_splits_have_seeds_of_their_own():
+    seeds = [split.seed for v in VARIANTS.values() for split in v.splits.values()]
+    assert len(set(seeds)) == len(seeds)
+
+
+def median_hue(image, annotation):
+    polygon = np.array(annotation["segmentation"][0]).reshape(-1, 2) - 0.5
+    mask = np.zeros(image.shape[:2], np.uint8)
+    cv2.fillPoly(mask, [polygon.round().astype(np.int32)], 1)
+    blue_green_red = np.median(image[mask > 0], axis=0) / 255
+    return colorsys.rgb_to_hsv(*blue_green_red[::-1])[0]
+
+
+@each_variant
+def test_what_neighbours_tell(variant):
+    """The hue nearest to an object's, and to the mean hue of all objects of its image."""
+    one = together = total = 0
+    centres = np.exp(2j * np.pi * np.arange(len(CATEGORIES)) / len(CATEGORIES))
+    for index in range(150):
+        image, objects = draw_image(variant.splits["val"].seed, index, variant)
+        categories = np.array([o["category_id"] - 1 for o in objects])
+        hues = np.exp(2j * np.pi * np.array([median_hue(image, o) for o in objects]))
+        agreement = (hues[:, None] * centres.conj()).real
+        one += (agreement.argmax(1) == categories).sum()
+        together += (agreement.sum(0).argmax() == categories).sum()
+        total += len(objects)
+        if variant.common_hue_spread is not None:
+            assert len(set(categories)) == 1
+    if variant.common_hue_spread is None:
+        assert together < one - 0.1 * total
+    else:
+        assert one < 0.6 * total and together > one + 0.1 * total
 
 
 def _generate(root, barrier):
@@ -136,14 +202,29 @@ def test_a_folder_of_another_version(tmp_path):
         shapes.generate_shapes(tmp_path / "empty", SMALL)
 
 
-def test_prepare_generates_where_the_environment_says(tmp_path, monkeypatch):
+def test_a_folder_of_the_other_variant(tmp_path):
+    shapes.generate_shapes(tmp_path / "shapes", SMALL, VARIANTS["shapes_correlated"])
+    with pytest.raises(InputError, match="not of version 1 of the shapes data set.*_correlated"):
+        shapes.generate_shapes(tmp_path / "shapes", SMALL)
+
+
+@each_variant
+def test_prepare_generates_where_the_environment_says(tmp_path, monkeypatch, variant):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    monkeypatch.setattr(shapes, "SPLITS", SMALL)
+    monkeypatch.setitem(VARIANTS, variant.name, variant._replace(splits=SMALL))
     from bn_det.data.coco import builtin_sources
 
-    source = builtin_sources()["shapes_val"]
-    prepare("shapes_val", source)
-    assert (tmp_path / "shapes/annotations/instances_val.json").is_file()
+    source = builtin_sources()[f"{variant.name}_val"]
+    prepare(f"{variant.name}_val", source)
+    assert os.listdir(tmp_path) == [variant.name]
+    path = tmp_path / variant.name / "annotations" / "instances_val.json"
+    assert json.loads(path.read_text())["info"]["description"] == f"bn_det {variant.name}"
+
+
+def test_builtin_coco(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    from bn_det.data.coco import builtin_sources
+
     coco = builtin_sources()["coco_2017_val"]
     assert coco.json_file == str(tmp_path / "coco/annotations/instances_val2017.json")
     assert coco.image_root == str(tmp_path / "coco/val2017")

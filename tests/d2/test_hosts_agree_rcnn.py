@@ -346,6 +346,7 @@ def test_an_annotation_without_a_segmentation(tiny_shapes, tmp_path):
     sets = repr([["changed", str(tmp_path / "changed.json"), images]])
     opts = [*RCNN, "DATASETS.REGISTER_COCO", sets, "DATASETS.TEST", "('changed',)"]
     opts += ["DATASETS.TRAIN", "()", "OUTPUT_DIR", str(tmp_path), "MODEL.DEVICE", "cpu"]
-    args = argparse.Namespace(config_file=BASE, opts=opts, resume=False, eval_only=False)
+    flags = {"resume": False, "eval_only": False, "num_gpus": 1, "num_machines": 1}
+    args = argparse.Namespace(config_file=BASE, opts=opts, **flags)
     with pytest.raises(InputError, match="changed: .* without a segmentation"):
         setup(args)

@@ -4,7 +4,7 @@ import torch
 from torchvision.ops import box_iou
 
 from bn_det.config import load_config
-from bn_det.data.shapes import IMAGE_SIZE, SPLITS, draw_image
+from bn_det.data.shapes import IMAGE_SIZE, SHAPES, draw_image
 from bn_det.tv import build_model, get_cfg
 from reference import BASE
 
@@ -21,7 +21,7 @@ def test_every_level_gets_positives():
     positives = torch.zeros(5)
     reached = total = 0
     for index in range(200):
-        _, objects = draw_image(SPLITS["train"].seed, index)
+        _, objects = draw_image(SHAPES.splits["train"].seed, index)
         boxes = torch.tensor([o["bbox"] for o in objects])
         boxes[:, 2:] += boxes[:, :2]
         iou = box_iou(boxes, anchors)

@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops import FrozenBatchNorm2d
 
 from bn_det import BatchNorm2d
@@ -12,11 +13,13 @@ from bn_det.checkpoint import Checkpointer
 from bn_det.config import load_config
 from bn_det.errors import InputError
 from bn_det.tv import build_model, get_cfg
+from ranks import run_ranks
 from reference import BASE, RCNN, norm_opts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-NORMS = ["", "BN", "FrozenBN", "GN", "LN"]
+NORMS = ["", "BN", "SyncBN", "GhostBN", "FrozenBN", "GN", "LN"]
+NO_BATCH = ["", "FrozenBN", "GN", "LN"]
 
 
 def make_cfg(*opts):
@@ -175,7 +178,7 @@ def test_depth_of_the_heads(num_conv, num_fc, features):
 
 
 @pytest.mark.parametrize("part", ["ROI_BOX_HEAD", "ROI_MASK_HEAD"])
-@pytest.mark.parametrize("norm, warns", [("BN", False), *((n, True) for n in NORMS if n != "BN")])
+@pytest.mark.parametrize("norm, warns", [("BN", False), *((n, True) for n in NO_BATCH)])
 def test_shuffling_that_does_nothing(part, norm, warns, caplog):
     opts = [f"MODEL.{part}.NORM", norm, f"MODEL.{part}.SHUFFLE", "True"]
     with caplog.at_level(logging.WARNING):
@@ -246,3 +249,26 @@ def test_retinanet_has_no_masks():
     load_config(cfg, BASE, ["MODEL.DEVICE", "cpu", "MODEL.MASK_ON", "True"], "torchvision")
     with pytest.raises(InputError, match="MODEL.MASK_ON: True .*False"):
         build_model(cfg)
+
+
+def train_unlike_ranks(rank, opts):
+    """Rank 0 has objects; rank 1 has none, and no proposals, and so no RoIs."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = build_model(make_cfg(*opts, *(NO_PROPOSALS if rank else [])))
+    parallel = DistributedDataParallel(model, broadcast_buffers=False)
+    images, targets = batch(1)
+    losses = parallel(images, [target()] if rank else targets)
+    assert (losses["loss_cls"] == 0) == (losses["loss_mask"] == 0) == bool(rank)
+    sum(losses.values()).backward()
+    assert all_gradients_are_finite(model)
+    return [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("norm, shuffle", [("SyncBN", "False"), ("BN", "True"), ("GN", "False")])
+def test_a_process_without_rois(norm, shuffle):
+    """It takes part in all that the other waits for, and gets the same gradients."""
+    opts = [o for part in ("BOX", "MASK") for o in (f"MODEL.ROI_{part}_HEAD.SHUFFLE", shuffle)]
+    first, second = run_ranks(train_unlike_ranks, 2, [*norm_opts(norm), *opts])
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)

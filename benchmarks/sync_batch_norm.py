@@ -1,0 +1,192 @@
+#!/usr/bin/env python
+"""Synchronized normalization of a RetinaNet head: ours, and a layer for each level.
+
+Forward plus backward of the two towers (convolution, norm, ReLU) over the levels p3 to p7 on
+several processes, with the statistics of each level taken over all of them. The baseline calls one
+synchronizing layer for each level: on CPU processes Detectron2's NaiveSyncBatchNorm (without
+Detectron2 the same algorithm, written below), on GPUs torch.nn.SyncBatchNorm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from fvcore.nn.distributed import differentiable_all_reduce
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from bn_det import DomainBatchNorm2d
+from bn_det.layers import forward_levels
+
+try:
+    from detectron2.layers import NaiveSyncBatchNorm
+except ImportError:
+    NaiveSyncBatchNorm = None
+
+NUM_LEVELS = 5
+NUM_CONVS = 4
+
+
+class SumSyncBatchNorm(nn.BatchNorm2d):
+    """NaiveSyncBatchNorm's algorithm: the mean over ranks of means and of mean squares."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = torch.cat([x.mean((0, 2, 3)), x.square().mean((0, 2, 3))])
+        mean, mean_square = (differentiable_all_reduce(own) / dist.get_world_size()).chunk(2)
+        var = mean_square - mean.square()
+        with torch.no_grad():
+            self.running_mean += self.momentum * (mean - self.running_mean)
+            self.running_var += self.momentum * (var - self.running_var)
+        scale = self.weight * (var + self.eps).rsqrt()
+        shift = self.bias - mean * scale
+        return x * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
+
+
+class EachLevel(nn.ModuleList):
+    """A layer for each level."""
+
+    def forward(self, xs: list[Tensor]) -> list[Tensor]:
+        return [layer(x) for layer, x in zip(self, xs, strict=True)]
+
+
+class Tower(nn.Module):
+    """RetinaNet's tower with a norm that takes the list of levels."""
+
+    def __init__(self, channels: int, make_norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(channels, channels, 3, padding=1) for _ in range(NUM_CONVS)
+        )
+        self.norms = nn.ModuleList(make_norm(channels) for _ in range(NUM_CONVS))
+
+    def forward(self, xs: list[Tensor]) -> list[Tensor]:
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            xs = [y.relu() for y in norm(forward_levels([conv], xs))]
+        return xs
+
+
+def baseline_layer(device: str) -> Callable[[int], nn.Module]:
+    """The synchronizing layer that a user has without us."""
+    if device == "cuda":
+        return nn.SyncBatchNorm
+    return NaiveSyncBatchNorm or SumSyncBatchNorm
+
+
+def count_collectives(run: Callable[[], object]) -> int:
+    """Calls of torch.distributed's collectives in one run."""
+    names = ["all_gather", "all_gather_into_tensor", "all_reduce", "_all_gather_base"]
+    real = {name: getattr(dist, name) for name in names}
+    calls = []
+
+    def counted(name: str, *args: object, **kwargs: object) -> object:
+        calls.append(name)
+        return real[name](*args, **kwargs)
+
+    for name in names:
+        setattr(dist, name, partial(counted, name))
+    run()
+    for name, function in real.items():
+        setattr(dist, name, function)
+    return len(calls)
+
+
+def measure(rank: int, args: argparse.Namespace, store: str, output: str) -> None:
+    """What each process runs; the first one writes the result."""
+    torch.set_num_threads(1)
+    backend = "nccl" if args.device == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, init_method=Path(store).as_uri(), rank=rank, world_size=args.world_size
+    )
+    device = f"cuda:{rank}" if args.device == "cuda" else "cpu"
+    if args.device == "cuda":
+        torch.cuda.set_device(rank)
+    ours = partial(DomainBatchNorm2d, num_domains=NUM_LEVELS, affine="per_domain", group="world")
+    layer = baseline_layer(args.device)
+    theirs = lambda c: EachLevel(layer(c) for _ in range(NUM_LEVELS))  # noqa: E731
+    forms = {
+        name: nn.ModuleList(Tower(args.channels, norm) for _ in range(2)).to(device)
+        for name, norm in (("ours", ours), ("baseline", theirs))
+    }
+    torch.manual_seed(rank)
+    sizes = [max(1, args.size // 2**k) for k in range(3, 3 + NUM_LEVELS)]
+    xs = [
+        torch.randn(args.batch, args.channels, s, s, device=device, requires_grad=True)
+        for s in sizes
+    ]
+    grads = [torch.randn_like(x) for x in xs]
+
+    def run(name: str) -> list[Tensor]:
+        ys = [y for tower in forms[name] for y in tower(xs)]
+        inputs = [*xs, *forms[name].parameters()]
+        found = torch.autograd.grad(ys, inputs, [*grads, *grads])
+        return [*ys, *found[: len(xs)]]
+
+    error = max(
+        (a - b).abs().max().item() for a, b in zip(run("ours"), run("baseline"), strict=True)
+    )
+    times = {name: time_form(partial(run, name), args.rounds) for name in forms}
+    collectives = {name: count_collectives(partial(run, name)) for name in forms}
+    if rank == 0:
+        result = {
+            "baseline": layer.__name__,
+            "world_size": args.world_size,
+            "ours_ms": times["ours"],
+            "baseline_ms": times["baseline"],
+            "speedup": times["baseline"] / times["ours"],
+            "ours_collectives": collectives["ours"],
+            "baseline_collectives": collectives["baseline"],
+            "max_abs_error": error,
+        }
+        Path(output).write_text(json.dumps(result))
+    dist.destroy_process_group()
+
+
+def time_form(run: Callable[[], object], rounds: int) -> float:
+    """Median milliseconds of a round in which all processes begin together."""
+    times = []
+    for k in range(rounds + 5):
+        dist.barrier()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        if k >= 5:
+            times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--world-size", type=int, default=2, help="number of processes")
+    parser.add_argument("--rounds", type=int, default=20, help="rounds that count")
+    parser.add_argument("--channels", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=2, help="images of each process")
+    parser.add_argument("--size", type=int, default=256, help="side of an image in pixels")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        output = f"{folder}/result.json"
+        mp.spawn(measure, (args, f"{folder}/store", output), nprocs=args.world_size)
+        result = json.loads(Path(output).read_text())
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print(tabulate(list(result.items()), floatfmt=".3g"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""What the commands that take a config have in common."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from types import ModuleType
+
+from .errors import InputError, one_line
+from .launch import RankError
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """--config-file, --host, and KEY VALUE pairs at the end of the command."""
+    parser.add_argument("--config-file", default="", metavar="FILE", help="path to a config file")
+    parser.add_argument(
+        "--host",
+        choices=["auto", "detectron2", "torchvision"],
+        default="auto",
+        help="whose detectors and trainer to use; auto takes Detectron2 where it is installed",
+    )
+    parser.add_argument(
+        "opts",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="KEY VALUE",
+        help="config options that replace the file's, at the end of the command",
+    )
+
+
+def import_host(requested: str, module: str) -> ModuleType:
+    """A module of the host that --host asks for; says in one line which that is, and why."""
+    installed = importlib.util.find_spec("detectron2") is not None
+    if requested == "detectron2" and not installed:
+        raise InputError(
+            "--host: 'detectron2' is not installed; use 'torchvision', or see the README"
+        )
+    host = requested if requested != "auto" else "detectron2" if installed else "torchvision"
+    reason = f"--host {requested}"
+    if requested == "auto":
+        reason += f", and Detectron2 is {'' if installed else 'not '}installed"
+    print(f"Host: {host} ({reason})", flush=True)
+    package = {"detectron2": "d2", "torchvision": "tv"}[host]
+    return importlib.import_module(f"bn_det.{package}.{module}")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a command's main function; what its user can mend is shown without a traceback."""
+    try:
+        main()
+    except InputError as e:
+        sys.exit(f"error: {one_line(e)}")
+    except RankError as e:
+        sys.exit(f"error: {e}")

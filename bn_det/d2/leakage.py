@@ -1,0 +1,69 @@
+"""The leakage measure on the Detectron2 host."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import (
+    DatasetMapper,
+    build_detection_test_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.data.detection_utils import build_augmentation
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from ..leakage import Estimate, RoIBatch, measure_leakage
+from .train import Checkpointer, Trainer, setup
+
+
+def measure(args: argparse.Namespace) -> tuple[CfgNode, dict[str, dict[str, Estimate]]]:
+    """Measure the checkpoint of a config on DATASETS.TEST, as tools/measure_leakage.py says."""
+    cfg = setup(args)
+    model = Trainer.build_model(cfg)
+    checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
+    checkpointer.must_match = True
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
+    model.eval()
+    loader = _build_loader(cfg, args.images_per_batch)
+    roi_heads = model.roi_heads
+    head = nn.Sequential(roi_heads.box_head, roi_heads.box_predictor)
+    return cfg, measure_leakage(
+        _sampled_rois(model, loader), len(loader), roi_heads.box_head, lambda x: head(x)[0]
+    )
+
+
+def _build_loader(cfg: CfgNode, batch_size: int) -> Any:
+    """Images as for testing, with annotations as for training."""
+    dataset = get_detection_dataset_dicts(cfg.DATASETS.TEST, filter_empty=True)
+    mapper = DatasetMapper(cfg, is_train=True, augmentations=build_augmentation(cfg, False))
+    return build_detection_test_loader(
+        dataset, mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS, batch_size=batch_size
+    )
+
+
+def _sampled_rois(model: GeneralizedRCNN, loader: Any) -> Iterator[RoIBatch]:
+    """RoIs as in training: its number of proposals, matched and sampled."""
+    roi_heads, proposal_generator = model.roi_heads, model.proposal_generator
+    proposal_generator.training = True  # itself, not what is in it
+    try:
+        for inputs in loader:
+            with torch.no_grad(), EventStorage():
+                images = model.preprocess_image(inputs)
+                truth = [x["instances"].to(model.device) for x in inputs]
+                features = model.backbone(images.tensor)
+                proposals, _ = proposal_generator(images, features, truth)
+                proposals = roi_heads.label_and_sample_proposals(proposals, truth)
+                pooled = roi_heads.box_pooler(
+                    [features[f] for f in roi_heads.box_in_features],
+                    [p.proposal_boxes for p in proposals],
+                )
+            labels = torch.cat([p.gt_classes for p in proposals])
+            yield RoIBatch(pooled, labels, background=roi_heads.num_classes)
+    finally:
+        proposal_generator.training = False

@@ -1,0 +1,97 @@
+"""Which samples of a tensor make a normalization batch, where not all of them do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+GHOST_ORDERS = ("contiguous", "random")
+"""Which samples a ghost batch takes."""
+
+
+class GhostBatches(NamedTuple):
+    """A partition of a tensor's samples.
+
+    Attributes:
+        sizes: number of samples in each part.
+        order: the samples' indices, part by part, shape (N,); None where that is their own order.
+    """
+
+    sizes: list[int]
+    order: Tensor | None
+
+    def split(self, x: Tensor) -> Sequence[Tensor]:
+        """From (N, *) to the parts (sizes[k], *)."""
+        return (x if self.order is None else x[self.order.to(x.device)]).split(self.sizes)
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The reverse of split."""
+        x = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
+        return x if self.order is None else x[self.order.argsort().to(x.device)]
+
+
+def ghost_batches(
+    num_samples: int,
+    ghost_size: int | None,
+    ghost_order: str = "contiguous",
+    groups: Tensor | None = None,
+) -> GhostBatches:
+    """The partition of samples into normalization batches.
+
+    Args:
+        ghost_size: samples in each; what remains goes to the last. None for all samples.
+        ghost_order: "contiguous", or "random" by torch's global generator.
+        groups: instead of a size, an integer for each sample, shape (N,): equal ones are together.
+
+    Raises:
+        ValueError: groups has another shape.
+    """
+    if groups is not None:
+        if groups.shape != (num_samples,):
+            raise ValueError(
+                f"groups: shape {tuple(groups.shape)} is not accepted; the batch has "
+                f"{num_samples} samples, use ({num_samples},)"
+            )
+        return GhostBatches(groups.unique(return_counts=True)[1].tolist() or [0], groups.argsort())
+    num_batches = max(num_samples // ghost_size, 1) if ghost_size else 1
+    if num_batches == 1:
+        return GhostBatches([num_samples], None)
+    sizes = [ghost_size] * num_batches
+    sizes[-1] += num_samples - sum(sizes)
+    return GhostBatches(sizes, torch.randperm(num_samples) if ghost_order == "random" else None)
+
+
+@contextmanager
+def ghost_groups(module: nn.Module, groups: Tensor) -> Iterator[None]:
+    """Inside the block every BatchNorm of ours in a module normalizes the groups that are given.
+
+    Wu & Johnson, Sec. 6.3, normalize across classes where a batch has two samples of each: give
+    samples 0, 2, 4, ... and 1, 3, 5, ... a group. For training mode; with activation checkpointing
+    the backward pass has to be in the block, too.
+
+    Args:
+        groups: an integer for each sample of the module's batches, shape (N,).
+
+    Raises:
+        ValueError: from the forward pass, if a layer has another number of samples, or normalizes
+            over processes.
+    """
+    from .batch_norm import BatchNorm2d
+
+    def give_groups(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return args, {"groups": groups, **kwargs}
+
+    hooks = [
+        layer.register_forward_pre_hook(give_groups, with_kwargs=True)
+        for layer in module.modules()
+        if isinstance(layer, BatchNorm2d)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
