@@ -9,11 +9,35 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bn_det.config import PARTS
+
 BASE = str(Path(__file__).parents[1] / "configs" / "Base-RetinaNet-Shapes.yaml")
 """The config that all small models of the tests begin with."""
 
 RCNN_BASE = str(Path(BASE).with_name("Base-RCNN-Shapes.yaml"))
 """The same of Mask R-CNNs."""
+
+RCNN = [
+    *("MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "MODEL.MASK_ON", "True"),
+    *("MODEL.BACKBONE.NAME", "build_bn_resnet_fpn_backbone"),
+    *("MODEL.RESNETS.OUT_FEATURES", "['res2', 'res3', 'res4', 'res5']"),
+    *("MODEL.FPN.IN_FEATURES", "['res2', 'res3', 'res4', 'res5']"),
+    *("MODEL.ANCHOR_GENERATOR.SIZES", "[[16], [24], [40], [64], [96]]"),
+    *("MODEL.RPN.IN_FEATURES", "['p2', 'p3', 'p4', 'p5', 'p6']"),
+    *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", "64"),
+    *("MODEL.RPN.POST_NMS_TOPK_TRAIN", "100", "MODEL.RPN.POST_NMS_TOPK_TEST", "50"),
+    *("MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.ROI_HEADS.NUM_CLASSES", "4"),
+    *("MODEL.ROI_HEADS.IN_FEATURES", "['p2', 'p3', 'p4', 'p5']"),
+    *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "32"),
+    *("MODEL.ROI_BOX_HEAD.NAME", "BNFastRCNNConvFCHead", "MODEL.ROI_BOX_HEAD.NORM", "BN"),
+    *("MODEL.ROI_BOX_HEAD.NUM_CONV", "2", "MODEL.ROI_BOX_HEAD.CONV_DIM", "32"),
+    *("MODEL.ROI_BOX_HEAD.NUM_FC", "1", "MODEL.ROI_BOX_HEAD.FC_DIM", "48"),
+    *("MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", "7"),
+    *("MODEL.ROI_MASK_HEAD.NAME", "BNMaskRCNNConvUpsampleHead", "MODEL.ROI_MASK_HEAD.NORM", "BN"),
+    *("MODEL.ROI_MASK_HEAD.NUM_CONV", "2", "MODEL.ROI_MASK_HEAD.CONV_DIM", "32"),
+    *("TEST.DETECTIONS_PER_IMAGE", "20"),
+]
+"""What makes a small Mask R-CNN of BASE."""
 
 SHARING = ("shared", "per_domain")
 EIGHT_CHOICES = list(itertools.product(SHARING, SHARING, SHARING))
@@ -28,7 +52,10 @@ def choice_opts(choices: Sequence[str]) -> list[str]:
 
 def norm_opts(norm: str) -> list[str]:
     """KEY VALUE pairs for one norm in all parts of the detector."""
-    return [o for part in ("RESNETS", "FPN", "RETINANET") for o in (f"MODEL.{part}.NORM", norm)]
+    opts = [o for part in PARTS for o in (f"MODEL.{part}.NORM", norm)]
+    if norm == "GhostBN":  # a multiple would be one image's RoIs
+        opts += [o for part in PARTS for o in (f"MODEL.{part}.GHOST_SIZE", "3")]
+    return opts
 
 
 def values(xs: Sequence[Tensor]) -> Tensor:

@@ -98,7 +98,7 @@ class Trainer(DefaultTrainer):
         with _readable(cfg.DATASETS.TRAIN):
             loader = super().build_train_loader(cfg)
         for name in cfg.DATASETS.TRAIN:
-            _check_classes(
+            check_num_classes(
                 cfg, "DATASETS.TRAIN", name, len(MetadataCatalog.get(name).thing_classes)
             )
         return loader
@@ -149,8 +149,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
         metadata = MetadataCatalog.get(name)
         if metadata.get("evaluator_type") == "coco":
             source = CocoSource(metadata.json_file, metadata.image_root)
-            dataset = load_coco(name, source, for_evaluation=True)
-            _check_classes(cfg, "DATASETS.TEST", name, len(dataset.category_ids))
+            dataset = load_coco(name, source, True, cfg.MODEL.MASK_ON)
+            check_num_classes(cfg, "DATASETS.TEST", name, len(dataset.category_ids))
     resolve_device(cfg)
     cfg.freeze()
     return cfg
@@ -174,11 +174,6 @@ def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
         results = trainer.train()
     if results and comm.is_main_process():
         print(results_table(results))
-
-
-def _check_classes(cfg: CfgNode, key: str, name: str, found: int) -> None:
-    if cfg.MODEL.META_ARCHITECTURE == "BNRetinaNet":
-        check_num_classes(cfg, key, name, found)
 
 
 @contextmanager

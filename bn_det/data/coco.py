@@ -14,6 +14,7 @@ from pycocotools.coco import COCO
 from yacs.config import CfgNode
 
 from ..errors import InputError, nearest
+from .masks import is_segmentation
 from .shapes import VARIANTS, Variant, generate_shapes
 
 
@@ -32,7 +33,8 @@ class CocoDataset(NamedTuple):
         coco: the annotation file as pycocotools has it.
         category_ids, category_names: of the classes 0, 1, ... in the order of their COCO ids.
         records: for each image a dict in Detectron2's standard format, with ``category_id``
-            counted from 0 and ``bbox`` as x, y, width, height in pixels.
+            counted from 0 and ``bbox`` as x, y, width, height in pixels; with
+            ``segmentation`` where the masks were asked for.
     """
 
     name: str
@@ -93,12 +95,16 @@ def check_names(key: str, names: Iterable[str], known: Iterable[str]) -> None:
 
 
 def check_num_classes(cfg: CfgNode, key: str, name: str, found: int) -> None:
-    """Raise InputError if a data set has more categories than RetinaNet's head has classes."""
-    num_classes = cfg.MODEL.RETINANET.NUM_CLASSES
-    if found > num_classes:
+    """Raise InputError if a data set has more categories than the detector has classes.
+
+    Other architectures than those of our configs are not looked at.
+    """
+    parts = {"BNRetinaNet": "RETINANET", "GeneralizedRCNN": "ROI_HEADS"}
+    part = parts.get(cfg.MODEL.META_ARCHITECTURE)
+    if part and found > cfg.MODEL[part].NUM_CLASSES:
         raise InputError(
-            f"MODEL.RETINANET.NUM_CLASSES: {num_classes} is not accepted; {name} of {key} has "
-            f"{found} categories"
+            f"MODEL.{part}.NUM_CLASSES: {cfg.MODEL[part].NUM_CLASSES} is not accepted; {name} of "
+            f"{key} has {found} categories"
         )
 
 
@@ -138,15 +144,19 @@ def readable(name: str, source: CocoSource) -> Iterator[None]:
         ) from e
 
 
-def load_coco(name: str, source: CocoSource, for_evaluation: bool = False) -> CocoDataset:
+def load_coco(
+    name: str, source: CocoSource, for_evaluation: bool = False, with_masks: bool = False
+) -> CocoDataset:
     """Load a data set.
 
     Args:
         for_evaluation: whether pycocotools will compare detections with it, which takes the
             ``area`` and ``iscrowd`` of each annotation; training does without.
+        with_masks: whether the instances' masks are needed, for training or evaluation.
 
     Raises:
-        InputError: the annotation file is missing, not JSON, or not in COCO's format.
+        InputError: the annotation file is missing, not JSON, or not in COCO's format; or there
+            are to be masks, and an annotation has none.
     """
     prepare(name, source)
     with readable(name, source):
@@ -168,9 +178,27 @@ def load_coco(name: str, source: CocoSource, for_evaluation: bool = False) -> Co
             }
             for image in coco.loadImgs(sorted(coco.imgs))
         ]
+        if with_masks:
+            _add_masks(name, coco, records, for_evaluation)
     if not records or not category_ids:
         raise InputError(f"{name}: {source.json_file} has no images or no categories")
     return CocoDataset(name, coco, category_ids, category_names, records)
+
+
+def _add_masks(name: str, coco: COCO, records: list[dict], for_evaluation: bool) -> None:
+    for record in records:
+        found = coco.imgToAnns[record["image_id"]]
+        for ours, annotation in zip(record["annotations"], found, strict=True):
+            segmentation = annotation.get("segmentation")
+            # Training leaves crowds out; the evaluation compares with them, too.
+            if is_segmentation(segmentation):
+                ours["segmentation"] = segmentation
+            elif for_evaluation or not ours["iscrowd"]:
+                raise InputError(
+                    f"{name}: {record['file_name']} has an annotation (id {annotation['id']}) "
+                    "without a segmentation (polygons of three points or more, or RLE), which "
+                    "MODEL.MASK_ON True takes"
+                )
 
 
 def _read_annotation(annotation: dict, classes: dict[int, int], for_evaluation: bool) -> dict:

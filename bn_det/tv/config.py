@@ -7,10 +7,17 @@ from fvcore.common.config import CfgNode
 from ..config import add_bn_det_config
 from ..errors import InputError, choose
 
+NUM_LEVELS = 5
+"""The levels that have anchors: p3 to p7 of RetinaNet, p2 to p6 of the R-CNNs."""
+
+POOLER_TYPES = {"ROIAlign": False, "ROIAlignV2": True}
+"""How RoIs are pooled, and whether that is RoIAlign with the correction by half a pixel."""
+
 _DEFAULTS = {
     "VERSION": 2,
     "MODEL": {
         "META_ARCHITECTURE": "GeneralizedRCNN",
+        "MASK_ON": False,
         "DEVICE": "cuda",
         "WEIGHTS": "",
         "PIXEL_MEAN": [103.530, 116.280, 123.675],
@@ -29,6 +36,51 @@ _DEFAULTS = {
             "ASPECT_RATIOS": [[0.5, 1.0, 2.0]],
             "OFFSET": 0.0,
         },
+        "PROPOSAL_GENERATOR": {"NAME": "RPN", "MIN_SIZE": 0},
+        "RPN": {
+            "HEAD_NAME": "StandardRPNHead",
+            "IN_FEATURES": ["res4"],
+            "IOU_THRESHOLDS": [0.3, 0.7],
+            "BATCH_SIZE_PER_IMAGE": 256,
+            "POSITIVE_FRACTION": 0.5,
+            "SMOOTH_L1_BETA": 0.0,
+            "PRE_NMS_TOPK_TRAIN": 12000,
+            "PRE_NMS_TOPK_TEST": 6000,
+            "POST_NMS_TOPK_TRAIN": 2000,
+            "POST_NMS_TOPK_TEST": 1000,
+            "NMS_THRESH": 0.7,
+        },
+        "ROI_HEADS": {
+            "NAME": "Res5ROIHeads",
+            "NUM_CLASSES": 80,
+            "IN_FEATURES": ["res4"],
+            "IOU_THRESHOLDS": [0.5],
+            "BATCH_SIZE_PER_IMAGE": 512,
+            "POSITIVE_FRACTION": 0.25,
+            "SCORE_THRESH_TEST": 0.05,
+            "NMS_THRESH_TEST": 0.5,
+        },
+        "ROI_BOX_HEAD": {
+            "NAME": "",
+            "NUM_CONV": 0,
+            "CONV_DIM": 256,
+            "NUM_FC": 0,
+            "FC_DIM": 1024,
+            "NORM": "",
+            "POOLER_RESOLUTION": 14,
+            "POOLER_SAMPLING_RATIO": 0,
+            "POOLER_TYPE": "ROIAlignV2",
+            "SMOOTH_L1_BETA": 0.0,
+        },
+        "ROI_MASK_HEAD": {
+            "NAME": "MaskRCNNConvUpsampleHead",
+            "NUM_CONV": 0,
+            "CONV_DIM": 256,
+            "NORM": "",
+            "POOLER_RESOLUTION": 14,
+            "POOLER_SAMPLING_RATIO": 0,
+            "POOLER_TYPE": "ROIAlignV2",
+        },
         "RETINANET": {
             "NUM_CLASSES": 80,
             "IN_FEATURES": ["p3", "p4", "p5", "p6", "p7"],
@@ -38,8 +90,6 @@ _DEFAULTS = {
             "TOPK_CANDIDATES_TEST": 1000,
             "NMS_THRESH_TEST": 0.5,
         },
-        "ROI_BOX_HEAD": {"NORM": ""},
-        "ROI_MASK_HEAD": {"NORM": ""},
     },
     "INPUT": {
         "MIN_SIZE_TRAIN": (800,),
@@ -48,6 +98,7 @@ _DEFAULTS = {
         "MAX_SIZE_TEST": 1333,
         "RANDOM_FLIP": "horizontal",
         "FORMAT": "BGR",
+        "MASK_FORMAT": "polygon",
     },
     "DATASETS": {"TRAIN": (), "TEST": ()},
     "DATALOADER": {"NUM_WORKERS": 4, "FILTER_EMPTY_ANNOTATIONS": True},
@@ -84,15 +135,61 @@ def get_cfg() -> CfgNode:
 
 def check_cfg(cfg: CfgNode) -> None:
     """Raise InputError if a value asks for what the torchvision host does not have."""
-    levels = ["p3", "p4", "p5", "p6", "p7"]
-    choose("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, ["BNRetinaNet"])
-    choose(
-        "MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, ["build_bn_retinanet_resnet_fpn_backbone"]
-    )
+    architectures = {"BNRetinaNet": _check_retinanet, "GeneralizedRCNN": _check_rcnn}
+    choose("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, architectures)
+    architectures[cfg.MODEL.META_ARCHITECTURE](cfg)
+    _check_resnet(cfg)
+    _check_anchors(cfg)
+    choose("INPUT.FORMAT", cfg.INPUT.FORMAT, ["BGR", "RGB"])
+    choose("INPUT.RANDOM_FLIP", cfg.INPUT.RANDOM_FLIP, ["horizontal", "vertical", "none"])
+    # The same here: masks are bits, whatever they are in the file.
+    choose("INPUT.MASK_FORMAT", cfg.INPUT.MASK_FORMAT, ["polygon", "bitmask"])
+    schedules = ["WarmupMultiStepLR", "WarmupCosineLR"]
+    choose("SOLVER.LR_SCHEDULER_NAME", cfg.SOLVER.LR_SCHEDULER_NAME, schedules)
+    for key in ("MAX_ITER", "IMS_PER_BATCH", "CHECKPOINT_PERIOD"):
+        if cfg.SOLVER[key] < 1:
+            raise InputError(f"SOLVER.{key}: {cfg.SOLVER[key]!r} is not accepted; use 1 or more")
+
+
+def _check_retinanet(cfg: CfgNode) -> None:
+    choose("MODEL.MASK_ON", cfg.MODEL.MASK_ON, [False])
+    _choose(cfg, "BACKBONE.NAME", "build_bn_retinanet_resnet_fpn_backbone")
+    _choose(cfg, "FPN.IN_FEATURES", ["res3", "res4", "res5"])
+    _choose(cfg, "RETINANET.IN_FEATURES", ["p3", "p4", "p5", "p6", "p7"])
+
+
+def _check_rcnn(cfg: CfgNode) -> None:
+    levels = ["p2", "p3", "p4", "p5"]
+    _choose(cfg, "BACKBONE.NAME", "build_bn_resnet_fpn_backbone", "build_resnet_fpn_backbone")
+    _choose(cfg, "FPN.IN_FEATURES", ["res2", "res3", "res4", "res5"])
+    _choose(cfg, "PROPOSAL_GENERATOR.NAME", "RPN")
+    _choose(cfg, "RPN.HEAD_NAME", "StandardRPNHead")
+    _choose(cfg, "RPN.IN_FEATURES", [*levels, "p6"])
+    _choose(cfg, "ROI_HEADS.NAME", "StandardROIHeads")
+    _choose(cfg, "ROI_HEADS.IN_FEATURES", levels)
+    _choose(cfg, "ROI_BOX_HEAD.NAME", "BNFastRCNNConvFCHead")
+    heads = ["ROI_BOX_HEAD"]
+    if cfg.MODEL.MASK_ON:
+        heads.append("ROI_MASK_HEAD")
+        _choose(cfg, "ROI_MASK_HEAD.NAME", "BNMaskRCNNConvUpsampleHead")
+    for head in heads:
+        _choose(cfg, f"{head}.POOLER_TYPE", *POOLER_TYPES)
+    for part, count in (("RPN", 2), ("ROI_HEADS", 1)):
+        thresholds = cfg.MODEL[part].IOU_THRESHOLDS
+        if len(thresholds) != count or list(thresholds) != sorted(thresholds):
+            raise InputError(
+                f"MODEL.{part}.IOU_THRESHOLDS: {thresholds!r} is not accepted; use {count} "
+                f"{'rising numbers' if count > 1 else 'number'}"
+            )
+    if cfg.MODEL.ROI_BOX_HEAD.NUM_CONV + cfg.MODEL.ROI_BOX_HEAD.NUM_FC < 1:
+        raise InputError(
+            "MODEL.ROI_BOX_HEAD.NUM_FC: 0 is not accepted with NUM_CONV 0; use 1 or more layers"
+        )
+
+
+def _check_resnet(cfg: CfgNode) -> None:
     choose("MODEL.BACKBONE.FREEZE_AT", cfg.MODEL.BACKBONE.FREEZE_AT, range(6))
     choose("MODEL.RESNETS.DEPTH", cfg.MODEL.RESNETS.DEPTH, [18, 34, 50, 101, 152])
-    choose("MODEL.FPN.IN_FEATURES", list(cfg.MODEL.FPN.IN_FEATURES), [["res3", "res4", "res5"]])
-    choose("MODEL.RETINANET.IN_FEATURES", list(cfg.MODEL.RETINANET.IN_FEATURES), [levels])
     for feature in cfg.MODEL.FPN.IN_FEATURES:
         if feature not in cfg.MODEL.RESNETS.OUT_FEATURES:
             raise InputError(
@@ -104,18 +201,21 @@ def check_cfg(cfg: CfgNode) -> None:
     choose("MODEL.RESNETS.RES2_OUT_CHANNELS", res2_channels, [256 if deep else 64])
     if deep:  # torchvision has the stride in the 3x3 convolution
         choose("MODEL.RESNETS.STRIDE_IN_1X1", cfg.MODEL.RESNETS.STRIDE_IN_1X1, [False])
-    choose("INPUT.FORMAT", cfg.INPUT.FORMAT, ["BGR", "RGB"])
-    choose("INPUT.RANDOM_FLIP", cfg.INPUT.RANDOM_FLIP, ["horizontal", "vertical", "none"])
-    schedules = ["WarmupMultiStepLR", "WarmupCosineLR"]
-    choose("SOLVER.LR_SCHEDULER_NAME", cfg.SOLVER.LR_SCHEDULER_NAME, schedules)
-    for key in ("MAX_ITER", "IMS_PER_BATCH", "CHECKPOINT_PERIOD"):
-        if cfg.SOLVER[key] < 1:
-            raise InputError(f"SOLVER.{key}: {cfg.SOLVER[key]!r} is not accepted; use 1 or more")
+
+
+def _check_anchors(cfg: CfgNode) -> None:
     for name in ("SIZES", "ASPECT_RATIOS"):
         values = cfg.MODEL.ANCHOR_GENERATOR[name]
         nested = all(isinstance(v, (list, tuple)) for v in values)
-        if not nested or len(values) not in (1, len(levels)) or len({len(v) for v in values}) > 1:
+        if not nested or len(values) not in (1, NUM_LEVELS) or len({len(v) for v in values}) > 1:
             raise InputError(
                 f"MODEL.ANCHOR_GENERATOR.{name}: {values!r} is not accepted; use one list in a "
-                f"list, or {len(levels)} of the same length, one for each level"
+                f"list, or {NUM_LEVELS} of the same length, one for each level"
             )
+
+
+def _choose(cfg: CfgNode, key: str, *accepted: str | list[str]) -> None:
+    """Check a key of MODEL whose value is a name, or a list (in YAML; maybe a tuple) of names."""
+    part, name = key.split(".")
+    value = cfg.MODEL[part][name]
+    choose(f"MODEL.{key}", value if isinstance(value, str) else list(value), accepted)

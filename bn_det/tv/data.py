@@ -15,6 +15,7 @@ from torchvision.transforms import v2
 
 from ..comm import share
 from ..data.coco import CocoDataset
+from ..data.masks import decode_mask
 from ..errors import InputError
 
 Sample = tuple[Tensor, dict[str, Tensor], dict]
@@ -22,7 +23,7 @@ Sample = tuple[Tensor, dict[str, Tensor], dict]
 
 
 class DetectionDataset(Dataset):
-    """Images with boxes, as torchvision's detectors take them.
+    """Images with boxes, and with masks where asked for, as torchvision's detectors take them.
 
     Args:
         records: in Detectron2's standard format, with boxes as x, y, width, height.
@@ -30,15 +31,23 @@ class DetectionDataset(Dataset):
         image_format: "BGR" or "RGB".
         seed: with the number of a draw it determines the random part of the transform, so that
             the same draw gives the same sample in whatever process, at whatever time.
+        masks: whether targets have ``masks``, uint8 of shape (N, H, W); the records then have
+            segmentations.
     """
 
     def __init__(
-        self, records: Sequence[dict], transform: v2.Transform, image_format: str, seed: int = 0
+        self,
+        records: Sequence[dict],
+        transform: v2.Transform,
+        image_format: str,
+        seed: int = 0,
+        masks: bool = False,
     ) -> None:
         self.records = records
         self.transform = transform
         self.image_format = image_format
         self.seed = seed
+        self.masks = masks
 
     def __len__(self) -> int:
         return len(self.records)
@@ -60,12 +69,14 @@ class DetectionDataset(Dataset):
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=image.shape[1:]),
             "labels": torch.tensor([a["category_id"] for a in objects], dtype=torch.int64),
         }
+        if self.masks:
+            target["masks"] = tv_tensors.Mask(_read_masks(objects, record))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(hash((self.seed, draw)) % 2**63)
             image, target = self.transform(image, target)
         boxes = target["boxes"].as_subclass(Tensor)
         proper = (boxes[:, 2:] - boxes[:, :2] > 1e-5).all(1)
-        target = {"boxes": boxes[proper], "labels": target["labels"][proper]}
+        target = {key: value.as_subclass(Tensor)[proper] for key, value in target.items()}
         return image.as_subclass(Tensor).float(), target, record
 
 
@@ -92,7 +103,8 @@ def build_train_loader(
         "none": [],
     }[cfg.INPUT.RANDOM_FLIP]
     resize = v2.RandomShortestSize(list(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN)
-    dataset = DetectionDataset(records, v2.Compose([resize, *flips]), cfg.INPUT.FORMAT, seed)
+    transform = v2.Compose([resize, *flips])
+    dataset = DetectionDataset(records, transform, cfg.INPUT.FORMAT, seed, cfg.MODEL.MASK_ON)
     batch_size = cfg.SOLVER.IMS_PER_BATCH
     order = RandomSampler(
         records,
@@ -140,6 +152,21 @@ def _loader(cfg: CfgNode, dataset: DetectionDataset, draws: _Draws, batch_size: 
         # seed from the global one, which a resumed run could not follow.
         generator=torch.Generator(),
     )
+
+
+def _read_masks(objects: Sequence[dict], record: dict) -> Tensor:
+    """The masks of annotations, uint8 of shape (N, H, W)."""
+    size = record["height"], record["width"]
+    masks = torch.zeros(len(objects), *size, dtype=torch.uint8)
+    for k, annotation in enumerate(objects):
+        mask = decode_mask(annotation["segmentation"], *size)
+        if mask.shape != size:
+            raise InputError(
+                f"{record['file_name']}: is {size[1]}x{size[0]} pixels by its annotation, a mask "
+                f"of it {mask.shape[1]}x{mask.shape[0]}"
+            )
+        masks[k] = torch.from_numpy(mask)
+    return masks
 
 
 def _read_image(path: str, image_format: str) -> tv_tensors.Image:

@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,12 +15,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from pycocotools.cocoeval import COCOeval
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.detection.transform import resize_boxes
 
 from ..checkpoint import write_aside
 from ..comm import share, world
 from ..data.coco import CocoDataset
+from ..data.masks import encode_mask
+from .masks import paste_mask
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +31,11 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 def evaluate(
-    model: nn.Module, loader: Iterable[list], dataset: CocoDataset, output_dir: str
+    model: nn.Module,
+    loader: Iterable[list],
+    dataset: CocoDataset,
+    output_dir: str,
+    tasks: Sequence[str] = ("bbox",),
 ) -> dict[str, dict[str, float]]:
     """Detect on a data set and compare with its annotations.
 
@@ -40,10 +46,11 @@ def evaluate(
         model: a torchvision detector. It is left in the mode, training or not, that it was in.
         loader: batches of samples of the data set, this process's.
         output_dir: a folder, made if missing.
+        tasks: what to measure: "bbox", or "segm" for masks.
 
     Returns:
-        ``{"bbox": {"AP": ..., "AP50": ..., "AP-<category>": ...}}`` in percent; NaN where there is
-        nothing to measure. Empty on other ranks than 0.
+        ``{"bbox": {"AP": ..., "AP50": ..., "AP-<category>": ...}}``, for each task, in percent;
+        NaN where there is nothing to measure. Empty on other ranks than 0.
     """
     predictions = _gather(predict(model, loader, dataset))
     if world()[0] > 0:
@@ -53,11 +60,14 @@ def evaluate(
     with write_aside(path) as aside:
         Path(aside).write_text(json.dumps(predictions))
     logger.info("Saved %d detections to %s", len(predictions), path)
-    return {"bbox": coco_metrics(dataset, predictions)}
+    return {task: coco_metrics(dataset, predictions, task) for task in tasks}
 
 
 def predict(model: nn.Module, loader: Iterable[list], dataset: CocoDataset) -> list[dict]:
-    """Detections on all images, in COCO's result format: boxes as x, y, width, height."""
+    """Detections on all images, in COCO's result format: boxes as x, y, width, height.
+
+    If the model predicts masks, those are RLE under ``segmentation``, in the same records.
+    """
     was_training = model.training
     device = next(model.parameters()).device
     model.eval()
@@ -93,20 +103,29 @@ def _gather(predictions: list[dict]) -> list[dict]:
     return [p for part in parts or [] for p in part]
 
 
-def coco_metrics(dataset: CocoDataset, predictions: list[dict]) -> dict[str, float]:
-    """COCO's box metrics of predictions, in percent, overall and per category."""
+def coco_metrics(
+    dataset: CocoDataset, predictions: list[dict], task: str = "bbox"
+) -> dict[str, float]:
+    """COCO's metrics of predicted boxes or masks, in percent, overall and per category.
+
+    Args:
+        task: "bbox" or "segm".
+    """
     names = [*METRICS, *(f"AP-{name}" for name in dataset.category_names)]
     if not predictions:
         logger.warning("No detections: the metrics are not defined")
         return dict.fromkeys(names, float("nan"))
+    # Where a record has a box, pycocotools would take its area for that of the mask, too.
+    unused = "bbox" if task == "segm" else "segmentation"
+    predictions = [{k: v for k, v in p.items() if k != unused} for p in predictions]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        results = dataset.coco.loadRes([dict(p) for p in predictions])
-        evaluation = COCOeval(dataset.coco, results, "bbox")
+        results = dataset.coco.loadRes(predictions)
+        evaluation = COCOeval(dataset.coco, results, task)
         evaluation.evaluate()
         evaluation.accumulate()
         printed.truncate(printed.seek(0))
         evaluation.summarize()
-    logger.info("COCO evaluation of %s:\n%s", dataset.name, printed.getvalue().rstrip())
+    logger.info("COCO evaluation (%s) of %s:\n%s", task, dataset.name, printed.getvalue().rstrip())
     # precision: IoU threshold x recall x category x area range x detections per image
     per_category = [
         evaluation.eval["precision"][:, :, k, 0, -1] for k in range(len(dataset.category_ids))
@@ -120,14 +139,15 @@ def coco_metrics(dataset: CocoDataset, predictions: list[dict]) -> dict[str, flo
 
 
 def _to_coco(
-    output: dict[str, torch.Tensor],
+    output: dict[str, Tensor],
     size: tuple[int, int],
     record: dict,
     category_ids: list[int],
 ) -> list[dict]:
-    boxes = resize_boxes(output["boxes"], size, (record["height"], record["width"])).cpu()
-    boxes[:, 2:] -= boxes[:, :2]
-    return [
+    original_size = (record["height"], record["width"])
+    boxes = resize_boxes(output["boxes"], size, original_size).cpu()
+    xywh = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
+    detections = [
         {
             "image_id": record["image_id"],
             "category_id": category_ids[label],
@@ -135,6 +155,11 @@ def _to_coco(
             "score": score,
         }
         for box, label, score in zip(
-            boxes.tolist(), output["labels"].tolist(), output["scores"].tolist(), strict=True
+            xywh.tolist(), output["labels"].tolist(), output["scores"].tolist(), strict=True
         )
     ]
+    if "masks" in output:
+        for detection, mask, box in zip(detections, output["masks"].cpu(), boxes, strict=True):
+            pasted = paste_mask(mask[0], box, original_size)
+            detection["segmentation"] = encode_mask((pasted >= 0.5).numpy())
+    return detections

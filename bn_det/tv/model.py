@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torchvision.models import resnet
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d
-from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+from torchvision.ops.feature_pyramid_network import (
+    ExtraFPNBlock,
+    LastLevelMaxPool,
+    LastLevelP6P7,
+)
 
 from ..config import part_norm, retinanet_norm
 from ..layers import convert_batchnorm
-from .config import check_cfg
+from .config import NUM_LEVELS, check_cfg
 from .norms import NORMS
+from .rcnn import build_rcnn
 from .retinanet import BNRetinaNetHead
 
 Sizes = tuple[tuple[float, ...], ...]
@@ -25,18 +30,32 @@ Sizes = tuple[tuple[float, ...], ...]
 _STAGES = {"res2": "layer1", "res3": "layer2", "res4": "layer3", "res5": "layer4"}
 
 
-def build_model(cfg: CfgNode) -> RetinaNet:
-    """torchvision's RetinaNet with our layers and head, as the config has it, on MODEL.DEVICE.
+def build_model(cfg: CfgNode) -> RetinaNet | GeneralizedRCNN:
+    """torchvision's detector with our layers and heads, as the config has it, on MODEL.DEVICE.
 
     It takes images in the value range and channel order of INPUT.FORMAT, like Detectron2's.
+    Classes are counted from 0. Masks come as probabilities (N, 1, M, M) of their boxes' parts.
 
     Raises:
         InputError: a value that this host does not have.
     """
     check_cfg(cfg)
+    transform = _NormalizeAndPad(
+        0, 0, list(cfg.MODEL.PIXEL_MEAN), list(cfg.MODEL.PIXEL_STD), size_divisible=32
+    )
+    builders = {"BNRetinaNet": _build_retinanet, "GeneralizedRCNN": _build_rcnn}
+    model = builders[cfg.MODEL.META_ARCHITECTURE](cfg, transform)
+    return model.to(cfg.MODEL.DEVICE)
+
+
+def _build_rcnn(cfg: CfgNode, transform: nn.Module) -> GeneralizedRCNN:
+    return build_rcnn(cfg, build_backbone(cfg), _anchor_generator(cfg, first_level=2), transform)
+
+
+def _build_retinanet(cfg: CfgNode, transform: nn.Module) -> RetinaNet:
     backbone = build_backbone(cfg)
     retinanet = cfg.MODEL.RETINANET
-    anchors = _anchor_generator(cfg)
+    anchors = _anchor_generator(cfg, first_level=3)
     head = BNRetinaNetHead(
         backbone.out_channels,
         anchors.num_anchors_per_location()[0],
@@ -54,30 +73,37 @@ def build_model(cfg: CfgNode) -> RetinaNet:
         detections_per_img=cfg.TEST.DETECTIONS_PER_IMAGE,
         topk_candidates=retinanet.TOPK_CANDIDATES_TEST,
     )
-    model.transform = _NormalizeAndPad(
-        0, 0, list(cfg.MODEL.PIXEL_MEAN), list(cfg.MODEL.PIXEL_STD), size_divisible=32
-    )
-    return model.to(cfg.MODEL.DEVICE)
+    model.transform = transform
+    return model
 
 
 def build_backbone(cfg: CfgNode) -> BackboneWithFPN:
-    """A ResNet with a feature pyramid whose levels p6 and p7 come from res5."""
+    """A ResNet with a feature pyramid.
+
+    RetinaNet's levels p6 and p7 come from res5; the R-CNNs' p6 is p5 at half the size.
+    """
     depth = cfg.MODEL.RESNETS.DEPTH
     norm = part_norm(cfg, "RESNETS", NORMS) or nn.Identity
     body = getattr(resnet, f"resnet{depth}")(norm_layer=norm)
     _freeze(body, cfg.MODEL.BACKBONE.FREEZE_AT)
     channels = {f: cfg.MODEL.RESNETS.RES2_OUT_CHANNELS * 2**k for k, f in enumerate(_STAGES)}
     features = cfg.MODEL.FPN.IN_FEATURES
-    top_block = LastLevelP6P7(channels["res5"], cfg.MODEL.FPN.OUT_CHANNELS)
-    top_block.use_P5 = False  # torchvision's choice where both have as many channels
     return BackboneWithFPN(
         body,
         {_STAGES[f]: f.replace("res", "p") for f in features},
         [channels[f] for f in features],
         cfg.MODEL.FPN.OUT_CHANNELS,
-        extra_blocks=top_block,
+        extra_blocks=_top_block(cfg, channels["res5"]),
         norm_layer=part_norm(cfg, "FPN", NORMS),
     )
+
+
+def _top_block(cfg: CfgNode, res5_channels: int) -> ExtraFPNBlock:
+    if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN":
+        return LastLevelMaxPool()
+    top_block = LastLevelP6P7(res5_channels, cfg.MODEL.FPN.OUT_CHANNELS)
+    top_block.use_P5 = False  # torchvision's choice where both have as many channels
+    return top_block
 
 
 class _NormalizeAndPad(GeneralizedRCNNTransform):
@@ -88,38 +114,43 @@ class _NormalizeAndPad(GeneralizedRCNNTransform):
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
         return image, target
 
+    def postprocess(
+        self, result: list[dict[str, Tensor]], *_: list[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
+        return result
+
 
 class _AnchorGenerator(AnchorGenerator):
     """torchvision's anchors, moved by a part of the stride, as Detectron2's OFFSET does.
 
     Where an image is a few strides wide, as shapes at p6 and p7, it decides which objects the
-    anchors can reach.
+    anchors can reach. The strides are the network's, also where a level's size is rounded up;
+    torchvision would divide the size of the image by the level's.
     """
 
-    def __init__(self, sizes: Sizes, aspect_ratios: Sizes, offset: float) -> None:
+    def __init__(
+        self, sizes: Sizes, aspect_ratios: Sizes, offset: float, strides: list[int]
+    ) -> None:
         super().__init__(sizes, aspect_ratios)
         self.offset = offset
+        self.strides = strides
 
     def grid_anchors(
         self, grid_sizes: list[list[int]], strides: list[list[Tensor]]
     ) -> list[Tensor]:
-        anchors = super().grid_anchors(grid_sizes, strides)
-        return [
-            a + self.offset * torch.stack([dx, dy, dx, dy])
-            for a, (dy, dx) in zip(anchors, strides, strict=True)
-        ]
+        anchors = super().grid_anchors(grid_sizes, [[s, s] for s in self.strides])
+        return [a + self.offset * s for a, s in zip(anchors, self.strides, strict=True)]
 
 
-def _anchor_generator(cfg: CfgNode) -> AnchorGenerator:
-    num_levels = len(cfg.MODEL.RETINANET.IN_FEATURES)
-
+def _anchor_generator(cfg: CfgNode, first_level: int) -> AnchorGenerator:
     def of_each_level(values: list[list[float]]) -> Sizes:
-        return tuple(map(tuple, values)) * (num_levels // len(values))
+        return tuple(map(tuple, values)) * (NUM_LEVELS // len(values))
 
     return _AnchorGenerator(
         of_each_level(cfg.MODEL.ANCHOR_GENERATOR.SIZES),
         of_each_level(cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS),
         cfg.MODEL.ANCHOR_GENERATOR.OFFSET,
+        [2 ** (first_level + k) for k in range(NUM_LEVELS)],
     )
 
 

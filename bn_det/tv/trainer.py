@@ -246,7 +246,8 @@ def load_datasets(cfg: CfgNode, split: str) -> list[CocoDataset]:
     key = f"DATASETS.{split}"
     names = cfg.DATASETS[split]
     check_names(key, names, known)
-    datasets = [load_coco(name, known[name], for_evaluation=split == "TEST") for name in names]
+    test, masks = split == "TEST", cfg.MODEL.MASK_ON
+    datasets = [load_coco(name, known[name], test, masks) for name in names]
     for dataset in datasets:
         if dataset.category_names != datasets[0].category_names:
             raise InputError(
@@ -270,7 +271,8 @@ def test(cfg: CfgNode, model: nn.Module, datasets: list[CocoDataset]) -> dict:
         if len(datasets) > 1:
             folder /= dataset.name
         loader = build_test_loader(cfg, dataset)
-        results[dataset.name] = evaluate(model, loader, dataset, str(folder))
+        tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
+        results[dataset.name] = evaluate(model, loader, dataset, str(folder), tasks)
     if world()[0] > 0:
         return {}
     return next(iter(results.values())) if len(results) == 1 else results

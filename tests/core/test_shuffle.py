@@ -7,7 +7,6 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
 from torch import nn
 from torch.distributed.nn.functional import all_gather as differentiable_all_gather
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bn_det import shuffle, shuffled
 from bn_det.errors import InputError
+from ranks import run_ranks
 
 COUNTS = {
     2: [[5, 2], [0, 3], [1, 0], [4, 4], [0, 0]],

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
 
 from bn_det.config import load_config
 from bn_det.tv import get_cfg
 from bn_det.tv.data import build_train_loader
 from bn_det.tv.trainer import Trainer, load_datasets
 from bn_det.tv.trainer import test as evaluate
+from ranks import run_ranks
 from reference import BASE, norm_opts
 
 CALLS = ["before_train", *["before_step", "after_step"] * 4, "after_train"]
