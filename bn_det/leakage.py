@@ -23,8 +23,10 @@ import torch
 import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, nn
+from yacs.config import CfgNode
 
 from .checkpoint import write_aside
+from .errors import choose
 from .layers import BatchNorm2d
 from .layers.batch_norm import STATISTICS, evaluated_with
 
@@ -57,6 +59,11 @@ class Estimate(NamedTuple):
     value: float
     low: float
     high: float
+
+
+def check_architecture(cfg: CfgNode) -> None:
+    """Raise InputError unless the config's detector has a box head that RoIs are sampled for."""
+    choose("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, ["GeneralizedRCNN"])
 
 
 @torch.no_grad()

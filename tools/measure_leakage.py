@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
+
 from bn_det.command import add_config_arguments, import_host, run
 from bn_det.errors import InputError
 from bn_det.leakage import leakage_table, save_leakage
@@ -41,6 +43,7 @@ def main() -> None:
         raise InputError(
             f"--images-per-batch: {args.images_per_batch} is not accepted; use 1 or more"
         )
+    torch.manual_seed(0)  # the sampling of RoIs
     cfg, results = import_host(args.host, "leakage").measure(args)
     print(leakage_table(results))
     output_dir = Path(cfg.OUTPUT_DIR)

@@ -18,13 +18,14 @@ from detectron2.modeling import GeneralizedRCNN
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from ..leakage import Estimate, RoIBatch, measure_leakage
+from ..leakage import Estimate, RoIBatch, check_architecture, measure_leakage
 from .train import Checkpointer, Trainer, setup
 
 
 def measure(args: argparse.Namespace) -> tuple[CfgNode, dict[str, dict[str, Estimate]]]:
     """Measure the checkpoint of a config on DATASETS.TEST, as tools/measure_leakage.py says."""
     cfg = setup(args)
+    check_architecture(cfg)
     model = Trainer.build_model(cfg)
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
     checkpointer.must_match = True

@@ -115,13 +115,13 @@ def build_train_loader(
     return _loader(cfg, dataset, _Draws(order, start_iter, batch_size, mine), len(mine))
 
 
-def build_test_loader(cfg: CfgNode, dataset: CocoDataset) -> DataLoader:
-    """This process's share of a data set in its order, one image a batch, as in Detectron2."""
+def build_test_loader(cfg: CfgNode, dataset: CocoDataset, batch_size: int = 1) -> DataLoader:
+    """This process's share of a data set in its order; by default one image a batch."""
     size = cfg.INPUT.MIN_SIZE_TEST
     resize = v2.RandomShortestSize([size], cfg.INPUT.MAX_SIZE_TEST) if size else v2.Identity()
     images = DetectionDataset(dataset.records, resize, cfg.INPUT.FORMAT)
     draws = _Draws(SequentialSampler(images), 0, len(images), share(len(images)))
-    return _loader(cfg, images, draws, 1)
+    return _loader(cfg, images, draws, batch_size)
 
 
 class _Draws(Sampler):

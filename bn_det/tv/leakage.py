@@ -1,0 +1,70 @@
+"""The leakage measure on the torchvision host."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator
+
+import torch
+from fvcore.common.config import CfgNode
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+
+from ..checkpoint import Checkpointer
+from ..data.coco import CocoDataset
+from ..leakage import Estimate, RoIBatch, check_architecture, measure_leakage
+from .data import build_test_loader
+from .model import build_model
+from .train import setup
+from .trainer import load_datasets
+
+
+def measure(args: argparse.Namespace) -> tuple[CfgNode, dict[str, dict[str, Estimate]]]:
+    """Measure the checkpoint of a config on DATASETS.TEST, as tools/measure_leakage.py says."""
+    cfg = setup(args)
+    check_architecture(cfg)
+    model = build_model(cfg)
+    checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
+    checkpointer.must_match = True
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
+    model.eval()
+    model.roi_heads.mask_head = None  # which would have masks sampled, too
+    loaders = [
+        build_test_loader(cfg, _with_objects(dataset), args.images_per_batch)
+        for dataset in load_datasets(cfg, "TEST")
+    ]
+    head = model.roi_heads.box_head
+    return cfg, measure_leakage(
+        (batch for loader in loaders for batch in _sampled_rois(model, loader)),
+        sum(map(len, loaders)),
+        head,
+        lambda x: model.roi_heads.box_predictor(head(x))[0],
+    )
+
+
+def _with_objects(dataset: CocoDataset) -> CocoDataset:
+    """Without the images that training leaves out, too."""
+    return dataset._replace(
+        records=[r for r in dataset.records if any(not a["iscrowd"] for a in r["annotations"])]
+    )
+
+
+def _sampled_rois(model: GeneralizedRCNN, loader: Iterable[list]) -> Iterator[RoIBatch]:
+    """RoIs as in training: its number of proposals, matched and sampled."""
+    device = next(model.parameters()).device
+    roi_heads = model.roi_heads
+    model.rpn.training = True  # itself, not what is in it
+    try:
+        for batch in loader:
+            images, targets, _ = zip(*batch, strict=True)
+            targets = [{k: v.to(device) for k, v in target.items()} for target in targets]
+            with torch.no_grad():
+                images, targets = model.transform([i.to(device) for i in images], targets)
+                features = model.backbone(images.tensors)
+                proposals, _ = model.rpn(images, features, targets)
+                rois, samples = roi_heads.sample_rois(proposals, targets)
+                levels = [features[f] for f in roi_heads.in_features]
+                pooled = roi_heads.box_roi_pool(levels, rois)
+            labels = torch.cat([s["classes"] for s in samples])
+            yield RoIBatch(pooled, labels, background=roi_heads.num_classes)
+    finally:
+        model.rpn.training = False
