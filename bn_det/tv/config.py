@@ -86,6 +86,7 @@ _DEFAULTS = {
             "IN_FEATURES": ["p3", "p4", "p5", "p6", "p7"],
             "NUM_CONVS": 4,
             "NORM": "",
+            "SMOOTH_L1_LOSS_BETA": 0.1,
             "SCORE_THRESH_TEST": 0.05,
             "TOPK_CANDIDATES_TEST": 1000,
             "NMS_THRESH_TEST": 0.5,
@@ -156,6 +157,9 @@ def _check_retinanet(cfg: CfgNode) -> None:
     _choose(cfg, "BACKBONE.NAME", "build_bn_retinanet_resnet_fpn_backbone")
     _choose(cfg, "FPN.IN_FEATURES", ["res3", "res4", "res5"])
     _choose(cfg, "RETINANET.IN_FEATURES", ["p3", "p4", "p5", "p6", "p7"])
+    # torchvision's loss is L1, which is 0.0; 0.1 is what a config has that says nothing.
+    beta = cfg.MODEL.RETINANET.SMOOTH_L1_LOSS_BETA
+    choose("MODEL.RETINANET.SMOOTH_L1_LOSS_BETA", beta, [0.0, 0.1])
 
 
 def _check_rcnn(cfg: CfgNode) -> None:
