@@ -8,6 +8,7 @@ batch statistics; see bn_det/leakage.py. The results go to the terminal and to O
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 
 import torch
@@ -43,6 +44,9 @@ def main() -> None:
         raise InputError(
             f"--images-per-batch: {args.images_per_batch} is not accepted; use 1 or more"
         )
+    logging.basicConfig(
+        level=logging.INFO, format="[%(asctime)s %(name)s]: %(message)s", datefmt="%m/%d %H:%M:%S"
+    )
     torch.manual_seed(0)  # the sampling of RoIs
     cfg, results = import_host(args.host, "leakage").measure(args)
     print(leakage_table(results))

@@ -1,0 +1,125 @@
+"""The leakage measure on both hosts: RoIs as in training, and the command."""
+
+import argparse
+import importlib
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from reference import BASE, RCNN_BASE
+
+ROOT = Path(__file__).parents[2]
+HOSTS = [
+    "torchvision",
+    pytest.param(
+        "detectron2",
+        marks=pytest.mark.skipif(
+            importlib.util.find_spec("detectron2") is None, reason="Detectron2 is not installed"
+        ),
+    ),
+]
+every_host = pytest.mark.parametrize("host", HOSTS)
+
+
+def arguments(opts):
+    """As tools/measure_leakage.py parses them."""
+    return argparse.Namespace(
+        config_file=RCNN_BASE, opts=opts, images_per_batch=2, eval_only=True, resume=False,
+        num_gpus=1, num_machines=1,
+    )  # fmt: skip
+
+
+@pytest.fixture(params=HOSTS)
+def checkpoint(request, tiny_shapes, tmp_path):
+    """A host, and options that name a new model's checkpoint."""
+    opts = [*tiny_shapes, "OUTPUT_DIR", str(tmp_path), "MODEL.DEVICE", "cpu"]
+    package = {"torchvision": "tv", "detectron2": "d2"}[request.param]
+    train = importlib.import_module(f"bn_det.{package}.train")
+    path = str(tmp_path / "model.pth")
+    opts += ["MODEL.WEIGHTS", path]
+    torch.save({"model": {}}, path)  # for the check that it is there
+    cfg = train.setup(arguments(opts))
+    build_model = train.build_model if package == "tv" else train.Trainer.build_model
+    model = build_model(cfg)
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_()
+    torch.save({"model": model.state_dict()}, path)
+    return package, opts, model
+
+
+def test_rois_are_those_of_training(checkpoint):
+    package, opts, model = checkpoint
+    leakage = importlib.import_module(f"bn_det.{package}.leakage")
+    seen = []
+
+    def keep(_, args):
+        seen.append(args[0])
+
+    cfg = leakage.setup(arguments(opts))
+    if package == "tv":
+        dataset = leakage.load_datasets(cfg, "TEST")[0]
+        # With masks, which training mode samples, too.
+        loader = importlib.import_module("bn_det.tv.data").build_test_loader(cfg, dataset, 2)
+        model.roi_heads.mask_head = None
+    else:
+        loader = leakage._build_loader(cfg, 2)
+    inputs = list(loader)
+    assert len(inputs) == 3, "6 images"
+    torch.manual_seed(5)
+    model.eval()
+    batches = list(leakage._sampled_rois(model, inputs))
+    assert not any(m.training for m in model.modules()), "as it was"
+    model.train()
+    model.roi_heads.box_head.register_forward_pre_hook(keep)
+    torch.manual_seed(5)
+    for batch in inputs:
+        if package == "tv":
+            images, targets, _ = zip(*batch, strict=True)
+            model(list(images), list(targets))
+        else:
+            events = importlib.import_module("detectron2.utils.events")
+            with events.EventStorage():
+                model(batch)
+    assert len(seen) == len(batches)
+    for x, batch in zip(seen, batches, strict=True):
+        assert torch.equal(x, batch.features)
+        assert (batch.labels == batch.background).any() and batch.labels.min() >= 0
+
+
+def run(*args):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "measure_leakage.py"), *args],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_command(checkpoint, tmp_path):
+    package, opts, _ = checkpoint
+    host = {"tv": "torchvision", "d2": "detectron2"}[package]
+    done = run("--host", host, "--config-file", RCNN_BASE, "--images-per-batch", "2", *opts)
+    assert done.returncode == 0, done.stderr
+    assert "| batch - population |" in done.stdout and "foreground accuracy" in done.stdout
+    results = json.loads((tmp_path / "leakage.json").read_text())
+    assert results["batch"]["loss"]["value"] != results["population"]["loss"]["value"]
+
+
+def test_bad_input(tmp_path):
+    for args, words in (
+        (["--images-per-batch", "0"], "--images-per-batch: 0 is not accepted; use 1 or more"),
+        (["--config-file", RCNN_BASE], "MODEL.WEIGHTS: '' is not accepted"),
+        (
+            ["--config-file", BASE, "MODEL.WEIGHTS", __file__, "DATASETS.TEST", "()"],
+            "MODEL.META_ARCHITECTURE: 'BNRetinaNet' is not accepted",
+        ),
+    ):
+        done = run("--host", "torchvision", *args)
+        assert done.returncode == 1 and words in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr
