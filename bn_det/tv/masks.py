@@ -43,10 +43,8 @@ def paste_mask(mask: Tensor, box: Tensor, image_size: tuple[int, int]) -> Tensor
     """
     axes, window = [], []
     for start, end, length in zip(box[[1, 0]], box[[3, 2]], image_size, strict=True):
-        # The outermost values of the mask reach half a cell beyond the box.
-        margin = (end - start) / (2 * len(mask))
-        first = min(max(math.floor(start - margin), 0), length)
-        last = min(max(math.ceil(end + margin), first), length)
+        first = min(max(math.floor(start), 0), length)
+        last = min(max(math.ceil(end), first), length)
         window.append(slice(first, last))
         centers = torch.arange(first, last, dtype=mask.dtype) + 0.5
         axes.append((centers - start) / (end - start) * 2 - 1)  # -1 to 1 in the box

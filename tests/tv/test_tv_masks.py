@@ -124,6 +124,22 @@ def test_crowds_are_left_out(make_cfg, changed_set):
     assert crowds > 0
 
 
+def test_boxes_without_an_area_are_left_out(make_cfg, changed_set):
+    """With their masks."""
+
+    def flatten(annotations):
+        for annotation in annotations[::2]:
+            annotation["bbox"][2] = 0.0
+
+    cfg = make_cfg(*changed_set(flatten), "INPUT.RANDOM_FLIP", "none")
+    (dataset,) = load_datasets(cfg, "TRAIN")
+    for batch in build_train_loader(cfg, [dataset], seed=0, start_iter=0):
+        for _, target, record in batch:
+            proper = torch.tensor([a["bbox"][2] > 0 for a in record["annotations"]])
+            assert torch.equal(target["masks"], of_image(dataset, record)[proper])
+            assert len(target["boxes"]) == len(target["masks"])
+
+
 def test_an_image_without_objects(make_cfg, changed_set):
     cfg = make_cfg(*changed_set(list.clear), "DATALOADER.FILTER_EMPTY_ANNOTATIONS", "False")
     loader = build_train_loader(cfg, load_datasets(cfg, "TRAIN"), seed=0, start_iter=0)
