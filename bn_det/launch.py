@@ -11,8 +11,8 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -30,7 +30,6 @@ TIMEOUT = timedelta(minutes=30)
 """How long a process waits for the others, as in Detectron2; evaluations are done meanwhile."""
 
 _POLL = 0.5  # seconds
-_TERMINATION = 5.0  # seconds
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 """What torchrun tells a process about its place, in _Place's order."""
@@ -192,10 +191,11 @@ def _run_all(
         try:
             for place in places:
                 # Not daemonic: a daemonic process could not have those of a data loader.
-                processes[place.rank] = process = context.Process(
+                process = context.Process(
                     target=_rank, args=(fn, args, place, address, device, reports)
                 )
                 process.start()
+                processes[place.rank] = process
             _wait(processes, Path(reports))
         finally:
             _end(processes.values())
@@ -229,13 +229,12 @@ def _raise_first(reported: list[tuple], ended: dict[int, int]) -> None:
     raise RankError(f"rank {rank} ended with exit code {code}")
 
 
-def _end(processes: Sequence[BaseProcess]) -> None:
+def _end(processes: Iterable[BaseProcess]) -> None:
     for process in processes:
-        process.terminate()
-    deadline = time.monotonic() + _TERMINATION
-    for process in processes:
-        process.join(max(0, deadline - time.monotonic()))
         process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    for process in processes:
         process.join()
 
 
@@ -248,7 +247,9 @@ def _rank(
     reports: str,
 ) -> None:
     """What a started process does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends us
+    # Of its own, so that the processes of its data loader end with it, even if it is killed. Ctrl-C
+    # then reaches the parent alone, which ends all.
+    os.setpgid(0, 0)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.update({name: str(value) for name, value in zip(_ENVIRONMENT, place, strict=True)})
     try:
@@ -267,7 +268,7 @@ def _rank(
 
 def _end_with_parent() -> None:
     wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
+    os.killpg(0, signal.SIGKILL)
 
 
 @contextmanager

@@ -131,20 +131,23 @@ def test_an_image_that_one_rank_cannot_read(host, opts, tmp_path):
 def test_a_rank_that_is_killed(opts, tmp_path):
     """It ends the run, which leaves no process behind."""
     out = tmp_path / "out"
-    process = start("torchvision", "--num-gpus", "2", *opts, "SOLVER.MAX_ITER", "1000000")
+    more = ["SOLVER.MAX_ITER", "1000000", "DATALOADER.NUM_WORKERS", "1"]
+    process = start("torchvision", "--num-gpus", "2", *opts, *more)
     try:
         wait_for(lambda: (out / "model_0000001.pth").exists() or process.poll() is not None)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        ranks = [
-            int(pid) for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()
-        ]
-        assert len(ranks) == 2
-        os.kill(ranks[1], signal.SIGKILL)
+        ranks = [pid for pid in children(process.pid) if children(pid)]
+        started = [*ranks, *(pid for rank in ranks for pid in children(rank))]
+        assert len(ranks) == 2 and len(started) == 4
+        os.kill(int(ranks[1]), signal.SIGKILL)
     finally:
         ((code, _, error),) = finish(process)
     assert code == 1
-    assert error.strip().splitlines()[-1] == "error: rank 1 was killed by SIGKILL"
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children))
+    assert "error: rank 1 was killed by SIGKILL" in error.splitlines()
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started))
+
+
+def children(pid):
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
 def wait_for(condition):
