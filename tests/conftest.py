@@ -1,5 +1,7 @@
 """Shared by all tests. Its presence puts this folder on sys.path, for reference.py."""
 
+import logging
+
 import pytest
 import torch
 
@@ -9,6 +11,15 @@ from bn_det.data.shapes import Split, generate_shapes
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_logger():
+    """Undo what Detectron2's set-up of our logger does, in a command that a test runs."""
+    logger = logging.getLogger("bn_det")
+    propagate, handlers = logger.propagate, logger.handlers[:]
+    yield
+    logger.propagate, logger.handlers[:] = propagate, handlers
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bn_det.command import run as run_command
 from reference import BASE
 
 ROOT = Path(__file__).parents[2]
@@ -65,7 +66,7 @@ def fails(monkeypatch, host, *args, config=BASE):
     )
     handlers = logging.root.handlers[:]
     with pytest.raises(SystemExit) as e:
-        module.main()
+        run_command(module.main)
     # The command's log goes to a standard output that ends with the test.
     logging.root.handlers[:] = handlers
     message = str(e.value.code)
@@ -222,8 +223,8 @@ def test_what_the_torchvision_host_refuses(monkeypatch, options):
     def message(*args):
         return fails(monkeypatch, "torchvision", *args)
 
-    found = message(*options, "MODEL.RPN.NMS_THRESH", "0.5")
-    assert "MODEL.RPN.NMS_THRESH" in found and "torchvision host does not know" in found
+    found = message(*options, "MODEL.KEYPOINT_ON", "True")
+    assert "MODEL.KEYPOINT_ON" in found and "torchvision host does not know" in found
     found = message(*options, "MODEL.WEIGHTS", "detectron2://ImageNetPretrained/MSRA/R-50.pkl")
     assert "MODEL.WEIGHTS: 'detectron2://" in found and "cannot be resolved" in found
 
