@@ -31,6 +31,7 @@ from ..config import add_bn_det_config, check_ims_per_batch, load_config, resolv
 from ..data.coco import CocoSource, check_names, check_num_classes, load_coco
 from ..errors import InputError
 from ..launch import launch, world_size
+from ..layers import BATCH_NORMS
 from ..results import results_table
 from .datasets import register_datasets
 from .hooks import AverageStatistics
@@ -130,11 +131,12 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg = get_cfg()
     add_bn_det_config(cfg)
     load_config(cfg, args.config_file, args.opts, "Detectron2")
-    ours = cfg.MODEL.META_ARCHITECTURE == "BNRetinaNet" and cfg.MODEL.RETINANET.NORM == "BN"
+    norm = cfg.MODEL.RETINANET.NORM
+    ours = cfg.MODEL.META_ARCHITECTURE == "BNRetinaNet" and norm in BATCH_NORMS
     if cfg.TEST.PRECISE_BN.ENABLED and ours:
         raise InputError(
-            "TEST.PRECISE_BN.ENABLED: True is not accepted with MODEL.RETINANET.NORM 'BN', whose "
-            "layers take a list of levels; use False"
+            f"TEST.PRECISE_BN.ENABLED: True is not accepted with MODEL.RETINANET.NORM {norm!r}, "
+            "whose layers take a list of levels; use False"
         )
     num_processes = world_size(args.num_gpus, args.num_machines)
     if not args.eval_only:

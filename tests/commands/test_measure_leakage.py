@@ -92,9 +92,9 @@ def test_rois_are_those_of_training(checkpoint):
         assert (batch.labels == batch.background).any() and batch.labels.min() >= 0
 
 
-def run(*args):
+def run(*args, tool="measure_leakage.py"):
     return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "measure_leakage.py"), *args],
+        [sys.executable, str(ROOT / "tools" / tool), *args],
         capture_output=True,
         text=True,
         timeout=120,
@@ -109,6 +109,24 @@ def test_command(checkpoint, tmp_path):
     assert "| batch - population |" in done.stdout and "foreground accuracy" in done.stdout
     results = json.loads((tmp_path / "leakage.json").read_text())
     assert results["batch"]["loss"]["value"] != results["population"]["loss"]["value"]
+
+
+def test_evaluation_with_either_statistics(checkpoint, tmp_path):
+    """One checkpoint, evaluated both ways."""
+    package, opts, _ = checkpoint
+    host = {"tv": "torchvision", "d2": "detectron2"}[package]
+    found = []
+    for statistics in ("population", "batch"):
+        done = run(
+            *("--host", host, "--config-file", RCNN_BASE, "--eval-only", *opts),
+            *("TEST.BN_STATISTICS", statistics, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"),
+            *("TEST.BN_STATISTICS_PARTS", "['ROI_BOX_HEAD']"),
+            tool="train_net.py",
+        )
+        assert done.returncode == 0, done.stderr
+        path = tmp_path / "inference" / "coco_instances_results.json"
+        found.append([d["score"] for d in json.loads(path.read_text())])
+    assert found[0] and found[1] and found[0] != found[1]
 
 
 def test_bad_input(tmp_path):

@@ -103,3 +103,18 @@ def train_and_fail(rank, opts):
 def test_failure_in_the_last_iteration_is_no_reason_to_evaluate(opts):
     """EvalHook would do so, and wait for ranks that are still in that iteration."""
     run_ranks(train_and_fail, 2, opts)
+
+
+def population(rank, opts):
+    trainer = make_trainer([*opts, "DATASETS.TEST", "()"])
+    trainer.train()
+    return {k: b for k, b in trainer.model.module.named_buffers() if "running" in k}
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_every_rank_has_the_statistics_that_are_saved(averaged, opts, tmp_path):
+    opts = [*opts, "SOLVER.AVERAGE_BN_STATISTICS", str(averaged)]
+    first, second = run_ranks(population, 2, opts)
+    saved = torch.load(tmp_path / "model_final.pth")["model"]
+    assert all(torch.equal(b, saved[k]) for k, b in first.items())
+    assert all(torch.equal(b, saved[k]) for k, b in second.items()) == averaged

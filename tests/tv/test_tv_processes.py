@@ -188,3 +188,18 @@ def random_seeds(rank, opts):
 def test_ranks_agree_on_a_random_seed(opts):
     first, second = run_ranks(random_seeds, 2, [*opts, "SEED", "-1"])
     assert first == second
+
+
+def population(rank, opts):
+    trainer = Trainer(make_cfg(opts))
+    trainer.train()
+    return {k: b for k, b in trainer.model.named_buffers() if "running" in k}
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_every_rank_has_the_statistics_that_are_saved(averaged, opts, tmp_path):
+    opts = [*opts, *norm_opts("BN"), "SOLVER.AVERAGE_BN_STATISTICS", str(averaged)]
+    first, second = run_ranks(population, 2, opts)
+    saved = torch.load(tmp_path / "model_final.pth")["model"]
+    assert all(torch.equal(b, saved[k]) for k, b in first.items())
+    assert all(torch.equal(b, saved[k]) for k, b in second.items()) == averaged
