@@ -241,7 +241,7 @@ def test_batch_statistics_in_evaluation():
         ),
         (
             ["TEST.BN_STATISTICS", "batch", "TEST.BN_STATISTICS_PARTS", "['FPN']"],
-            "TEST.BN_STATISTICS: 'batch' is not accepted for FPN, .* with MODEL.FPN.NORM 'GN'",
+            "TEST.BN_STATISTICS: 'batch' is not accepted for FPN, .* with MODEL.FPN.NORM ''",
         ),
         (
             [*STOCK, "TEST.BN_STATISTICS", "batch", "TEST.BN_STATISTICS_PARTS", "['ROI_BOX_HEAD']"],
