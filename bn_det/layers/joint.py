@@ -66,8 +66,8 @@ def joint_batch_norm(
     """
     dtype = batches[0].mean.dtype
     affine = (None if p is None else p.to(dtype) for p in (*weights, *biases))
-    # An input that needs a gradient on every rank, or one whose tensors happen to need none
-    # (zeros made up for no proposals) would be missing from the collective.
+    # It needs a gradient on every rank. Otherwise one whose tensors happen to need none (zeros made
+    # up for no proposals) would be missing from the collective.
     anchor = None
     if group is not None:
         anchor = torch.zeros((), dtype=dtype, requires_grad=torch.is_grad_enabled())
@@ -114,9 +114,8 @@ class _JointBatchNorm(torch.autograd.Function):
         num, num_constant = len(ctx.call.batch_of), 2 + 3 * ctx.call.num_batches
         needed = ctx.needs_input_grad[num_constant:]
         flat = _JointBatchNormBackward.apply(ctx.call, needed[:num], *ctx.saved_tensors, *grads)
-        return *[None] * num_constant, *(
-            g if n else None for g, n in zip(flat, needed, strict=True)
-        )
+        wanted = [g if n else None for g, n in zip(flat, needed, strict=True)]
+        return *[None] * num_constant, *wanted
 
 
 class _JointBatchNormBackward(torch.autograd.Function):
