@@ -9,8 +9,10 @@ import sys
 from collections.abc import Callable
 from types import ModuleType
 
+from yacs.config import CfgNode
+
 from .errors import InputError, one_line
-from .launch import RankError
+from .launch import RankError, launch
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +47,19 @@ def import_host(requested: str, module: str) -> ModuleType:
     print(f"Host: {host} ({reason})", flush=True)
     package = {"detectron2": "d2", "torchvision": "tv"}[host]
     return importlib.import_module(f"bn_det.{package}.{module}")
+
+
+def start(fn: Callable[..., None], args: argparse.Namespace, cfg: CfgNode) -> None:
+    """Call ``fn(args, cfg)`` in as many processes as the flags of ``tools/train_net.py`` say."""
+    launch(
+        fn,
+        (args, cfg),
+        args.num_gpus,
+        args.num_machines,
+        args.machine_rank,
+        args.dist_url,
+        cfg.MODEL.DEVICE,
+    )
 
 
 def run(main: Callable[[], None]) -> None:

@@ -18,7 +18,6 @@ from .layers.norms import NormFactory
 
 logger = logging.getLogger(__name__)
 
-
 PARTS = ("RESNETS", "FPN", "RETINANET", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
 """The nodes of MODEL that have a NORM."""
 
@@ -195,7 +194,7 @@ def _check_bn_statistics(cfg: CfgNode) -> None:
         choose("TEST.BN_STATISTICS_PARTS", part, PARTS)
     if cfg.TEST.BN_STATISTICS == "population":
         return
-    has_batch = {part: _has_our_batch_norm(cfg, part) for part in PARTS}
+    has_batch = {part: has_our_batch_norm(cfg, part) for part in PARTS}
     for part in cfg.TEST.BN_STATISTICS_PARTS:
         if not has_batch[part]:
             key, names = _COMPONENTS[part]
@@ -223,7 +222,8 @@ _COMPONENTS = {
 """For each part the key below MODEL that says what builds it, and our components."""
 
 
-def _has_our_batch_norm(cfg: CfgNode, part: str) -> bool:
+def has_our_batch_norm(cfg: CfgNode, part: str) -> bool:
+    """Whether a part of the model, one of PARTS, is built with one of BATCH_NORMS by us."""
     if part.startswith("ROI_") and cfg.MODEL.META_ARCHITECTURE == "BNRetinaNet":
         return False
     key, names = _COMPONENTS[part]

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Callable, Iterable
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +27,7 @@ from .checkpoint import write_aside
 from .errors import choose
 from .layers import BatchNorm2d
 from .layers.batch_norm import STATISTICS, evaluated_with
+from .progress import with_progress
 
 logger = logging.getLogger(__name__)
 
@@ -89,15 +88,11 @@ def measure_leakage(
     """
     has_batch = any(isinstance(m, BatchNorm2d) for m in head.modules())
     counts = {s: [] for s in (STATISTICS if has_batch else STATISTICS[:1])}
-    last_log = start = time.monotonic()
-    for done, batch in enumerate(batches, 1):
+    message = "Classified the RoIs of %d/%d batches"
+    for batch in with_progress(batches, num_batches, logger, message):
         for statistics, rows in counts.items():
             with evaluated_with(head, statistics):
                 rows.append(_count(classify(batch.features), batch))
-        if time.monotonic() - last_log > 5:
-            last_log = time.monotonic()
-            left = timedelta(seconds=int((last_log - start) / done * (num_batches - done)))
-            logger.info("Classified the RoIs of %d/%d batches. ETA=%s", done, num_batches, left)
     return _estimates({s: np.array(rows) for s, rows in counts.items()})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -56,6 +56,15 @@ def norm_opts(norm: str) -> list[str]:
     if norm == "GhostBN":  # a multiple would be one image's RoIs
         opts += [o for part in PARTS for o in (f"MODEL.{part}.GHOST_SIZE", "3")]
     return opts
+
+
+def leaves(cfg: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """The dotted keys of a config, with their values."""
+    for key, value in cfg.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def values(xs: Sequence[Tensor]) -> Tensor:

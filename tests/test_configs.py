@@ -10,8 +10,9 @@ import yaml
 from bn_det.config import load_config
 from bn_det.tv import get_cfg
 from bn_det.tv.trainer import Trainer
-from reference import EIGHT_CHOICES
+from reference import EIGHT_CHOICES, leaves
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(p.relative_to(ROOT) for p in (ROOT / "configs").rglob("*.yaml"))
 MULTI_DOMAIN = ROOT / "configs" / "multi_domain"
@@ -22,15 +23,6 @@ HEADS = sorted(p.name for p in LEAKAGE.glob("head_*.yaml"))
 every_config = pytest.mark.parametrize(
     "config", [c for c in CONFIGS if not c.name.startswith("Base-")], ids=str
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """For steps this small, threads that wait for each other cost more than the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -138,15 +130,8 @@ def test_the_rows_of_table_5():
 def merged(path):
     """A config's leaves by their dotted keys, its bases included."""
     own = yaml.safe_load(path.read_text())
-    leaves = merged(path.parent / own.pop("_BASE_")) if "_BASE_" in own else {}
-    nodes = [("", own)]
-    for prefix, node in nodes:
-        for key, value in node.items():
-            if isinstance(value, dict):
-                nodes.append((f"{prefix}{key}.", value))
-            else:
-                leaves[prefix + key] = value
-    return leaves
+    inherited = merged(path.parent / own.pop("_BASE_")) if "_BASE_" in own else {}
+    return {**inherited, **dict(leaves(own))}
 
 
 @pytest.mark.parametrize("folder", [LEAKAGE, LEAKAGE / "shapes"], ids=["coco", "shapes"])
@@ -154,8 +139,8 @@ def test_only_the_heads_norms_differ(folder):
     assert sorted(p.name for p in folder.glob("head_*.yaml")) == HEADS
     reference = merged(folder / "head_none.yaml")
     for name in HEADS:
-        leaves = merged(folder / name)
-        changed = {k for k in leaves if leaves[k] != reference.get(k)} - {"OUTPUT_DIR"}
+        found = merged(folder / name)
+        changed = {k for k in found if found[k] != reference.get(k)} - {"OUTPUT_DIR"}
         heads = ("MODEL.ROI_BOX_HEAD.", "MODEL.ROI_MASK_HEAD.", "TEST.BN_STATISTICS")
         assert bool(changed) == (name != "head_none.yaml")
         assert all(k.startswith(heads) for k in changed), changed
@@ -166,11 +151,11 @@ def test_twins(name):
     """A config for COCO and its twin for shapes ask for the same in both heads, by their name."""
     norm, *option = name.removesuffix(".yaml").removeprefix("head_").split("_", 1)
     for folder in (LEAKAGE, LEAKAGE / "shapes"):
-        leaves = merged(folder / name)
-        assert leaves["OUTPUT_DIR"].endswith(f"{folder.relative_to(LEAKAGE.parent)}/{name[:-5]}")
+        found = merged(folder / name)
+        assert found["OUTPUT_DIR"].endswith(f"{folder.relative_to(LEAKAGE.parent)}/{name[:-5]}")
         for head in ("MODEL.ROI_BOX_HEAD.", "MODEL.ROI_MASK_HEAD."):
-            assert leaves[f"{head}NORM"] == ("" if norm == "none" else norm)
-            assert leaves.get(f"{head}SHUFFLE", False) == (option == ["shuffle"])
-            assert (leaves.get(f"{head}GHOST_SIZE", 0) > 0) == (norm == "GhostBN")
+            assert found[f"{head}NORM"] == ("" if norm == "none" else norm)
+            assert found.get(f"{head}SHUFFLE", False) == (option == ["shuffle"])
+            assert (found.get(f"{head}GHOST_SIZE", 0) > 0) == (norm == "GhostBN")
         statistics = "batch" if option == ["batch_stats"] else "population"
-        assert leaves.get("TEST.BN_STATISTICS", "population") == statistics
+        assert found.get("TEST.BN_STATISTICS", "population") == statistics

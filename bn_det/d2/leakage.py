@@ -19,18 +19,14 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from ..leakage import Estimate, RoIBatch, check_architecture, measure_leakage
-from .train import Checkpointer, Trainer, setup
+from .train import load_model, setup
 
 
 def measure(args: argparse.Namespace) -> tuple[CfgNode, dict[str, dict[str, Estimate]]]:
     """Measure the checkpoint of a config on DATASETS.TEST, as tools/measure_leakage.py says."""
     cfg = setup(args)
     check_architecture(cfg)
-    model = Trainer.build_model(cfg)
-    checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
-    checkpointer.must_match = True
-    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
-    model.eval()
+    model = load_model(cfg, resume=False).eval()
     loader = _build_loader(cfg, args.images_per_batch)
     roi_heads = model.roi_heads
     head = nn.Sequential(roi_heads.box_head, roi_heads.box_predictor)

@@ -25,13 +25,20 @@ from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from torch import nn
 
 from ..checkpoint import CheckpointerMixin, check_start
-from ..config import add_bn_det_config, check_ims_per_batch, load_config, resolve_device
+from ..command import start
+from ..config import (
+    add_bn_det_config,
+    check_ims_per_batch,
+    has_our_batch_norm,
+    load_config,
+    resolve_device,
+)
 from ..data.coco import CocoSource, check_names, check_num_classes, load_coco
 from ..errors import InputError
-from ..launch import launch, world_size
-from ..layers import BATCH_NORMS
+from ..launch import world_size
 from ..results import results_table
 from .datasets import register_datasets
 from .hooks import AverageStatistics
@@ -114,16 +121,7 @@ class Trainer(DefaultTrainer):
 
 def main(args: argparse.Namespace) -> None:
     """Train and evaluate, or only evaluate, as the flags of ``tools/train_net.py`` say."""
-    cfg = setup(args)
-    launch(
-        _run,
-        (args, cfg),
-        args.num_gpus,
-        args.num_machines,
-        args.machine_rank,
-        args.dist_url,
-        cfg.MODEL.DEVICE,
-    )
+    start(_run, args, setup(args))
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -131,12 +129,10 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg = get_cfg()
     add_bn_det_config(cfg)
     load_config(cfg, args.config_file, args.opts, "Detectron2")
-    norm = cfg.MODEL.RETINANET.NORM
-    ours = cfg.MODEL.META_ARCHITECTURE == "BNRetinaNet" and norm in BATCH_NORMS
-    if cfg.TEST.PRECISE_BN.ENABLED and ours:
+    if cfg.TEST.PRECISE_BN.ENABLED and has_our_batch_norm(cfg, "RETINANET"):
         raise InputError(
-            f"TEST.PRECISE_BN.ENABLED: True is not accepted with MODEL.RETINANET.NORM {norm!r}, "
-            "whose layers take a list of levels; use False"
+            "TEST.PRECISE_BN.ENABLED: True is not accepted with MODEL.RETINANET.NORM "
+            f"{cfg.MODEL.RETINANET.NORM!r}, whose layers take a list of levels; use False"
         )
     num_processes = world_size(args.num_gpus, args.num_machines)
     if not args.eval_only:
@@ -151,11 +147,24 @@ def setup(args: argparse.Namespace) -> CfgNode:
         metadata = MetadataCatalog.get(name)
         if metadata.get("evaluator_type") == "coco":
             source = CocoSource(metadata.json_file, metadata.image_root)
-            dataset = load_coco(name, source, True, cfg.MODEL.MASK_ON)
+            dataset = load_coco(name, source, for_evaluation=True, with_masks=cfg.MODEL.MASK_ON)
             check_num_classes(cfg, "DATASETS.TEST", name, len(dataset.category_ids))
     resolve_device(cfg)
     cfg.freeze()
     return cfg
+
+
+def load_model(cfg: CfgNode, resume: bool) -> nn.Module:
+    """The config's model with the weights of a checkpoint, all of which have to fit.
+
+    Args:
+        resume: whether they are the last ones of OUTPUT_DIR rather than MODEL.WEIGHTS.
+    """
+    model = Trainer.build_model(cfg)
+    checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
+    checkpointer.must_match = True
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    return model
 
 
 def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
@@ -165,11 +174,7 @@ def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="bn_det")
     default_setup(cfg, args)
     if args.eval_only:
-        model = Trainer.build_model(cfg)
-        checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
-        checkpointer.must_match = True
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        results = Trainer.test(cfg, model)
+        results = Trainer.test(cfg, load_model(cfg, args.resume))
     else:
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)

@@ -109,7 +109,7 @@ class BatchNorm2d(nn.BatchNorm2d):
             )
         choose("ghost_order", ghost_order, GHOST_ORDERS)
         choose("eval_statistics", eval_statistics, STATISTICS)
-        process_group(group)
+        process_group(group)  # raises for what is no group
         self.group = group
         self.ghost_size = ghost_size
         self.ghost_order = ghost_order

@@ -91,7 +91,7 @@ def build_train_loader(
     """
     records = [r for d in datasets for r in d.records]
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
-        records = [r for r in records if any(not a["iscrowd"] for a in r["annotations"])]
+        records = [r for r in records if has_objects(r)]
     if not records:
         raise InputError(
             f"DATASETS.TRAIN: {cfg.DATASETS.TRAIN!r} is not accepted; name a data set that has an "
@@ -122,6 +122,11 @@ def build_test_loader(cfg: CfgNode, dataset: CocoDataset, batch_size: int = 1) -
     images = DetectionDataset(dataset.records, resize, cfg.INPUT.FORMAT)
     draws = _Draws(SequentialSampler(images), 0, len(images), share(len(images)))
     return _loader(cfg, images, draws, batch_size)
+
+
+def has_objects(record: dict) -> bool:
+    """Whether an image has an annotation that is no crowd; training can leave out the others."""
+    return any(not a["iscrowd"] for a in record["annotations"])
 
 
 class _Draws(Sampler):

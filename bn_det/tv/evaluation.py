@@ -8,7 +8,6 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from ..checkpoint import write_aside
 from ..comm import share, world
 from ..data.coco import CocoDataset
 from ..data.masks import encode_mask
+from ..progress import with_progress
 from .masks import paste_mask
 
 logger = logging.getLogger(__name__)
@@ -71,25 +71,19 @@ def predict(model: nn.Module, loader: Iterable[list], dataset: CocoDataset) -> l
     was_training = model.training
     device = next(model.parameters()).device
     model.eval()
-    predictions, done, start, last_log = [], 0, time.monotonic(), time.monotonic()
+    predictions, start = [], time.monotonic()
     total = len(share(len(dataset.records)))
     try:
-        for batch in loader:
+        for batch in with_progress(loader, total, logger, "Inference done %d/%d", len):
             images, _, records = zip(*batch, strict=True)
             with torch.inference_mode():
                 outputs = model([image.to(device) for image in images])
             for image, record, output in zip(images, records, outputs, strict=True):
                 predictions += _to_coco(output, image.shape[-2:], record, dataset.category_ids)
-            done += len(batch)
-            if time.monotonic() - last_log > 5:
-                last_log = time.monotonic()
-                left = (last_log - start) / done * (total - done)
-                eta = timedelta(seconds=int(left))
-                logger.info("Inference done %d/%d. ETA=%s", done, total, eta)
     finally:
         model.train(was_training)
     seconds = time.monotonic() - start
-    logger.info("Inference on %d images took %.1f s", done, seconds)
+    logger.info("Inference on %d images took %.1f s", total, seconds)
     return predictions
 
 

@@ -9,12 +9,10 @@ import torch
 from fvcore.common.config import CfgNode
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from ..checkpoint import Checkpointer
 from ..data.coco import CocoDataset
 from ..leakage import Estimate, RoIBatch, check_architecture, measure_leakage
-from .data import build_test_loader
-from .model import build_model
-from .train import setup
+from .data import build_test_loader, has_objects
+from .train import load_model, setup
 from .trainer import load_datasets
 
 
@@ -22,11 +20,7 @@ def measure(args: argparse.Namespace) -> tuple[CfgNode, dict[str, dict[str, Esti
     """Measure the checkpoint of a config on DATASETS.TEST, as tools/measure_leakage.py says."""
     cfg = setup(args)
     check_architecture(cfg)
-    model = build_model(cfg)
-    checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
-    checkpointer.must_match = True
-    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
-    model.eval()
+    model = load_model(cfg, resume=False).eval()
     model.roi_heads.mask_head = None  # which would have masks sampled, too
     loaders = [
         build_test_loader(cfg, _with_objects(dataset), args.images_per_batch)
@@ -43,9 +37,7 @@ def measure(args: argparse.Namespace) -> tuple[CfgNode, dict[str, dict[str, Esti
 
 def _with_objects(dataset: CocoDataset) -> CocoDataset:
     """Without the images that training leaves out, too."""
-    return dataset._replace(
-        records=[r for r in dataset.records if any(not a["iscrowd"] for a in r["annotations"])]
-    )
+    return dataset._replace(records=[r for r in dataset.records if has_objects(r)])
 
 
 def _sampled_rois(model: GeneralizedRCNN, loader: Iterable[list]) -> Iterator[RoIBatch]:

@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 from fvcore.common.config import CfgNode
+from torch import nn
 
 from ..checkpoint import Checkpointer, check_start
 from ..comm import world
+from ..command import start
 from ..config import check_ims_per_batch, load_config, resolve_device
 from ..errors import InputError
-from ..launch import launch, world_size
+from ..launch import world_size
 from ..results import results_table
 from .config import check_cfg, get_cfg
 from .model import build_model
@@ -24,32 +26,32 @@ logger = logging.getLogger(__name__)
 
 def main(args: argparse.Namespace) -> None:
     """Train and evaluate, or only evaluate, as the flags of ``tools/train_net.py`` say."""
-    cfg = setup(args)
-    launch(
-        _run,
-        (args, cfg),
-        args.num_gpus,
-        args.num_machines,
-        args.machine_rank,
-        args.dist_url,
-        cfg.MODEL.DEVICE,
-    )
+    start(_run, args, setup(args))
 
 
 def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
     _start_log(args, cfg)
     if args.eval_only:
-        model = build_model(cfg)
-        checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
-        checkpointer.must_match = True
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        results = test(cfg, model, load_datasets(cfg, "TEST"))
+        results = test(cfg, load_model(cfg, args.resume), load_datasets(cfg, "TEST"))
     else:
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)
         results = trainer.train()
     if results:
         print(results_table(results))
+
+
+def load_model(cfg: CfgNode, resume: bool) -> nn.Module:
+    """The config's model with the weights of a checkpoint, all of which have to fit.
+
+    Args:
+        resume: whether they are the last ones of OUTPUT_DIR rather than MODEL.WEIGHTS.
+    """
+    model = build_model(cfg)
+    checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
+    checkpointer.must_match = True
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    return model
 
 
 def setup(args: argparse.Namespace) -> CfgNode:

@@ -246,8 +246,8 @@ def load_datasets(cfg: CfgNode, split: str) -> list[CocoDataset]:
     key = f"DATASETS.{split}"
     names = cfg.DATASETS[split]
     check_names(key, names, known)
-    test, masks = split == "TEST", cfg.MODEL.MASK_ON
-    datasets = [load_coco(name, known[name], test, masks) for name in names]
+    needs = {"for_evaluation": split == "TEST", "with_masks": cfg.MODEL.MASK_ON}
+    datasets = [load_coco(name, known[name], **needs) for name in names]
     for dataset in datasets:
         if dataset.category_names != datasets[0].category_names:
             raise InputError(

@@ -26,7 +26,7 @@ from bn_det.tv import norms as tv_norms
 from bn_det.tv import solver as tv_solver
 from bn_det.tv.data import build_test_loader
 from bn_det.tv.evaluation import coco_metrics
-from reference import BASE
+from reference import BASE, leaves
 
 
 def both_cfgs(*opts):
@@ -35,14 +35,6 @@ def both_cfgs(*opts):
     for cfg, host in ((ours, "torchvision"), (theirs, "Detectron2")):
         load_config(cfg, BASE, ["MODEL.DEVICE", "cpu", *opts], host)
     return ours, theirs
-
-
-def leaves(cfg, prefix=""):
-    for key, value in cfg.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def test_defaults_are_detectron2s():

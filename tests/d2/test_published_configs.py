@@ -10,19 +10,12 @@ import detectron2.config
 
 from bn_det.config import load_config
 from bn_det.d2 import add_bn_det_config
+from reference import leaves
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ZOO = Path(detectron2.__file__).parent / "model_zoo" / "configs"
 NAMES = {"MODEL.BACKBONE.NAME", "MODEL.ROI_BOX_HEAD.NAME", "MODEL.ROI_MASK_HEAD.NAME"}
 BOX_HEAD = {"MODEL.ROI_BOX_HEAD.NUM_CONV", "MODEL.ROI_BOX_HEAD.NUM_FC"}
-
-
-def leaves(cfg, prefix=""):
-    for key, value in cfg.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def differences(ours, theirs):

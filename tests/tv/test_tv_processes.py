@@ -16,6 +16,8 @@ from bn_det.tv.trainer import test as evaluate
 from ranks import run_ranks
 from reference import BASE, norm_opts
 
+# As each of the ranks has, for sums of the same bits.
+pytestmark = pytest.mark.usefixtures("one_thread")
 CALLS = ["before_train", *["before_step", "after_step"] * 4, "after_train"]
 
 
@@ -29,15 +31,6 @@ def opts(tiny_shapes, tmp_path):
         *("MODEL.RETINANET.SCORE_THRESH_TEST", "0.001"),
         *("DATASETS.TEST", "()", *norm_opts("GN")),
     ]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """As each of the ranks has, for sums of the same bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_cfg(opts):
