@@ -28,6 +28,7 @@ setup(
         "pycocotools",
         "tabulate",
         "tensorboard",
+        "tqdm",
     ],
     extras_require={
         "test": ["pytest", "ruff"],

@@ -3,6 +3,7 @@
 from .config import add_bn_det_config
 from .layers import BatchNorm2d, DomainBatchNorm2d, convert_batchnorm, ghost_groups
 from .moments import Moments
+from .population import update_bn_stats
 from .shuffle import shuffle, shuffled
 
 __version__ = "0.1.0"
@@ -16,4 +17,5 @@ __all__ = [
     "ghost_groups",
     "shuffle",
     "shuffled",
+    "update_bn_stats",
 ]

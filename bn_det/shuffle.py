@@ -102,6 +102,11 @@ def shuffled(module: nn.Module, method: str = "forward", group: Group = None) ->
     return module
 
 
+def is_shuffled(module: nn.Module) -> bool:
+    """Whether a method of this module itself works on shuffled samples."""
+    return any(isinstance(value, _Shuffled) for value in vars(module).values())
+
+
 class _Shuffled:
     """A method in a module's instance dictionary that a copy of the module finds its own way from.
 

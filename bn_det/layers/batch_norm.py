@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,9 @@ from .joint import joint_batch_norm, normalize
 
 STATISTICS = ("population", "batch")
 """What can normalize in evaluation."""
+
+_AGREED: WeakSet[BatchNorm2d] = WeakSet()
+"""Layers whose ranks have been seen to agree; no state of a layer, which may be put back."""
 
 
 class Batch(NamedTuple):
@@ -83,7 +87,8 @@ class BatchNorm2d(nn.BatchNorm2d):
             layer.
     """
 
-    _ranks_agree = False
+    observer: Callable[[Sequence[Batch]], None] | None = None
+    """Where set, it gets the normalization batches of a call, and the EMA stays as it is."""
 
     def __init__(
         self,
@@ -178,7 +183,8 @@ class BatchNorm2d(nn.BatchNorm2d):
         """
         if x.numel() == 0:
             return normalize(x, self.running_mean, self.running_var, weight, bias, self.eps)
-        if x.device.type == "cpu" and not x.is_contiguous():
+        inexact = x.device.type == "cpu" and not x.is_contiguous()
+        if inexact or self.observer is not None:
             batches = self.batches_of([x])
             check_batch_sizes(batches, where)
             self.update_population_statistics(batches)
@@ -208,10 +214,13 @@ class BatchNorm2d(nn.BatchNorm2d):
 
         Of several batches, towards the means of theirs, weighted by the number of values.
         """
+        if self.observer is not None:
+            self.observer(batches)
+            return
         present = [b.moments for b in batches if b.size > 0]
         momentum = self.next_momentum() if present else 0.0
         if momentum > 0:
-            mean, var = _mean_statistics(present)
+            mean, var = mean_statistics(present)
             self.running_mean.mul_(1 - momentum).add_(mean * momentum)
             self.running_var.mul_(1 - momentum).add_(var * momentum)
 
@@ -241,14 +250,14 @@ class BatchNorm2d(nn.BatchNorm2d):
         return choices
 
     def _check_ranks(self, xs: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-        if not self._ranks_agree:
+        if self not in _AGREED:
             values = {
                 "num_features": self.num_features,
                 "dtype": str(xs[0].dtype),
                 "number of domains": len(xs),
             }
             check_agreement(type(self).__name__, values, group)
-            self._ranks_agree = True
+            _AGREED.add(self)
 
 
 @contextmanager
@@ -288,7 +297,7 @@ def _check_size(size: int, where: str) -> None:
         )
 
 
-def _mean_statistics(batches: Sequence[Moments]) -> tuple[Tensor, Tensor]:
+def mean_statistics(batches: Sequence[Moments]) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance, averaged over batches: not those of the batches merged."""
     if len(batches) == 1:
         return batches[0].mean, batches[0].unbiased_var

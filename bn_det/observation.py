@@ -1,0 +1,213 @@
+"""Forward passes of a model, and the normalization batches that its layers see in them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .comm import process_group
+from .layers.batch_norm import Batch, BatchNorm2d, check_batch_sizes
+from .layers.domain_batch_norm import DomainBatchNorm2d
+from .layers.joint import normalize
+from .moments import Moments
+from .shuffle import is_shuffled
+
+logger = logging.getLogger(__name__)
+
+
+class PopulationLayer(NamedTuple):
+    """A place of population statistics: a BatchNorm layer, or one of a layer's domains.
+
+    Attributes:
+        name: of the module that holds them.
+        module: that module.
+        owner: the module that is called: the same, or the DomainBatchNorm2d that it is a part of.
+        domains: the positions of its domains in the list that the owner is called with.
+    """
+
+    name: str
+    module: _BatchNorm
+    owner: _BatchNorm
+    domains: range
+
+
+def population_layers(model: nn.Module) -> list[PopulationLayer]:
+    """The places of population statistics that training updates: those in training mode."""
+    names = {module: name for name, module in model.named_modules()}
+    layers, parts = [], set()
+    for owner, name in names.items():
+        if not isinstance(owner, _BatchNorm) or owner in parts:
+            continue
+        if isinstance(owner, DomainBatchNorm2d):
+            parts.update(owner.children())
+            if owner.population == "per_domain":
+                layers += [
+                    PopulationLayer(f"{name}.{k}".lstrip("."), part, owner, range(k, k + 1))
+                    for k, part in enumerate(owner.children())
+                ]
+                continue
+            layers.append(PopulationLayer(name, owner, owner, range(owner.num_domains)))
+        else:
+            layers.append(PopulationLayer(name, owner, owner, range(1)))
+    return [
+        layer
+        for layer in layers
+        if layer.owner.training and layer.module.training and layer.module.running_mean is not None
+    ]
+
+
+class Observed(NamedTuple):
+    """What the layers have seen in one forward pass.
+
+    Attributes:
+        batches: for each layer its normalization batches, without empty ones.
+        samples: for each layer the number of samples of this process.
+    """
+
+    batches: list[list[Moments]]
+    samples: list[int]
+
+
+class Observer:
+    """Runs a model as in training, but that its population statistics stay as they are.
+
+    What the layers of a model do is changed while it runs, by attributes of the instances; putting
+    the attributes back, also after a failure, is the caller's part.
+
+    A pass ends where the last layer is done, if the rest of the model has none: once each layer
+    has been called as often as it was before. How often that is, is found in passes that run to
+    their end: the 1st, 2nd, 4th, 8th and so on. Where it varies, or where a layer has not been
+    called, every pass runs to its end.
+
+    Attributes:
+        in_step: whether the processes have to run passes at the same time, as the model exchanges
+            something in them.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[PopulationLayer]) -> None:
+        self.model, self.layers = model, layers
+        self.in_step = any(_exchanges(module) for module in model.modules())
+        self._num_passes = 0
+        self._owners = list(dict.fromkeys(layer.owner for layer in layers))
+        self._usual_calls: dict[nn.Module, int] | None = None
+        self._calls_vary = False
+
+    def run(self, inputs: Any, observed: Observed) -> None:
+        """Call the model with the inputs, and fill in what its layers see."""
+        self._num_passes += 1
+        is_whole = self._num_passes & (self._num_passes - 1) == 0
+        stop_at = None if is_whole or self._calls_vary else self._usual_calls
+        calls = dict.fromkeys(self._owners, 0)
+        self._install(observed, calls, stop_at)
+        with suppress(_Done):
+            self.model(inputs)
+        if self._usual_calls is None:
+            self._usual_calls = calls
+            self._calls_vary = 0 in calls.values()
+        elif calls != self._usual_calls and not self._calls_vary:
+            self._calls_vary = True
+            logger.warning(
+                "Layers are called more often in some batches than in others: passes that ended "
+                "with the usual last call may have missed some values"
+            )
+
+    def _install(
+        self,
+        observed: Observed,
+        calls: dict[nn.Module, int],
+        stop_at: dict[nn.Module, int] | None,
+    ) -> None:
+        for index, layer in enumerate(self.layers):
+            take = partial(_take, layer, observed.batches[index])
+            if isinstance(layer.module, BatchNorm2d):
+                layer.module.observer = take
+            elif type(layer.module).forward in _USUAL_FORWARDS:
+                layer.module.forward = partial(_forward, layer, take)
+            else:
+                layer.module.register_forward_pre_hook(partial(_take_input, take))
+        of_owner = {owner: [] for owner in self._owners}
+        for index, layer in enumerate(self.layers):
+            of_owner[layer.owner].append((index, layer.domains))
+        for owner, parts in of_owner.items():
+            if isinstance(owner, DomainBatchNorm2d) and owner.population == "per_domain":
+                # Statistics fit what test time does with them only if they are estimated so, too.
+                owner.statistics = "per_domain"
+            after = partial(_after_call, parts, observed.samples, calls, stop_at)
+            owner.register_forward_hook(after, with_kwargs=True)
+
+
+class _Done(BaseException):
+    """Leaves a forward pass; no Exception, so that no model takes it for one."""
+
+
+_USUAL_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+"""Of torch's own layers, for one dimension or more."""
+
+
+def _take(layer: PopulationLayer, seen: list[Moments], batches: Sequence[Batch]) -> None:
+    group = _group_of(layer.owner)
+    # Batches of several processes are seen by each of them, and count once.
+    if group is None or dist.get_rank(group) == 0:
+        seen += [b.moments for b in batches if b.size > 0]
+
+
+def _take_input(take: Callable[[list[Batch]], None], _: nn.Module, inputs: tuple) -> None:
+    """For a layer that does we know not what: all values of the call as one batch."""
+    x = inputs[0]
+    if x.numel():
+        take([Batch(Moments.of(x), x.numel() // x.shape[1])])
+
+
+def _forward(layer: PopulationLayer, take: Callable[[list[Batch]], None], x: Tensor) -> Tensor:
+    """What a BatchNorm of torch computes in training; it need not update an EMA for that."""
+    bn, group = layer.module, _group_of(layer.owner)
+    bn._check_input_dim(x)
+    moments, size = Moments.of(x), x.numel() // x.shape[1]
+    if group is not None:
+        (moments,) = Moments.all_reduce([moments], group)
+        size = int(moments.count)
+    check_batch_sizes([Batch(moments, size)], f"{layer.name}: ")
+    take([Batch(moments, size)])
+    return normalize(x, moments.mean, moments.var, bn.weight, bn.bias, bn.eps)
+
+
+def _after_call(
+    parts: list[tuple[int, range]],
+    samples: list[int],
+    calls: dict[nn.Module, int],
+    stop_at: dict[nn.Module, int] | None,
+    owner: nn.Module,
+    args: tuple,
+    kwargs: dict[str, Any],
+    _: Any,
+) -> None:
+    x = args[0] if args else next(iter(kwargs.values()))
+    domains = [x] if isinstance(x, Tensor) else x
+    for index, of_layer in parts:
+        samples[index] += sum(len(domains[k]) for k in of_layer)
+    calls[owner] += 1
+    if stop_at is not None and all(n >= stop_at[o] for o, n in calls.items()):
+        raise _Done
+
+
+def _group_of(owner: _BatchNorm) -> dist.ProcessGroup | None:
+    if isinstance(owner, nn.SyncBatchNorm):
+        return process_group(owner.process_group or "world")
+    return process_group(getattr(owner, "group", None))
+
+
+def _exchanges(module: nn.Module) -> bool:
+    """Whether a module may exchange something between processes in a forward pass of training."""
+    if not module.training:
+        return False
+    if isinstance(module, _BatchNorm):
+        known = isinstance(module, BatchNorm2d) or type(module).forward in _USUAL_FORWARDS
+        return not known or _group_of(module) is not None
+    return is_shuffled(module)

@@ -1,0 +1,154 @@
+"""update_bn_stats on Detectron2's models and layers."""
+
+import pytest
+
+pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+
+import copy
+import itertools
+
+import torch
+from detectron2.config import get_cfg
+from detectron2.layers.batch_norm import CycleBatchNormList, NaiveSyncBatchNorm
+from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from bn_det import DomainBatchNorm2d, update_bn_stats
+from bn_det.config import load_config
+from bn_det.d2 import add_bn_det_config
+from reference import BASE, RCNN, values
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+STOCK = [
+    *("MODEL.META_ARCHITECTURE", "RetinaNet"),
+    *("MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone"),
+]
+LEVELS = [
+    *("MODEL.RETINANET.BN.STATISTICS", "shared", "MODEL.RETINANET.BN.POPULATION", "per_domain"),
+]
+
+
+def make_model(*opts):
+    cfg = get_cfg()
+    add_bn_det_config(cfg)
+    load_config(cfg, BASE, ["MODEL.DEVICE", "cpu", *opts], "Detectron2")
+    torch.manual_seed(0)
+    return build_model(cfg).train()
+
+
+def make_batches(sizes):
+    """Images with two objects each; of the last batch, without any."""
+    batches = []
+    for index, num in enumerate(sizes):
+        instances = Instances((128, 128))
+        boxes = [[5.0, 8, 40, 45], [30, 30, 110, 105]] if index < len(sizes) - 1 else []
+        instances.gt_boxes = Boxes(torch.tensor(boxes).view(-1, 4))
+        instances.gt_classes = torch.tensor([0, 3])[: len(boxes)]
+        instances.gt_masks = BitMasks(torch.ones(len(boxes), 128, 128, dtype=torch.bool))
+        batches.append(
+            [
+                {"image": torch.randint(0, 256, (3, 128, 128)), "instances": copy.copy(instances)}
+                for _ in range(num)
+            ]
+        )
+    return batches
+
+
+def record_inputs(model):
+    """The inputs of each place of statistics, by name, as the model is called from now on."""
+    seen, handles = {}, []
+    for name, module in model.named_modules():
+        if isinstance(module, DomainBatchNorm2d):
+
+            def take(m, args, name=name):
+                for k, x in enumerate(args[0]):
+                    part = f".{k}" if m.population == "per_domain" else ""
+                    seen.setdefault(name + part, []).append(x)
+
+            handles.append(module.register_forward_pre_hook(take))
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            handles.append(
+                module.register_forward_pre_hook(
+                    lambda m, args, name=name: seen.setdefault(name, []).append(args[0])
+                )
+            )
+    return seen, handles
+
+
+@pytest.mark.parametrize("opts", [STOCK, [], LEVELS, RCNN], ids=["stock", "ours", "levels", "rcnn"])
+def test_detectors(opts):
+    model, batches = make_model(*opts), make_batches((2, 3, 2, 4, 2, 3))
+    before = copy.deepcopy(model.state_dict())
+    seen, handles = record_inputs(model)
+    with EventStorage(7) as storage:
+        report = update_bn_stats(model, batches, len(batches))
+    for handle in handles:
+        handle.remove()
+    assert not storage.latest() and storage.iter == 7
+    assert not report.unused
+    assert {of.name for of in report.layers} == set(seen)
+    for name, inputs in seen.items():
+        every = values([x.double() for x in inputs if x.numel()])
+        mean, var = every.mean(0), every.var(0, correction=0)
+        bn = model.get_submodule(name)
+        # Float32's rounding of sums of some thousand values.
+        assert ((bn.running_mean.double() - mean).abs() <= 1e-6 * var.sqrt() + 1e-9).all(), name
+        assert ((bn.running_var.double() - var).abs() <= 1e-6 * var + 1e-9).all(), name
+    for name, value in model.state_dict().items():
+        assert "running" in name or torch.equal(value, before[name]), name
+    assert all(not m._pos for m in model.modules() if isinstance(m, CycleBatchNormList))
+    if hasattr(model, "loss_normalizer"):
+        assert model.loss_normalizer == 100
+
+
+@pytest.mark.parametrize("opts", [STOCK, []], ids=["stock", "ours"])
+def test_layers_see_what_they_see_in_training(opts):
+    model, batches = make_model(*opts), make_batches((3, 2))
+    training = copy.deepcopy(model)
+    expected, _ = record_inputs(training)
+    with torch.no_grad(), EventStorage():
+        for batch in batches:
+            training(batch)
+    seen, _ = record_inputs(model)
+    update_bn_stats(model, batches, 2)
+    for name, inputs in seen.items():
+        for x, y in zip(inputs, expected[name], strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)  # after 25 layers of float32
+
+
+def test_the_losses_are_not_computed():
+    """But in passes 1, 2 and 4."""
+    model, batches = make_model(), make_batches((2,) * 7)
+    calls, losses = [], model.losses
+    model.losses = lambda *args: calls.append(1) or losses(*args)
+    update_bn_stats(model, batches, 7)
+    assert len(calls) == 3
+
+
+def test_a_failing_pass_leaves_the_position_in_the_cycle():
+    model, batches = make_model(*STOCK), make_batches((2, 2, 2))
+    positions = [m for m in model.modules() if isinstance(m, CycleBatchNormList)]
+    before = copy.deepcopy(model.state_dict())
+    batches[1][0]["image"] = torch.randint(0, 256, (4, 128, 128))
+    with pytest.raises(RuntimeError):
+        update_bn_stats(model, batches, 3)
+    handle = positions[1][3].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        update_bn_stats(model, batches[2:], 1)
+    handle.remove()
+    assert positions and not any(m._pos for m in positions)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_naive_sync_batch_norm():
+    bn = nn.Sequential(nn.Conv2d(3, 4, 1), NaiveSyncBatchNorm(4))
+    batches = [torch.randn(n, 3, 5, 6) for n in (3, 1, 4)]
+    update_bn_stats(bn, itertools.cycle(batches), 6)
+    with torch.no_grad():
+        every = values([bn[0](x).double() for x in batches])
+    torch.testing.assert_close(bn[1].running_mean.double(), every.mean(0))
+    torch.testing.assert_close(bn[1].running_var.double(), every.var(0, correction=0))
+    assert bn[1].num_batches_tracked == 0
