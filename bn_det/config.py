@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import yaml
 from yacs.config import CfgNode
 
 from .errors import InputError, choose
+from .estimate import ESTIMATORS
 from .layers import BATCH_NORMS, SHARING, level_norm_factory, norm_factory
 from .layers.batch_norm import STATISTICS
 from .layers.ghost import GHOST_ORDERS
@@ -49,6 +51,18 @@ def add_bn_det_config(cfg: CfgNode) -> None:
     # Whether the processes' EMAs are averaged before evaluation and saving. Without it each
     # process evaluates with its own, and those of process 0 are saved.
     cfg.SOLVER.AVERAGE_BN_STATISTICS = True
+
+    # From which iteration on BatchNorm is frozen in training; 0 for never. FREEZE_BN_AFFINE: weight
+    # and bias, too. FREEZE_BN_PRECISE: with statistics that PreciseBN recomputes right before.
+    cfg.SOLVER.FREEZE_BN_ITER = 0
+    cfg.SOLVER.FREEZE_BN_AFFINE = False
+    cfg.SOLVER.FREEZE_BN_PRECISE = True
+
+    # Population statistics that are recomputed before each evaluation and each saving, from
+    # NUM_ITER batches of each process, or as many as TOLERANCE asks for (0.0: all of them). See
+    # bn_det.update_bn_stats.
+    cfg.TEST.PRECISE_BN.TOLERANCE = 0.0
+    cfg.TEST.PRECISE_BN.ESTIMATOR = "population_variance"
 
     # What normalizes in evaluation: "population" statistics, or those of the "batch", in the parts
     # of the model that are named (MODEL.RESNETS is "RESNETS" and so on); in all if none is.
@@ -148,6 +162,24 @@ def load_config(cfg: CfgNode, config_file: str, opts: Sequence[str], host: str) 
     for part in PARTS:
         choose(f"MODEL.{part}.GHOST_ORDER", cfg.MODEL[part].GHOST_ORDER, GHOST_ORDERS)
     _check_bn_statistics(cfg)
+    _check_precise_bn(cfg)
+
+
+def precise_bn_of(cfg: CfgNode) -> dict[str, Any]:
+    """What TEST.PRECISE_BN says, as arguments of ``bn_det.hooks.PreciseBN``."""
+    node = cfg.TEST.PRECISE_BN
+    return {
+        "periods": [cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD],
+        "num_iter": node.NUM_ITER,
+        "tolerance": node.TOLERANCE,
+        "estimator": node.ESTIMATOR,
+    }
+
+
+def uses_precise_bn(cfg: CfgNode) -> bool:
+    """Whether a training needs a PreciseBN hook, now and then or before freezing."""
+    before_freezing = cfg.SOLVER.FREEZE_BN_ITER > 0 and cfg.SOLVER.FREEZE_BN_PRECISE
+    return cfg.TEST.PRECISE_BN.ENABLED or before_freezing
 
 
 def check_ims_per_batch(cfg: CfgNode, num_processes: int) -> None:
@@ -208,6 +240,30 @@ def _check_bn_statistics(cfg: CfgNode) -> None:
         raise InputError(
             "TEST.BN_STATISTICS: 'batch' is not accepted: no part of the model has batch "
             f"statistics; use 'population', or a NORM in {list(BATCH_NORMS)} with our components"
+        )
+
+
+def _check_precise_bn(cfg: CfgNode) -> None:
+    node = cfg.TEST.PRECISE_BN
+    choose("TEST.PRECISE_BN.ESTIMATOR", node.ESTIMATOR, ESTIMATORS)
+    if node.NUM_ITER < 1:
+        raise InputError(
+            f"TEST.PRECISE_BN.NUM_ITER: {node.NUM_ITER!r} is not accepted; use 1 or more"
+        )
+    if not node.TOLERANCE >= 0:
+        raise InputError(
+            f"TEST.PRECISE_BN.TOLERANCE: {node.TOLERANCE!r} is not accepted; use 0.0 (for none) or "
+            "more"
+        )
+    if cfg.SOLVER.FREEZE_BN_ITER < 0:
+        raise InputError(
+            f"SOLVER.FREEZE_BN_ITER: {cfg.SOLVER.FREEZE_BN_ITER!r} is not accepted; use 0 (for "
+            "never) or more"
+        )
+    if cfg.SOLVER.FREEZE_BN_ITER and cfg.TEST.BN_STATISTICS == "batch":
+        raise InputError(
+            f"SOLVER.FREEZE_BN_ITER: {cfg.SOLVER.FREEZE_BN_ITER!r} is not accepted with "
+            "TEST.BN_STATISTICS 'batch': frozen layers normalize by population statistics; use 0"
         )
 
 

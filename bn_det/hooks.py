@@ -6,10 +6,22 @@ progress, counted from 0), ``max_iter`` and ``model``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from .population import average_population_statistics
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from yacs.config import CfgNode
+
+from .observation import population_layers
+from .population import average_population_statistics, update_bn_stats
+from .population_report import PopulationReport
+from .progress import with_progress
+
+logger = logging.getLogger(__name__)
 
 
 class Hook:
@@ -30,11 +42,8 @@ class Hook:
         """Called after the last iteration."""
 
 
-class AverageStatistics(Hook):
-    """Average the ranks' EMAs before each evaluation and each saving.
-
-    So that every rank evaluates the model that is saved. To be registered before the hooks that
-    evaluate and save.
+class _Periodic(Hook):
+    """Acts before each evaluation and each saving: to be registered before what does these.
 
     Args:
         periods: the iterations between evaluations, and between savings; 0 for only at the end.
@@ -46,4 +55,161 @@ class AverageStatistics(Hook):
     def after_step(self) -> None:
         done = self.trainer.iter + 1
         if done == self.trainer.max_iter or any(done % p == 0 for p in self.periods):
-            average_population_statistics(self.trainer.model)
+            self.act()
+
+    def act(self) -> None:
+        raise NotImplementedError
+
+
+class AverageStatistics(_Periodic):
+    """Average the ranks' EMAs, so that every rank evaluates the model that is saved.
+
+    Args:
+        periods: the iterations between evaluations, and between savings; 0 for only at the end.
+    """
+
+    def act(self) -> None:
+        average_population_statistics(self.trainer.model)
+
+
+class PreciseBN(_Periodic):
+    """Recompute the population statistics of the model (:func:`bn_det.update_bn_stats`).
+
+    So that every evaluation and every checkpoint is of a model with precise statistics. A summary
+    goes to the trainer's metrics as ``precise_bn/...``, the whole report to the log. Layers that
+    are not in training mode, frozen ones, are left alone.
+
+    Args:
+        periods: the iterations between evaluations, and between savings; 0 for only at the end.
+        model: the model that is trained.
+        data_loader: batches as in training, of its own. It is begun anew each time.
+        num_iter: the number of batches; with a tolerance the largest.
+        tolerance, estimator, call: as in ``update_bn_stats``.
+    """
+
+    def __init__(
+        self,
+        periods: Sequence[int],
+        model: nn.Module,
+        data_loader: Iterable[Any],
+        num_iter: int = 200,
+        *,
+        tolerance: float = 0.0,
+        estimator: str = "population_variance",
+        call: Callable[[nn.Module, Any], Any] | None = None,
+    ) -> None:
+        super().__init__(periods)
+        self.model, self.data_loader, self.num_iter = model, data_loader, num_iter
+        self.how = {"tolerance": tolerance, "estimator": estimator, "call": call}
+
+    def before_train(self) -> None:
+        if not population_layers(self.model):
+            logger.warning("PreciseBN does nothing: the model has no BatchNorm in training mode")
+
+    def act(self) -> None:
+        if population_layers(self.model):
+            self.update()
+
+    def update(self) -> PopulationReport:
+        """Recompute now."""
+        message = "PreciseBN: %d/%d batches"
+        batches = with_progress(self.data_loader, self.num_iter, logger, message)
+        with self.context():
+            report = update_bn_stats(self.model, batches, self.num_iter, **self.how)
+        logger.info("Population statistics have been recomputed (PreciseBN):\n%s", report)
+        scalars = {
+            "num_batches": report.num_batches,
+            "num_samples": report.num_samples,
+            "error": report.error,
+            "mean_shift": max((of.mean_shift for of in report.layers), default=0.0),
+            "var_shift": max((of.var_shift for of in report.layers), default=0.0),
+        }
+        self.write({f"precise_bn/{name}": float(value) for name, value in scalars.items()})
+        return report
+
+    def context(self) -> AbstractContextManager:
+        """What a forward pass of training runs in: autocast, for example."""
+        return nullcontext()
+
+    def write(self, scalars: dict[str, float]) -> None:
+        """Hand metrics to the trainer."""
+        self.trainer.put_scalars(scalars)
+
+
+class FreezeBN(Hook):
+    """From an iteration on, train with population statistics that stay as they are.
+
+    FrozenBN in the last part of a training, as Wu & Johnson, *Rethinking "Batch" in BatchNorm*, use
+    it in the last 20 of 100 epochs. Layers are put into evaluation mode before every step, as an
+    evaluation puts the model back into training mode. Parameters stay registered and keep their
+    gradients, as DistributedDataParallel and the optimizer expect.
+
+    Args:
+        iteration: the first one with frozen layers, counted from 0.
+        affine: whether weight and bias stay as they are, too, to the bit: momentum and weight decay
+            do not move them.
+        precise: run right before freezing, as stale statistics would be frozen for good. Without
+            it the ranks' EMAs are averaged.
+    """
+
+    def __init__(
+        self, iteration: int, *, affine: bool = False, precise: PreciseBN | None = None
+    ) -> None:
+        self.iteration, self.affine, self.precise = iteration, affine, precise
+        self._affine: list[tuple[Tensor, Tensor]] | None = None
+
+    def before_step(self) -> None:
+        if self.trainer.iter < self.iteration:
+            return
+        model = self.trainer.model
+        if self._affine is None:
+            # A resumed run has frozen statistics already, unless it begins right here.
+            if self.trainer.iter == self.iteration:
+                self._make_final(model)
+            self._affine = self._parameters(model) if self.affine else []
+        for layer in _batch_norms(model):
+            layer.eval()
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        for parameter, frozen in self._affine or []:
+            parameter.copy_(frozen)
+
+    def _make_final(self, model: nn.Module) -> None:
+        logger.info("BatchNorm is frozen from iteration %d on", self.iteration)
+        if self.precise is not None:
+            self.precise.trainer = self.trainer
+            self.precise.update()
+        else:
+            average_population_statistics(model)
+
+    def _parameters(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        layers = _batch_norms(model)
+        return [(p, p.detach().clone()) for layer in layers for p in layer.parameters()]
+
+
+def build_hooks(
+    cfg: CfgNode,
+    precise: PreciseBN | None,
+    freeze: type[FreezeBN] = FreezeBN,
+    average: type[AverageStatistics] = AverageStatistics,
+) -> list[Hook]:
+    """The hooks that a config asks for, in their order, all before those that evaluate and save.
+
+    Args:
+        precise: what TEST.PRECISE_BN and SOLVER.FREEZE_BN_PRECISE stand for, where one of them is.
+        freeze, average: the host's classes.
+    """
+    solver, ret = cfg.SOLVER, []
+    if solver.FREEZE_BN_ITER > 0:
+        before = precise if solver.FREEZE_BN_PRECISE else None
+        ret.append(freeze(solver.FREEZE_BN_ITER, affine=solver.FREEZE_BN_AFFINE, precise=before))
+    if cfg.TEST.PRECISE_BN.ENABLED:
+        ret.append(precise)
+    if solver.AVERAGE_BN_STATISTICS:
+        ret.append(average([cfg.TEST.EVAL_PERIOD, solver.CHECKPOINT_PERIOD]))
+    return ret
+
+
+def _batch_norms(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, _BatchNorm)]

@@ -86,13 +86,18 @@ class Observer:
     their end: the 1st, 2nd, 4th, 8th and so on. Where it varies, or where a layer has not been
     called, every pass runs to its end.
 
+    Args:
+        call: runs the model on a batch.
+
     Attributes:
         in_step: whether the processes have to run passes at the same time, as the model exchanges
             something in them.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[PopulationLayer]) -> None:
-        self.model, self.layers = model, layers
+    def __init__(
+        self, call: Callable[[Any], Any], model: nn.Module, layers: Sequence[PopulationLayer]
+    ) -> None:
+        self.call, self.model, self.layers = call, model, layers
         self.in_step = any(_exchanges(module) for module in model.modules())
         self._num_passes = 0
         self._owners = list(dict.fromkeys(layer.owner for layer in layers))
@@ -107,7 +112,7 @@ class Observer:
         calls = dict.fromkeys(self._owners, 0)
         self._install(observed, calls, stop_at)
         with suppress(_Done):
-            self.model(inputs)
+            self.call(inputs)
         if self._usual_calls is None:
             self._usual_calls = calls
             self._calls_vary = 0 in calls.values()

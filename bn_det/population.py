@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ def update_bn_stats(
     estimator: str = "population_variance",
     tolerance: float = 0.0,
     allow_short: bool = False,
+    call: Callable[[nn.Module, Any], Any] | None = None,
     group: Group = "world",
 ) -> PopulationReport:
     """Recompute the population statistics of a fixed model (PreciseBN), on all ranks the same.
@@ -70,6 +72,7 @@ def update_bn_stats(
             standard deviations and that of the variance relative to it, root mean square over
             channels. Batches, not values, are taken for independent. 0 to run all batches.
         allow_short: take a loader that ends early for complete.
+        call: how the model is run on a batch, ``model(batch)`` by default.
         group: the processes that have to call this, each with the same model.
 
     Returns:
@@ -87,7 +90,8 @@ def update_bn_stats(
     if not layers:
         logger.warning("update_bn_stats: the model has no BatchNorm in training mode to update")
         return make_report([], [], [], "no layers", "")
-    run = _Run(model, layers, num_iters, estimator, tolerance, allow_short, process_group(group))
+    observer = Observer(partial(call, model) if call else model, model, layers)
+    run = _Run(observer, num_iters, estimator, tolerance, allow_short, process_group(group))
     with torch.no_grad(), ExitStack() as stack:
         for surrounding in _SURROUNDINGS:
             stack.enter_context(surrounding())
@@ -131,22 +135,21 @@ class _Run:
 
     def __init__(
         self,
-        model: nn.Module,
-        layers: list[PopulationLayer],
+        observer: Observer,
         num_iters: int,
         estimator: str,
         tolerance: float,
         allow_short: bool,
         group: dist.ProcessGroup | None,
     ) -> None:
-        self.layers, self.group = layers, group
+        self.observer, self.group = observer, group
+        self.layers = layers = observer.layers
         self.num_iters, self.tolerance, self.allow_short = num_iters, tolerance, allow_short
         self.channels = [layer.module.num_features for layer in layers]
         device = layers[0].module.running_mean.device
         self.estimator = estimator
         self.accumulator = Accumulator(self.channels, estimator, device)
-        self.observer = Observer(model, layers)
-        self.snapshot = Snapshot(model)
+        self.snapshot = Snapshot(observer.model)
         self.own_samples = [0] * len(layers)
         self.num_batches = 0
         self.has_ended = False

@@ -81,7 +81,13 @@ class PopulationReport(NamedTuple):
         return {**summary, "layers": layers}
 
     def __str__(self) -> str:
-        table = tabulate(
+        lines = [self._table(), self._summary()] if self.layers else ["No layer has been used"]
+        if self.unused:
+            lines.append(f"Not used, left as they were: {', '.join(self.unused)}")
+        return "\n".join(lines)
+
+    def _table(self) -> str:
+        return tabulate(
             [[of.name, of.num_batches, of.num_samples, *of[3:]] for of in self.layers],
             headers=[
                 "layer",
@@ -94,15 +100,14 @@ class PopulationReport(NamedTuple):
             ],
             tablefmt="pipe",
             floatfmt=".4f",
+            disable_numparse=[0],
         )
-        lines = [
-            table,
+
+    def _summary(self) -> str:
+        return (
             f"{self.num_batches} batches, {self.num_samples} samples; stopped by {self.reason}; "
-            f"largest standard error {self.error:.4f}, last layer {self.last_layer}",
-        ]
-        if self.unused:
-            lines.append(f"Not used, left as they were: {', '.join(self.unused)}")
-        return "\n".join(lines)
+            f"largest standard error {self.error:.4f}, last layer {self.last_layer}"
+        )
 
 
 def make_report(

@@ -3,7 +3,7 @@
 from ..config import add_bn_det_config
 from .backbone import build_bn_resnet_fpn_backbone, build_bn_retinanet_resnet_fpn_backbone
 from .datasets import register_datasets
-from .hooks import AverageStatistics
+from .hooks import AverageStatistics, FreezeBN, PreciseBN, build_precise_bn
 from .retinanet import BNRetinaNet, BNRetinaNetHead
 from .roi_heads import BNFastRCNNConvFCHead, BNMaskRCNNConvUpsampleHead
 
@@ -13,8 +13,11 @@ __all__ = [
     "BNMaskRCNNConvUpsampleHead",
     "BNRetinaNet",
     "BNRetinaNetHead",
+    "FreezeBN",
+    "PreciseBN",
     "add_bn_det_config",
     "build_bn_resnet_fpn_backbone",
     "build_bn_retinanet_resnet_fpn_backbone",
+    "build_precise_bn",
     "register_datasets",
 ]

@@ -2,15 +2,58 @@
 
 from __future__ import annotations
 
-from detectron2.engine import HookBase
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import build_detection_train_loader
+from detectron2.engine import AMPTrainer, HookBase
 from detectron2.utils.events import EventStorage, get_event_storage, has_event_storage
+from torch import nn
 
 from .. import hooks
+from ..config import precise_bn_of
 from ..population import surround_passes
+from ..snapshot import same_random_state
 
 
 class AverageStatistics(hooks.AverageStatistics, HookBase):
     """See :class:`bn_det.hooks.AverageStatistics`."""
+
+
+class PreciseBN(hooks.PreciseBN, HookBase):
+    """See :class:`bn_det.hooks.PreciseBN`.
+
+    To be registered before the hooks that evaluate and save, in place of Detectron2's; from a
+    config by :func:`build_precise_bn`.
+    """
+
+    def context(self) -> AbstractContextManager:
+        # DefaultTrainer has the trainer with the loop's step inside.
+        trainer = getattr(self.trainer, "_trainer", self.trainer)
+        if isinstance(trainer, AMPTrainer):
+            return torch.autocast("cuda", dtype=trainer.precision)
+        return nullcontext()
+
+    def write(self, scalars: dict[str, float]) -> None:
+        self.trainer.storage.put_scalars(smoothing_hint=False, **scalars)
+
+
+class FreezeBN(hooks.FreezeBN, HookBase):
+    """See :class:`bn_det.hooks.FreezeBN`. To be registered before the hooks that save."""
+
+
+def build_precise_bn(cfg: CfgNode, model: nn.Module) -> PreciseBN:
+    """The hook that TEST.PRECISE_BN asks for, with a data loader of its own.
+
+    Building the loader and reading from it leave the training's random numbers as they are.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATALOADER.NUM_WORKERS = 0  # it rests nearly all the time
+    with same_random_state([]):
+        loader = build_detection_train_loader(cfg)
+    return PreciseBN(model=model, data_loader=loader, **precise_bn_of(cfg))
 
 
 def _scratch_storage() -> EventStorage:

@@ -32,16 +32,17 @@ from ..command import start
 from ..config import (
     add_bn_det_config,
     check_ims_per_batch,
-    has_our_batch_norm,
     load_config,
     resolve_device,
+    uses_precise_bn,
 )
 from ..data.coco import CocoSource, check_names, check_num_classes, load_coco
 from ..errors import InputError
+from ..hooks import build_hooks
 from ..launch import world_size
 from ..results import results_table
 from .datasets import register_datasets
-from .hooks import AverageStatistics
+from .hooks import AverageStatistics, FreezeBN, build_precise_bn
 
 
 class Checkpointer(CheckpointerMixin, DetectionCheckpointer):
@@ -72,14 +73,19 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase]:
+        # Ours take the place of Detectron2's PreciseBN, and come before evaluation and saving.
+        cfg = self.cfg
+        self.cfg = cfg.clone()
+        self.cfg.defrost()
+        self.cfg.TEST.PRECISE_BN.ENABLED = False
         ret = super().build_hooks()
-        if self.cfg.SOLVER.AVERAGE_BN_STATISTICS:
-            first = next(
-                k for k, h in enumerate(ret) if isinstance(h, (EvalHook, PeriodicCheckpointer))
-            )
-            periods = [self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD]
-            ret.insert(first, AverageStatistics(periods))
-        return ret
+        self.cfg = cfg
+        first = next(
+            k for k, h in enumerate(ret) if isinstance(h, (EvalHook, PeriodicCheckpointer))
+        )
+        precise = build_precise_bn(cfg, self.model) if uses_precise_bn(cfg) else None
+        ours = build_hooks(cfg, precise, FreezeBN, AverageStatistics)
+        return [*ret[:first], *ours, *ret[first:]]
 
     def resume_or_load(self, resume: bool = True) -> None:
         self.checkpointer.must_match = resume
@@ -129,11 +135,6 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg = get_cfg()
     add_bn_det_config(cfg)
     load_config(cfg, args.config_file, args.opts, "Detectron2")
-    if cfg.TEST.PRECISE_BN.ENABLED and has_our_batch_norm(cfg, "RETINANET"):
-        raise InputError(
-            "TEST.PRECISE_BN.ENABLED: True is not accepted with MODEL.RETINANET.NORM "
-            f"{cfg.MODEL.RETINANET.NORM!r}, whose layers take a list of levels; use False"
-        )
     num_processes = world_size(args.num_gpus, args.num_machines)
     if not args.eval_only:
         # Detectron2 scales the batch with the processes where it is told for how many it is.

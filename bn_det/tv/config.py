@@ -118,7 +118,11 @@ _DEFAULTS = {
         "CHECKPOINT_PERIOD": 5000,
         "IMS_PER_BATCH": 16,
     },
-    "TEST": {"EVAL_PERIOD": 0, "DETECTIONS_PER_IMAGE": 100},
+    "TEST": {
+        "EVAL_PERIOD": 0,
+        "DETECTIONS_PER_IMAGE": 100,
+        "PRECISE_BN": {"ENABLED": False, "NUM_ITER": 200},
+    },
     "OUTPUT_DIR": "./output",
     "SEED": -1,
 }

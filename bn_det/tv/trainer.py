@@ -6,7 +6,7 @@ import logging
 import time
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint import Checkpointer
 from ..comm import all_gather, process_group, world
+from ..config import precise_bn_of, uses_precise_bn
 from ..data.coco import (
     CocoDataset,
     builtin_sources,
@@ -29,7 +30,7 @@ from ..data.coco import (
     registered_sources,
 )
 from ..errors import InputError
-from ..hooks import AverageStatistics, Hook
+from ..hooks import Hook, PreciseBN, build_hooks
 from .data import build_test_loader, build_train_loader
 from .evaluation import evaluate
 from .model import build_model
@@ -74,15 +75,21 @@ class Trainer:
         self.checkpointer = Checkpointer(
             self.model, cfg.OUTPUT_DIR, save_to_disk=self.rank == 0, trainer=self
         )
+        self._writer: MetricsWriter | None = None
         self._hooks: list[Hook] = []
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[Hook]:
         """The hooks that the config asks for."""
-        if not self.cfg.SOLVER.AVERAGE_BN_STATISTICS:
-            return []
-        periods = [self.cfg.SOLVER.CHECKPOINT_PERIOD, self.cfg.TEST.EVAL_PERIOD]
-        return [AverageStatistics(periods)]
+        if not uses_precise_bn(self.cfg):
+            return build_hooks(self.cfg, None)
+        precise = PreciseBN(
+            model=self.model,
+            data_loader=_PreciseBatches(weakref.proxy(self)),
+            call=_losses,
+            **precise_bn_of(self.cfg),
+        )
+        return build_hooks(self.cfg, precise)
 
     def register_hooks(self, hooks: Iterable[Hook]) -> None:
         """Have hooks called in order; after a step, before checkpoint and evaluation."""
@@ -135,17 +142,18 @@ class Trainer:
         Returns:
             the results of the last evaluation, empty without a test set and on other ranks than 0.
         """
-        writer = MetricsWriter(self.cfg.OUTPUT_DIR, self.max_iter) if self.rank == 0 else None
+        if self.rank == 0:
+            self._writer = MetricsWriter(self.cfg.OUTPUT_DIR, self.max_iter)
         try:
             # A run that was stopped in its last evaluation has no iterations left.
             if self.iter + 1 < self.max_iter:
-                self._train(writer)
-            return self._test(writer, self.max_iter - 1)
+                self._train()
+            return self._test(self.max_iter - 1)
         finally:
-            if writer:
-                writer.close()
+            if self._writer:
+                self._writer.close()
 
-    def _train(self, writer: MetricsWriter | None) -> None:
+    def _train(self) -> None:
         self.iter, max_iter = self.iter + 1, self.max_iter
         start = self.iter
         logger.info("Starting training from iteration %d", start)
@@ -162,13 +170,13 @@ class Trainer:
                 data_time = time.perf_counter() - data_start
                 lr = self.optimizer.param_groups[0]["lr"]
                 losses = self.run_step(batch)
-                if writer:
-                    writer.step(self.iter, lr, data_time, losses)
+                if self._writer:
+                    self._writer.step(self.iter, lr, data_time, losses)
                 self._call_hooks("after_step")
                 saver.step(self.iter)
                 done = self.iter + 1
                 if eval_period > 0 and done % eval_period == 0 and done < max_iter:
-                    self._test(writer, self.iter)
+                    self._test(self.iter)
             self.iter += 1
         finally:  # as in Detectron2, where iter tells a hook whether the training was finished
             self._call_hooks("after_train")
@@ -177,11 +185,16 @@ class Trainer:
         for hook in self._hooks:
             getattr(hook, moment)()
 
-    def _test(self, writer: MetricsWriter | None, iteration: int) -> dict:
+    def _test(self, iteration: int) -> dict:
         results = test(self.cfg, self.model, self.test_sets)
-        if results and writer:
-            writer.results(iteration, results)
+        if results and self._writer:
+            self._writer.results(iteration, results)
         return results
+
+    def put_scalars(self, scalars: dict[str, float]) -> None:
+        """Write metrics of this iteration."""
+        if self._writer:
+            self._writer.results(self.iter, scalars)
 
     def run_step(self, batch: list) -> dict[str, float]:
         """One step of SGD.
@@ -192,12 +205,7 @@ class Trainer:
         Raises:
             FloatingPointError: a loss is not finite.
         """
-        images, targets, _ = zip(*batch, strict=True)
-        device = self.cfg.MODEL.DEVICE
-        losses = self._parallel(
-            [image.to(device) for image in images],
-            [{k: v.to(device) for k, v in target.items()} for target in targets],
-        )
+        losses = _losses(self._parallel, batch)
         total = sum(losses.values())
         names = ["total_loss", *losses]
         values = torch.stack([total, *losses.values()]).detach()
@@ -212,6 +220,33 @@ class Trainer:
             dist.reduce(values, 0)
             values /= self.num_ranks
         return dict(zip(names, values.tolist(), strict=True))
+
+
+def _losses(model: nn.Module, batch: list) -> dict[str, Tensor]:
+    """Of a model in training mode on a batch of the loader."""
+    device = next(model.parameters()).device
+    images, targets, _ = zip(*batch, strict=True)
+    return model(
+        [image.to(device) for image in images],
+        [{k: v.to(device) for k, v in target.items()} for target in targets],
+    )
+
+
+class _PreciseBatches:
+    """Batches for PreciseBN, each time from the first on, in another order than the training's.
+
+    So they depend on the seed alone, which a resumed trainer takes from its checkpoint.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def __iter__(self) -> Iterator[list]:
+        cfg = self.trainer.cfg.clone()
+        cfg.defrost()
+        cfg.SOLVER.MAX_ITER = cfg.TEST.PRECISE_BN.NUM_ITER
+        seed = self.trainer.seed + 1
+        return iter(build_train_loader(cfg, self.trainer.train_sets, seed, start_iter=0))
 
 
 def _shared_seed(cfg: CfgNode) -> int:

@@ -6,18 +6,23 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 import copy
 import itertools
+import json
 
 import torch
 from detectron2.config import get_cfg
+from detectron2.engine import DefaultTrainer
+from detectron2.evaluation import COCOEvaluator
 from detectron2.layers.batch_norm import CycleBatchNormList, NaiveSyncBatchNorm
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from torch import nn
 
 from bn_det import DomainBatchNorm2d, update_bn_stats
 from bn_det.config import load_config
-from bn_det.d2 import add_bn_det_config
+from bn_det.d2 import FreezeBN, PreciseBN, add_bn_det_config, register_datasets
+from bn_det.d2.train import Trainer
 from reference import BASE, RCNN, values
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -152,3 +157,88 @@ def test_naive_sync_batch_norm():
     torch.testing.assert_close(bn[1].running_mean.double(), every.mean(0))
     torch.testing.assert_close(bn[1].running_var.double(), every.var(0, correction=0))
     assert bn[1].num_batches_tracked == 0
+
+
+@pytest.fixture
+def train(tiny_shapes, tmp_path):
+    """Trains six iterations; returns weights, statistics and what metrics.json says."""
+
+    def run(name, *opts, trainer_class=Trainer):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        cfg = get_cfg()
+        add_bn_det_config(cfg)
+        small = ["SOLVER.MAX_ITER", "6", "SOLVER.IMS_PER_BATCH", "2", "OUTPUT_DIR", str(folder)]
+        opts = ["MODEL.DEVICE", "cpu", *tiny_shapes, *small, *opts]
+        load_config(cfg, BASE, opts, "Detectron2")
+        register_datasets(cfg)
+        seed_all_rng(1)
+        trainer = trainer_class(cfg)
+        trainer.resume_or_load(resume=False)
+        trainer.train()
+        state = trainer.model.state_dict()
+        statistics = {k: v.clone() for k, v in state.items() if "running" in k}
+        lines = [json.loads(li) for li in (folder / "metrics.json").read_text().splitlines()]
+        return {k: v for k, v in state.items() if k not in statistics}, statistics, lines
+
+    return run
+
+
+PRECISE = [
+    *("TEST.PRECISE_BN.ENABLED", "True", "TEST.PRECISE_BN.NUM_ITER", "9"),
+    *("SOLVER.CHECKPOINT_PERIOD", "4"),
+]
+
+
+def test_hook(train, tmp_path):
+    """Other statistics, which the checkpoint has; the training itself is the same."""
+    expected, ema, _ = train("plain")
+    weights, statistics, lines = train("precise", *PRECISE)
+    assert all(torch.equal(v, expected[k]) for k, v in weights.items())
+    assert not any(torch.equal(v, ema[k]) for k, v in statistics.items())
+    saved = torch.load(tmp_path / "precise" / "model_final.pth", weights_only=False)["model"]
+    assert all(torch.equal(v, saved[k]) for k, v in statistics.items())
+    (report,) = [line for line in lines if "precise_bn/error" in line]
+    assert report["iteration"] == 5 and report["precise_bn/num_samples"] == 18
+
+
+class Unmodified(DefaultTrainer):
+    """As in a project that uses nothing of ours but the hooks."""
+
+    def build_hooks(self):
+        ret = super().build_hooks()
+        cfg = self.cfg
+        ret.insert(2, FreezeBN(3, affine=True))
+        ret.insert(2, PreciseBN([4], self.model, self.build_train_loader(cfg), num_iter=9))
+        return ret
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name):
+        return COCOEvaluator(dataset_name, output_dir=cfg.OUTPUT_DIR)
+
+
+def test_hooks_in_an_unmodified_default_trainer(train, tmp_path):
+    opts = ["SOLVER.CHECKPOINT_PERIOD", "1"]
+    weights, statistics, _ = train("default", *opts, trainer_class=Unmodified)
+    saved = [
+        torch.load(tmp_path / "default" / f"model_{k:07d}.pth", weights_only=False)["model"]
+        for k in range(5)
+    ]
+    assert all(torch.equal(v, saved[2][k]) for k, v in statistics.items())
+    moved = {k for k, v in weights.items() if not torch.equal(v, saved[2][k])}
+    assert any("conv1.weight" in k for k in moved) and not any("norm" in k for k in moved)
+
+
+@pytest.mark.parametrize("enabled", ["True", "False"])
+def test_frozen_bn(train, tmp_path, enabled):
+    """Recomputed right before, and never again; the evaluations find frozen layers."""
+    opts = ["SOLVER.FREEZE_BN_ITER", "3", *PRECISE, "SOLVER.CHECKPOINT_PERIOD", "1"]
+    _, statistics, _ = train("frozen", *opts, "TEST.PRECISE_BN.ENABLED", enabled)
+    saved = [
+        torch.load(tmp_path / "frozen" / f"model_{k:07d}.pth", weights_only=False)["model"]
+        for k in (2, 3)
+    ]
+    assert all(torch.equal(v, saved[1][k]) for k, v in statistics.items())
+    # With PreciseBN at every checkpoint the last one is right before freezing.
+    same = [torch.equal(v, saved[0][k]) for k, v in statistics.items()]
+    assert all(same) if enabled == "True" else not any(same)

@@ -260,3 +260,53 @@ def test_images_that_cannot_be_used(make_cfg, tmp_path, num_workers):
             next(iter(build_test_loader(cfg, dataset)))
         assert one_line(e.value).endswith(message)
         assert one_line(e.value).startswith("/")
+
+
+def weights_and_statistics(trainer):
+    state = trainer.model.state_dict()
+    statistics = {k: v.clone() for k, v in state.items() if "running" in k}
+    return {k: v.clone() for k, v in state.items() if k not in statistics}, statistics
+
+
+def test_precise_bn(make_cfg, tmp_path):
+    """Other statistics, which all checkpoints have; the training itself is the same."""
+    plain, _ = train(make_cfg("OUTPUT_DIR", str(tmp_path / "plain")))
+    opts = ["TEST.PRECISE_BN.ENABLED", "True", "TEST.PRECISE_BN.NUM_ITER", "9"]
+    opts += ["SOLVER.CHECKPOINT_PERIOD", "4"]
+    trainer, _ = train(make_cfg(*opts))
+    expected, ema = weights_and_statistics(plain)
+    weights, statistics = weights_and_statistics(trainer)
+    assert all(torch.equal(v, expected[k]) for k, v in weights.items())
+    assert not any(torch.equal(v, ema[k]) for k, v in statistics.items())
+    saved = torch.load(tmp_path / "model_final.pth", weights_only=True)["model"]
+    assert all(torch.equal(v, saved[k]) for k, v in statistics.items())
+    lines = map(json.loads, (tmp_path / "metrics.json").read_text().splitlines())
+    reports = [line for line in lines if "precise_bn/error" in line]
+    assert [r["iteration"] for r in reports] == [3, 5]
+    assert all(r["precise_bn/num_samples"] == 18 for r in reports)
+    # From a checkpoint in between, the same to the bit.
+    (tmp_path / "model_final.pth").unlink()
+    (tmp_path / "last_checkpoint").write_text("model_0000003.pth")
+    resumed, _ = train(make_cfg(*opts), resume=True)
+    assert all(torch.equal(v, statistics[k]) for k, v in weights_and_statistics(resumed)[1].items())
+
+
+@pytest.mark.parametrize("precise", ["True", "False"])
+def test_frozen_bn(make_cfg, tmp_path, precise):
+    opts = ["SOLVER.FREEZE_BN_ITER", "3", "SOLVER.CHECKPOINT_PERIOD", "1"]
+    opts += ["SOLVER.FREEZE_BN_PRECISE", precise, "TEST.PRECISE_BN.NUM_ITER", "9"]
+    train(make_cfg(*opts, "SOLVER.FREEZE_BN_AFFINE", "True"))
+    saved = [
+        torch.load(tmp_path / f"model_{k:07d}.pth", weights_only=True)["model"] for k in range(6)
+    ]
+    norms = [k for k in saved[0] if k.endswith("running_mean")]
+    frozen = [k.replace("running_mean", n) for k in norms for n in ("running_mean", "running_var")]
+    for name in frozen:
+        assert torch.equal(saved[3][name], saved[5][name])
+        assert torch.equal(saved[2][name], saved[3][name]) == (precise == "False")
+    affine = [k.replace("running_mean", "weight") for k in norms]
+    for name in (k for k in affine if k in saved[0]):
+        assert torch.equal(saved[2][name], saved[5][name])
+    assert not torch.equal(
+        saved[2]["backbone.body.conv1.weight"], saved[5]["backbone.body.conv1.weight"]
+    )
