@@ -33,6 +33,29 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    """Detectron2's flags for several processes, which are known without it."""
+    parser.add_argument(
+        "--num-gpus",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of processes per machine: GPUs where there are some, else CPU processes",
+    )
+    parser.add_argument(
+        "--num-machines", type=int, default=1, metavar="N", help="number of machines"
+    )
+    parser.add_argument(
+        "--machine-rank", type=int, default=0, metavar="K", help="rank of this machine, from 0"
+    )
+    parser.add_argument(
+        "--dist-url",
+        default="auto",
+        metavar="URL",
+        help="where processes meet: tcp://ADDRESS:PORT of machine 0; auto for one machine",
+    )
+
+
 def import_host(requested: str, module: str) -> ModuleType:
     """A module of the host that --host asks for; says in one line which that is, and why."""
     installed = importlib.util.find_spec("detectron2") is not None

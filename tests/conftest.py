@@ -15,11 +15,13 @@ def _seed():
 
 @pytest.fixture(autouse=True)
 def _own_logger():
-    """Undo what Detectron2's set-up of our logger does, in a command that a test runs."""
-    logger = logging.getLogger("bn_det")
-    propagate, handlers = logger.propagate, logger.handlers[:]
+    """Undo what the set-up of loggers does, in a command that a test runs."""
+    loggers = [logging.getLogger(name) for name in ("", "bn_det", "detectron2", "fvcore")]
+    before = [(logger.propagate, logger.level, logger.handlers[:]) for logger in loggers]
     yield
-    logger.propagate, logger.handlers[:] = propagate, handlers
+    for logger, (propagate, level, handlers) in zip(loggers, before, strict=True):
+        logger.propagate, logger.handlers[:] = propagate, handlers
+        logger.setLevel(level)
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ def options(tiny_shapes, tmp_path):
         *tiny_shapes,
         *("MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path), "SOLVER.MAX_ITER", "1"),
         *("DATASETS.TEST", "()", "SOLVER.IMS_PER_BATCH", "2"),
+        *("TEST.PRECISE_BN.NUM_ITER", "2"),
     ]
 
 

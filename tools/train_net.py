@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from bn_det.command import add_config_arguments, import_host, run
+from bn_det.command import add_config_arguments, add_process_arguments, import_host, run
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -22,25 +22,7 @@ def argument_parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR"
     )
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS")
-    parser.add_argument(
-        "--num-gpus",
-        type=int,
-        default=1,
-        metavar="N",
-        help="number of processes per machine: GPUs where there are some, else CPU processes",
-    )
-    parser.add_argument(
-        "--num-machines", type=int, default=1, metavar="N", help="number of machines"
-    )
-    parser.add_argument(
-        "--machine-rank", type=int, default=0, metavar="K", help="rank of this machine, from 0"
-    )
-    parser.add_argument(
-        "--dist-url",
-        default="auto",
-        metavar="URL",
-        help="where processes meet: tcp://ADDRESS:PORT of machine 0; auto for one machine",
-    )
+    add_process_arguments(parser)
     add_config_arguments(parser)
     return parser
 

@@ -168,12 +168,17 @@ def load_model(cfg: CfgNode, resume: bool) -> nn.Module:
     return model
 
 
-def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
+def set_up_process(args: argparse.Namespace, cfg: CfgNode) -> None:
+    """What each of the processes of a command does first: its group, data sets, log and seed."""
     if dist.is_initialized():
         comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
     register_datasets(cfg)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="bn_det")
     default_setup(cfg, args)
+
+
+def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
+    set_up_process(args, cfg)
     if args.eval_only:
         results = Trainer.test(cfg, load_model(cfg, args.resume))
     else:

@@ -30,7 +30,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
-    _start_log(args, cfg)
+    start_log(args, cfg)
     if args.eval_only:
         results = test(cfg, load_model(cfg, args.resume), load_datasets(cfg, "TEST"))
     else:
@@ -75,7 +75,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
-def _start_log(args: argparse.Namespace, cfg: CfgNode) -> None:
+def start_log(args: argparse.Namespace, cfg: CfgNode) -> None:
     """Log to OUTPUT_DIR; of several processes the first to log.txt, which is shown, too."""
     rank, num_ranks = world()
     output_dir = Path(cfg.OUTPUT_DIR)

@@ -62,7 +62,7 @@ class Trainer:
         self.train_sets = load_datasets(cfg, "TRAIN")
         self.test_sets = load_datasets(cfg, "TEST")
         self.rank, self.num_ranks = world()
-        self.seed = _shared_seed(cfg)
+        self.seed = shared_seed(cfg)
         torch.manual_seed(self.seed)
         self.model = build_model(cfg)
         logger.info("Model:\n%s", self.model)
@@ -86,7 +86,7 @@ class Trainer:
         precise = PreciseBN(
             model=self.model,
             data_loader=_PreciseBatches(weakref.proxy(self)),
-            call=_losses,
+            call=losses_of,
             **precise_bn_of(self.cfg),
         )
         return build_hooks(self.cfg, precise)
@@ -205,7 +205,7 @@ class Trainer:
         Raises:
             FloatingPointError: a loss is not finite.
         """
-        losses = _losses(self._parallel, batch)
+        losses = losses_of(self._parallel, batch)
         total = sum(losses.values())
         names = ["total_loss", *losses]
         values = torch.stack([total, *losses.values()]).detach()
@@ -222,7 +222,7 @@ class Trainer:
         return dict(zip(names, values.tolist(), strict=True))
 
 
-def _losses(model: nn.Module, batch: list) -> dict[str, Tensor]:
+def losses_of(model: nn.Module, batch: list) -> dict[str, Tensor]:
     """Of a model in training mode on a batch of the loader."""
     device = next(model.parameters()).device
     images, targets, _ = zip(*batch, strict=True)
@@ -249,7 +249,7 @@ class _PreciseBatches:
         return iter(build_train_loader(cfg, self.trainer.train_sets, seed, start_iter=0))
 
 
-def _shared_seed(cfg: CfgNode) -> int:
+def shared_seed(cfg: CfgNode) -> int:
     """SEED, or a random one, which rank 0 chooses."""
     if cfg.SEED >= 0:
         return cfg.SEED

@@ -1,0 +1,46 @@
+"""Recomputing population statistics on the Detectron2 host."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import (
+    DatasetMapper,
+    build_detection_test_loader,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.utils import comm
+
+from ..command import start
+from ..recompute import check, config_opts, run, with_population
+from .train import Trainer, load_model, set_up_process, setup
+
+
+def main(args: argparse.Namespace) -> None:
+    """As tools/recompute_statistics.py says."""
+    args.opts = config_opts(args)
+    cfg = setup(args)
+    check(args, cfg)
+    start(_run, args, cfg)
+
+
+def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
+    set_up_process(args, cfg)
+    old = load_model(cfg, resume=False)
+    new = Trainer.build_model(with_population(cfg, args.population)) if args.population else old
+    batches = _test_batches(cfg) if args.adabn else build_detection_train_loader(cfg)
+    run(args, cfg, (old, new), batches, lambda model: Trainer.test(cfg, model))
+
+
+def _test_batches(cfg: CfgNode) -> Iterable[Any]:
+    """This process's share of the test set as test time sees it; annotations are not read."""
+    return build_detection_test_loader(
+        get_detection_dataset_dicts(cfg.DATASETS.TEST, filter_empty=False),
+        mapper=DatasetMapper(cfg, is_train=False),
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        batch_size=cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
+    )

@@ -1,0 +1,61 @@
+"""Recomputing population statistics on the torchvision host."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from itertools import chain
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
+
+from ..comm import world
+from ..command import start
+from ..recompute import check, config_opts, run, with_population
+from .data import build_test_loader, build_train_loader
+from .model import build_model
+from .train import load_model, setup, start_log
+from .trainer import check_datasets, load_datasets, losses_of, shared_seed, test
+
+
+def main(args: argparse.Namespace) -> None:
+    """As tools/recompute_statistics.py says."""
+    args.opts = config_opts(args)
+    cfg = setup(args)
+    check(args, cfg)
+    if not args.adabn:
+        check_datasets(cfg, "TRAIN")
+    start(_run, args, cfg)
+
+
+def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
+    start_log(args, cfg)
+    torch.manual_seed(shared_seed(cfg))
+    old = load_model(cfg, resume=False)
+    new = build_model(with_population(cfg, args.population)) if args.population else old
+    batches, call = (_test_batches(cfg), _detect) if args.adabn else (_train(cfg), losses_of)
+    run(args, cfg, (old, new), batches, lambda model: _evaluate(cfg, model), call)
+
+
+def _evaluate(cfg: CfgNode, model: nn.Module) -> dict:
+    return test(cfg, model, load_datasets(cfg, "TEST"))
+
+
+def _train(cfg: CfgNode) -> Iterable[list]:
+    """As many batches as may be needed, as training makes them."""
+    enough = cfg.clone()
+    enough.defrost()
+    enough.SOLVER.MAX_ITER = cfg.TEST.PRECISE_BN.NUM_ITER
+    return build_train_loader(enough, load_datasets(cfg, "TRAIN"), shared_seed(cfg), 0)
+
+
+def _test_batches(cfg: CfgNode) -> Iterable[list]:
+    """This process's share of the test set as test time sees it; annotations are not read."""
+    size = cfg.SOLVER.IMS_PER_BATCH // world()[1]
+    return chain(*(build_test_loader(cfg, d, size) for d in load_datasets(cfg, "TEST")))
+
+
+def _detect(model: nn.Module, batch: list) -> list[dict[str, Tensor]]:
+    device = next(model.parameters()).device
+    return model([image.to(device) for image, _, _ in batch])

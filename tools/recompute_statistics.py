@@ -1,0 +1,69 @@
+#!/usr/bin/env python
+"""Repair the population statistics of a checkpoint that you have, without training.
+
+An EMA lags behind the model, mixes the statistics of few samples, may be of one process alone, or
+of another domain than the model is used on. This recomputes all of them on the model as it is
+(PreciseBN) and writes a new checkpoint; the old one is left as it is. The table says how far the
+old statistics were from the new ones. With --adabn they are recomputed on the test images, which
+need no labels, with the preprocessing and the proposals of test time.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from bn_det.command import add_config_arguments, add_process_arguments, import_host, run
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Example: recompute_statistics.py --config-file configs/quick_start.yaml "
+        "--weights output/quick_start/model_final.pth --output precise.pth --evaluate",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--weights", required=True, metavar="W", help="the checkpoint to read")
+    parser.add_argument("--output", required=True, metavar="O", help="the checkpoint to write")
+    parser.add_argument(
+        "--dataset",
+        metavar="D",
+        help="the data set to use; by default DATASETS.TRAIN, with --adabn DATASETS.TEST",
+    )
+    parser.add_argument(
+        "--adabn", action="store_true", help="adapt to the test images, in test mode"
+    )
+    parser.add_argument(
+        "--population",
+        choices=["shared", "per_domain"],
+        help="whether the levels of the new checkpoint share statistics (BNRetinaNet); by default "
+        "as in the config",
+    )
+    parser.add_argument(
+        "--num-iters",
+        type=int,
+        metavar="N",
+        help="batches of SOLVER.IMS_PER_BATCH images; by default TEST.PRECISE_BN.NUM_ITER; with "
+        "--adabn at most the data set, once",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="T",
+        help="stop when the standard error of all statistics is below; 0.05 is precise enough as a "
+        "rule",
+    )
+    parser.add_argument("--evaluate", action="store_true", help="show AP before and after")
+    add_process_arguments(parser)
+    add_config_arguments(parser)
+    # What the set-up that evaluation shares asks for.
+    parser.set_defaults(eval_only=True, resume=False)
+    return parser
+
+
+def main() -> None:
+    args = argument_parser().parse_args()
+    import_host(args.host, "recompute").main(args)
+
+
+if __name__ == "__main__":
+    run(main)
