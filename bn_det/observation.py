@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .comm import process_group
-from .layers.batch_norm import Batch, BatchNorm2d, check_batch_sizes
+from .layers.batch_norm import Batch, BatchNorm2d, check_batch_sizes, fused_batch_norm
 from .layers.domain_batch_norm import DomainBatchNorm2d
 from .layers.joint import normalize
 from .moments import Moments
@@ -174,7 +174,12 @@ def _forward(layer: PopulationLayer, take: Callable[[list[Batch]], None], x: Ten
     """What a BatchNorm of torch computes in training; it need not update an EMA for that."""
     bn, group = layer.module, _group_of(layer.owner)
     bn._check_input_dim(x)
-    moments, size = Moments.of(x), x.numel() // x.shape[1]
+    size = x.numel() // x.shape[1]
+    if group is None and size > 1 and (x.is_cuda or x.is_contiguous()):
+        y, batch = fused_batch_norm(x, bn.weight, bn.bias, bn.eps)
+        take([batch])
+        return y
+    moments = Moments.of(x)
     if group is not None:
         (moments,) = Moments.all_reduce([moments], group)
         size = int(moments.count)

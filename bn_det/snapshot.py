@@ -36,7 +36,8 @@ class Snapshot:
     def restore_attributes(self) -> None:
         """Undo what was assigned, put into containers and taken out; not the values of tensors."""
         for container, content in self._containers:
-            _restore_container(container, content)
+            if container or content:
+                _restore_container(container, content)
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -183,13 +183,16 @@ class BatchNorm2d(nn.BatchNorm2d):
         """
         if x.numel() == 0:
             return normalize(x, self.running_mean, self.running_var, weight, bias, self.eps)
-        inexact = x.device.type == "cpu" and not x.is_contiguous()
-        if inexact or self.observer is not None:
+        if x.device.type == "cpu" and not x.is_contiguous():
             batches = self.batches_of([x])
             check_batch_sizes(batches, where)
             self.update_population_statistics(batches)
             return joint_batch_norm([x], [batches[0].moments], [0], [weight], [bias], self.eps)[0]
         _check_size(x.numel() // x.shape[1], where)
+        if self.observer is not None:
+            y, batch = fused_batch_norm(x, weight, bias, self.eps)
+            self.observer([batch])
+            return y
         # A weight of 0 does not keep an infinite variance out, so evaluation gives no buffers.
         # Training does in any case: a recomputation has to save what the first pass saved.
         running = (self.running_mean, self.running_var) if self.training else (None, None)
@@ -258,6 +261,22 @@ class BatchNorm2d(nn.BatchNorm2d):
             }
             check_agreement(type(self).__name__, values, group)
             _AGREED.add(self)
+
+
+def fused_batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Batch]:
+    """Normalize x by its own statistics, as torch does it, and say what they are.
+
+    Args:
+        x: shape (N, C, *), more than one value per channel. On a CPU it has to be contiguous.
+    """
+    size, dtype = x.numel() // x.shape[1], torch.promote_types(x.dtype, torch.float32)
+    # An EMA with the whole weight on the new batch.
+    mean, var = torch.zeros(2, x.shape[1], dtype=dtype, device=x.device)
+    y = F.batch_norm(x, mean, var, weight, bias, True, 1.0, eps)
+    count = torch.tensor(float(size), dtype=torch.float64, device=x.device)
+    return y, Batch(Moments(count, mean, var * ((size - 1) / size)), size)
 
 
 @contextmanager
