@@ -9,6 +9,8 @@ brightness, one offset of the hue. There a single object is ambiguous: its own d
 is as large as the distance between the categories, its outline is blunted towards a circle, and
 the image is noisy. What its neighbours have in common tells more than the object itself, so a
 BatchNorm that normalizes RoIs of one image together has something to leak.
+
+SHIFTED are the very images of SHAPES in other appearances, for adaptation to another domain.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import cv2
 import numpy as np
 
 from ..errors import InputError
+from .appearance import APPEARANCES
 
 CATEGORIES = ("circle", "square", "triangle", "star")
 
@@ -52,7 +55,7 @@ class Variant(NamedTuple):
         name: of the data set, to which ``_<split>`` is added, and of its folder.
         version: raised with every change of what is drawn, so that an older folder is not taken
             for this one.
-        splits: no two splits of any variants have the same seed.
+        splits: no two splits have the same seed, but in other appearances.
         num_objects: least and most objects in an image; one that finds no place is left out.
         object_sizes: range of the longer side of an object's box, in pixels. Sizes are log-uniform.
         hue_spread: standard deviation of an object's hue, where the whole circle is one.
@@ -61,6 +64,7 @@ class Variant(NamedTuple):
             common, with their category, saturation and brightness; None if each has its own.
         bluntness: range of how far an outline is drawn towards a circle, from 0 to 1; None if it
             is not.
+        appearance: one of APPEARANCES, which the finished image gets; "" for none.
     """
 
     name: str
@@ -72,6 +76,7 @@ class Variant(NamedTuple):
     noise: tuple[float, float]
     common_hue_spread: float | None = None
     bluntness: tuple[float, float] | None = None
+    appearance: str = ""
 
 
 SHAPES = Variant(
@@ -96,7 +101,12 @@ SHAPES_CORRELATED = Variant(
     bluntness=(0.5, 1.0),
 )
 
-VARIANTS = {variant.name: variant for variant in (SHAPES, SHAPES_CORRELATED)}
+SHIFTED = tuple(
+    SHAPES._replace(name=f"shapes_{appearance}", appearance=appearance)
+    for appearance in APPEARANCES
+)
+
+VARIANTS = {variant.name: variant for variant in (SHAPES, SHAPES_CORRELATED, *SHIFTED)}
 
 
 class Theme(NamedTuple):
@@ -175,8 +185,10 @@ def draw_image(seed: int, index: int, variant: Variant = SHAPES) -> tuple[np.nda
         _fill(image, polygon, _draw_colour(category, variant, theme, rng), rng)
         boxes.append(_box_of(polygon))
         objects.append(_annotation(category + 1, polygon))
-    noise = rng.normal(0, rng.uniform(*variant.noise), image.shape)
-    return np.clip(image + noise, 0, 255).round().astype(np.uint8), objects
+    image = np.clip(image + rng.normal(0, rng.uniform(*variant.noise), image.shape), 0, 255)
+    if variant.appearance:
+        image = np.clip(APPEARANCES[variant.appearance](image, rng), 0, 255)
+    return image.round().astype(np.uint8), objects
 
 
 def _write_split(root: Path, name: str, split: Split, variant: Variant) -> None:

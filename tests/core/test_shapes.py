@@ -11,7 +11,16 @@ import pytest
 
 from bn_det.data import shapes
 from bn_det.data.coco import CocoSource, load_coco, prepare
-from bn_det.data.shapes import CATEGORIES, IMAGE_SIZE, SHAPES, VARIANTS, Split, draw_image
+from bn_det.data.shapes import (
+    CATEGORIES,
+    IMAGE_SIZE,
+    SHAPES,
+    SHAPES_CORRELATED,
+    SHIFTED,
+    VARIANTS,
+    Split,
+    draw_image,
+)
 from bn_det.errors import InputError
 
 SMALL = {"train": Split(5, 0), "val": Split(3, 1)}
@@ -59,7 +68,7 @@ def test_coco_format(tmp_path, variant):
         assert abs(mask.sum() - annotation["area"]) <= 0.2 * annotation["area"] + 10
 
 
-@each_variant
+@pytest.mark.parametrize("variant", [SHAPES, SHAPES_CORRELATED], ids=["shapes", "correlated"])
 def test_objects_are_where_the_annotations_say(variant):
     """A single object's polygon covers its pixels: a shade of one colour, unlike the ground."""
     checked = 0
@@ -103,6 +112,10 @@ DRAWN = {
         ([50.94, 68.19, 42.13, 42.13], 129.91),
     ],
 }
+BOXES = [box for box, _ in DRAWN["shapes"]]
+MEANS = {"night": (48.25, 32.21, 37.67), "fog": (167.91, 156.28, 165.34)}
+MEANS["sensor"] = (134.13, 120.63, 118.9)
+DRAWN |= {f"shapes_{k}": list(zip(BOXES, means, strict=True)) for k, means in MEANS.items()}
 
 
 @each_variant
@@ -115,8 +128,26 @@ def test_what_is_drawn_changes_with_the_version_alone(variant):
 
 
 def test_splits_have_seeds_of_their_own():
-    seeds = [split.seed for v in VARIANTS.values() for split in v.splits.values()]
+    unshifted = [v for v in VARIANTS.values() if v not in SHIFTED]
+    seeds = [split.seed for v in unshifted for split in v.splits.values()]
     assert len(set(seeds)) == len(seeds)
+
+
+@pytest.mark.parametrize("variant", SHIFTED, ids=lambda variant: variant.name)
+def test_the_same_objects_in_another_appearance(variant):
+    """Channels are further from the plain ones than these are from each other."""
+    plain, shifted = [], []
+    for index in range(20):
+        image, objects = draw_image(1, index)
+        other, same = draw_image(1, index, variant)
+        assert same == objects and other.dtype == np.uint8
+        plain.append(image.reshape(-1, 3).mean(0))
+        shifted.append(other.reshape(-1, 3).mean(0))
+        # And they can still be seen: edges are where they were.
+        edges = [np.abs(np.diff(i.astype(float).mean(2), axis=0)) for i in (image, other)]
+        assert np.corrcoef(edges[0].ravel(), edges[1].ravel())[0, 1] > 0.1
+    moved = np.abs(np.mean(shifted, 0) - np.mean(plain, 0)) / np.std(plain, 0)
+    assert moved.max() > 1.5
 
 
 def median_hue(image, annotation):
