@@ -38,8 +38,9 @@ def options(tiny_shapes, tmp_path):
 def shrink(config):
     """Options that make a config for COCO small. The others are, but for the R-CNNs' images."""
     if "shapes" in config.parts:
-        return SMALL_IMAGES if "leakage" in config.parts else []
-    if config.parent.name not in ("leakage", "multi_domain"):
+        is_rcnn = "leakage" in config.parts or config.name.startswith("mask_rcnn")
+        return SMALL_IMAGES if is_rcnn else []
+    if config.parent.name not in ("leakage", "multi_domain", "population"):
         return []
     return [
         *SMALL_IMAGES,
@@ -160,3 +161,23 @@ def test_twins(name):
             assert (found.get(f"{head}GHOST_SIZE", 0) > 0) == (norm == "GhostBN")
         statistics = "batch" if option == ["batch_stats"] else "population"
         assert found.get("TEST.BN_STATISTICS", "population") == statistics
+
+
+POPULATION = MULTI_DOMAIN.with_name("population")
+
+
+@pytest.mark.parametrize("folder", [POPULATION, POPULATION / "shapes"], ids=["coco", "shapes"])
+@pytest.mark.parametrize("name", ["retinanet_PreciseBN", "mask_rcnn_PreciseBN", "retinanet_frozen"])
+def test_population(folder, name):
+    """What a config's name says is all that it changes."""
+    detector, way = name.rsplit("_", 1)
+    reference, found = merged(folder / f"{detector}_EMA.yaml"), merged(folder / f"{name}.yaml")
+    assert not reference.get("TEST.PRECISE_BN.ENABLED")
+    assert reference["TEST.EVAL_PERIOD"] > 0
+    changed = {k for k in found if found[k] != reference.get(k)} - {"OUTPUT_DIR"}
+    if way == "frozen":
+        assert changed == {"SOLVER.FREEZE_BN_ITER"}
+        assert found["SOLVER.FREEZE_BN_ITER"] == 0.8 * found["SOLVER.MAX_ITER"]
+    else:
+        assert found["TEST.PRECISE_BN.ENABLED"]
+        assert all(k.startswith("TEST.PRECISE_BN.") for k in changed)
