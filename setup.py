@@ -29,6 +29,7 @@ setup(
         "tabulate",
         "tensorboard",
         "tqdm",
+        "matplotlib",
     ],
     extras_require={
         "test": ["pytest", "ruff"],

@@ -84,13 +84,13 @@ def _level(layer: DomainBatchNorm2d, domain: int) -> nn.BatchNorm2d:
 
 
 def brute_force(model: nn.Module, batches: Iterable[list]) -> dict[str, Moments]:
-    """The moments of all values that each layer sees, each batch's and their merge in float64."""
+    """The moments of all values that each layer sees in a copy of the model in float64."""
+    model = stock_form(model).double()
     seen: dict[str, Moments] = {}
-    handles = []
 
     def add(name: str) -> Callable:
         def hook(_: nn.Module, inputs: tuple[Tensor]) -> None:
-            values = inputs[0].movedim(1, -1).flatten(0, -2).double()
+            values = inputs[0].movedim(1, -1).flatten(0, -2)
             var, mean = torch.var_mean(values, 0, correction=0)
             new = Moments(torch.tensor(float(len(values))).double(), mean, var)
             seen[name] = Moments.merge([seen[name], new]) if name in seen else new
@@ -99,13 +99,15 @@ def brute_force(model: nn.Module, batches: Iterable[list]) -> dict[str, Moments]
 
     for name, module in model.named_modules():
         if isinstance(module, nn.BatchNorm2d):
-            handles.append(module.register_forward_pre_hook(add(name)))
+            module.register_forward_pre_hook(add(name))
     with torch.no_grad():
         for batch in batches:
-            losses_of(model, batch)
-    for handle in handles:
-        handle.remove()
+            losses_of(model, [(image.double(), _double(t), record) for image, t, record in batch])
     return seen
+
+
+def _double(target: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.double() if v.is_floating_point() else v for k, v in target.items()}
 
 
 def error(model: nn.Module, expected: dict[str, Moments]) -> float:
@@ -138,7 +140,7 @@ def measure(detector: str, args: argparse.Namespace) -> dict[str, float]:
         ours_s.append(
             _seconds(lambda m=ours: update_bn_stats(m, batches, len(batches), call=losses_of))
         )
-    expected = brute_force(stock_form(model), batches)
+    expected = brute_force(model, batches)
     adaptive = copy.deepcopy(model)
     report = update_bn_stats(
         adaptive, batches, len(batches), tolerance=args.tolerance, call=losses_of

@@ -88,3 +88,42 @@ def test_benchmark_of_shuffle():
     assert 1.5 * held < result["bytes_received_shuffle"] < 4 * held
     done = run("benchmarks/shuffle.py", "--world-size", "1")
     assert done.returncode == 2 and "--world-size: 1 is not accepted" in done.stderr
+
+
+def write_metrics(folder, values, metric="bbox/AP"):
+    folder.mkdir()
+    lines = [{"iteration": k, "lr": 0.1} for k in range(3)]
+    lines += [{"iteration": k, metric: value} for k, value in values]
+    (folder / "metrics.json").write_text("\n".join(map(json.dumps, lines)))
+
+
+def test_plot_metrics(tmp_path):
+    write_metrics(tmp_path / "a", [(99, 10.0), (199, 20.0), (99, 11.0)])
+    write_metrics(tmp_path / "b", [(99, float("nan")), (199, 25.0)])
+    output = tmp_path / "made" / "ap.png"
+    runs = [f"small/EMA={tmp_path}/a", f"small/PreciseBN={tmp_path}/b", f"large/EMA={tmp_path}/b"]
+    done = run("tools/plot_metrics.py", *runs, "--output", output)
+    assert done.returncode == 0, done.stderr
+    assert cv2.imread(str(output)).shape[1] == 9 * 120, "two panels"
+    for args, words in (
+        (
+            [f"a={tmp_path}/a", "--metric", "bbox/AQ", "--output", output],
+            "nearest names: ['bbox/AP'",
+        ),
+        ([f"a={tmp_path}/c", "--output", output], "is not the metrics.json of a run"),
+        ([str(tmp_path / "a"), "--output", output], "use LABEL=OUTPUT_DIR"),
+        ([f"a={tmp_path}/a", "--output", tmp_path / "a.jpg"], "use .png, .svg, .pdf"),
+    ):
+        done = run("tools/plot_metrics.py", *args)
+        assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_population_statistics_benchmark():
+    small = ["--rounds", "1", "--num-iters", "2", "--reference-samples", "16", "--size", "64"]
+    done = run("benchmarks/population_statistics.py", "--json", *small, "--tolerance", "100")
+    assert done.returncode == 0, done.stderr
+    for result in json.loads(done.stdout).values():
+        assert result["speedup"] > 0 and result["fixed_samples"] == 16
+        assert 0 < result["adaptive_samples"] <= 16 and result["adaptive_error"] > 0
+        # Float32's rounding, in the smallest level's sixteen values.
+        assert 0 < result["error_ours"] < 1e-4 and 0 < result["error_fvcore"] < 1e-4
