@@ -87,7 +87,7 @@ class Accumulator:
         Returns:
             for each layer whether what it saw is finite. If not all is, nothing is taken in.
         """
-        merged = [Moments.merge(of_layer) if of_layer else None for of_layer in batches]
+        merged = [_merge_all(of_layer) if of_layer else None for of_layer in batches]
         n, m, var = self._flat([(b.count, b.mean, b.var) if b else None for b in merged])
         finite = (m + var).isfinite()
         if not finite.all():
@@ -113,16 +113,14 @@ class Accumulator:
         """Count, mean and variance of each layer, zeros for None, joined; float64."""
         device = self.sums.device
         nothing = torch.zeros((), device=device)
-        counts = [layer[0] if layer else nothing for layer in layers]
-        flat = [
-            torch.stack([c.to(device).double() for c in counts]).repeat_interleave(self._repeats)
-        ]
+        counts = [layer[0].to(device) if layer else nothing.double() for layer in layers]
+        flat = [torch.stack(counts).repeat_interleave(self._repeats)]
         for field in (1, 2):
             parts = [
                 layer[field].to(device) if layer else nothing.expand(channels)
                 for layer, channels in zip(layers, self.channels, strict=True)
             ]
-            flat.append(torch.cat([p.double() for p in parts]))
+            flat.append(torch.cat(parts).double())
         return flat
 
 
@@ -173,6 +171,10 @@ def _estimate(
         return Estimate(mean, var, 1, math.inf, math.inf)
     errors = [float(squares.mean().sqrt()) for squares in (mean_error, var_error)]
     return Estimate(mean, var, num_batches, *errors)
+
+
+def _merge_all(batches: Sequence[Moments]) -> Moments:
+    return batches[0] if len(batches) == 1 else Moments.merge(batches)
 
 
 def _merge(parts: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
