@@ -73,7 +73,9 @@ class Accumulator:
         sums: what :func:`estimates` takes, one from each process, shape (12, all channels).
     """
 
-    def __init__(self, channels: Sequence[int], estimator: str, device: torch.device) -> None:
+    def __init__(
+        self, channels: Sequence[int], estimator: str, device: torch.device | None
+    ) -> None:
         self.channels, self.estimator = list(channels), estimator
         self._repeats = torch.tensor(self.channels, device=device)
         self.sums = torch.zeros(len(_Sums._fields), sum(channels), device=device).double()

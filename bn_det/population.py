@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -53,8 +54,8 @@ def update_bn_stats(
     as it will at test time.
 
     Nothing else changes: not parameters, other buffers, attributes of modules, hooks or random
-    states; nor do the statistics, if anything fails. A pass ends after the last call of the layers
-    where the rest of the model has none.
+    states; nor do the statistics, if anything fails. (It takes the memory of a second model.) A
+    pass ends after the last call of the layers where the rest of the model has none.
 
     With several ranks each runs ``num_iters`` batches of its own, of any size, and at the end one
     collective merges what they have seen. With a tolerance there is one at each check instead:
@@ -89,13 +90,16 @@ def update_bn_stats(
     layers = population_layers(model)
     if not layers:
         logger.warning("update_bn_stats: the model has no BatchNorm in training mode to update")
-        return make_report([], [], [], "no layers", "")
     observer = Observer(partial(call, model) if call else model, model, layers)
     run = _Run(observer, num_iters, estimator, tolerance, allow_short, process_group(group))
     with torch.no_grad(), ExitStack() as stack:
         for surrounding in _SURROUNDINGS:
             stack.enter_context(surrounding())
-        stack.enter_context(same_random_state({t.device for t in model.state_dict().values()}))
+        if hasattr(torch.compiler, "set_stance"):  # torch 2.6
+            # What is compiled would be compiled anew, for the layers as they are in the passes.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        tensors = chain(model.parameters(), model.buffers())
+        stack.enter_context(same_random_state({t.device for t in tensors}))
         with tqdm(total=num_iters, disable=progress is None) as bar:
             found = run.estimate(data_loader, bar)
         report = make_report(layers, found, run.samples, run.reason, run.last_layer)
@@ -146,7 +150,7 @@ class _Run:
         self.layers = layers = observer.layers
         self.num_iters, self.tolerance, self.allow_short = num_iters, tolerance, allow_short
         self.channels = [layer.module.num_features for layer in layers]
-        device = layers[0].module.running_mean.device
+        device = layers[0].module.running_mean.device if layers else None
         self.estimator = estimator
         self.accumulator = Accumulator(self.channels, estimator, device)
         self.snapshot = Snapshot(observer.model)
@@ -159,6 +163,10 @@ class _Run:
     def estimate(self, data_loader: Iterable[Any], bar: tqdm) -> list[Estimate | None]:
         """Run batches until there are enough, or as many as were asked for."""
         try:
+            if not self.layers:
+                self._raise_errors(self._gather())  # other ranks may have some
+                self.reason = "no layers"
+                return []
             self._check_length(data_loader)
             batches = iter(data_loader)
             for stop_at in _checks(self.num_iters, self.tolerance):

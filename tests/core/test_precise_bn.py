@@ -545,3 +545,7 @@ def test_compiled_model():
     report = update_bn_stats(torch.compile(model), batches, 6)
     assert torch.equal(model[1].running_var, expected[1].running_var)
     assert report.layers[0].name == "1"
+    model[1].reset_running_stats()
+    model[1].compile()
+    update_bn_stats(model, batches, 6)
+    assert torch.equal(model[1].running_var, expected[1].running_var)

@@ -162,16 +162,22 @@ def test_a_failing_rank(choices):
     assert all("1: its input has NaN or infinity in batch 2" in r[1] for r in results)
 
 
-def disagreeing(rank):
+def disagreeing(rank, frozen, tolerance):
     model = make_model()
-    if rank == 1:
-        model[3].eval()
-    update_bn_stats(model, make_batches(rank), 4)
+    for layer in frozen[rank]:
+        model[layer].eval()
+    return update_bn_stats(model, make_batches(rank), 4, tolerance=tolerance).reason
 
 
-def test_ranks_that_disagree():
+@pytest.mark.parametrize("tolerance", [0.0, 1e-9])
+@pytest.mark.parametrize("frozen", [((), (3,)), ((), (1, 3))])
+def test_ranks_that_disagree(frozen, tolerance):
     with pytest.raises(RuntimeError, match="layers in training mode is .*on rank 0 and .*rank 1"):
-        run_ranks(disagreeing, 2)
+        run_ranks(disagreeing, 2, frozen, tolerance)
+
+
+def test_no_layers_on_any_rank():
+    assert run_ranks(disagreeing, 2, ((1, 3), (1, 3)), 0.0) == ["no layers"] * 2
 
 
 def in_ddp(rank):
