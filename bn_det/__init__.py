@@ -1,7 +1,14 @@
 """bn_det: the batch in BatchNorm as a choice, in object detectors."""
 
 from .config import add_bn_det_config
-from .layers import BatchNorm2d, DomainBatchNorm2d, convert_batchnorm, ghost_groups
+from .layers import (
+    BatchNorm2d,
+    DomainBatchNorm2d,
+    SourceBatchNorm2d,
+    convert_batchnorm,
+    ghost_groups,
+    image_sources,
+)
 from .moments import Moments
 from .population import update_bn_stats
 from .shuffle import shuffle, shuffled
@@ -12,9 +19,11 @@ __all__ = [
     "BatchNorm2d",
     "DomainBatchNorm2d",
     "Moments",
+    "SourceBatchNorm2d",
     "add_bn_det_config",
     "convert_batchnorm",
     "ghost_groups",
+    "image_sources",
     "shuffle",
     "shuffled",
     "update_bn_stats",

@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 PARTS = ("RESNETS", "FPN", "RETINANET", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
 """The nodes of MODEL that have a NORM."""
 
+SOURCE_PARTS = PARTS[:3]
+"""Those that are called with images, not RoIs, and so can tell the sources of images apart."""
+
 
 def add_bn_det_config(cfg: CfgNode) -> None:
     """Add the keys of bn_det to a config that has Detectron2's, in place."""
@@ -43,6 +46,12 @@ def add_bn_det_config(cfg: CfgNode) -> None:
     cfg.MODEL.RETINANET.BN.POPULATION = "per_domain"
     # whether levels share weight and bias
     cfg.MODEL.RETINANET.BN.AFFINE = "shared"
+
+    # Parts whose BatchNorm has statistics for each source of images (DATASETS.SOURCES), and whether
+    # sources share weight and bias in backbone and FPN. See bn_det.SourceBatchNorm2d.
+    cfg.MODEL.BN_SOURCES = node()
+    cfg.MODEL.BN_SOURCES.PARTS = []
+    cfg.MODEL.BN_SOURCES.AFFINE = "shared"
 
     # Whether training mixes the RoIs of all processes before the head.
     cfg.MODEL.ROI_BOX_HEAD.SHUFFLE = False
@@ -73,6 +82,9 @@ def add_bn_det_config(cfg: CfgNode) -> None:
     # names can then stand in DATASETS.TRAIN and DATASETS.TEST.
     cfg.DATASETS.REGISTER_COCO = []
 
+    # Sources of images (labs, sensors): a list of [source, data set, data set, ...].
+    cfg.DATASETS.SOURCES = []
+
 
 def part_norm(cfg: CfgNode, part: str, others: Mapping[str, NormFactory]) -> NormFactory | None:
     """The norm that a part of the model asks for by its NORM; see ``norm_factory``.
@@ -89,6 +101,8 @@ def part_norm(cfg: CfgNode, part: str, others: Mapping[str, NormFactory]) -> Nor
         ghost_size=node.GHOST_SIZE,
         ghost_order=node.GHOST_ORDER,
         eval_statistics=_eval_statistics(cfg, part),
+        num_sources=_num_sources(cfg, part),
+        source_affine=cfg.MODEL.BN_SOURCES.AFFINE,
     )
 
 
@@ -128,6 +142,7 @@ def retinanet_norm(
         ghost_size=node.GHOST_SIZE,
         ghost_order=node.GHOST_ORDER,
         eval_statistics=_eval_statistics(cfg, "RETINANET"),
+        num_sources=_num_sources(cfg, "RETINANET"),
     )
 
 
@@ -162,6 +177,7 @@ def load_config(cfg: CfgNode, config_file: str, opts: Sequence[str], host: str) 
     for part in PARTS:
         choose(f"MODEL.{part}.GHOST_ORDER", cfg.MODEL[part].GHOST_ORDER, GHOST_ORDERS)
     _check_bn_statistics(cfg)
+    _check_sources(cfg)
     _check_precise_bn(cfg)
 
 
@@ -180,6 +196,11 @@ def uses_precise_bn(cfg: CfgNode) -> bool:
     """Whether a training needs a PreciseBN hook, now and then or before freezing."""
     before_freezing = cfg.SOLVER.FREEZE_BN_ITER > 0 and cfg.SOLVER.FREEZE_BN_PRECISE
     return cfg.TEST.PRECISE_BN.ENABLED or before_freezing
+
+
+def source_of(cfg: CfgNode) -> dict[str, int]:
+    """The number of the source of each data set that DATASETS.SOURCES names."""
+    return {name: k for k, (_, *names) in enumerate(cfg.DATASETS.SOURCES) for name in names}
 
 
 def check_ims_per_batch(cfg: CfgNode, num_processes: int) -> None:
@@ -217,6 +238,50 @@ def _eval_statistics(cfg: CfgNode, part: str) -> str:
     """What normalizes a part in evaluation."""
     parts = cfg.TEST.BN_STATISTICS_PARTS
     return cfg.TEST.BN_STATISTICS if part in parts or not parts else "population"
+
+
+def _num_sources(cfg: CfgNode, part: str) -> int:
+    """How many sources a part has statistics for; 0 where it does not tell them apart."""
+    return len(cfg.DATASETS.SOURCES) if part in cfg.MODEL.BN_SOURCES.PARTS else 0
+
+
+def _check_sources(cfg: CfgNode) -> None:
+    """Raise InputError unless every data set is of a source, where some part tells them apart."""
+    node, entries = cfg.MODEL.BN_SOURCES, cfg.DATASETS.SOURCES
+    choose("MODEL.BN_SOURCES.AFFINE", node.AFFINE, SHARING)
+    for entry in entries:
+        is_list = isinstance(entry, (list, tuple)) and len(entry) > 1
+        if not is_list or not all(isinstance(e, str) for e in entry):
+            raise InputError(
+                f"DATASETS.SOURCES: {entry!r} is not accepted; each entry is a list [source, data "
+                "set, ...] with one data set or more"
+            )
+    names = [name for _, *names in entries for name in names]
+    for what, values in (("source", [entry[0] for entry in entries]), ("data set", names)):
+        twice = [value for value in values if values.count(value) > 1]
+        if twice:
+            raise InputError(f"DATASETS.SOURCES: the {what} {twice[0]!r} stands there twice")
+    if not node.PARTS:
+        return
+    choose("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, _NAME_SOURCES)
+    for part in node.PARTS:
+        choose("MODEL.BN_SOURCES.PARTS", part, SOURCE_PARTS)
+        if not has_our_batch_norm(cfg, part):
+            raise InputError(
+                f"MODEL.BN_SOURCES.PARTS: {part!r} is not accepted with MODEL.{part}.NORM "
+                f"{cfg.MODEL[part].NORM!r}; use a NORM in {list(BATCH_NORMS)}, and our component"
+            )
+    for split in ("TRAIN", "TEST"):
+        for name in cfg.DATASETS[split]:
+            if name not in names:
+                raise InputError(
+                    f"DATASETS.{split}: {name!r} is of no source; add it to the list of its "
+                    f"source in DATASETS.SOURCES, which has {[list(e) for e in entries]}"
+                )
+
+
+_NAME_SOURCES = ("BNRetinaNet", "BNGeneralizedRCNN")
+"""The meta-architectures that tell their layers the images' sources."""
 
 
 def _check_bn_statistics(cfg: CfgNode) -> None:

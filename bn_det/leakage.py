@@ -62,7 +62,8 @@ class Estimate(NamedTuple):
 
 def check_architecture(cfg: CfgNode) -> None:
     """Raise InputError unless the config's detector has a box head that RoIs are sampled for."""
-    choose("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, ["GeneralizedRCNN"])
+    accepted = ["GeneralizedRCNN", "BNGeneralizedRCNN"]
+    choose("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, accepted)
 
 
 @torch.no_grad()

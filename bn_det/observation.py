@@ -35,7 +35,7 @@ class PopulationLayer(NamedTuple):
     name: str
     module: _BatchNorm
     owner: _BatchNorm
-    domains: range
+    domains: list[int]
 
 
 def population_layers(model: nn.Module) -> list[PopulationLayer]:
@@ -47,15 +47,12 @@ def population_layers(model: nn.Module) -> list[PopulationLayer]:
             continue
         if isinstance(owner, DomainBatchNorm2d):
             parts.update(owner.children())
-            if owner.population == "per_domain":
-                layers += [
-                    PopulationLayer(f"{name}.{k}".lstrip("."), part, owner, range(k, k + 1))
-                    for k, part in enumerate(owner.children())
-                ]
-                continue
-            layers.append(PopulationLayer(name, owner, owner, range(owner.num_domains)))
+            domains: dict[_BatchNorm, list[int]] = {}
+            for k in range(owner.num_domains):
+                domains.setdefault(owner.population_of(k), []).append(k)
+            layers += [PopulationLayer(names[m], m, owner, ks) for m, ks in domains.items()]
         else:
-            layers.append(PopulationLayer(name, owner, owner, range(1)))
+            layers.append(PopulationLayer(name, owner, owner, [0]))
     return [
         layer
         for layer in layers
@@ -189,7 +186,7 @@ def _forward(layer: PopulationLayer, take: Callable[[list[Batch]], None], x: Ten
 
 
 def _after_call(
-    parts: list[tuple[int, range]],
+    parts: list[tuple[int, list[int]]],
     samples: list[int],
     calls: dict[nn.Module, int],
     stop_at: dict[nn.Module, int] | None,
@@ -199,9 +196,9 @@ def _after_call(
     _: Any,
 ) -> None:
     x = args[0] if args else next(iter(kwargs.values()))
-    domains = [x] if isinstance(x, Tensor) else x
-    for index, of_layer in parts:
-        samples[index] += sum(len(domains[k]) for k in of_layer)
+    sizes = owner.num_samples(x) if isinstance(owner, DomainBatchNorm2d) else [len(x)]
+    for index, domains in parts:
+        samples[index] += sum(sizes[k] for k in domains)
     calls[owner] += 1
     if stop_at is not None and all(n >= stop_at[o] for o, n in calls.items()):
         raise _Done

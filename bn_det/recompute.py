@@ -75,21 +75,21 @@ def with_population(cfg: CfgNode, population: str | None) -> CfgNode:
 
 
 def transfer(source: nn.Module, target: nn.Module) -> None:
-    """Load a model's state into one that may hold other domains' statistics.
+    """Load a model's state into one whose levels share statistics where its own do not, or not.
 
     A domain without statistics of its own begins with the shared ones; shared ones with those of
     the first domain. To be recomputed: what follows from them alone would be wrong.
     """
-    state = source.state_dict()
+    shared = target.state_dict()
+    shared.update((k, v) for k, v in source.state_dict().items() if k in shared)
+    target.load_state_dict(shared)
+    layers = dict(source.named_modules())
     for name, module in target.named_modules():
         if isinstance(module, DomainBatchNorm2d):
-            for buffer in ("running_mean", "running_var", "num_batches_tracked"):
-                own, first = f"{name}.{buffer}", f"{name}.0.{buffer}"
-                found = state.get(own, state.get(first))
-                for key in (own, *(f"{name}.{k}.{buffer}" for k in range(module.num_domains))):
-                    state.setdefault(key, found)
-    wanted = target.state_dict()
-    target.load_state_dict({key: state[key] for key in wanted})
+            for k in reversed(range(module.num_domains)):
+                old, new = layers[name].population_of(k), module.population_of(k)
+                for buffer in ("running_mean", "running_var", "num_batches_tracked"):
+                    getattr(new, buffer).copy_(getattr(old, buffer))
 
 
 def recompute(

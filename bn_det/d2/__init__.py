@@ -6,10 +6,12 @@ from .datasets import register_datasets
 from .hooks import AverageStatistics, FreezeBN, PreciseBN, build_precise_bn
 from .retinanet import BNRetinaNet, BNRetinaNetHead
 from .roi_heads import BNFastRCNNConvFCHead, BNMaskRCNNConvUpsampleHead
+from .sources import BNGeneralizedRCNN
 
 __all__ = [
     "AverageStatistics",
     "BNFastRCNNConvFCHead",
+    "BNGeneralizedRCNN",
     "BNMaskRCNNConvUpsampleHead",
     "BNRetinaNet",
     "BNRetinaNetHead",

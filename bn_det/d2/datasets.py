@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
-from ..data.coco import CocoSource, prepare, readable, registered_sources, shapes_sources
+from ..config import source_of
+from ..data.coco import (
+    CocoSource,
+    check_names,
+    prepare,
+    readable,
+    registered_sources,
+    shapes_sources,
+)
 
 
 def register_datasets(cfg: CfgNode) -> None:
-    """Register the data sets of DATASETS.REGISTER_COCO. A name can be registered again."""
+    """Register the data sets of DATASETS.REGISTER_COCO, and name the sources of DATASETS.SOURCES.
+
+    A name can be registered again. The images of any registered data set that DATASETS.SOURCES
+    names have the number of its source in their dicts, under "source".
+    """
     _register(registered_sources(cfg))
+    check_names("DATASETS.SOURCES", source_of(cfg), DatasetCatalog.list())
+    for name, source in source_of(cfg).items():
+        load = DatasetCatalog.pop(name)
+        if isinstance(load, partial) and load.func is _load_with_source:  # of another config
+            load = load.args[0]
+        DatasetCatalog.register(name, partial(_load_with_source, load, source))
+
+
+def _load_with_source(load: Callable[[], list[dict]], source: int) -> list[dict]:
+    return [{**record, "source": source} for record in load()]
 
 
 def _register(sources: dict[str, CocoSource]) -> None:

@@ -18,6 +18,7 @@ from detectron2.modeling import GeneralizedRCNN
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from ..layers import record_sources
 from ..leakage import Estimate, RoIBatch, check_architecture, measure_leakage
 from .train import load_model, setup
 
@@ -50,7 +51,7 @@ def _sampled_rois(model: GeneralizedRCNN, loader: Any) -> Iterator[RoIBatch]:
     proposal_generator.training = True  # itself, not what is in it
     try:
         for inputs in loader:
-            with torch.no_grad(), EventStorage():
+            with torch.no_grad(), EventStorage(), record_sources(inputs):
                 images = model.preprocess_image(inputs)
                 truth = [x["instances"].to(model.device) for x in inputs]
                 features = model.backbone(images.tensor)

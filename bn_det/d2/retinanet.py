@@ -14,6 +14,7 @@ from torch import Tensor
 from ..config import retinanet_norm
 from ..layers import forward_levels
 from .norms import NORMS
+from .sources import NamesSources
 
 
 class BNRetinaNetHead(RetinaNetHead):
@@ -38,7 +39,7 @@ class BNRetinaNetHead(RetinaNetHead):
 
 
 @META_ARCH_REGISTRY.register()
-class BNRetinaNet(RetinaNet):
+class BNRetinaNet(NamesSources, RetinaNet):
     """Detectron2's RetinaNet with :class:`BNRetinaNetHead`."""
 
     @classmethod

@@ -99,7 +99,11 @@ def check_num_classes(cfg: CfgNode, key: str, name: str, found: int) -> None:
 
     Other architectures than those of our configs are not looked at.
     """
-    parts = {"BNRetinaNet": "RETINANET", "GeneralizedRCNN": "ROI_HEADS"}
+    parts = {
+        "BNRetinaNet": "RETINANET",
+        "GeneralizedRCNN": "ROI_HEADS",
+        "BNGeneralizedRCNN": "ROI_HEADS",
+    }
     part = parts.get(cfg.MODEL.META_ARCHITECTURE)
     if part and found > cfg.MODEL[part].NUM_CLASSES:
         raise InputError(

@@ -6,15 +6,19 @@ from .domain_batch_norm import SHARING, DomainBatchNorm2d
 from .ghost import ghost_groups
 from .levels import forward_levels
 from .norms import BATCH_NORMS, level_norm_factory, norm_factory
+from .sources import SourceBatchNorm2d, image_sources, record_sources
 
 __all__ = [
     "BATCH_NORMS",
     "SHARING",
     "BatchNorm2d",
     "DomainBatchNorm2d",
+    "SourceBatchNorm2d",
     "convert_batchnorm",
     "forward_levels",
     "ghost_groups",
+    "image_sources",
     "level_norm_factory",
     "norm_factory",
+    "record_sources",
 ]

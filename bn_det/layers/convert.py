@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import nn
 
 from .domain_batch_norm import DomainBatchNorm2d
+from .sources import SourceBatchNorm2d
 
 
 def convert_batchnorm(module: nn.Module, make: Callable[[int], nn.Module]) -> nn.Module:
@@ -24,7 +25,8 @@ def convert_batchnorm(module: nn.Module, make: Callable[[int], nn.Module]) -> nn
     Returns:
         The module itself, or the new layer if the module is a BatchNorm. A new layer holds the old
         one's parameters and buffers (the same objects where both have them registered alike, so
-        that optimizers stay valid), eps, momentum and training mode.
+        that optimizers stay valid; in a :class:`SourceBatchNorm2d` copies), eps, momentum and
+        training mode.
 
     Raises:
         ValueError: the old layer has parameters or buffers that the new one has no place for, or
@@ -53,6 +55,8 @@ def _convert(
 
 def _with_state_of(old: nn.Module, new: nn.Module) -> nn.Module:
     """Give a new layer everything that the old one has."""
+    if isinstance(new, SourceBatchNorm2d):
+        return _with_copies_of(old, new)
     for name in ("eps", "momentum", "affine", "track_running_stats"):
         if hasattr(new, name):
             setattr(new, name, getattr(old, name))
@@ -65,3 +69,14 @@ def _with_state_of(old: nn.Module, new: nn.Module) -> nn.Module:
         elif name != "num_batches_tracked" and (value is not None or name in new._buffers):
             raise ValueError(f"{type(new).__name__} cannot hold the {name} of {old}")
     return new.train(old.training)
+
+
+def _with_copies_of(old: nn.Module, new: SourceBatchNorm2d) -> nn.Module:
+    """Give each source of a new layer everything that the old layer has."""
+    try:
+        new.load_state_dict(old.state_dict())
+    except RuntimeError as e:
+        raise ValueError(f"{type(new).__name__} cannot hold the state of {old}: {e}") from e
+    for part in (new, *new.children()):
+        part.eps, part.momentum = old.eps, old.momentum
+    return new.to(next(iter(old.state_dict().values()))).train(old.training)

@@ -109,11 +109,7 @@ class DomainBatchNorm2d(BatchNorm2d):
         # One partition for all, so that a random one has the same samples in each domain.
         partitions = {n: self.ghosts(n, groups) for n in dict.fromkeys(map(len, xs))}
         ghosts = [partitions[len(x)] for x in xs]
-        if self.statistics == "shared" and len({len(g.sizes) for g in ghosts}) > 1:
-            raise ValueError(
-                f"domains of {[len(x) for x in xs]} samples have no ghost batches in common; use "
-                "statistics 'per_domain', or as many samples in each"
-            )
+        self._check_ghosts(ghosts)
         one_each = group is None and all(len(g.sizes) == 1 for g in ghosts)
         if one_each and (self.statistics == "per_domain" or not any(x.numel() for x in xs)):
             return [self._normalize_by_domain(k, x) for k, x in enumerate(xs)]
@@ -123,6 +119,10 @@ class DomainBatchNorm2d(BatchNorm2d):
     def normalizes_by_batch(self) -> bool:
         return self.training or self.eval_statistics == "batch"
 
+    def batch_of(self, domain: int) -> int:
+        """The number of the normalization batch that the domain's samples are in."""
+        return 0 if self.statistics == "shared" else domain
+
     def population_of(self, domain: int) -> BatchNorm2d:
         """The module that holds the domain's population statistics."""
         return self if self.population == "shared" else self.get_submodule(str(domain))
@@ -130,6 +130,14 @@ class DomainBatchNorm2d(BatchNorm2d):
     def affine_of(self, domain: int) -> BatchNorm2d:
         """The module that holds the domain's weight and bias."""
         return self if self.affine_sharing == "shared" else self.get_submodule(str(domain))
+
+    def name_of(self, domain: int) -> str:
+        """What messages call the domain."""
+        return f"domain {domain}"
+
+    def num_samples(self, xs: Sequence[Tensor]) -> list[int]:
+        """The number of samples of each domain in an input."""
+        return [len(x) for x in xs]
 
     def extra_repr(self) -> str:
         choices = (
@@ -153,7 +161,7 @@ class DomainBatchNorm2d(BatchNorm2d):
     def _normalize_by_domain(self, domain: int, x: Tensor) -> Tensor:
         affine = self.affine_of(domain)
         return self.population_of(domain).normalize_by_batch(
-            x, affine.weight, affine.bias, f"domain {domain}: "
+            x, affine.weight, affine.bias, f"{self.name_of(domain)}: "
         )
 
     def _normalize_jointly(
@@ -163,18 +171,20 @@ class DomainBatchNorm2d(BatchNorm2d):
         pieces = [piece for g, x in zip(ghosts, xs, strict=True) for piece in g.split(x)]
         domain_of = [k for k, g in enumerate(ghosts) for _ in g.sizes]
         parts = self.batches_of(pieces, group)
-        by_domain = _grouped(parts, domain_of)
-        batch_of = range(len(pieces))
-        if self.statistics == "shared":
-            batch_of = [b for g in ghosts for b in range(len(g.sizes))]
+        keys = [(self.batch_of(k), b) for k, g in enumerate(ghosts) for b in range(len(g.sizes))]
+        index = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+        batch_of = [index[key] for key in keys]
         batches = [Batch.merge(of_batch) for of_batch in _grouped(parts, batch_of)]
         if self.statistics == "shared":
             check_batch_sizes(batches, "all domains together: ")
+        by_domain = _grouped(parts, domain_of)
         if "per_domain" in (self.statistics, self.population):  # a domain needs its own variance
             for k, of_domain in enumerate(by_domain):
-                check_batch_sizes(of_domain, f"domain {k}: ")
+                check_batch_sizes(of_domain, f"{self.name_of(k)}: ")
         if self.statistics == self.population == "shared":
-            self.update_population_statistics(batches)
+            first_domain = {self.batch_of(k): k for k in reversed(range(self.num_domains))}
+            for b, of_domains in enumerate(_grouped(batches, [key[0] for key in index])):
+                self.population_of(first_domain[b]).update_population_statistics(of_domains)
         else:
             for k, of_domain in enumerate(by_domain):
                 self.population_of(k).update_population_statistics(of_domain)
@@ -204,9 +214,20 @@ class DomainBatchNorm2d(BatchNorm2d):
         for k, x in enumerate(xs):
             if x.dim() != 4 or x.shape[1] != self.num_features:
                 raise ValueError(
-                    f"domain {k}: shape (N, {self.num_features}, H, W) expected, "
+                    f"{self.name_of(k)}: shape (N, {self.num_features}, H, W) expected, "
                     f"got {tuple(x.shape)}"
                 )
+
+    def _check_ghosts(self, ghosts: Sequence[GhostBatches]) -> None:
+        """Domains that are normalized together need as many ghost batches."""
+        counts: dict[int, set[int]] = {}
+        for k, g in enumerate(ghosts):
+            counts.setdefault(self.batch_of(k), set()).add(len(g.sizes))
+        if any(len(c) > 1 for c in counts.values()):
+            raise ValueError(
+                f"domains of {[sum(g.sizes) for g in ghosts]} samples have no ghost batches in "
+                "common; use statistics 'per_domain', or as many samples in each"
+            )
 
 
 T = TypeVar("T")

@@ -10,6 +10,7 @@ from torch import nn
 from ..errors import InputError
 from .batch_norm import BatchNorm2d
 from .domain_batch_norm import DomainBatchNorm2d
+from .sources import SourceBatchNorm2d
 
 NormFactory = Callable[[int], nn.Module]
 """From a number of channels to a layer for inputs of shape (N, C, H, W)."""
@@ -27,6 +28,8 @@ def norm_factory(
     ghost_size: int = 0,
     ghost_order: str = "contiguous",
     eval_statistics: str = "population",
+    num_sources: int = 0,
+    source_affine: str = "shared",
 ) -> NormFactory | None:
     """The layer that a name stands for.
 
@@ -39,6 +42,9 @@ def norm_factory(
         key: what the error calls the value, a config key for example.
         ghost_size, ghost_order: for "GhostBN".
         eval_statistics: what normalizes in evaluation, for our layers.
+        num_sources: if not 0, our layers normalize images of so many sources, each by itself
+            (:class:`SourceBatchNorm2d`).
+        source_affine: then, whether sources share weight and bias: "shared" or "per_domain".
 
     Returns:
         A callable from the number of channels to the layer, or None for no normalization.
@@ -47,6 +53,13 @@ def norm_factory(
         InputError: the name is unknown, or "GhostBN" has no size.
     """
     layer = partial(BatchNorm2d, eval_statistics=eval_statistics)
+    if num_sources:
+        layer = partial(
+            SourceBatchNorm2d,
+            num_sources=num_sources,
+            affine=source_affine,
+            eval_statistics=eval_statistics,
+        )
     return _factory(norm, layer, others, key, ghost_size, ghost_order)
 
 
@@ -62,15 +75,19 @@ def level_norm_factory(
     ghost_size: int = 0,
     ghost_order: str = "contiguous",
     eval_statistics: str = "population",
+    num_sources: int = 0,
 ) -> NormFactory | None:
     """As :func:`norm_factory`, for a head that is applied to several feature levels.
 
     "BN", "SyncBN" and "GhostBN" stand for :class:`DomainBatchNorm2d` over ``num_levels`` domains
-    with the three choices; the others are applied to each level by itself.
+    with the three choices, and with ``num_sources`` for :class:`SourceBatchNorm2d`; the others are
+    applied to each level by itself.
     """
+    layer = partial(DomainBatchNorm2d, num_domains=num_levels)
+    if num_sources:
+        layer = partial(SourceBatchNorm2d, num_sources=num_sources, num_levels=num_levels)
     joint = partial(
-        DomainBatchNorm2d,
-        num_domains=num_levels,
+        layer,
         statistics=statistics,
         population=population,
         affine=affine,

@@ -10,6 +10,9 @@ from ..errors import InputError, choose
 NUM_LEVELS = 5
 """The levels that have anchors: p3 to p7 of RetinaNet, p2 to p6 of the R-CNNs."""
 
+RCNNS = ("GeneralizedRCNN", "BNGeneralizedRCNN")
+"""Detectron2's, and ours, which tells its layers the sources of images; here they are one."""
+
 POOLER_TYPES = {"ROIAlign": False, "ROIAlignV2": True}
 """How RoIs are pooled, and whether that is RoIAlign with the correction by half a pixel."""
 
@@ -140,7 +143,7 @@ def get_cfg() -> CfgNode:
 
 def check_cfg(cfg: CfgNode) -> None:
     """Raise InputError if a value asks for what the torchvision host does not have."""
-    architectures = {"BNRetinaNet": _check_retinanet, "GeneralizedRCNN": _check_rcnn}
+    architectures = {"BNRetinaNet": _check_retinanet, **dict.fromkeys(RCNNS, _check_rcnn)}
     choose("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, architectures)
     architectures[cfg.MODEL.META_ARCHITECTURE](cfg)
     _check_resnet(cfg)

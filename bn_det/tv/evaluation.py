@@ -21,6 +21,7 @@ from ..checkpoint import write_aside
 from ..comm import share, world
 from ..data.coco import CocoDataset
 from ..data.masks import encode_mask
+from ..layers import record_sources
 from ..progress import with_progress
 from .masks import paste_mask
 
@@ -76,7 +77,7 @@ def predict(model: nn.Module, loader: Iterable[list], dataset: CocoDataset) -> l
     try:
         for batch in with_progress(loader, total, logger, "Inference done %d/%d", len):
             images, _, records = zip(*batch, strict=True)
-            with torch.inference_mode():
+            with torch.inference_mode(), record_sources(records):
                 outputs = model([image.to(device) for image in images])
             for image, record, output in zip(images, records, outputs, strict=True):
                 predictions += _to_coco(output, image.shape[-2:], record, dataset.category_ids)

@@ -10,6 +10,7 @@ from fvcore.common.config import CfgNode
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from ..data.coco import CocoDataset
+from ..layers import record_sources
 from ..leakage import Estimate, RoIBatch, check_architecture, measure_leakage
 from .data import build_test_loader, has_objects
 from .train import load_model, setup
@@ -47,9 +48,9 @@ def _sampled_rois(model: GeneralizedRCNN, loader: Iterable[list]) -> Iterator[Ro
     model.rpn.training = True  # itself, not what is in it
     try:
         for batch in loader:
-            images, targets, _ = zip(*batch, strict=True)
+            images, targets, records = zip(*batch, strict=True)
             targets = [{k: v.to(device) for k, v in target.items()} for target in targets]
-            with torch.no_grad():
+            with torch.no_grad(), record_sources(records):
                 images, targets = model.transform([i.to(device) for i in images], targets)
                 features = model.backbone(images.tensors)
                 proposals, _ = model.rpn(images, features, targets)

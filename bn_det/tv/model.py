@@ -18,8 +18,8 @@ from torchvision.ops.feature_pyramid_network import (
 )
 
 from ..config import part_norm, retinanet_norm
-from ..layers import convert_batchnorm
-from .config import NUM_LEVELS, check_cfg
+from ..layers import BATCH_NORMS, convert_batchnorm
+from .config import NUM_LEVELS, RCNNS, check_cfg
 from .norms import NORMS
 from .rcnn import build_rcnn
 from .retinanet import BNRetinaNetHead
@@ -43,8 +43,8 @@ def build_model(cfg: CfgNode) -> RetinaNet | GeneralizedRCNN:
     transform = _NormalizeAndPad(
         0, 0, list(cfg.MODEL.PIXEL_MEAN), list(cfg.MODEL.PIXEL_STD), size_divisible=32
     )
-    builders = {"BNRetinaNet": _build_retinanet, "GeneralizedRCNN": _build_rcnn}
-    model = builders[cfg.MODEL.META_ARCHITECTURE](cfg, transform)
+    is_rcnn = cfg.MODEL.META_ARCHITECTURE in RCNNS
+    model = (_build_rcnn if is_rcnn else _build_retinanet)(cfg, transform)
     return model.to(cfg.MODEL.DEVICE)
 
 
@@ -84,8 +84,11 @@ def build_backbone(cfg: CfgNode) -> BackboneWithFPN:
     """
     depth = cfg.MODEL.RESNETS.DEPTH
     norm = part_norm(cfg, "RESNETS", NORMS) or nn.Identity
-    body = getattr(resnet, f"resnet{depth}")(norm_layer=norm)
+    ours = cfg.MODEL.RESNETS.NORM in BATCH_NORMS
+    body = getattr(resnet, f"resnet{depth}")(norm_layer=nn.BatchNorm2d if ours else norm)
     _freeze(body, cfg.MODEL.BACKBONE.FREEZE_AT)
+    if ours:  # in what is not frozen
+        convert_batchnorm(body, norm)
     channels = {f: cfg.MODEL.RESNETS.RES2_OUT_CHANNELS * 2**k for k, f in enumerate(_STAGES)}
     features = cfg.MODEL.FPN.IN_FEATURES
     return BackboneWithFPN(
@@ -99,7 +102,7 @@ def build_backbone(cfg: CfgNode) -> BackboneWithFPN:
 
 
 def _top_block(cfg: CfgNode, res5_channels: int) -> ExtraFPNBlock:
-    if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN":
+    if cfg.MODEL.META_ARCHITECTURE in RCNNS:
         return LastLevelMaxPool()
     top_block = LastLevelP6P7(res5_channels, cfg.MODEL.FPN.OUT_CHANNELS)
     top_block.use_P5 = False  # torchvision's choice where both have as many channels

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..comm import world
 from ..command import start
+from ..layers import record_sources
 from ..recompute import check, config_opts, run, with_population
 from .data import build_test_loader, build_train_loader
 from .model import build_model
@@ -58,4 +59,5 @@ def _test_batches(cfg: CfgNode) -> Iterable[list]:
 
 def _detect(model: nn.Module, batch: list) -> list[dict[str, Tensor]]:
     device = next(model.parameters()).device
-    return model([image.to(device) for image, _, _ in batch])
+    with record_sources([record for _, _, record in batch]):
+        return model([image.to(device) for image, _, _ in batch])

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint import Checkpointer
 from ..comm import all_gather, process_group, world
-from ..config import precise_bn_of, uses_precise_bn
+from ..config import precise_bn_of, source_of, uses_precise_bn
 from ..data.coco import (
     CocoDataset,
     builtin_sources,
@@ -31,6 +31,7 @@ from ..data.coco import (
 )
 from ..errors import InputError
 from ..hooks import Hook, PreciseBN, build_hooks
+from ..layers import record_sources
 from .data import build_test_loader, build_train_loader
 from .evaluation import evaluate
 from .model import build_model
@@ -225,11 +226,12 @@ class Trainer:
 def losses_of(model: nn.Module, batch: list) -> dict[str, Tensor]:
     """Of a model in training mode on a batch of the loader."""
     device = next(model.parameters()).device
-    images, targets, _ = zip(*batch, strict=True)
-    return model(
-        [image.to(device) for image in images],
-        [{k: v.to(device) for k, v in target.items()} for target in targets],
-    )
+    images, targets, records = zip(*batch, strict=True)
+    with record_sources(records):
+        return model(
+            [image.to(device) for image in images],
+            [{k: v.to(device) for k, v in target.items()} for target in targets],
+        )
 
 
 class _PreciseBatches:
@@ -290,6 +292,8 @@ def load_datasets(cfg: CfgNode, split: str) -> list[CocoDataset]:
                 f"{dataset.category_names}, {datasets[0].name} has {datasets[0].category_names}"
             )
         check_num_classes(cfg, key, dataset.name, len(dataset.category_ids))
+        for record in dataset.records:
+            record["source"] = source_of(cfg).get(dataset.name)
     return datasets
 
 

@@ -1,0 +1,224 @@
+"""Images of several sources: which is of which, and batch normalization of each by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .domain_batch_norm import DomainBatchNorm2d
+
+
+class _Images:
+    """The sources of a batch's images, and how a tensor of their features is taken apart."""
+
+    def __init__(self, sources: Iterable[int | None]) -> None:
+        self.sources = list(sources)
+        self._orders: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def sizes(self, num_sources: int) -> list[int]:
+        """How many images each source has."""
+        for k, source in enumerate(self.sources):
+            if source not in range(num_sources):
+                raise InputError(
+                    f"image {k} of the batch is of source {source!r}, and the layer knows the "
+                    f"sources 0 to {num_sources - 1}; {_HOW_TO_NAME}"
+                )
+        return [self.sources.count(s) for s in range(num_sources)]
+
+    def split(self, x: Tensor, num_sources: int) -> Sequence[Tensor]:
+        """From (N, *) to one tensor for each source, an empty one where it has no image."""
+        sizes = self.sizes(num_sources)
+        if len(x) != len(self.sources):
+            raise InputError(
+                f"the sources of {len(self.sources)} images are named, and the layer got "
+                f"{len(x)} samples: RoIs, for example, have no source"
+            )
+        if not self._in_order:
+            x = x.index_select(0, self._order(x.device)[0])
+        return x.split(sizes)
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The reverse of split."""
+        x = torch.cat(list(parts))
+        return x if self._in_order else x.index_select(0, self._order(x.device)[1])
+
+    @property
+    def _in_order(self) -> bool:
+        return self.sources == sorted(self.sources)
+
+    def _order(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The images' indices, source by source, and the inverse permutation."""
+        if device not in self._orders:
+            order = torch.tensor(self.sources).argsort(stable=True)
+            self._orders[device] = order.to(device), order.argsort().to(device)
+        return self._orders[device]
+
+
+_HOW_TO_NAME = (
+    "name the sources of a batch by bn_det.image_sources; in a detector from a config, by "
+    "DATASETS.SOURCES for a whole data set, or by the key 'source' in an image's dict"
+)
+
+_IMAGES: ContextVar[_Images | None] = ContextVar("images", default=None)
+
+
+@contextmanager
+def image_sources(sources: Iterable[int | None]) -> Iterator[None]:
+    """Inside the block, the sources of the images that a model is called with.
+
+        with bn_det.image_sources([0, 0, 1]):
+            losses = model(three_images)
+
+    For every :class:`SourceBatchNorm2d` in the model. With activation checkpointing the backward
+    pass has to be in the block, too.
+
+    Args:
+        sources: for each image the number of its source (data set, lab), counted from 0; None for
+            an unknown one, which those layers refuse.
+    """
+    token = _IMAGES.set(_Images(sources))
+    try:
+        yield
+    finally:
+        _IMAGES.reset(token)
+
+
+def record_sources(records: Iterable[Mapping[str, Any]]) -> Any:
+    """:func:`image_sources` of images' dicts: what they have under "source"."""
+    return image_sources([record.get("source") for record in records])
+
+
+class SourceBatchNorm2d(DomainBatchNorm2d):
+    """Batch normalization with statistics for each source of images (data set, lab).
+
+    Which image is of which source is said around the forward pass (:func:`image_sources`). A batch
+    may hold images of one or of several sources; each source's are normalized together, and by
+    their own population statistics in evaluation (Chang et al., *Domain-Specific Batch
+    Normalization for Unsupervised Domain Adaptation*, 2019).
+
+    It is a :class:`DomainBatchNorm2d` whose domains are the sources: ``K.running_mean`` is of
+    source K. For a head on several feature levels, ``statistics`` and ``population`` say what the
+    levels of one source have in common; with a ``population`` per domain, a level of a source is a
+    domain, and ``K.running_mean`` of source ``K // num_levels`` and level ``K % num_levels``.
+    The affine is shared by all, or is each domain's own.
+
+    A state dict of the same layer without sources can be loaded: each source then begins with its
+    statistics.
+
+    Args:
+        num_features: number of channels C.
+        num_sources: number of sources.
+        num_levels: length of the lists that it takes; None for a layer that takes a tensor.
+        eps, momentum: as in ``nn.BatchNorm2d``.
+        statistics, population: of the levels of a source, "shared" or "per_domain".
+        affine: "shared" or "per_domain".
+        choices: as in :class:`DomainBatchNorm2d`.
+
+    Shape:
+        (N, C, H, W) to the same, or a list of ``num_levels`` such tensors to the same.
+
+    Raises:
+        InputError: from the forward pass, if an image's source is not named or is unknown; if in
+            training a normalization batch has a single value per channel.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_sources: int,
+        num_levels: int | None = None,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        *,
+        statistics: str = "per_domain",
+        population: str = "per_domain",
+        affine: str = "shared",
+        **choices: Any,
+    ) -> None:
+        if num_sources < 1:
+            raise InputError(f"num_sources: {num_sources!r} is not accepted; use 1 or more")
+        self._levels = num_levels or 1
+        super().__init__(
+            num_features,
+            num_sources * self._levels,
+            eps,
+            momentum,
+            statistics=statistics,
+            population="per_domain",
+            affine=affine,
+            **choices,
+        )
+        self.num_sources, self.num_levels = num_sources, num_levels
+        if population != "per_domain":
+            self.population = population
+            for k in range(num_sources, self.num_domains):
+                delattr(self, str(k))
+
+    def forward(
+        self, xs: Tensor | Sequence[Tensor], groups: Tensor | None = None
+    ) -> Tensor | list[Tensor]:
+        """Normalize a tensor, or those of all levels. Groups are not accepted."""
+        if groups is not None:
+            raise ValueError("groups: not accepted by a layer that normalizes by source")
+        images, levels = _images(), [xs] if self.num_levels is None else xs
+        self._check_levels(levels)
+        parts = [images.split(x, self.num_sources) for x in levels]
+        # Source by source, as batch_of and population_of count the domains.
+        ys = super().forward([part for of_source in zip(*parts, strict=True) for part in of_source])
+        joined = [images.join(ys[level :: self._levels]) for level in range(self._levels)]
+        return joined[0] if self.num_levels is None else joined
+
+    def batch_of(self, domain: int) -> int:
+        return domain // self._levels if self.statistics == "shared" else domain
+
+    def population_of(self, domain: int) -> torch.nn.Module:
+        shared = self.population == "shared"
+        return self.get_submodule(str(domain // self._levels if shared else domain))
+
+    def affine_of(self, domain: int) -> torch.nn.Module:
+        return self if self.affine_sharing == "shared" else self.population_of(domain)
+
+    def name_of(self, domain: int) -> str:
+        source, level = divmod(domain, self._levels)
+        return f"source {source}" + ("" if self.num_levels is None else f", domain {level}")
+
+    def num_samples(self, xs: Tensor | Sequence[Tensor]) -> list[int]:
+        return [n for n in _images().sizes(self.num_sources) for _ in range(self._levels)]
+
+    def extra_repr(self) -> str:
+        levels = "" if self.num_levels is None else f", num_levels={self.num_levels}"
+        return f"{super().extra_repr()}, num_sources={self.num_sources}{levels}"
+
+    def _check_levels(self, levels: Sequence[Tensor]) -> None:
+        if not isinstance(levels, (list, tuple)) or len(levels) != self._levels:
+            raise TypeError(
+                f"SourceBatchNorm2d takes a list of {self._levels} tensors, one for each level, "
+                f"got {type(levels).__name__}"
+            )
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        """Take what a layer without sources has, of all levels or of each, for each source."""
+        num = len(list(self.children()))
+        for name in self.population_of(0).state_dict():
+            if f"{prefix}{num - 1}.{name}" in state_dict:
+                continue
+            of_all_levels = state_dict.pop(prefix + name, None)
+            for k in range(num):
+                level = k % self._levels if self.population == "per_domain" else None
+                value = state_dict.get(f"{prefix}{level}.{name}", of_all_levels)
+                if value is not None:
+                    state_dict[f"{prefix}{k}.{name}"] = value
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _images() -> _Images:
+    images = _IMAGES.get()
+    if images is None:
+        raise InputError(f"the images have no sources: {_HOW_TO_NAME}")
+    return images
