@@ -73,10 +73,11 @@ def _with_state_of(old: nn.Module, new: nn.Module) -> nn.Module:
 
 def _with_copies_of(old: nn.Module, new: SourceBatchNorm2d) -> nn.Module:
     """Give each source of a new layer everything that the old layer has."""
+    state = old.state_dict()
     try:
-        new.load_state_dict(old.state_dict())
+        new.to(next(iter(state.values()))).load_state_dict(state)
     except RuntimeError as e:
         raise ValueError(f"{type(new).__name__} cannot hold the state of {old}: {e}") from e
     for part in (new, *new.children()):
         part.eps, part.momentum = old.eps, old.momentum
-    return new.to(next(iter(old.state_dict().values()))).train(old.training)
+    return new.train(old.training)

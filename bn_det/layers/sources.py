@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError
-from .domain_batch_norm import DomainBatchNorm2d
+from ..errors import InputError, choose
+from .domain_batch_norm import SHARING, DomainBatchNorm2d
 
 
 class _Images:
@@ -19,7 +19,6 @@ class _Images:
 
     def __init__(self, sources: Iterable[int | None]) -> None:
         self.sources = list(sources)
-        self._orders: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def sizes(self, num_sources: int) -> list[int]:
         """How many images each source has."""
@@ -39,25 +38,24 @@ class _Images:
                 f"the sources of {len(self.sources)} images are named, and the layer got "
                 f"{len(x)} samples: RoIs, for example, have no source"
             )
-        if not self._in_order:
-            x = x.index_select(0, self._order(x.device)[0])
-        return x.split(sizes)
+        return _rearranged(x, self._order).split(sizes)
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """The reverse of split."""
-        x = torch.cat(list(parts))
-        return x if self._in_order else x.index_select(0, self._order(x.device)[1])
+        return _rearranged(torch.cat(list(parts)), sorted(self._order, key=self._order.__getitem__))
 
     @property
-    def _in_order(self) -> bool:
-        return self.sources == sorted(self.sources)
+    def _order(self) -> list[int]:
+        """The images' indices, source by source."""
+        return sorted(range(len(self.sources)), key=self.sources.__getitem__)
 
-    def _order(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The images' indices, source by source, and the inverse permutation."""
-        if device not in self._orders:
-            order = torch.tensor(self.sources).argsort(stable=True)
-            self._orders[device] = order.to(device), order.argsort().to(device)
-        return self._orders[device]
+
+def _rearranged(x: Tensor, order: Sequence[int]) -> Tensor:
+    """The samples of x in an order, in the memory format of x (which indexing would not keep)."""
+    if list(order) == sorted(order):
+        return x
+    samples = x.split(1)
+    return torch.cat([samples[k] for k in order])
 
 
 _HOW_TO_NAME = (
@@ -143,6 +141,7 @@ class SourceBatchNorm2d(DomainBatchNorm2d):
     ) -> None:
         if num_sources < 1:
             raise InputError(f"num_sources: {num_sources!r} is not accepted; use 1 or more")
+        choose("population", population, SHARING)
         self._levels = num_levels or 1
         super().__init__(
             num_features,
