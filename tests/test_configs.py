@@ -10,7 +10,7 @@ import yaml
 from bn_det.config import load_config
 from bn_det.tv import get_cfg
 from bn_det.tv.trainer import Trainer
-from reference import EIGHT_CHOICES, leaves
+from reference import EIGHT_CHOICES, TWO_SOURCES, leaves
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
@@ -37,6 +37,8 @@ def options(tiny_shapes, tmp_path):
 
 def shrink(config):
     """Options that make a config for COCO small. The others are, but for the R-CNNs' images."""
+    if config.name == "retinanet_sources.yaml":
+        return TWO_SOURCES
     if "shapes" in config.parts:
         is_rcnn = "leakage" in config.parts or config.name.startswith("mask_rcnn")
         return SMALL_IMAGES if is_rcnn else []

@@ -18,6 +18,7 @@ from bn_det import (
     update_bn_stats,
 )
 from bn_det.errors import InputError
+from bn_det.recompute import transfer
 from ranks import counted_collectives, run_ranks
 
 C, LEVELS = 4, 3
@@ -306,6 +307,21 @@ def test_precise_statistics_of_each_source(population):
         assert samples == {"0": counts[0] * LEVELS, "1": counts[1] * LEVELS}
     else:
         assert samples == {str(k * LEVELS + n): counts[k] for k in range(2) for n in range(LEVELS)}
+
+
+def test_transfer_to_statistics_per_level():
+    """As tools/recompute_statistics.py --population does it, there and back."""
+    shared, per_level = (
+        nn.Sequential(SourceBatchNorm2d(C, 2, LEVELS, population=p)) for p in reference.SHARING
+    )
+    for k in range(2):
+        shared[0].get_submodule(str(k)).running_mean.fill_(k + 1)
+    transfer(shared, per_level)
+    for k in range(2 * LEVELS):
+        assert (per_level[0].get_submodule(str(k)).running_mean == k // LEVELS + 1).all()
+    per_level[0].get_submodule("4").running_mean.fill_(7)  # the second level of source 1
+    transfer(per_level, shared)
+    assert [shared[0].get_submodule(str(k)).running_mean[0].item() for k in range(2)] == [1, 2]
 
 
 RANKS = [[0, 0, 0], [1, 1], [1, 0, 1, 1]]
