@@ -30,8 +30,6 @@ def register_datasets(cfg: CfgNode) -> None:
     check_names("DATASETS.SOURCES", source_of(cfg), DatasetCatalog.list())
     for name, source in source_of(cfg).items():
         load = DatasetCatalog.pop(name)
-        if isinstance(load, partial) and load.func is _load_with_source:  # of another config
-            load = load.args[0]
         DatasetCatalog.register(name, partial(_load_with_source, load, source))
 
 

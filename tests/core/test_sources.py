@@ -319,7 +319,7 @@ def test_transfer_to_statistics_per_level():
     transfer(shared, per_level)
     for k in range(2 * LEVELS):
         assert (per_level[0].get_submodule(str(k)).running_mean == k // LEVELS + 1).all()
-    per_level[0].get_submodule("4").running_mean.fill_(7)  # the second level of source 1
+    per_level[0].get_submodule("5").running_mean.fill_(7)  # the last level of source 1
     transfer(per_level, shared)
     assert [shared[0].get_submodule(str(k)).running_mean[0].item() for k in range(2)] == [1, 2]
 
