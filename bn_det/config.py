@@ -69,9 +69,10 @@ def add_bn_det_config(cfg: CfgNode) -> None:
 
     # Population statistics that are recomputed before each evaluation and each saving, from
     # NUM_ITER batches of each process, or as many as TOLERANCE asks for (0.0: all of them). See
-    # bn_det.update_bn_stats.
+    # bn_det.update_bn_stats. IMS_PER_BATCH: images in a batch of all processes; 0: as in training.
     cfg.TEST.PRECISE_BN.TOLERANCE = 0.0
     cfg.TEST.PRECISE_BN.ESTIMATOR = "population_variance"
+    cfg.TEST.PRECISE_BN.IMS_PER_BATCH = 0
 
     # What normalizes in evaluation: "population" statistics, or those of the "batch", in the parts
     # of the model that are named (MODEL.RESNETS is "RESNETS" and so on); in all if none is.
@@ -203,14 +204,26 @@ def source_of(cfg: CfgNode) -> dict[str, int]:
     return {name: k for k, (_, *names) in enumerate(cfg.DATASETS.SOURCES) for name in names}
 
 
+def with_precise_bn_batches(cfg: CfgNode) -> CfgNode:
+    """The config with the batches of PreciseBN, and their number, in place of the training's."""
+    cfg, node = cfg.clone(), cfg.TEST.PRECISE_BN
+    cfg.defrost()
+    cfg.SOLVER.IMS_PER_BATCH = node.IMS_PER_BATCH or cfg.SOLVER.IMS_PER_BATCH
+    cfg.SOLVER.MAX_ITER = node.NUM_ITER
+    return cfg
+
+
 def check_ims_per_batch(cfg: CfgNode, num_processes: int) -> None:
     """Raise InputError unless each process gets the same number of images of a batch."""
-    if cfg.SOLVER.IMS_PER_BATCH % num_processes:
-        raise InputError(
-            f"SOLVER.IMS_PER_BATCH: {cfg.SOLVER.IMS_PER_BATCH!r} is not accepted with "
-            f"{num_processes} processes (--num-gpus, --num-machines); use a multiple of "
-            f"{num_processes}"
-        )
+    for key, value in (
+        ("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH),
+        ("TEST.PRECISE_BN.IMS_PER_BATCH", cfg.TEST.PRECISE_BN.IMS_PER_BATCH),
+    ):
+        if value % num_processes:
+            raise InputError(
+                f"{key}: {value!r} is not accepted with {num_processes} processes (--num-gpus, "
+                f"--num-machines); use a multiple of {num_processes}"
+            )
 
 
 def resolve_device(cfg: CfgNode) -> None:
@@ -314,6 +327,11 @@ def _check_precise_bn(cfg: CfgNode) -> None:
     if node.NUM_ITER < 1:
         raise InputError(
             f"TEST.PRECISE_BN.NUM_ITER: {node.NUM_ITER!r} is not accepted; use 1 or more"
+        )
+    if node.IMS_PER_BATCH < 0:
+        raise InputError(
+            f"TEST.PRECISE_BN.IMS_PER_BATCH: {node.IMS_PER_BATCH!r} is not accepted; use 0 (for "
+            "as many as in training) or more"
         )
     if not node.TOLERANCE >= 0:
         raise InputError(

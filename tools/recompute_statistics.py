@@ -42,8 +42,8 @@ def argument_parser() -> argparse.ArgumentParser:
         "--num-iters",
         type=int,
         metavar="N",
-        help="batches of SOLVER.IMS_PER_BATCH images; by default TEST.PRECISE_BN.NUM_ITER; with "
-        "--adabn at most the data set, once",
+        help="batches of TEST.PRECISE_BN.IMS_PER_BATCH images (0: of SOLVER.IMS_PER_BATCH); by "
+        "default TEST.PRECISE_BN.NUM_ITER; with --adabn at most the data set, once",
     )
     parser.add_argument(
         "--tolerance",

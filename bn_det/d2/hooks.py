@@ -12,7 +12,7 @@ from detectron2.utils.events import EventStorage, get_event_storage, has_event_s
 from torch import nn
 
 from .. import hooks
-from ..config import precise_bn_of
+from ..config import precise_bn_of, with_precise_bn_batches
 from ..population import surround_passes
 from ..snapshot import same_random_state
 
@@ -48,11 +48,10 @@ def build_precise_bn(cfg: CfgNode, model: nn.Module) -> PreciseBN:
 
     Building the loader and reading from it leave the training's random numbers as they are.
     """
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.DATALOADER.NUM_WORKERS = 0  # it rests nearly all the time
+    batches = with_precise_bn_batches(cfg)
+    batches.DATALOADER.NUM_WORKERS = 0  # it rests nearly all the time
     with same_random_state([]):
-        loader = build_detection_train_loader(cfg)
+        loader = build_detection_train_loader(batches)
     return PreciseBN(model=model, data_loader=loader, **precise_bn_of(cfg))
 
 

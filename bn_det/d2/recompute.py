@@ -16,6 +16,7 @@ from detectron2.data import (
 from detectron2.utils import comm
 
 from ..command import start
+from ..config import with_precise_bn_batches
 from ..recompute import check, config_opts, run, with_population
 from .train import Trainer, load_model, set_up_process, setup
 
@@ -32,7 +33,8 @@ def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
     set_up_process(args, cfg)
     old = load_model(cfg, resume=False)
     new = Trainer.build_model(with_population(cfg, args.population)) if args.population else old
-    batches = _test_batches(cfg) if args.adabn else build_detection_train_loader(cfg)
+    load = _test_batches if args.adabn else build_detection_train_loader
+    batches = load(with_precise_bn_batches(cfg))
     run(args, cfg, (old, new), batches, lambda model: Trainer.test(cfg, model))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..comm import world
 from ..command import start
+from ..config import with_precise_bn_batches
 from ..layers import record_sources
 from ..recompute import check, config_opts, run, with_population
 from .data import build_test_loader, build_train_loader
@@ -35,7 +36,8 @@ def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
     torch.manual_seed(shared_seed(cfg))
     old = load_model(cfg, resume=False)
     new = build_model(with_population(cfg, args.population)) if args.population else old
-    batches, call = (_test_batches(cfg), _detect) if args.adabn else (_train(cfg), losses_of)
+    load, call = (_test_batches, _detect) if args.adabn else (_train_batches, losses_of)
+    batches = load(with_precise_bn_batches(cfg))
     run(args, cfg, (old, new), batches, lambda model: _evaluate(cfg, model), call)
 
 
@@ -43,12 +45,9 @@ def _evaluate(cfg: CfgNode, model: nn.Module) -> dict:
     return test(cfg, model, load_datasets(cfg, "TEST"))
 
 
-def _train(cfg: CfgNode) -> Iterable[list]:
-    """As many batches as may be needed, as training makes them."""
-    enough = cfg.clone()
-    enough.defrost()
-    enough.SOLVER.MAX_ITER = cfg.TEST.PRECISE_BN.NUM_ITER
-    return build_train_loader(enough, load_datasets(cfg, "TRAIN"), shared_seed(cfg), 0)
+def _train_batches(cfg: CfgNode) -> Iterable[list]:
+    """As training makes them, MAX_ITER of them."""
+    return build_train_loader(cfg, load_datasets(cfg, "TRAIN"), shared_seed(cfg), 0)
 
 
 def _test_batches(cfg: CfgNode) -> Iterable[list]:

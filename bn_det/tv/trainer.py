@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint import Checkpointer
 from ..comm import all_gather, process_group, world
-from ..config import precise_bn_of, source_of, uses_precise_bn
+from ..config import precise_bn_of, source_of, uses_precise_bn, with_precise_bn_batches
 from ..data.coco import (
     CocoDataset,
     builtin_sources,
@@ -244,9 +244,7 @@ class _PreciseBatches:
         self.trainer = trainer
 
     def __iter__(self) -> Iterator[list]:
-        cfg = self.trainer.cfg.clone()
-        cfg.defrost()
-        cfg.SOLVER.MAX_ITER = cfg.TEST.PRECISE_BN.NUM_ITER
+        cfg = with_precise_bn_batches(self.trainer.cfg)
         seed = self.trainer.seed + 1
         return iter(build_train_loader(cfg, self.trainer.train_sets, seed, start_iter=0))
 

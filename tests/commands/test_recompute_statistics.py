@@ -95,14 +95,15 @@ def test_training_images(project, capsys):
     project.checkpoint()
     before = project.weights.read_bytes()
     output = project.folder / "made" / "new.pth"
-    project.run("--output", str(output), "--num-iters", "6", "--evaluate")
+    larger = ["TEST.PRECISE_BN.IMS_PER_BATCH", "3"]
+    project.run("--output", str(output), "--num-iters", "6", "--evaluate", opts=larger)
     assert project.weights.read_bytes() == before
     old, new = load(project.weights), load(output)
     assert old.keys() == new.keys()
     for name, value in new.items():
         assert torch.equal(value, old[name]) != ("running" in name), name
     report = json.loads(output.with_suffix(".json").read_text())
-    assert report["num_samples"] == 12 and report["reason"] == "num_iters"
+    assert report["num_samples"] == 18 and report["reason"] == "num_iters"
     assert max(of["mean_shift"] for of in report["layers"]) > 0.5
     shown = capsys.readouterr().out
     assert "error of variance" in shown
@@ -207,6 +208,8 @@ def test_bad_input(project):
     for args, opts, words in (
         (["--output", weights], [], "use another file than --weights"),
         ([*output, "--num-iters", "0"], [], "NUM_ITER: 0 is not accepted"),
+        (output, ["TEST.PRECISE_BN.IMS_PER_BATCH", "-4"], "IMS_PER_BATCH: -4 is not accepted"),
+        ([*output, "--num-gpus", "2"], ["TEST.PRECISE_BN.IMS_PER_BATCH", "3"], "multiple of 2"),
         ([*output, "--tolerance", "-1"], [], "TOLERANCE: -1.0 is not accepted"),
         ([*output, "--dataset", "shapes_vla"], [], "'shapes_vla' is not a registered data set"),
         (output, ["MODEL.RETINANET.NUM_CONVS", "3"], "checkpoint lacks it"),

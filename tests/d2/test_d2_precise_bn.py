@@ -186,7 +186,7 @@ def train(tiny_shapes, tmp_path):
 
 PRECISE = [
     *("TEST.PRECISE_BN.ENABLED", "True", "TEST.PRECISE_BN.NUM_ITER", "9"),
-    *("SOLVER.CHECKPOINT_PERIOD", "4"),
+    *("SOLVER.CHECKPOINT_PERIOD", "4", "TEST.PRECISE_BN.IMS_PER_BATCH", "3"),
 ]
 
 
@@ -199,7 +199,7 @@ def test_hook(train, tmp_path):
     saved = torch.load(tmp_path / "precise" / "model_final.pth", weights_only=False)["model"]
     assert all(torch.equal(v, saved[k]) for k, v in statistics.items())
     (report,) = [line for line in lines if "precise_bn/error" in line]
-    assert report["iteration"] == 5 and report["precise_bn/num_samples"] == 18
+    assert report["iteration"] == 5 and report["precise_bn/num_samples"] == 27
 
 
 class Unmodified(DefaultTrainer):

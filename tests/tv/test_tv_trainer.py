@@ -272,7 +272,7 @@ def test_precise_bn(make_cfg, tmp_path):
     """Other statistics, which all checkpoints have; the training itself is the same."""
     plain, _ = train(make_cfg("OUTPUT_DIR", str(tmp_path / "plain")))
     opts = ["TEST.PRECISE_BN.ENABLED", "True", "TEST.PRECISE_BN.NUM_ITER", "9"]
-    opts += ["SOLVER.CHECKPOINT_PERIOD", "4"]
+    opts += ["SOLVER.CHECKPOINT_PERIOD", "4", "TEST.PRECISE_BN.IMS_PER_BATCH", "3"]
     trainer, _ = train(make_cfg(*opts))
     expected, ema = weights_and_statistics(plain)
     weights, statistics = weights_and_statistics(trainer)
@@ -283,7 +283,7 @@ def test_precise_bn(make_cfg, tmp_path):
     lines = map(json.loads, (tmp_path / "metrics.json").read_text().splitlines())
     reports = [line for line in lines if "precise_bn/error" in line]
     assert [r["iteration"] for r in reports] == [3, 5]
-    assert all(r["precise_bn/num_samples"] == 18 for r in reports)
+    assert all(r["precise_bn/num_samples"] == 27 for r in reports)
     # From a checkpoint in between, the same to the bit.
     (tmp_path / "model_final.pth").unlink()
     (tmp_path / "last_checkpoint").write_text("model_0000003.pth")
