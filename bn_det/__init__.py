@@ -8,6 +8,8 @@ from .layers import (
     convert_batchnorm,
     ghost_groups,
     image_sources,
+    no_population_update,
+    trained_with,
 )
 from .moments import Moments
 from .population import update_bn_stats
@@ -24,7 +26,9 @@ __all__ = [
     "convert_batchnorm",
     "ghost_groups",
     "image_sources",
+    "no_population_update",
     "shuffle",
     "shuffled",
+    "trained_with",
     "update_bn_stats",
 ]

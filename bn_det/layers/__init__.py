@@ -1,6 +1,6 @@
 """Normalization layers, and what puts them into models."""
 
-from .batch_norm import BatchNorm2d
+from .batch_norm import BatchNorm2d, no_population_update, trained_with
 from .convert import convert_batchnorm
 from .domain_batch_norm import SHARING, DomainBatchNorm2d
 from .ghost import ghost_groups
@@ -19,6 +19,8 @@ __all__ = [
     "ghost_groups",
     "image_sources",
     "level_norm_factory",
+    "no_population_update",
     "norm_factory",
     "record_sources",
+    "trained_with",
 ]

@@ -17,9 +17,10 @@ from ..errors import InputError, choose
 from ..moments import Moments
 from .ghost import GHOST_ORDERS, GhostBatches, ghost_batches
 from .joint import joint_batch_norm, normalize
+from .renorm import RenormLimits, correction, renormalized
 
 STATISTICS = ("population", "batch")
-"""What can normalize in evaluation."""
+"""What can normalize."""
 
 _AGREED: WeakSet[BatchNorm2d] = WeakSet()
 """Layers whose ranks have been seen to agree; no state of a layer, which may be put back."""
@@ -77,6 +78,12 @@ class BatchNorm2d(nn.BatchNorm2d):
             ``ghost_groups``.
         eval_statistics: what normalizes in evaluation: the "population" statistics, or those of
             the "batch", then all samples of this process.
+        train_statistics: what normalizes in training: those of the "batch", or of the
+            "population" as they are before the call, through which no gradient flows.
+        update_population: whether training updates the population statistics, whatever
+            normalizes. See also ``no_population_update``.
+        renorm: a pair of limits for batch renormalization (:class:`RenormLimits`), or None: in
+            training, batch statistics are corrected towards those of the population.
 
     Shape:
         (N, C, H, W) to the same.
@@ -102,6 +109,9 @@ class BatchNorm2d(nn.BatchNorm2d):
         ghost_size: int | None = None,
         ghost_order: str = "contiguous",
         eval_statistics: str = "population",
+        train_statistics: str = "batch",
+        update_population: bool = True,
+        renorm: tuple[float, float] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **kwargs)
@@ -114,11 +124,15 @@ class BatchNorm2d(nn.BatchNorm2d):
             )
         choose("ghost_order", ghost_order, GHOST_ORDERS)
         choose("eval_statistics", eval_statistics, STATISTICS)
+        choose("train_statistics", train_statistics, STATISTICS)
         process_group(group)  # raises for what is no group
         self.group = group
         self.ghost_size = ghost_size
         self.ghost_order = ghost_order
         self.eval_statistics = eval_statistics
+        self.train_statistics = train_statistics
+        self.update_population = update_population
+        self.renorm = None if renorm is None else RenormLimits(*renorm).check()
 
     def forward(self, x: Tensor, groups: Tensor | None = None) -> Tensor:
         """Normalize x.
@@ -129,25 +143,26 @@ class BatchNorm2d(nn.BatchNorm2d):
                 normalization batch, shape (N,).
         """
         self._check_input_dim(x)
-        if not self.normalizes_by_batch:
-            return normalize(
-                x, self.running_mean, self.running_var, self.weight, self.bias, self.eps
-            )
+        if not self.normalizes_by_batch and not self.tracks:
+            return self.normalize_by_population(x, self.weight, self.bias)
         group = self.group_in_use(groups)
         ghosts = self.ghosts(len(x), groups)
-        if group is None and len(ghosts.sizes) == 1:
+        if group is None and len(ghosts.sizes) == 1 and self.is_plain:
             return self.normalize_by_batch(x, self.weight, self.bias)
         pieces = ghosts.split(x)
         batches = self.batches_of(pieces, group)
         check_batch_sizes(batches)
+        if not self.normalizes_by_batch:
+            y = self.normalize_by_population(x, self.weight, self.bias)
+            self.update_population_statistics(batches)
+            return y
+        affines = [self.affine_for(b, self, self) for b in batches]
         self.update_population_statistics(batches)
-        num = len(pieces)
         ys = joint_batch_norm(
             pieces,
             [b.moments for b in batches],
-            range(num),
-            [self.weight] * num,
-            [self.bias] * num,
+            range(len(pieces)),
+            *zip(*affines, strict=True),
             self.eps,
             group,
         )
@@ -156,7 +171,21 @@ class BatchNorm2d(nn.BatchNorm2d):
     @property
     def normalizes_by_batch(self) -> bool:
         """Whether batch statistics, and not those of the population, are used in this mode."""
-        return self.training or self.eval_statistics == "batch" or self.running_mean is None
+        return self._statistics == "batch" or self.running_mean is None
+
+    @property
+    def tracks(self) -> bool:
+        """Whether a call updates the population statistics in this mode."""
+        return self.training and self.update_population and self.track_running_stats
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it normalizes by the batch as it is, in this mode."""
+        return self.normalizes_by_batch and (self.renorm is None or not self.training)
+
+    @property
+    def _statistics(self) -> str:
+        return self.train_statistics if self.training else self.eval_statistics
 
     def group_in_use(self, groups: Tensor | None = None) -> dist.ProcessGroup | None:
         """The processes to merge over in this mode, if any."""
@@ -170,6 +199,31 @@ class BatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return ghost_batches(num_samples, None)
         return ghost_batches(num_samples, self.ghost_size, self.ghost_order, groups)
+
+    def affine_for(
+        self, batch: Batch, affine: BatchNorm2d, population: BatchNorm2d
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias to use after normalization by a batch.
+
+        Args:
+            affine: the layer that has weight and bias.
+            population: the layer that has the population statistics.
+        """
+        if self.renorm is None or not self.training:
+            return affine.weight, affine.bias
+        _refuse_recomputation("batch renormalization")
+        r, d = correction(batch.moments, population, self.eps, self.renorm)
+        return renormalized(affine.weight, affine.bias, r, d)
+
+    def normalize_by_population(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        """Normalize x by the population statistics."""
+        mean, var = self.running_mean, self.running_var
+        if self.tracks:
+            _refuse_recomputation("normalizing by an EMA that is updated")
+            mean, var = mean.clone(), var.clone()  # the update comes before the backward pass
+        return normalize(x, mean, var, weight, bias, self.eps)
 
     def normalize_by_batch(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, where: str = ""
@@ -195,7 +249,7 @@ class BatchNorm2d(nn.BatchNorm2d):
             return y
         # A weight of 0 does not keep an infinite variance out, so evaluation gives no buffers.
         # Training does in any case: a recomputation has to save what the first pass saved.
-        running = (self.running_mean, self.running_var) if self.training else (None, None)
+        running = (self.running_mean, self.running_var) if self.tracks else (None, None)
         return F.batch_norm(x, *running, weight, bias, True, self.next_momentum(), self.eps)
 
     def batches_of(
@@ -229,7 +283,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def next_momentum(self) -> float:
         """Count a batch; the weight that the EMA gives it, 0 where it must not change."""
-        if not (self.training and self.track_running_stats) or _in_backward_pass():
+        if not self.tracks or _in_backward_pass():
             return 0.0
         self.num_batches_tracked.add_(1)
         if self.momentum is None:  # cumulative moving average, as in nn.BatchNorm2d
@@ -250,6 +304,12 @@ class BatchNorm2d(nn.BatchNorm2d):
             choices += f", normalization_batch={self.ghost_size} {self.ghost_order} samples"
         if self.eval_statistics != "population":
             choices += f", eval_statistics={self.eval_statistics}"
+        if self.train_statistics != "batch":
+            choices += f", train_statistics={self.train_statistics}"
+        if not self.update_population:
+            choices += ", update_population=False"
+        if self.renorm is not None:
+            choices += f", renorm={tuple(self.renorm)}"
         return choices
 
     def _check_ranks(self, xs: Sequence[Tensor], group: dist.ProcessGroup) -> None:
@@ -287,15 +347,51 @@ def evaluated_with(module: nn.Module, statistics: str) -> Iterator[None]:
         statistics: "population" or "batch".
     """
     choose("statistics", statistics, STATISTICS)
-    layers = [m for m in module.modules() if isinstance(m, BatchNorm2d)]
-    before = [layer.eval_statistics for layer in layers]
+    with _set(_ours(module), eval_statistics=statistics):
+        yield
+
+
+@contextmanager
+def trained_with(module: nn.Module, statistics: str) -> Iterator[None]:
+    """Inside the block, what normalizes every BatchNorm of ours in a module in training.
+
+    Args:
+        statistics: "population" or "batch".
+    """
+    choose("statistics", statistics, STATISTICS)
+    with _set(_ours(module), train_statistics=statistics):
+        yield
+
+
+@contextmanager
+def no_population_update(module: nn.Module) -> Iterator[None]:
+    """Inside the block, training leaves the population statistics of a module as they are.
+
+    For a pass over other data than those of test time, the generator's step of a GAN for example.
+    For every BatchNorm layer, torch's and ours; what normalizes does not change.
+    """
+    layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    # In training mode torch's own layers then normalize by the batch, as before, and in evaluation
+    # mode by the buffers that they still have.
+    with _set(layers, track_running_stats=False):
+        yield
+
+
+def _ours(module: nn.Module) -> list[BatchNorm2d]:
+    return [m for m in module.modules() if isinstance(m, BatchNorm2d)]
+
+
+@contextmanager
+def _set(layers: Sequence[nn.Module], **values: Any) -> Iterator[None]:
+    """Attributes of layers inside the block."""
+    before = [{name: getattr(layer, name) for name in values} for layer in layers]
     try:
         for layer in layers:
-            layer.eval_statistics = statistics
+            vars(layer).update(values)
         yield
     finally:
         for layer, own in zip(layers, before, strict=True):
-            layer.eval_statistics = own
+            vars(layer).update(own)
 
 
 def check_batch_sizes(batches: Iterable[Batch], where: str = "") -> None:
@@ -325,6 +421,14 @@ def mean_statistics(batches: Sequence[Moments]) -> tuple[Tensor, Tensor]:
     means = torch.stack([m.mean for m in batches])
     variances = torch.stack([m.unbiased_var for m in batches])
     return (weights * means).sum(0), (weights * variances).sum(0)
+
+
+def _refuse_recomputation(what: str) -> None:
+    if _in_backward_pass():
+        raise RuntimeError(
+            f"{what} cannot be recomputed in a backward pass (activation checkpointing): the "
+            "population statistics have moved on since the forward pass"
+        )
 
 
 def _in_backward_pass() -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import choose
 from .batch_norm import Batch, BatchNorm2d, check_batch_sizes
 from .ghost import GhostBatches
-from .joint import joint_batch_norm, normalize
+from .joint import joint_batch_norm
 
 SHARING = ("shared", "per_domain")
 """What statistics, population and affine can each be."""
@@ -42,9 +42,9 @@ class DomainBatchNorm2d(BatchNorm2d):
         num_features: number of channels C.
         num_domains: length of the lists.
         eps, momentum: as in ``nn.BatchNorm2d``.
-        choices: ``group``, ``ghost_size``, ``ghost_order`` and ``eval_statistics`` as in
-            :class:`BatchNorm2d`. They make the normalization batches of what ``statistics`` says;
-            over several processes there is one collective for all domains.
+        choices: as in :class:`BatchNorm2d`. ``group``, ``ghost_size`` and ``ghost_order`` make the
+            normalization batches of what ``statistics`` says; over several processes there is one
+            collective for all domains.
 
     Shape:
         a list of ``num_domains`` tensors (N_k, C, H_k, W_k) to a list of the same shapes. A domain
@@ -93,6 +93,7 @@ class DomainBatchNorm2d(BatchNorm2d):
                     momentum,
                     affine=affine == "per_domain",
                     track_running_stats=population == "per_domain",
+                    update_population=self.update_population,
                 )
                 self.add_module(str(k), own)
 
@@ -103,21 +104,27 @@ class DomainBatchNorm2d(BatchNorm2d):
             groups: as in :class:`BatchNorm2d`, for the samples of every domain.
         """
         self._check_input(xs)
-        if not self.normalizes_by_batch:
-            return [self._normalize_by_population(k, x) for k, x in enumerate(xs)]
+        if not self.normalizes_by_batch and not self.tracks_any:
+            return self._normalize_by_population(xs)
         group = self.group_in_use(groups)
         # One partition for all, so that a random one has the same samples in each domain.
         partitions = {n: self.ghosts(n, groups) for n in dict.fromkeys(map(len, xs))}
         ghosts = [partitions[len(x)] for x in xs]
         self._check_ghosts(ghosts)
         one_each = group is None and all(len(g.sizes) == 1 for g in ghosts)
-        if one_each and (self.statistics == "per_domain" or not any(x.numel() for x in xs)):
+        alone = self.statistics == "per_domain" or not any(x.numel() for x in xs)
+        if one_each and alone and self.is_plain:
             return [self._normalize_by_domain(k, x) for k, x in enumerate(xs)]
         return self._normalize_jointly(xs, group, ghosts)
 
     @property
     def normalizes_by_batch(self) -> bool:
-        return self.training or self.eval_statistics == "batch"
+        return self._statistics == "batch"
+
+    @property
+    def tracks_any(self) -> bool:
+        """Whether a call updates the population statistics of a domain in this mode."""
+        return self.training and any(self.population_of(k).tracks for k in range(self.num_domains))
 
     def batch_of(self, domain: int) -> int:
         """The number of the normalization batch that the domain's samples are in."""
@@ -147,16 +154,12 @@ class DomainBatchNorm2d(BatchNorm2d):
         )
         return choices + self.repr_of_choices()
 
-    def _normalize_by_population(self, domain: int, x: Tensor) -> Tensor:
-        population, affine = self.population_of(domain), self.affine_of(domain)
-        return normalize(
-            x,
-            population.running_mean,
-            population.running_var,
-            affine.weight,
-            affine.bias,
-            self.eps,
-        )
+    def _normalize_by_population(self, xs: Sequence[Tensor]) -> list[Tensor]:
+        affines = [self.affine_of(k) for k in range(self.num_domains)]
+        return [
+            self.population_of(k).normalize_by_population(x, affine.weight, affine.bias)
+            for k, (x, affine) in enumerate(zip(xs, affines, strict=True))
+        ]
 
     def _normalize_by_domain(self, domain: int, x: Tensor) -> Tensor:
         affine = self.affine_of(domain)
@@ -170,35 +173,52 @@ class DomainBatchNorm2d(BatchNorm2d):
         """By the statistics of pieces of domains, on all processes of the group."""
         pieces = [piece for g, x in zip(ghosts, xs, strict=True) for piece in g.split(x)]
         domain_of = [k for k, g in enumerate(ghosts) for _ in g.sizes]
-        parts = self.batches_of(pieces, group)
         keys = [(self.batch_of(k), b) for k, g in enumerate(ghosts) for b in range(len(g.sizes))]
         index = {key: i for i, key in enumerate(dict.fromkeys(keys))}
         batch_of = [index[key] for key in keys]
-        batches = [Batch.merge(of_batch) for of_batch in _grouped(parts, batch_of)]
-        if self.statistics == "shared":
-            check_batch_sizes(batches, "all domains together: ")
+        first_domains = [domain_of[batch_of.index(b)] for b in index.values()]
+        parts = self.batches_of(pieces, group)
         by_domain = _grouped(parts, domain_of)
-        if "per_domain" in (self.statistics, self.population):  # a domain needs its own variance
-            for k, of_domain in enumerate(by_domain):
-                check_batch_sizes(of_domain, f"{self.name_of(k)}: ")
+        batches = [Batch.merge(of_batch) for of_batch in _grouped(parts, batch_of)]
+        self._check_sizes(batches, by_domain)
+        if not self.normalizes_by_batch:
+            ys = self._normalize_by_population(xs)
+            self._update(batches, first_domains, by_domain)
+            return ys
+        affines = [
+            self.affine_for(batches[b], self.affine_of(k), self.population_of(k))
+            for k, b in zip(domain_of, batch_of, strict=True)
+        ]
+        self._update(batches, first_domains, by_domain)
+        moments = [b.moments for b in batches]
+        ys = joint_batch_norm(
+            pieces, moments, batch_of, *zip(*affines, strict=True), self.eps, group
+        )
+        return [g.join(y) for g, y in zip(ghosts, _grouped(ys, domain_of), strict=True)]
+
+    def _update(
+        self,
+        batches: Sequence[Batch],
+        first_domains: Sequence[int],
+        by_domain: Sequence[Sequence[Batch]],
+    ) -> None:
+        """Update population statistics with normalization batches, or else domain by domain."""
         if self.statistics == self.population == "shared":
-            first_domain = {self.batch_of(k): k for k in reversed(range(self.num_domains))}
-            for b, of_domains in enumerate(_grouped(batches, [key[0] for key in index])):
-                self.population_of(first_domain[b]).update_population_statistics(of_domains)
+            of_layer: dict[BatchNorm2d, list[Batch]] = {}
+            for batch, domain in zip(batches, first_domains, strict=True):
+                of_layer.setdefault(self.population_of(domain), []).append(batch)
+            for layer, of_this in of_layer.items():
+                layer.update_population_statistics(of_this)
         else:
             for k, of_domain in enumerate(by_domain):
                 self.population_of(k).update_population_statistics(of_domain)
-        affines = [self.affine_of(k) for k in domain_of]
-        ys = joint_batch_norm(
-            pieces,
-            [b.moments for b in batches],
-            batch_of,
-            [a.weight for a in affines],
-            [a.bias for a in affines],
-            self.eps,
-            group,
-        )
-        return [g.join(y) for g, y in zip(ghosts, _grouped(ys, domain_of), strict=True)]
+
+    def _check_sizes(self, batches: Sequence[Batch], by_domain: Sequence[Sequence[Batch]]) -> None:
+        if self.statistics == "shared":
+            check_batch_sizes(batches, "all domains together: ")
+        if "per_domain" in (self.statistics, self.population):  # a domain needs its own variance
+            for k, of_domain in enumerate(by_domain):
+                check_batch_sizes(of_domain, f"{self.name_of(k)}: ")
 
     def _check_input(self, xs: Sequence[Tensor]) -> None:
         if not isinstance(xs, (list, tuple)):

@@ -1,0 +1,61 @@
+"""Batch renormalization: batch statistics that are corrected towards those of the population."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..moments import Moments
+
+
+class RenormLimits(NamedTuple):
+    """How far batch renormalization may correct (Ioffe, *Batch Renormalization*, 2017, Sec. 3).
+
+    With (1, 0) it is batch normalization; with (inf, inf) the outputs are those of test time.
+
+    Attributes:
+        r_max: of the ratio of standard deviations, batch to population; 1 or more.
+        d_max: of the difference of means, in standard deviations of the population; 0 or more.
+    """
+
+    r_max: float = 3.0
+    d_max: float = 5.0
+
+    def check(self) -> RenormLimits:
+        """Itself, if it is a pair of limits; else InputError."""
+        if not (self.r_max >= 1 and self.d_max >= 0):
+            raise InputError(
+                f"renorm: {tuple(self)!r} is not accepted; use (r_max, d_max) with r_max 1 or more "
+                "and d_max 0 or more"
+            )
+        return self
+
+
+@torch.no_grad()
+def correction(
+    moments: Moments, population: nn.BatchNorm2d, eps: float, limits: RenormLimits
+) -> tuple[Tensor, Tensor]:
+    """r and d of a normalization batch, each of shape (C,); no gradient flows through them."""
+    if population.running_mean is None:
+        raise InputError(
+            "renorm: not accepted without population statistics; use track_running_stats True"
+        )
+    batch_std, std = (moments.var + eps).sqrt(), (population.running_var + eps).sqrt()
+    r = (batch_std / std).clamp(1 / limits.r_max, limits.r_max)
+    d = ((moments.mean - population.running_mean) / std).clamp(-limits.d_max, limits.d_max)
+    return r, d
+
+
+def renormalized(
+    weight: Tensor | None, bias: Tensor | None, r: Tensor, d: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The affine that turns batch normalization into batch renormalization.
+
+    (z r + d) weight + bias = z (r weight) + (d weight + bias), where z is normalized by the batch.
+    """
+    if weight is not None:
+        r, d = r * weight, d * weight
+    return r, d if bias is None else d + bias
