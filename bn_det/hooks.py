@@ -9,14 +9,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from yacs.config import CfgNode
 
+from .layers import BatchNorm2d
+from .layers.renorm import RenormLimits
 from .observation import population_layers
+from .parts import PARTS
 from .population import average_population_statistics, update_bn_stats
 from .population_report import PopulationReport
 from .progress import with_progress
@@ -188,26 +191,70 @@ class FreezeBN(Hook):
         return [(p, p.detach().clone()) for layer in layers for p in layer.parameters()]
 
 
-def build_hooks(
-    cfg: CfgNode,
-    precise: PreciseBN | None,
-    freeze: type[FreezeBN] = FreezeBN,
-    average: type[AverageStatistics] = AverageStatistics,
-) -> list[Hook]:
+class RenormSchedule(Hook):
+    """Relaxes the limits of batch renormalization, from those of batch normalization on.
+
+    Linearly, as Ioffe, *Batch Renormalization*, 2017, Sec. 4.1: while the model changes fast, its
+    population statistics are of no use. For every layer of ours that has limits.
+
+    Args:
+        limits: to reach in the end.
+        warmup_iters: the iterations of batch normalization.
+        r_max_iter, d_max_iter: the iterations from which on r_max and d_max are reached.
+    """
+
+    def __init__(
+        self, limits: RenormLimits, warmup_iters: int, r_max_iter: int, d_max_iter: int
+    ) -> None:
+        self.limits, self.warmup_iters = limits, warmup_iters
+        self.r_max_iter, self.d_max_iter = r_max_iter, d_max_iter
+
+    def before_step(self) -> None:
+        limits = RenormLimits(
+            1 + (self.limits.r_max - 1) * self._progress(self.r_max_iter),
+            self.limits.d_max * self._progress(self.d_max_iter),
+        )
+        for layer in self.trainer.model.modules():
+            if isinstance(layer, BatchNorm2d) and layer.renorm is not None:
+                layer.renorm = limits
+
+    def _progress(self, end: int) -> float:
+        done = self.trainer.iter - self.warmup_iters
+        return min(max(done / max(end - self.warmup_iters, 1), 0.0), 1.0)
+
+
+class Hooks(NamedTuple):
+    """A host's classes of these hooks."""
+
+    average: type[AverageStatistics] = AverageStatistics
+    freeze: type[FreezeBN] = FreezeBN
+    renorm: type[RenormSchedule] = RenormSchedule
+
+
+HOOKS = Hooks()
+
+
+def build_hooks(cfg: CfgNode, precise: PreciseBN | None, classes: Hooks = HOOKS) -> list[Hook]:
     """The hooks that a config asks for, in their order, all before those that evaluate and save.
 
     Args:
         precise: what TEST.PRECISE_BN and SOLVER.FREEZE_BN_PRECISE stand for, where one of them is.
-        freeze, average: the host's classes.
+        classes: the host's.
     """
     solver, ret = cfg.SOLVER, []
+    if any(cfg.MODEL[part].NORM == "BRN" for part in PARTS):
+        node = solver.BRN
+        limits = RenormLimits(node.R_MAX, node.D_MAX)
+        iters = node.WARMUP_ITERS, node.R_MAX_ITER, node.D_MAX_ITER
+        ret.append(classes.renorm(limits, *iters))
     if solver.FREEZE_BN_ITER > 0:
         before = precise if solver.FREEZE_BN_PRECISE else None
-        ret.append(freeze(solver.FREEZE_BN_ITER, affine=solver.FREEZE_BN_AFFINE, precise=before))
+        hook = classes.freeze(solver.FREEZE_BN_ITER, affine=solver.FREEZE_BN_AFFINE, precise=before)
+        ret.append(hook)
     if cfg.TEST.PRECISE_BN.ENABLED:
         ret.append(precise)
     if solver.AVERAGE_BN_STATISTICS:
-        ret.append(average([cfg.TEST.EVAL_PERIOD, solver.CHECKPOINT_PERIOD]))
+        ret.append(classes.average([cfg.TEST.EVAL_PERIOD, solver.CHECKPOINT_PERIOD]))
     return ret
 
 

@@ -21,7 +21,7 @@ from yacs.config import CfgNode
 
 from .checkpoint import write_aside
 from .comm import world
-from .config import check_ims_per_batch
+from .config_check import check_ims_per_batch
 from .errors import InputError
 from .launch import world_size
 from .layers import DomainBatchNorm2d

@@ -3,7 +3,7 @@
 from ..config import add_bn_det_config
 from .backbone import build_bn_resnet_fpn_backbone, build_bn_retinanet_resnet_fpn_backbone
 from .datasets import register_datasets
-from .hooks import AverageStatistics, FreezeBN, PreciseBN, build_precise_bn
+from .hooks import AverageStatistics, FreezeBN, PreciseBN, RenormSchedule, build_precise_bn
 from .retinanet import BNRetinaNet, BNRetinaNetHead
 from .roi_heads import BNFastRCNNConvFCHead, BNMaskRCNNConvUpsampleHead
 from .sources import BNGeneralizedRCNN
@@ -17,6 +17,7 @@ __all__ = [
     "BNRetinaNetHead",
     "FreezeBN",
     "PreciseBN",
+    "RenormSchedule",
     "add_bn_det_config",
     "build_bn_resnet_fpn_backbone",
     "build_bn_retinanet_resnet_fpn_backbone",

@@ -9,8 +9,8 @@ from detectron2.modeling.backbone import FPN, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import nn
 
-from ..config import part_norm
 from ..layers import BATCH_NORMS, convert_batchnorm
+from ..parts import part_norm
 from .norms import NORMS
 
 

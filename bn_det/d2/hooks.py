@@ -43,6 +43,13 @@ class FreezeBN(hooks.FreezeBN, HookBase):
     """See :class:`bn_det.hooks.FreezeBN`. To be registered before the hooks that save."""
 
 
+class RenormSchedule(hooks.RenormSchedule, HookBase):
+    """See :class:`bn_det.hooks.RenormSchedule`."""
+
+
+HOOKS = hooks.Hooks(AverageStatistics, FreezeBN, RenormSchedule)
+
+
 def build_precise_bn(cfg: CfgNode, model: nn.Module) -> PreciseBN:
     """The hook that TEST.PRECISE_BN asks for, with a data loader of its own.
 

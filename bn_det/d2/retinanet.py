@@ -11,8 +11,8 @@ from detectron2.modeling.meta_arch import RetinaNet
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import Tensor
 
-from ..config import retinanet_norm
 from ..layers import forward_levels
+from ..parts import part_norm
 from .norms import NORMS
 from .sources import NamesSources
 
@@ -29,7 +29,7 @@ class BNRetinaNetHead(RetinaNetHead):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict[str, Any]:
         ret = super().from_config(cfg, input_shape)
-        return {**ret, "norm": retinanet_norm(cfg, NORMS, len(input_shape)) or ""}
+        return {**ret, "norm": part_norm(cfg, "RETINANET", NORMS, len(input_shape)) or ""}
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """As in the base class: from a list of levels to their logits and box deltas."""

@@ -13,7 +13,7 @@ from detectron2.modeling.roi_heads import (
     MaskRCNNConvUpsampleHead,
 )
 
-from ..config import part_norm, shuffle_of
+from ..parts import part_norm, shuffle_of
 from ..shuffle import shuffled
 from .norms import NORMS
 

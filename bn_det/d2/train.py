@@ -29,20 +29,15 @@ from torch import nn
 
 from ..checkpoint import CheckpointerMixin, check_start
 from ..command import start
-from ..config import (
-    add_bn_det_config,
-    check_ims_per_batch,
-    load_config,
-    resolve_device,
-    uses_precise_bn,
-)
+from ..config import add_bn_det_config, load_config, uses_precise_bn
+from ..config_check import check_ims_per_batch, resolve_device
 from ..data.coco import CocoSource, check_names, check_num_classes, load_coco
 from ..errors import InputError
 from ..hooks import build_hooks
 from ..launch import world_size
 from ..results import results_table
 from .datasets import register_datasets
-from .hooks import AverageStatistics, FreezeBN, build_precise_bn
+from .hooks import HOOKS, build_precise_bn
 
 
 class Checkpointer(CheckpointerMixin, DetectionCheckpointer):
@@ -84,7 +79,7 @@ class Trainer(DefaultTrainer):
             k for k, h in enumerate(ret) if isinstance(h, (EvalHook, PeriodicCheckpointer))
         )
         precise = build_precise_bn(cfg, self.model) if uses_precise_bn(cfg) else None
-        ours = build_hooks(cfg, precise, FreezeBN, AverageStatistics)
+        ours = build_hooks(cfg, precise, HOOKS)
         return [*ret[:first], *ours, *ret[first:]]
 
     def resume_or_load(self, resume: bool = True) -> None:

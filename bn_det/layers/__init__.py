@@ -5,7 +5,7 @@ from .convert import convert_batchnorm
 from .domain_batch_norm import SHARING, DomainBatchNorm2d
 from .ghost import ghost_groups
 from .levels import forward_levels
-from .norms import BATCH_NORMS, level_norm_factory, norm_factory
+from .norms import BATCH_NORMS, norm_factory
 from .sources import SourceBatchNorm2d, image_sources, record_sources
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "forward_levels",
     "ghost_groups",
     "image_sources",
-    "level_norm_factory",
     "no_population_update",
     "norm_factory",
     "record_sources",

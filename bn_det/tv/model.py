@@ -17,8 +17,8 @@ from torchvision.ops.feature_pyramid_network import (
     LastLevelP6P7,
 )
 
-from ..config import part_norm, retinanet_norm
 from ..layers import BATCH_NORMS, convert_batchnorm
+from ..parts import part_norm
 from .config import NUM_LEVELS, RCNNS, check_cfg
 from .norms import NORMS
 from .rcnn import build_rcnn
@@ -61,7 +61,7 @@ def _build_retinanet(cfg: CfgNode, transform: nn.Module) -> RetinaNet:
         anchors.num_anchors_per_location()[0],
         retinanet.NUM_CLASSES,
         retinanet.NUM_CONVS,
-        retinanet_norm(cfg, NORMS, len(retinanet.IN_FEATURES)),
+        part_norm(cfg, "RETINANET", NORMS, len(retinanet.IN_FEATURES)),
     )
     model = RetinaNet(
         backbone,

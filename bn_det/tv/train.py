@@ -13,7 +13,8 @@ from torch import nn
 from ..checkpoint import Checkpointer, check_start
 from ..comm import world
 from ..command import start
-from ..config import check_ims_per_batch, load_config, resolve_device
+from ..config import load_config
+from ..config_check import check_ims_per_batch, resolve_device
 from ..errors import InputError
 from ..launch import world_size
 from ..results import results_table

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bn_det import BatchNorm2d, update_bn_stats
-from bn_det.hooks import FreezeBN, PreciseBN
+from bn_det.hooks import FreezeBN, PreciseBN, RenormSchedule
+from bn_det.layers.renorm import RenormLimits
 from ranks import run_ranks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -172,3 +173,16 @@ def test_freeze_in_several_processes():
     results = run_ranks(freeze_in_ddp, 2)
     assert_equal(results[0][0], results[1][0])
     assert_equal(results[0][1], results[1][1])
+
+
+def test_renorm_schedule():
+    """Batch normalization at first; then linear, each limit at its own rate."""
+    model = nn.Sequential(*make_model(), BatchNorm2d(2, renorm=(3, 5)))
+    seen = []
+    model.register_forward_pre_hook(lambda *_: seen.append(model[-1].renorm))
+    Trainer(model, 12).register(schedule := RenormSchedule(RenormLimits(3.0, 5.0), 2, 10, 6))
+    schedule.trainer.train()
+    expected = [(1, 0), (1, 0), (1, 0), (1.25, 1.25), (1.5, 2.5), (1.75, 3.75), (2, 5), (2.25, 5)]
+    expected += [(2.5, 5), (2.75, 5), (3, 5), (3, 5)]
+    assert seen == expected
+    assert model[3].renorm is None

@@ -9,32 +9,37 @@ from torch import nn
 
 from bn_det import BatchNorm2d, DomainBatchNorm2d, convert_batchnorm
 from bn_det.errors import InputError
-from bn_det.layers import forward_levels, level_norm_factory, norm_factory
+from bn_det.layers import BATCH_NORMS, forward_levels, norm_factory
 
 OTHERS = {"GN": partial(nn.GroupNorm, 2)}
 CHOICES = {"statistics": "shared", "population": "per_domain", "affine": "per_domain"}
 
 
-def test_norms_by_name_and_callable():
-    assert norm_factory("", OTHERS) is None
-    assert norm_factory(None, OTHERS) is None
-    assert isinstance(norm_factory("BN", OTHERS)(4), BatchNorm2d)
-    assert isinstance(norm_factory("GN", OTHERS)(4), nn.GroupNorm)
-    assert norm_factory(nn.Identity, OTHERS) is nn.Identity
-    layer = level_norm_factory("BN", OTHERS, 3, **CHOICES)(4)
-    assert isinstance(layer, DomainBatchNorm2d) and layer.num_domains == 3
-    found = {"statistics": layer.statistics, "population": layer.population}
-    assert {**found, "affine": layer.affine_sharing} == CHOICES
-    assert isinstance(level_norm_factory("GN", OTHERS, 3, **CHOICES)(4), nn.GroupNorm)
+LEVELS = partial(DomainBatchNorm2d, num_domains=3, **CHOICES)
+
+
+@pytest.mark.parametrize("layer", [BatchNorm2d, LEVELS])
+def test_norms_by_name_and_callable(layer):
+    assert norm_factory("", layer, OTHERS) is None
+    assert norm_factory(None, layer, OTHERS) is None
+    assert isinstance(norm_factory("GN", layer, OTHERS)(4), nn.GroupNorm)
+    assert norm_factory(nn.Identity, layer, OTHERS) is nn.Identity
+    found = {
+        name: norm_factory(name, layer, OTHERS, ghost_size=3, renorm=(2, 1))(4)
+        for name in BATCH_NORMS
+    }
+    kind = BatchNorm2d if layer is BatchNorm2d else DomainBatchNorm2d
+    assert all(type(norm) is kind for norm in found.values())
+    assert {name for name, norm in found.items() if norm.group == "world"} == {"SyncBN"}
+    assert {name for name, norm in found.items() if norm.ghost_size == 3} == {"GhostBN"}
+    assert {name for name, norm in found.items() if norm.renorm == (2, 1)} == {"BRN"}
 
 
 def test_unknown_norm():
     with pytest.raises(
-        InputError, match=r"MODEL.X.NORM: 'bn' .*\['', 'BN', 'SyncBN', 'GhostBN', 'GN'\]"
+        InputError, match=r"MODEL.X.NORM: 'bn' .*\['', 'BN', 'SyncBN', 'GhostBN', 'BRN', 'GN'\]"
     ):
-        norm_factory("bn", OTHERS, "MODEL.X.NORM")
-    with pytest.raises(InputError, match="norm: 'SyncBatchNorm2d' is not accepted"):
-        level_norm_factory("SyncBatchNorm2d", OTHERS, 3, **CHOICES)
+        norm_factory("bn", BatchNorm2d, OTHERS, "MODEL.X.NORM")
 
 
 def model():

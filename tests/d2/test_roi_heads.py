@@ -26,7 +26,7 @@ from ranks import run_ranks
 from reference import RCNN_BASE
 
 HEADS = ("ROI_BOX_HEAD", "ROI_MASK_HEAD")
-NORMS = ("", "BN", "SyncBN", "GhostBN", "FrozenBN", "GN", "LN")
+NORMS = ("", "BN", "SyncBN", "GhostBN", "BRN", "FrozenBN", "GN", "LN")
 every_norm = pytest.mark.parametrize("norm", NORMS)
 STOCK = [
     *("MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead"),
@@ -87,7 +87,7 @@ def test_layers(norm):
     assert isinstance(mask_head, BNMaskRCNNConvUpsampleHead)
     expected = {
         "": type(None), "BN": BatchNorm2d, "SyncBN": BatchNorm2d, "GhostBN": BatchNorm2d,
-        "FrozenBN": FrozenBatchNorm2d, "GN": nn.GroupNorm,
+        "BRN": BatchNorm2d, "FrozenBN": FrozenBatchNorm2d, "GN": nn.GroupNorm,
     }  # fmt: skip
     for conv in (box_head.conv1, mask_head.mask_fcn2):
         assert (conv.bias is None) == (norm != ""), "stock's choice"
@@ -97,6 +97,7 @@ def test_layers(norm):
             assert (conv.norm.group, conv.norm.ghost_size) == {
                 "BN": (None, None), "SyncBN": ("world", None), "GhostBN": (None, 4),
             }[norm]  # fmt: skip
+        assert getattr(conv.norm, "renorm", None) == ((3, 5) if norm == "BRN" else None)
 
 
 def heads(cfg):
@@ -232,6 +233,24 @@ def test_batch_statistics_in_evaluation():
     assert torch.equal(box_head.eval()(x), training)
 
 
+def test_population_statistics_in_training():
+    parts = [
+        "SOLVER.BN_STATISTICS",
+        "population",
+        "SOLVER.BN_STATISTICS_PARTS",
+        "['ROI_MASK_HEAD']",
+    ]
+    opts = [*heads_norm("BN"), *parts, "SOLVER.UPDATE_POPULATION", "False"]
+    box_head, mask_head = heads(make_cfg(*opts))
+    assert box_head.conv1.norm.train_statistics == "batch"
+    assert mask_head.mask_fcn1.norm.train_statistics == "population"
+    x = torch.randn(5, 64, 14, 14)
+    assert torch.equal(mask_head.layers(x), mask_head.eval().layers(x))
+    before = box_head.conv1.norm.running_mean.clone()
+    box_head(torch.randn(5, 64, 7, 7))
+    assert torch.equal(box_head.conv1.norm.running_mean, before)
+
+
 @pytest.mark.parametrize(
     "opts, message",
     [
@@ -249,6 +268,17 @@ def test_batch_statistics_in_evaluation():
         ),
         (["TEST.BN_STATISTICS_PARTS", "['HEAD']"], "TEST.BN_STATISTICS_PARTS: 'HEAD' .*'FPN'"),
         (["TEST.BN_STATISTICS", "ema"], "TEST.BN_STATISTICS: 'ema' .*'population', 'batch'"),
+        (
+            ["SOLVER.BN_STATISTICS", "population", *heads_norm("GN")],
+            "SOLVER.BN_STATISTICS: 'population' is not accepted: no part .* use 'batch', or a NORM",
+        ),
+        (
+            ["SOLVER.BN_STATISTICS", "population", *heads_norm("BRN")],
+            "SOLVER.BN_STATISTICS: 'population' is not accepted with MODEL.ROI_BOX_HEAD.NORM 'BRN'",
+        ),
+        (["SOLVER.BN_STATISTICS_PARTS", "['HEAD']"], "SOLVER.BN_STATISTICS_PARTS: 'HEAD' .*'FPN'"),
+        (["SOLVER.BRN.R_MAX", "0.5"], "SOLVER.BRN: R_MAX 0.5 and D_MAX 5.0 are not accepted"),
+        (["SOLVER.BRN.D_MAX_ITER", "9"], "SOLVER.BRN.D_MAX_ITER: 9 is not accepted .* 5000;"),
         (["MODEL.FPN.GHOST_ORDER", "x"], "MODEL.FPN.GHOST_ORDER: 'x' .*'contiguous', 'random'"),
     ],
 )

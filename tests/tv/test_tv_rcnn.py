@@ -18,7 +18,7 @@ from reference import BASE, RCNN, norm_opts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-NORMS = ["", "BN", "SyncBN", "GhostBN", "FrozenBN", "GN", "LN"]
+NORMS = ["", "BN", "SyncBN", "GhostBN", "BRN", "FrozenBN", "GN", "LN"]
 NO_BATCH = ["", "FrozenBN", "GN", "LN"]
 
 

@@ -1,0 +1,184 @@
+"""Checks of a config's values, before anything is built."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from yacs.config import CfgNode
+
+from .errors import InputError, choose
+from .estimate import ESTIMATORS
+from .layers import BATCH_NORMS, SHARING
+from .layers.batch_norm import STATISTICS
+from .layers.ghost import GHOST_ORDERS
+from .parts import COMPONENTS, PARTS, SOURCE_PARTS, get_key, has_our_batch_norm
+
+logger = logging.getLogger(__name__)
+
+
+def check_values(cfg: CfgNode) -> None:
+    """Raise InputError for values of our keys that are not accepted, or not together."""
+    for choice in ("STATISTICS", "POPULATION", "AFFINE"):
+        choose(f"MODEL.RETINANET.BN.{choice}", cfg.MODEL.RETINANET.BN[choice], SHARING)
+    for part in PARTS:
+        choose(f"MODEL.{part}.GHOST_ORDER", cfg.MODEL[part].GHOST_ORDER, GHOST_ORDERS)
+    _check_statistics(cfg, "TEST", "population")
+    _check_statistics(cfg, "SOLVER", "batch")
+    _check_renorm(cfg)
+    _check_sources(cfg)
+    _check_precise_bn(cfg)
+
+
+def check_ims_per_batch(cfg: CfgNode, num_processes: int) -> None:
+    """Raise InputError unless each process gets the same number of images of a batch."""
+    for key, value in (
+        ("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH),
+        ("TEST.PRECISE_BN.IMS_PER_BATCH", cfg.TEST.PRECISE_BN.IMS_PER_BATCH),
+    ):
+        if value % num_processes:
+            raise InputError(
+                f"{key}: {value!r} is not accepted with {num_processes} processes (--num-gpus, "
+                f"--num-machines); use a multiple of {num_processes}"
+            )
+
+
+def resolve_device(cfg: CfgNode) -> None:
+    """Set MODEL.DEVICE to the CPU where it is Detectron2's default, and there is no GPU.
+
+    Raises:
+        InputError: it is not a device, or not one of this machine's.
+    """
+    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
+        logger.warning("No CUDA device is available: MODEL.DEVICE cpu is used instead of cuda")
+        cfg.MODEL.DEVICE = "cpu"
+    try:
+        device = torch.device(cfg.MODEL.DEVICE)
+        if device.type != "cuda":
+            torch.empty(0, device=device)
+        elif (device.index or 0) >= torch.cuda.device_count():
+            # Not by trying, which takes memory of a GPU that another process may train on.
+            raise RuntimeError(f"this machine has {torch.cuda.device_count()} GPUs")
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).splitlines()[0]
+        raise InputError(f"MODEL.DEVICE: {cfg.MODEL.DEVICE!r} is not accepted: {reason}") from e
+
+
+def _check_sources(cfg: CfgNode) -> None:
+    """Raise InputError unless every data set is of a source, where some part tells them apart."""
+    node, entries = cfg.MODEL.BN_SOURCES, cfg.DATASETS.SOURCES
+    choose("MODEL.BN_SOURCES.AFFINE", node.AFFINE, SHARING)
+    for entry in entries:
+        is_list = isinstance(entry, (list, tuple)) and len(entry) > 1
+        if not is_list or not all(isinstance(e, str) for e in entry):
+            raise InputError(
+                f"DATASETS.SOURCES: {entry!r} is not accepted; each entry is a list [source, data "
+                "set, ...] with one data set or more"
+            )
+    names = [name for _, *names in entries for name in names]
+    for what, values in (("source", [entry[0] for entry in entries]), ("data set", names)):
+        twice = [value for value in values if values.count(value) > 1]
+        if twice:
+            raise InputError(f"DATASETS.SOURCES: the {what} {twice[0]!r} stands there twice")
+    if not node.PARTS:
+        return
+    choose("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, _NAME_SOURCES)
+    for part in node.PARTS:
+        choose("MODEL.BN_SOURCES.PARTS", part, SOURCE_PARTS)
+        if not has_our_batch_norm(cfg, part):
+            raise InputError(
+                f"MODEL.BN_SOURCES.PARTS: {part!r} is not accepted with MODEL.{part}.NORM "
+                f"{cfg.MODEL[part].NORM!r}; use a NORM in {list(BATCH_NORMS)}, and our component"
+            )
+    for split in ("TRAIN", "TEST"):
+        for name in cfg.DATASETS[split]:
+            if name not in names:
+                raise InputError(
+                    f"DATASETS.{split}: {name!r} is of no source; add it to the list of its "
+                    f"source in DATASETS.SOURCES, which has {[list(e) for e in entries]}"
+                )
+
+
+_NAME_SOURCES = ("BNRetinaNet", "BNGeneralizedRCNN")
+"""The meta-architectures that tell their layers the images' sources."""
+
+
+def _check_statistics(cfg: CfgNode, node: str, default: str) -> None:
+    """Raise InputError if another normalization than by default is asked of what has no choice.
+
+    Args:
+        node: "TEST" or "SOLVER".
+        default: what its BN_STATISTICS is where nothing is asked.
+    """
+    statistics, parts = cfg[node].BN_STATISTICS, cfg[node].BN_STATISTICS_PARTS
+    choose(f"{node}.BN_STATISTICS", statistics, STATISTICS)
+    for part in parts:
+        choose(f"{node}.BN_STATISTICS_PARTS", part, PARTS)
+    if statistics == default:
+        return
+    has_batch = {part: has_our_batch_norm(cfg, part) for part in PARTS}
+    for part in parts:
+        if not has_batch[part]:
+            key, names = COMPONENTS[part]
+            raise InputError(
+                f"{node}.BN_STATISTICS: {statistics!r} is not accepted for {part}, which has no "
+                f"batch statistics with MODEL.{part}.NORM {cfg.MODEL[part].NORM!r} and MODEL.{key} "
+                f"{get_key(cfg, key)!r}; use {default!r}, or a NORM in {list(BATCH_NORMS)} and a "
+                f"MODEL.{key} in {list(names)}"
+            )
+    if not any(has_batch.values()):
+        raise InputError(
+            f"{node}.BN_STATISTICS: {statistics!r} is not accepted: no part of the model has batch "
+            f"statistics; use {default!r}, or a NORM in {list(BATCH_NORMS)} with our components"
+        )
+
+
+def _check_renorm(cfg: CfgNode) -> None:
+    node = cfg.SOLVER.BRN
+    if not (node.R_MAX >= 1 and node.D_MAX >= 0):
+        raise InputError(
+            f"SOLVER.BRN: R_MAX {node.R_MAX!r} and D_MAX {node.D_MAX!r} are not accepted; use 1.0 "
+            "or more and 0.0 or more"
+        )
+    for key in ("R_MAX_ITER", "D_MAX_ITER"):
+        if not 0 <= node.WARMUP_ITERS <= node[key]:
+            raise InputError(
+                f"SOLVER.BRN.{key}: {node[key]!r} is not accepted with WARMUP_ITERS "
+                f"{node.WARMUP_ITERS!r}; use 0 or more, and WARMUP_ITERS not above it"
+            )
+    if cfg.SOLVER.BN_STATISTICS == "population":
+        for part in cfg.SOLVER.BN_STATISTICS_PARTS or PARTS:
+            if cfg.MODEL[part].NORM == "BRN" and has_our_batch_norm(cfg, part):
+                raise InputError(
+                    f"SOLVER.BN_STATISTICS: 'population' is not accepted with MODEL.{part}.NORM "
+                    "'BRN', which corrects batch statistics; use 'batch', or NORM 'BN'"
+                )
+
+
+def _check_precise_bn(cfg: CfgNode) -> None:
+    node = cfg.TEST.PRECISE_BN
+    choose("TEST.PRECISE_BN.ESTIMATOR", node.ESTIMATOR, ESTIMATORS)
+    if node.NUM_ITER < 1:
+        raise InputError(
+            f"TEST.PRECISE_BN.NUM_ITER: {node.NUM_ITER!r} is not accepted; use 1 or more"
+        )
+    if node.IMS_PER_BATCH < 0:
+        raise InputError(
+            f"TEST.PRECISE_BN.IMS_PER_BATCH: {node.IMS_PER_BATCH!r} is not accepted; use 0 (for "
+            "as many as in training) or more"
+        )
+    if not node.TOLERANCE >= 0:
+        raise InputError(
+            f"TEST.PRECISE_BN.TOLERANCE: {node.TOLERANCE!r} is not accepted; use 0.0 (for none) or "
+            "more"
+        )
+    if cfg.SOLVER.FREEZE_BN_ITER < 0:
+        raise InputError(
+            f"SOLVER.FREEZE_BN_ITER: {cfg.SOLVER.FREEZE_BN_ITER!r} is not accepted; use 0 (for "
+            "never) or more"
+        )
+    if cfg.SOLVER.FREEZE_BN_ITER and cfg.TEST.BN_STATISTICS == "batch":
+        raise InputError(
+            f"SOLVER.FREEZE_BN_ITER: {cfg.SOLVER.FREEZE_BN_ITER!r} is not accepted with "
+            "TEST.BN_STATISTICS 'batch': frozen layers normalize by population statistics; use 0"
+        )

@@ -1,0 +1,123 @@
+"""The parts of a detector that have a norm, and the norm of each by a config."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from torch import nn
+from yacs.config import CfgNode
+
+from .layers import (
+    BATCH_NORMS,
+    BatchNorm2d,
+    DomainBatchNorm2d,
+    SourceBatchNorm2d,
+    norm_factory,
+)
+from .layers.norms import NormFactory
+
+logger = logging.getLogger(__name__)
+
+PARTS = ("RESNETS", "FPN", "RETINANET", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
+"""The nodes of MODEL that have a NORM."""
+
+SOURCE_PARTS = PARTS[:3]
+"""Those that are called with images, not RoIs, and so can tell the sources of images apart."""
+
+
+def part_norm(
+    cfg: CfgNode, part: str, others: Mapping[str, NormFactory], num_levels: int | None = None
+) -> NormFactory | None:
+    """The norm that a part of the model asks for by its NORM; see ``norm_factory``.
+
+    Args:
+        part: one of PARTS.
+        others: the host's layers that have no choice of batch, by name.
+        num_levels: for RetinaNet's head: a layer for a list of so many levels, as BN says.
+    """
+    node, limits = cfg.MODEL[part], cfg.SOLVER.BRN
+    return norm_factory(
+        node.NORM,
+        _layer(cfg, part, num_levels),
+        others,
+        f"MODEL.{part}.NORM",
+        ghost_size=node.GHOST_SIZE,
+        ghost_order=node.GHOST_ORDER,
+        renorm=(limits.R_MAX, limits.D_MAX),
+    )
+
+
+def _layer(cfg: CfgNode, part: str, num_levels: int | None) -> Callable[..., nn.Module]:
+    """The kind of BatchNorm that a part has, whichever of BATCH_NORMS it is."""
+    choices: dict[str, Any] = {
+        "eval_statistics": _statistics(cfg.TEST, part, "population"),
+        "train_statistics": _statistics(cfg.SOLVER, part, "batch"),
+        "update_population": cfg.SOLVER.UPDATE_POPULATION,
+    }
+    if num_levels is not None:
+        of_levels = cfg.MODEL[part].BN
+        choices["statistics"] = of_levels.STATISTICS
+        choices["population"] = of_levels.POPULATION
+        choices["affine"] = of_levels.AFFINE
+    if part in cfg.MODEL.BN_SOURCES.PARTS:
+        choices.setdefault("affine", cfg.MODEL.BN_SOURCES.AFFINE)
+        choices |= {"num_sources": len(cfg.DATASETS.SOURCES), "num_levels": num_levels}
+        return partial(SourceBatchNorm2d, **choices)
+    if num_levels is not None:
+        return partial(DomainBatchNorm2d, num_domains=num_levels, **choices)
+    return partial(BatchNorm2d, **choices)
+
+
+def _statistics(node: CfgNode, part: str, default: str) -> str:
+    """What normalizes a part, by the BN_STATISTICS of TEST or SOLVER."""
+    return node.BN_STATISTICS if part in (node.BN_STATISTICS_PARTS or PARTS) else default
+
+
+def shuffle_of(cfg: CfgNode, part: str) -> bool:
+    """Whether training is to shuffle the RoIs of a head, as its SHUFFLE says.
+
+    Where its NORM has no batch, shuffling would change nothing: a warning says so, and the answer
+    is no.
+
+    Args:
+        part: "ROI_BOX_HEAD" or "ROI_MASK_HEAD".
+    """
+    node = cfg.MODEL[part]
+    if node.SHUFFLE and node.NORM not in BATCH_NORMS:
+        logger.warning(
+            "MODEL.%s.SHUFFLE: True does nothing with MODEL.%s.NORM %r, which has no batch; it "
+            "is of use with %s",
+            *(part, part, node.NORM, ", ".join(BATCH_NORMS)),
+        )
+        return False
+    return node.SHUFFLE
+
+
+_BACKBONES = ("build_bn_resnet_fpn_backbone", "build_bn_retinanet_resnet_fpn_backbone")
+COMPONENTS = {
+    "RESNETS": ("BACKBONE.NAME", _BACKBONES),
+    "FPN": ("BACKBONE.NAME", _BACKBONES),
+    "RETINANET": ("META_ARCHITECTURE", ("BNRetinaNet",)),
+    "ROI_BOX_HEAD": ("ROI_BOX_HEAD.NAME", ("BNFastRCNNConvFCHead",)),
+    "ROI_MASK_HEAD": ("ROI_MASK_HEAD.NAME", ("BNMaskRCNNConvUpsampleHead",)),
+}
+"""For each part the key below MODEL that says what builds it, and our components."""
+
+
+def has_our_batch_norm(cfg: CfgNode, part: str) -> bool:
+    """Whether a part of the model, one of PARTS, is built with one of BATCH_NORMS by us."""
+    if part.startswith("ROI_") and cfg.MODEL.META_ARCHITECTURE == "BNRetinaNet":
+        return False
+    key, names = COMPONENTS[part]
+    return get_key(cfg, key) in names and cfg.MODEL[part].NORM in BATCH_NORMS
+
+
+def get_key(cfg: CfgNode, key: str) -> object:
+    """The value of a key below MODEL."""
+    value = cfg.MODEL
+    for name in key.split("."):
+        value = value[name]
+    return value
