@@ -14,6 +14,7 @@ from .layers import (
 from .moments import Moments
 from .population import update_bn_stats
 from .shuffle import shuffle, shuffled
+from .virtual import virtual_batch
 
 __version__ = "0.1.0"
 
@@ -31,4 +32,5 @@ __all__ = [
     "shuffled",
     "trained_with",
     "update_bn_stats",
+    "virtual_batch",
 ]

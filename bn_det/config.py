@@ -50,6 +50,10 @@ def add_bn_det_config(cfg: CfgNode) -> None:
     cfg.SOLVER.BN_STATISTICS_PARTS = []
     cfg.SOLVER.UPDATE_POPULATION = True
 
+    # Extra images in the normalization batches of a step, without gradient (Virtual BN); of all
+    # processes together.
+    cfg.SOLVER.VIRTUAL_IMAGES = 0
+
     # For NORM "BRN", batch renormalization: its limits, and the iterations up to which it is
     # batch normalization, and from which on they are reached (Ioffe 2017, Sec. 4.1).
     cfg.SOLVER.BRN = node()
@@ -138,6 +142,14 @@ def uses_precise_bn(cfg: CfgNode) -> bool:
 def source_of(cfg: CfgNode) -> dict[str, int]:
     """The number of the source of each data set that DATASETS.SOURCES names."""
     return {name: k for k, (_, *names) in enumerate(cfg.DATASETS.SOURCES) for name in names}
+
+
+def with_virtual_batches(cfg: CfgNode) -> CfgNode:
+    """The config with the batches of extra images in place of the training's."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SOLVER.IMS_PER_BATCH = cfg.SOLVER.VIRTUAL_IMAGES
+    return cfg
 
 
 def with_precise_bn_batches(cfg: CfgNode) -> CfgNode:

@@ -26,6 +26,7 @@ def check_values(cfg: CfgNode) -> None:
     _check_statistics(cfg, "TEST", "population")
     _check_statistics(cfg, "SOLVER", "batch")
     _check_renorm(cfg)
+    _check_virtual(cfg)
     _check_sources(cfg)
     _check_precise_bn(cfg)
 
@@ -35,6 +36,7 @@ def check_ims_per_batch(cfg: CfgNode, num_processes: int) -> None:
     for key, value in (
         ("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH),
         ("TEST.PRECISE_BN.IMS_PER_BATCH", cfg.TEST.PRECISE_BN.IMS_PER_BATCH),
+        ("SOLVER.VIRTUAL_IMAGES", cfg.SOLVER.VIRTUAL_IMAGES),
     ):
         if value % num_processes:
             raise InputError(
@@ -153,6 +155,17 @@ def _check_renorm(cfg: CfgNode) -> None:
                     f"SOLVER.BN_STATISTICS: 'population' is not accepted with MODEL.{part}.NORM "
                     "'BRN', which corrects batch statistics; use 'batch', or NORM 'BN'"
                 )
+
+
+def _check_virtual(cfg: CfgNode) -> None:
+    number = cfg.SOLVER.VIRTUAL_IMAGES
+    if number < 0:
+        raise InputError(f"SOLVER.VIRTUAL_IMAGES: {number!r} is not accepted; use 0 or more")
+    if number and not any(has_our_batch_norm(cfg, part) for part in PARTS):
+        raise InputError(
+            f"SOLVER.VIRTUAL_IMAGES: {number!r} is not accepted: no part of the model has a batch; "
+            f"use 0, or a NORM in {list(BATCH_NORMS)} with our components"
+        )
 
 
 def _check_precise_bn(cfg: CfgNode) -> None:

@@ -7,8 +7,8 @@ progress, counted from 0), ``max_iter`` and ``model``.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from .parts import PARTS
 from .population import average_population_statistics, update_bn_stats
 from .population_report import PopulationReport
 from .progress import with_progress
+from .virtual import virtual_batch
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +140,47 @@ class PreciseBN(_Periodic):
         self.trainer.put_scalars(scalars)
 
 
+class VirtualBatch(Hook):
+    """Has extra images in the normalization batches of each step (:func:`bn_det.virtual_batch`).
+
+    To be registered before the hooks that run the model after a step. A step in which every
+    BatchNorm is frozen has none.
+
+    Args:
+        model: the model that is trained.
+        data_loader: batches of extra images, as many as there are steps.
+        call: as in ``virtual_batch``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader: Iterable[Any],
+        call: Callable[[nn.Module, Any], Any] | None = None,
+    ) -> None:
+        self.model, self.data_loader, self.call = model, data_loader, call
+        self._batches: Iterator[Any] | None = None
+        self._block = ExitStack()
+
+    def before_step(self) -> None:
+        if self._batches is None:
+            self._batches = iter(self.data_loader)
+        if population_layers(self.model):
+            with self.context():
+                block = virtual_batch(self.model, next(self._batches), self.call)
+                self._block.enter_context(block)
+
+    def after_step(self) -> None:
+        self._block.close()
+
+    def after_train(self) -> None:
+        self._block.close()
+
+    def context(self) -> AbstractContextManager:
+        """What a forward pass of training runs in: autocast, for example."""
+        return nullcontext()
+
+
 class FreezeBN(Hook):
     """From an iteration on, train with population statistics that stay as they are.
 
@@ -234,11 +276,17 @@ class Hooks(NamedTuple):
 HOOKS = Hooks()
 
 
-def build_hooks(cfg: CfgNode, precise: PreciseBN | None, classes: Hooks = HOOKS) -> list[Hook]:
+def build_hooks(
+    cfg: CfgNode,
+    precise: PreciseBN | None,
+    virtual: VirtualBatch | None,
+    classes: Hooks = HOOKS,
+) -> list[Hook]:
     """The hooks that a config asks for, in their order, all before those that evaluate and save.
 
     Args:
         precise: what TEST.PRECISE_BN and SOLVER.FREEZE_BN_PRECISE stand for, where one of them is.
+        virtual: what SOLVER.VIRTUAL_IMAGES stands for, where it is.
         classes: the host's.
     """
     solver, ret = cfg.SOLVER, []
@@ -251,6 +299,8 @@ def build_hooks(cfg: CfgNode, precise: PreciseBN | None, classes: Hooks = HOOKS)
         before = precise if solver.FREEZE_BN_PRECISE else None
         hook = classes.freeze(solver.FREEZE_BN_ITER, affine=solver.FREEZE_BN_AFFINE, precise=before)
         ret.append(hook)
+    if virtual is not None:
+        ret.append(virtual)
     if cfg.TEST.PRECISE_BN.ENABLED:
         ret.append(precise)
     if solver.AVERAGE_BN_STATISTICS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from tqdm import tqdm
 
 from .comm import Group, all_gather, process_group, report_disagreement
 from .errors import InputError, choose
 from .estimate import ESTIMATORS, Accumulator, Estimate, estimates
 from .observation import Observed, Observer, PopulationLayer, population_layers
+from .passes import surroundings, unwrapped
 from .population_report import PopulationReport, make_report
 from .snapshot import Snapshot, same_random_state
 
@@ -86,18 +86,14 @@ def update_bn_stats(
         RuntimeError: another rank failed.
     """
     _check_arguments(num_iters, progress, estimator, tolerance)
-    model = _unwrapped(model)
+    model = unwrapped(model)
     layers = population_layers(model)
     if not layers:
         logger.warning("update_bn_stats: the model has no BatchNorm in training mode to update")
     observer = Observer(partial(call, model) if call else model, model, layers)
     run = _Run(observer, num_iters, estimator, tolerance, allow_short, process_group(group))
     with torch.no_grad(), ExitStack() as stack:
-        for surrounding in _SURROUNDINGS:
-            stack.enter_context(surrounding())
-        if hasattr(torch.compiler, "set_stance"):  # torch 2.6
-            # What is compiled would be compiled anew, for the layers as they are in the passes.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(surroundings())
         tensors = chain(model.parameters(), model.buffers())
         stack.enter_context(same_random_state({t.device for t in tensors}))
         with tqdm(total=num_iters, disable=progress is None) as bar:
@@ -106,13 +102,6 @@ def update_bn_stats(
         _write(layers, found)
     return report
 
-
-def surround_passes(context: Callable[[], AbstractContextManager]) -> None:
-    """Have the passes of update_bn_stats run inside a context that a host's models need."""
-    _SURROUNDINGS.append(context)
-
-
-_SURROUNDINGS: list[Callable[[], AbstractContextManager]] = []
 
 _END = object()
 
@@ -293,17 +282,6 @@ def _check_arguments(
         raise InputError(f"tolerance: {tolerance!r} is not accepted; use 0 (for none) or more")
     choose("progress", progress, [None, "tqdm"])
     choose("estimator", estimator, ESTIMATORS)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Without what compiles it or shares its gradients, which would see every pass."""
-    while True:
-        if isinstance(model, (DataParallel, DistributedDataParallel)):
-            model = model.module
-        elif isinstance(model, torch._dynamo.OptimizedModule):
-            model = model._orig_mod
-        else:
-            return model
 
 
 def _checks(num_iters: int, tolerance: float) -> Iterator[int]:

@@ -3,7 +3,15 @@
 from ..config import add_bn_det_config
 from .backbone import build_bn_resnet_fpn_backbone, build_bn_retinanet_resnet_fpn_backbone
 from .datasets import register_datasets
-from .hooks import AverageStatistics, FreezeBN, PreciseBN, RenormSchedule, build_precise_bn
+from .hooks import (
+    AverageStatistics,
+    FreezeBN,
+    PreciseBN,
+    RenormSchedule,
+    VirtualBatch,
+    build_precise_bn,
+    build_virtual_batch,
+)
 from .retinanet import BNRetinaNet, BNRetinaNetHead
 from .roi_heads import BNFastRCNNConvFCHead, BNMaskRCNNConvUpsampleHead
 from .sources import BNGeneralizedRCNN
@@ -18,9 +26,11 @@ __all__ = [
     "FreezeBN",
     "PreciseBN",
     "RenormSchedule",
+    "VirtualBatch",
     "add_bn_det_config",
     "build_bn_resnet_fpn_backbone",
     "build_bn_retinanet_resnet_fpn_backbone",
     "build_precise_bn",
+    "build_virtual_batch",
     "register_datasets",
 ]

@@ -12,13 +12,21 @@ from detectron2.utils.events import EventStorage, get_event_storage, has_event_s
 from torch import nn
 
 from .. import hooks
-from ..config import precise_bn_of, with_precise_bn_batches
-from ..population import surround_passes
+from ..config import precise_bn_of, with_precise_bn_batches, with_virtual_batches
+from ..passes import surround_passes
 from ..snapshot import same_random_state
 
 
 class AverageStatistics(hooks.AverageStatistics, HookBase):
     """See :class:`bn_det.hooks.AverageStatistics`."""
+
+
+def _context_of_training(self: HookBase) -> AbstractContextManager:
+    # DefaultTrainer has the trainer with the loop's step inside.
+    trainer = getattr(self.trainer, "_trainer", self.trainer)
+    if isinstance(trainer, AMPTrainer):
+        return torch.autocast("cuda", dtype=trainer.precision)
+    return nullcontext()
 
 
 class PreciseBN(hooks.PreciseBN, HookBase):
@@ -28,15 +36,16 @@ class PreciseBN(hooks.PreciseBN, HookBase):
     config by :func:`build_precise_bn`.
     """
 
-    def context(self) -> AbstractContextManager:
-        # DefaultTrainer has the trainer with the loop's step inside.
-        trainer = getattr(self.trainer, "_trainer", self.trainer)
-        if isinstance(trainer, AMPTrainer):
-            return torch.autocast("cuda", dtype=trainer.precision)
-        return nullcontext()
+    context = _context_of_training
 
     def write(self, scalars: dict[str, float]) -> None:
         self.trainer.storage.put_scalars(smoothing_hint=False, **scalars)
+
+
+class VirtualBatch(hooks.VirtualBatch, HookBase):
+    """See :class:`bn_det.hooks.VirtualBatch`. From a config by :func:`build_virtual_batch`."""
+
+    context = _context_of_training
 
 
 class FreezeBN(hooks.FreezeBN, HookBase):
@@ -60,6 +69,13 @@ def build_precise_bn(cfg: CfgNode, model: nn.Module) -> PreciseBN:
     with same_random_state([]):
         loader = build_detection_train_loader(batches)
     return PreciseBN(model=model, data_loader=loader, **precise_bn_of(cfg))
+
+
+def build_virtual_batch(cfg: CfgNode, model: nn.Module) -> VirtualBatch:
+    """The hook that SOLVER.VIRTUAL_IMAGES asks for, with a data loader of its own."""
+    with same_random_state([]):
+        loader = build_detection_train_loader(with_virtual_batches(cfg))
+    return VirtualBatch(model, loader)
 
 
 def _scratch_storage() -> EventStorage:

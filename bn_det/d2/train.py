@@ -37,7 +37,7 @@ from ..hooks import build_hooks
 from ..launch import world_size
 from ..results import results_table
 from .datasets import register_datasets
-from .hooks import HOOKS, build_precise_bn
+from .hooks import HOOKS, build_precise_bn, build_virtual_batch
 
 
 class Checkpointer(CheckpointerMixin, DetectionCheckpointer):
@@ -79,7 +79,8 @@ class Trainer(DefaultTrainer):
             k for k, h in enumerate(ret) if isinstance(h, (EvalHook, PeriodicCheckpointer))
         )
         precise = build_precise_bn(cfg, self.model) if uses_precise_bn(cfg) else None
-        ours = build_hooks(cfg, precise, HOOKS)
+        virtual = build_virtual_batch(cfg, self.model) if cfg.SOLVER.VIRTUAL_IMAGES else None
+        ours = build_hooks(cfg, precise, virtual, HOOKS)
         return [*ret[:first], *ours, *ret[first:]]
 
     def resume_or_load(self, resume: bool = True) -> None:

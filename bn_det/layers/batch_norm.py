@@ -97,6 +97,9 @@ class BatchNorm2d(nn.BatchNorm2d):
     observer: Callable[[Sequence[Batch]], None] | None = None
     """Where set, it gets the normalization batches of a call, and the EMA stays as it is."""
 
+    extend: Callable[[list[Batch], Sequence[int]], list[Batch]] | None = None
+    """Where set, it adds to the batches of a call, for each of which it gets the domain."""
+
     def __init__(
         self,
         num_features: int,
@@ -150,7 +153,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         if group is None and len(ghosts.sizes) == 1 and self.is_plain:
             return self.normalize_by_batch(x, self.weight, self.bias)
         pieces = ghosts.split(x)
-        batches = self.batches_of(pieces, group)
+        batches = self.batches_of(pieces, group, [0] * len(pieces))
         check_batch_sizes(batches)
         if not self.normalizes_by_batch:
             y = self.normalize_by_population(x, self.weight, self.bias)
@@ -181,7 +184,8 @@ class BatchNorm2d(nn.BatchNorm2d):
     @property
     def is_plain(self) -> bool:
         """Whether it normalizes by the batch as it is, in this mode."""
-        return self.normalizes_by_batch and (self.renorm is None or not self.training)
+        corrected = self.renorm is not None and self.training
+        return self.normalizes_by_batch and not corrected and self.extend is None
 
     @property
     def _statistics(self) -> str:
@@ -211,7 +215,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         """
         if self.renorm is None or not self.training:
             return affine.weight, affine.bias
-        _refuse_recomputation("batch renormalization")
+        refuse_recomputation("batch renormalization")
         r, d = correction(batch.moments, population, self.eps, self.renorm)
         return renormalized(affine.weight, affine.bias, r, d)
 
@@ -221,7 +225,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         """Normalize x by the population statistics."""
         mean, var = self.running_mean, self.running_var
         if self.tracks:
-            _refuse_recomputation("normalizing by an EMA that is updated")
+            refuse_recomputation("normalizing by an EMA that is updated")
             mean, var = mean.clone(), var.clone()  # the update comes before the backward pass
         return normalize(x, mean, var, weight, bias, self.eps)
 
@@ -253,9 +257,16 @@ class BatchNorm2d(nn.BatchNorm2d):
         return F.batch_norm(x, *running, weight, bias, True, self.next_momentum(), self.eps)
 
     def batches_of(
-        self, xs: Sequence[Tensor], group: dist.ProcessGroup | None = None
+        self,
+        xs: Sequence[Tensor],
+        group: dist.ProcessGroup | None = None,
+        domain_of: Sequence[int] = (0,),
     ) -> list[Batch]:
-        """Each tensor on all processes of the group as a batch of its own, in one collective."""
+        """Each tensor on all processes of the group as a batch of its own, in one collective.
+
+        Args:
+            domain_of: the domain of each tensor.
+        """
         moments = [Moments.of(x) for x in xs]
         sizes = [x.numel() // x.shape[1] for x in xs]
         if group is not None:
@@ -263,7 +274,8 @@ class BatchNorm2d(nn.BatchNorm2d):
             moments = Moments.all_reduce(moments, group)
             # With more than one value here there is no need to wait for the device.
             sizes = [n if n > 1 else int(m.count) for n, m in zip(sizes, moments, strict=True)]
-        return [Batch(m, n) for m, n in zip(moments, sizes, strict=True)]
+        batches = [Batch(m, n) for m, n in zip(moments, sizes, strict=True)]
+        return batches if self.extend is None else self.extend(batches, domain_of)
 
     @torch.no_grad()
     def update_population_statistics(self, batches: Sequence[Batch]) -> None:
@@ -423,11 +435,12 @@ def mean_statistics(batches: Sequence[Moments]) -> tuple[Tensor, Tensor]:
     return (weights * means).sum(0), (weights * variances).sum(0)
 
 
-def _refuse_recomputation(what: str) -> None:
+def refuse_recomputation(what: str) -> None:
+    """Raise RuntimeError where activation checkpointing repeats a forward pass."""
     if _in_backward_pass():
         raise RuntimeError(
-            f"{what} cannot be recomputed in a backward pass (activation checkpointing): the "
-            "population statistics have moved on since the forward pass"
+            f"{what} cannot be recomputed in a backward pass (activation checkpointing): what it "
+            "depends on has changed since the forward pass"
         )
 
 

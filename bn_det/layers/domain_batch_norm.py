@@ -177,7 +177,7 @@ class DomainBatchNorm2d(BatchNorm2d):
         index = {key: i for i, key in enumerate(dict.fromkeys(keys))}
         batch_of = [index[key] for key in keys]
         first_domains = [domain_of[batch_of.index(b)] for b in index.values()]
-        parts = self.batches_of(pieces, group)
+        parts = self.batches_of(pieces, group, domain_of)
         by_domain = _grouped(parts, domain_of)
         batches = [Batch.merge(of_batch) for of_batch in _grouped(parts, batch_of)]
         self._check_sizes(batches, by_domain)

@@ -19,7 +19,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint import Checkpointer
 from ..comm import all_gather, process_group, world
-from ..config import precise_bn_of, source_of, uses_precise_bn, with_precise_bn_batches
+from ..config import (
+    precise_bn_of,
+    source_of,
+    uses_precise_bn,
+    with_precise_bn_batches,
+    with_virtual_batches,
+)
 from ..data.coco import (
     CocoDataset,
     builtin_sources,
@@ -30,7 +36,7 @@ from ..data.coco import (
     registered_sources,
 )
 from ..errors import InputError
-from ..hooks import Hook, PreciseBN, build_hooks
+from ..hooks import Hook, PreciseBN, VirtualBatch, build_hooks
 from ..layers import record_sources
 from .data import build_test_loader, build_train_loader
 from .evaluation import evaluate
@@ -82,15 +88,17 @@ class Trainer:
 
     def build_hooks(self) -> list[Hook]:
         """The hooks that the config asks for."""
-        if not uses_precise_bn(self.cfg):
-            return build_hooks(self.cfg, None)
-        precise = PreciseBN(
-            model=self.model,
-            data_loader=_PreciseBatches(weakref.proxy(self)),
-            call=losses_of,
-            **precise_bn_of(self.cfg),
-        )
-        return build_hooks(self.cfg, precise)
+        precise = virtual = None
+        if uses_precise_bn(self.cfg):
+            precise = PreciseBN(
+                model=self.model,
+                data_loader=_PreciseBatches(weakref.proxy(self)),
+                call=losses_of,
+                **precise_bn_of(self.cfg),
+            )
+        if self.cfg.SOLVER.VIRTUAL_IMAGES:
+            virtual = VirtualBatch(self.model, _ExtraBatches(weakref.proxy(self)), losses_of)
+        return build_hooks(self.cfg, precise, virtual)
 
     def register_hooks(self, hooks: Iterable[Hook]) -> None:
         """Have hooks called in order; after a step, before checkpoint and evaluation."""
@@ -247,6 +255,17 @@ class _PreciseBatches:
         cfg = with_precise_bn_batches(self.trainer.cfg)
         seed = self.trainer.seed + 1
         return iter(build_train_loader(cfg, self.trainer.train_sets, seed, start_iter=0))
+
+
+class _ExtraBatches:
+    """Batches of extra images from the trainer's iteration on, in an order of their own."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def __iter__(self) -> Iterator[list]:
+        cfg, trainer = with_virtual_batches(self.trainer.cfg), self.trainer
+        return iter(build_train_loader(cfg, trainer.train_sets, trainer.seed + 2, trainer.iter))
 
 
 def shared_seed(cfg: CfgNode) -> int:

@@ -5,73 +5,18 @@ import math
 
 import pytest
 import torch
+from kinds import C, call, every_kind, inputs, inputs_of, make, outputs_and_gradients
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import reference
 from bn_det import (
     BatchNorm2d,
-    DomainBatchNorm2d,
-    SourceBatchNorm2d,
-    image_sources,
     no_population_update,
     trained_with,
 )
 from bn_det.errors import InputError
 from ranks import run_ranks
-
-C, SOURCES = 4, [0, 1, 0, 1, 1, 0]
-SHAPES = [(6, C, 3, 5), (6, C, 2, 2)]
-KINDS = {
-    "plain": lambda **kwargs: BatchNorm2d(C, **kwargs),
-    "ghost": lambda **kwargs: BatchNorm2d(C, ghost_size=2, **kwargs),
-    "sources": lambda **kwargs: SourceBatchNorm2d(C, 2, **kwargs),
-    **{
-        "-".join(choices): lambda choices=choices, **kwargs: DomainBatchNorm2d(
-            C,
-            2,
-            **dict(zip(("statistics", "population", "affine"), choices, strict=True)),
-            **kwargs,
-        )
-        for choices in reference.EIGHT_CHOICES
-    },
-}
-every_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-def inputs(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        (
-            torch.randn(shape, generator=generator, dtype=torch.float64) * (k + 1) + k
-        ).requires_grad_()
-        for k, shape in enumerate(SHAPES)
-    ]
-
-
-def make(kind, **kwargs):
-    """A layer whose every parameter and statistic matters."""
-    torch.manual_seed(0)
-    layer = KINDS[kind](**kwargs).double()
-    for name, t in (*layer.named_parameters(), *layer.named_buffers()):
-        if not name.endswith("tracked"):
-            low = -0.5 if name.endswith(("bias", "mean")) else 0.5
-            nn.init.uniform_(t, low, low + 1.5)
-    return layer
-
-
-def call(layer, xs):
-    if isinstance(layer, SourceBatchNorm2d):
-        with image_sources(SOURCES):
-            return [layer(xs[0])]
-    return layer(xs) if isinstance(layer, DomainBatchNorm2d) else [layer(xs[0])]
-
-
-def outputs_and_gradients(layer, xs):
-    ys = call(layer, xs)
-    sum((y**3).sum() for y in ys).backward()
-    grads = [x.grad for x in xs[: len(ys)]] + [p.grad for p in layer.parameters()]
-    return [y.detach() for y in ys], grads
 
 
 @every_kind
@@ -141,15 +86,9 @@ def test_gradcheck():
 @every_kind
 def test_jacobian(kind):
     """The normalization batches are those of batch normalization."""
-    found = reference.dependence(
-        lambda xs: call(make(kind, renorm=(2, 1)), xs), inputs()[: _num(kind)]
-    )
-    expected = reference.dependence(lambda xs: call(make(kind), xs), inputs()[: _num(kind)])
+    found = reference.dependence(lambda xs: call(make(kind, renorm=(2, 1)), xs), inputs_of(kind))
+    expected = reference.dependence(lambda xs: call(make(kind), xs), inputs_of(kind))
     assert torch.equal(found, expected)
-
-
-def _num(kind):
-    return 1 if kind in ("plain", "ghost", "sources") else 2
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 1e-2), (torch.bfloat16, 8e-2)])

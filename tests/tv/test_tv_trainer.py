@@ -13,11 +13,12 @@ from torch import nn
 from bn_det.config import load_config
 from bn_det.data.coco import load_coco, registered_sources
 from bn_det.errors import InputError, one_line
+from bn_det.hooks import Hook
 from bn_det.tv import get_cfg
 from bn_det.tv.data import build_test_loader, build_train_loader
 from bn_det.tv.evaluation import coco_metrics, predict
 from bn_det.tv.trainer import Trainer, load_datasets
-from reference import BASE
+from reference import BASE, norm_opts
 
 
 @pytest.fixture
@@ -310,3 +311,48 @@ def test_frozen_bn(make_cfg, tmp_path, precise):
     assert not torch.equal(
         saved[2]["backbone.body.conv1.weight"], saved[5]["backbone.body.conv1.weight"]
     )
+
+
+def test_virtual_images(make_cfg, tmp_path):
+    """Each step's statistics are of its images and the extra ones; a resumed run has the same."""
+    opts = ["SOLVER.VIRTUAL_IMAGES", "3", "SOLVER.CHECKPOINT_PERIOD", "4"]
+    trainer = Trainer(make_cfg(*opts))
+    first = trainer.model.backbone.body.bn1
+    seen, means = [], []
+    first.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    trainer.register_hooks([after := Hook()])
+    after.after_step = lambda: means.append(first.running_mean.clone())
+    trainer.train()
+    seen = [x for x in seen if x.requires_grad or len(x) == 3]  # not those of the evaluation
+    assert [len(x) for x in seen] == [3, 2] * 6
+    assert [x.requires_grad for x in seen] == [False, True] * 6
+    mean = torch.zeros_like(means[0])
+    for extra, images, found in zip(seen[::2], seen[1::2], means, strict=True):
+        mean = 0.9 * mean + 0.1 * torch.cat([extra, images]).mean((0, 2, 3))
+        torch.testing.assert_close(found, mean, rtol=1e-4, atol=1e-6)
+    assert first.num_batches_tracked == 6
+    final = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    (tmp_path / "model_final.pth").unlink()
+    (tmp_path / "last_checkpoint").write_text("model_0000003.pth")
+    resumed, _ = train(make_cfg(*opts), resume=True)
+    assert all(torch.equal(v, final[k]) for k, v in resumed.model.state_dict().items())
+
+
+def test_virtual_images_and_frozen_bn(make_cfg):
+    """From the iteration of freezing on there is nothing to extend."""
+    train(make_cfg("SOLVER.VIRTUAL_IMAGES", "2", "SOLVER.FREEZE_BN_ITER", "3"))
+
+
+@pytest.mark.parametrize(
+    "opts, message",
+    [
+        (["SOLVER.VIRTUAL_IMAGES", "-1"], "SOLVER.VIRTUAL_IMAGES: -1 is not accepted; use 0 or"),
+        (
+            ["SOLVER.VIRTUAL_IMAGES", "2", *norm_opts("FrozenBN")],
+            "SOLVER.VIRTUAL_IMAGES: 2 is not accepted: no part of the model has a batch",
+        ),
+    ],
+)
+def test_virtual_images_that_cannot_be(make_cfg, opts, message):
+    with pytest.raises(InputError, match=message):
+        make_cfg(*opts)

@@ -1,0 +1,40 @@
+"""Forward passes of a model in training mode that are no step of the training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+_SURROUNDINGS: list[Callable[[], AbstractContextManager]] = []
+
+
+def surround_passes(context: Callable[[], AbstractContextManager]) -> None:
+    """Have such passes run inside a context that a host's models need."""
+    _SURROUNDINGS.append(context)
+
+
+@contextmanager
+def surroundings() -> Iterator[None]:
+    """What such passes run in."""
+    with ExitStack() as stack:
+        for surrounding in _SURROUNDINGS:
+            stack.enter_context(surrounding())
+        if hasattr(torch.compiler, "set_stance"):  # torch 2.6
+            # What is compiled would be compiled anew, for the layers as they are in the passes.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Without what compiles it or shares its gradients, which would see every pass."""
+    while True:
+        if isinstance(model, (DataParallel, DistributedDataParallel)):
+            model = model.module
+        elif isinstance(model, torch._dynamo.OptimizedModule):
+            model = model._orig_mod
+        else:
+            return model
