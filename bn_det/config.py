@@ -50,6 +50,10 @@ def add_bn_det_config(cfg: CfgNode) -> None:
     cfg.SOLVER.BN_STATISTICS_PARTS = []
     cfg.SOLVER.UPDATE_POPULATION = True
 
+    # Batches of IMS_PER_BATCH images for each step of the optimizer and of the schedule, which add
+    # up their gradients. MAX_ITER and all other numbers of iterations count steps.
+    cfg.SOLVER.ACCUMULATE = 1
+
     # Extra images in the normalization batches of a step, without gradient (Virtual BN); of all
     # processes together.
     cfg.SOLVER.VIRTUAL_IMAGES = 0

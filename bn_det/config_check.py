@@ -26,7 +26,7 @@ def check_values(cfg: CfgNode) -> None:
     _check_statistics(cfg, "TEST", "population")
     _check_statistics(cfg, "SOLVER", "batch")
     _check_renorm(cfg)
-    _check_virtual(cfg)
+    _check_steps(cfg)
     _check_sources(cfg)
     _check_precise_bn(cfg)
 
@@ -157,10 +157,19 @@ def _check_renorm(cfg: CfgNode) -> None:
                 )
 
 
-def _check_virtual(cfg: CfgNode) -> None:
+def _check_steps(cfg: CfgNode) -> None:
+    if cfg.SOLVER.ACCUMULATE < 1:
+        raise InputError(
+            f"SOLVER.ACCUMULATE: {cfg.SOLVER.ACCUMULATE!r} is not accepted; use 1 or more"
+        )
     number = cfg.SOLVER.VIRTUAL_IMAGES
     if number < 0:
         raise InputError(f"SOLVER.VIRTUAL_IMAGES: {number!r} is not accepted; use 0 or more")
+    if number and cfg.SOLVER.ACCUMULATE > 1:
+        raise InputError(
+            f"SOLVER.VIRTUAL_IMAGES: {number!r} is not accepted with SOLVER.ACCUMULATE "
+            f"{cfg.SOLVER.ACCUMULATE!r}: extra images are for the one batch of a step; use 0"
+        )
     if number and not any(has_our_batch_norm(cfg, part) for part in PARTS):
         raise InputError(
             f"SOLVER.VIRTUAL_IMAGES: {number!r} is not accepted: no part of the model has a batch; "

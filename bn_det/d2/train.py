@@ -13,14 +13,7 @@ import torch.distributed as dist
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import (
-    AMPTrainer,
-    DefaultTrainer,
-    HookBase,
-    SimpleTrainer,
-    create_ddp_model,
-    default_setup,
-)
+from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, default_setup
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
@@ -36,6 +29,7 @@ from ..errors import InputError
 from ..hooks import build_hooks
 from ..launch import world_size
 from ..results import results_table
+from .accumulate import AccumulatingAMPTrainer, AccumulatingTrainer
 from .datasets import register_datasets
 from .hooks import HOOKS, build_precise_bn, build_virtual_batch
 
@@ -60,11 +54,13 @@ class Trainer(DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         on_cpu = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
-        self._trainer = (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(
+        kind = AccumulatingAMPTrainer if cfg.SOLVER.AMP.ENABLED else AccumulatingTrainer
+        self._trainer = kind(
             create_ddp_model(model, broadcast_buffers=False, **on_cpu),
             self.build_train_loader(cfg),
             optimizer,
         )
+        self._trainer.num_batches = cfg.SOLVER.ACCUMULATE
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase]:

@@ -7,6 +7,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..accumulate import accumulate
 from ..checkpoint import Checkpointer
 from ..comm import all_gather, process_group, world
 from ..config import (
@@ -168,17 +170,17 @@ class Trainer:
         logger.info("Starting training from iteration %d", start)
         saver = PeriodicCheckpointer(self.checkpointer, self.cfg.SOLVER.CHECKPOINT_PERIOD, max_iter)
         eval_period = self.cfg.TEST.EVAL_PERIOD
-        batches = iter(build_train_loader(self.cfg, self.train_sets, self.seed, start))
+        batches, num_batches = self._batches(start), self.cfg.SOLVER.ACCUMULATE
         self.model.train()
         self._call_hooks("before_train")
         try:
             for self.iter in range(start, max_iter):
                 self._call_hooks("before_step")
                 data_start = time.perf_counter()
-                batch = next(batches)
+                of_step = list(islice(batches, num_batches))
                 data_time = time.perf_counter() - data_start
                 lr = self.optimizer.param_groups[0]["lr"]
-                losses = self.run_step(batch)
+                losses = self.run_step(of_step)
                 if self._writer:
                     self._writer.step(self.iter, lr, data_time, losses)
                 self._call_hooks("after_step")
@@ -189,6 +191,13 @@ class Trainer:
             self.iter += 1
         finally:  # as in Detectron2, where iter tells a hook whether the training was finished
             self._call_hooks("after_train")
+
+    def _batches(self, start: int) -> Iterator[list]:
+        """Those of the steps from an iteration on."""
+        cfg, num_batches = self.cfg.clone(), self.cfg.SOLVER.ACCUMULATE
+        cfg.defrost()
+        cfg.SOLVER.MAX_ITER *= num_batches
+        return iter(build_train_loader(cfg, self.train_sets, self.seed, start * num_batches))
 
     def _call_hooks(self, moment: str) -> None:
         for hook in self._hooks:
@@ -205,8 +214,8 @@ class Trainer:
         if self._writer:
             self._writer.results(self.iter, scalars)
 
-    def run_step(self, batch: list) -> dict[str, float]:
-        """One step of SGD.
+    def run_step(self, batches: list[list]) -> dict[str, float]:
+        """One step of SGD, on the batches of a step.
 
         Returns:
             the losses by name, and their sum as ``total_loss``; on rank 0 the mean of all ranks.
@@ -214,15 +223,14 @@ class Trainer:
         Raises:
             FloatingPointError: a loss is not finite.
         """
-        losses = losses_of(self._parallel, batch)
+        self.optimizer.zero_grad()
+        losses = accumulate(self._parallel, batches, losses_of)
         total = sum(losses.values())
         names = ["total_loss", *losses]
-        values = torch.stack([total, *losses.values()]).detach()
+        values = torch.stack([total, *losses.values()])
         if not torch.isfinite(total):
             named = dict(zip(names, values.tolist(), strict=True))
             raise FloatingPointError(f"loss not finite at iteration {self.iter}: {named}")
-        self.optimizer.zero_grad()
-        total.backward()
         self.optimizer.step()
         self.scheduler.step()
         if self.num_ranks > 1:

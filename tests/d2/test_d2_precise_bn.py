@@ -243,6 +243,16 @@ def test_virtual_images(train):
     assert not all(torch.equal(v, expected[k]) for k, v in weights.items())
 
 
+def test_accumulation(train):
+    """Two batches a step, of which each is a normalization batch."""
+    opts = ["SOLVER.MAX_ITER", "3", "SOLVER.ACCUMULATE", "2", "SOLVER.IMS_PER_BATCH", "1"]
+    shared = ["MODEL.RETINANET.BN.STATISTICS", "shared", "MODEL.RETINANET.BN.POPULATION", "shared"]
+    weights, _, lines = train("accumulated", *opts, *shared)
+    tracked = [v for k, v in weights.items() if k.endswith("num_batches_tracked")]
+    assert tracked and all(v == 6 for v in tracked)
+    assert max(line["iteration"] for line in lines if "total_loss" in line) == 2
+
+
 @pytest.mark.parametrize("enabled", ["True", "False"])
 def test_frozen_bn(train, tmp_path, enabled):
     """Recomputed right before, and never again; the evaluations find frozen layers."""

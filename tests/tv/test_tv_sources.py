@@ -39,9 +39,9 @@ def test_training_and_evaluation(make_cfg, tmp_path):
     seen = set()
     run_step = trainer.run_step
 
-    def note(batch):
-        seen.add(tuple(record["source"] for _, _, record in batch))
-        return run_step(batch)
+    def note(batches):
+        seen.update(tuple(record["source"] for _, _, record in batch) for batch in batches)
+        return run_step(batches)
 
     trainer.run_step = note
     trainer.train()

@@ -338,6 +338,36 @@ def test_virtual_images(make_cfg, tmp_path):
     assert all(torch.equal(v, final[k]) for k, v in resumed.model.state_dict().items())
 
 
+def test_accumulation(make_cfg, tmp_path):
+    """An iteration is a step of several batches, for the schedule, too, and for --resume."""
+    opts = ["SOLVER.ACCUMULATE", "3", "SOLVER.IMS_PER_BATCH", "1", "SOLVER.CHECKPOINT_PERIOD", "4"]
+    opts += ["MODEL.RETINANET.BN.STATISTICS", "shared", "MODEL.RETINANET.BN.POPULATION", "shared"]
+    trainer = Trainer(make_cfg(*opts))
+    seen = []
+    trainer.model.register_forward_pre_hook(
+        lambda model, args: seen.append(len(args[0])) if model.training else None
+    )
+    trainer.train()
+    assert seen == [1] * 18
+    assert trainer.scheduler.last_epoch == 6
+    final = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    assert final["backbone.body.bn1.num_batches_tracked"] == 18
+    (tmp_path / "model_final.pth").unlink()
+    (tmp_path / "last_checkpoint").write_text("model_0000003.pth")
+    resumed, _ = train(make_cfg(*opts), resume=True)
+    assert all(torch.equal(v, final[k]) for k, v in resumed.model.state_dict().items())
+
+
+def test_accumulation_equals_the_large_batch(make_cfg, tmp_path):
+    """Without BatchNorm: RetinaNet's losses are means over images on this host. To 1e-6."""
+    opts = [*norm_opts("FrozenBN"), "SOLVER.MAX_ITER", "2"]
+    large, _ = train(make_cfg(*opts, "SOLVER.IMS_PER_BATCH", "4"))
+    opts += ["OUTPUT_DIR", str(tmp_path / "accumulated"), "SOLVER.ACCUMULATE", "4"]
+    accumulated, _ = train(make_cfg(*opts, "SOLVER.IMS_PER_BATCH", "1"))
+    for name, value in accumulated.model.state_dict().items():
+        torch.testing.assert_close(value, large.model.state_dict()[name], rtol=1e-5, atol=1e-6)
+
+
 def test_virtual_images_and_frozen_bn(make_cfg):
     """From the iteration of freezing on there is nothing to extend."""
     train(make_cfg("SOLVER.VIRTUAL_IMAGES", "2", "SOLVER.FREEZE_BN_ITER", "3"))
@@ -346,6 +376,11 @@ def test_virtual_images_and_frozen_bn(make_cfg):
 @pytest.mark.parametrize(
     "opts, message",
     [
+        (["SOLVER.ACCUMULATE", "0"], "SOLVER.ACCUMULATE: 0 is not accepted; use 1 or more"),
+        (
+            ["SOLVER.ACCUMULATE", "2", "SOLVER.VIRTUAL_IMAGES", "2"],
+            "SOLVER.VIRTUAL_IMAGES: 2 is not accepted with SOLVER.ACCUMULATE 2",
+        ),
         (["SOLVER.VIRTUAL_IMAGES", "-1"], "SOLVER.VIRTUAL_IMAGES: -1 is not accepted; use 0 or"),
         (
             ["SOLVER.VIRTUAL_IMAGES", "2", *norm_opts("FrozenBN")],
@@ -353,6 +388,6 @@ def test_virtual_images_and_frozen_bn(make_cfg):
         ),
     ],
 )
-def test_virtual_images_that_cannot_be(make_cfg, opts, message):
+def test_steps_that_cannot_be(make_cfg, opts, message):
     with pytest.raises(InputError, match=message):
         make_cfg(*opts)

@@ -1,0 +1,65 @@
+"""Detectron2's training steps, with gradients of several batches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from detectron2.engine import AMPTrainer, SimpleTrainer
+from torch import Tensor, nn
+
+from ..accumulate import accumulate
+
+
+class _Accumulates:
+    """A trainer whose step is of several batches.
+
+    Attributes:
+        num_batches: how many.
+    """
+
+    num_batches = 1
+
+    def next_batches(self) -> tuple[list[Any], float]:
+        """The batches of a step, and the seconds that loading them took."""
+        start = time.perf_counter()
+        batches = [next(self._data_loader_iter) for _ in range(self.num_batches)]
+        return batches, time.perf_counter() - start
+
+
+class AccumulatingTrainer(_Accumulates, SimpleTrainer):
+    """SimpleTrainer whose step is of several batches (:func:`bn_det.accumulate.accumulate`)."""
+
+    def run_step(self) -> None:
+        batches, data_time = self.next_batches()
+        self.optimizer.zero_grad()
+        losses = accumulate(self.model, batches, _losses_of)
+        self.after_backward()
+        self._write_metrics(losses, data_time)
+        self.optimizer.step()
+
+
+class AccumulatingAMPTrainer(_Accumulates, AMPTrainer):
+    """AMPTrainer whose step is of several batches; the scale is the same for all of them."""
+
+    def run_step(self) -> None:
+        batches, data_time = self.next_batches()
+        self.optimizer.zero_grad()
+        losses = accumulate(self.model, batches, self._autocast(_losses_of), self._backward)
+        self.after_backward()
+        self._write_metrics(losses, data_time)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+
+    def _autocast(self, function: Callable) -> Callable:
+        return torch.autocast("cuda", dtype=self.precision)(function)
+
+    def _backward(self, loss: Tensor) -> None:
+        self.grad_scaler.scale(loss).backward()
+
+
+def _losses_of(model: nn.Module, batch: Any) -> Mapping[str, Tensor]:
+    losses = model(batch)
+    return {"total_loss": losses} if isinstance(losses, Tensor) else losses
