@@ -1,6 +1,7 @@
 """bn_det: the batch in BatchNorm as a choice, in object detectors."""
 
 from .config import add_bn_det_config
+from .fuse import freeze, fuse
 from .layers import (
     BatchNorm2d,
     DomainBatchNorm2d,
@@ -25,6 +26,8 @@ __all__ = [
     "SourceBatchNorm2d",
     "add_bn_det_config",
     "convert_batchnorm",
+    "freeze",
+    "fuse",
     "ghost_groups",
     "image_sources",
     "no_population_update",

@@ -53,11 +53,11 @@ def population_layers(model: nn.Module) -> list[PopulationLayer]:
             layers += [PopulationLayer(names[m], m, owner, ks) for m, ks in domains.items()]
         else:
             layers.append(PopulationLayer(name, owner, owner, [0]))
-    return [
-        layer
-        for layer in layers
-        if layer.owner.training and layer.module.training and layer.module.running_mean is not None
-    ]
+    return [layer for layer in layers if layer.owner.training and _is_updated(layer.module)]
+
+
+def _is_updated(layer: _BatchNorm) -> bool:
+    return layer.training and layer.track_running_stats and layer.running_mean is not None
 
 
 class Observed(NamedTuple):

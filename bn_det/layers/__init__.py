@@ -4,7 +4,7 @@ from .batch_norm import BatchNorm2d, no_population_update, trained_with
 from .convert import convert_batchnorm
 from .domain_batch_norm import SHARING, DomainBatchNorm2d
 from .ghost import ghost_groups
-from .levels import forward_levels
+from .levels import LevelConv2d, forward_levels
 from .norms import BATCH_NORMS, norm_factory
 from .sources import SourceBatchNorm2d, image_sources, record_sources
 
@@ -13,6 +13,7 @@ __all__ = [
     "SHARING",
     "BatchNorm2d",
     "DomainBatchNorm2d",
+    "LevelConv2d",
     "SourceBatchNorm2d",
     "convert_batchnorm",
     "forward_levels",

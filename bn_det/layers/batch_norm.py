@@ -146,7 +146,7 @@ class BatchNorm2d(nn.BatchNorm2d):
                 normalization batch, shape (N,).
         """
         self._check_input_dim(x)
-        if not self.normalizes_by_batch and not self.tracks:
+        if not self.normalizes_by_batch and not self.needs_batches:
             return self.normalize_by_population(x, self.weight, self.bias)
         group = self.group_in_use(groups)
         ghosts = self.ghosts(len(x), groups)
@@ -180,6 +180,11 @@ class BatchNorm2d(nn.BatchNorm2d):
     def tracks(self) -> bool:
         """Whether a call updates the population statistics in this mode."""
         return self.training and self.update_population and self.track_running_stats
+
+    @property
+    def needs_batches(self) -> bool:
+        """Whether a call has to know its batches, even if they do not normalize."""
+        return self.tracks or self.observer is not None
 
     @property
     def is_plain(self) -> bool:

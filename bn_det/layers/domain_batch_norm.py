@@ -104,7 +104,7 @@ class DomainBatchNorm2d(BatchNorm2d):
             groups: as in :class:`BatchNorm2d`, for the samples of every domain.
         """
         self._check_input(xs)
-        if not self.normalizes_by_batch and not self.tracks_any:
+        if not self.normalizes_by_batch and not self.needs_batches:
             return self._normalize_by_population(xs)
         group = self.group_in_use(groups)
         # One partition for all, so that a random one has the same samples in each domain.
@@ -122,9 +122,9 @@ class DomainBatchNorm2d(BatchNorm2d):
         return self._statistics == "batch"
 
     @property
-    def tracks_any(self) -> bool:
-        """Whether a call updates the population statistics of a domain in this mode."""
-        return self.training and any(self.population_of(k).tracks for k in range(self.num_domains))
+    def needs_batches(self) -> bool:
+        populations = [self.population_of(k) for k in range(self.num_domains)]
+        return any(p.tracks or p.observer is not None for p in populations)
 
     def batch_of(self, domain: int) -> int:
         """The number of the normalization batch that the domain's samples are in."""

@@ -9,11 +9,22 @@ from torch import Tensor, nn
 from .domain_batch_norm import DomainBatchNorm2d
 
 
+class LevelConv2d(nn.ModuleList):
+    """A convolution with a weight and bias for each level; takes a list of levels.
+
+    What a convolution that levels share becomes where a BatchNorm with statistics or affine per
+    level is folded into it.
+    """
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        return [conv(x) for conv, x in zip(self, features, strict=True)]
+
+
 def forward_levels(layers: Iterable[nn.Module], features: Sequence[Tensor]) -> list[Tensor]:
     """Apply layers that all levels share, layer by layer over the list of levels.
 
     Level by level would give the same for a convolution, but a layer that normalizes levels
-    together (:class:`DomainBatchNorm2d`) has to see all of them at once.
+    together (:class:`DomainBatchNorm2d`), or each otherwise, has to see all of them at once.
 
     Args:
         layers: modules in the order of application; an ``nn.Sequential`` among them is taken
@@ -27,7 +38,7 @@ def forward_levels(layers: Iterable[nn.Module], features: Sequence[Tensor]) -> l
     for layer in layers:
         if isinstance(layer, nn.Sequential):
             features = forward_levels(layer, features)
-        elif isinstance(layer, DomainBatchNorm2d):
+        elif isinstance(layer, (DomainBatchNorm2d, LevelConv2d)):
             features = layer(features)
         else:
             features = [layer(x) for x in features]

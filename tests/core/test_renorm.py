@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from kinds import C, call, every_kind, inputs, inputs_of, make, outputs_and_gradients
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -14,8 +13,10 @@ from bn_det import (
     BatchNorm2d,
     no_population_update,
     trained_with,
+    update_bn_stats,
 )
 from bn_det.errors import InputError
+from kinds import C, call, every_kind, inputs, inputs_of, make, outputs_and_gradients
 from ranks import run_ranks
 
 
@@ -156,6 +157,19 @@ def test_training_by_population_statistics(kind):
     torch.testing.assert_close(outputs_and_gradients(fixed, inputs()), expected, rtol=0, atol=1e-12)
     assert all(torch.equal(v, before[k]) for k, v in fixed.state_dict().items())
     assert layer.train_statistics == "batch"
+
+
+@every_kind
+def test_precise_statistics_of_layers_that_do_not_update_them(kind):
+    """PreciseBN sees what a layer has seen, whatever normalizes, and whether or not it updates."""
+    fixed = {"train_statistics": "population", "update_population": False}
+    found, expected = (make(kind, **choices) for choices in (fixed, {}))
+    for layer in (found, expected):
+        update_bn_stats(layer, [inputs_of(kind)], 1, call=call)
+    torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=0, atol=1e-12)
+    assert not torch.equal(
+        found.state_dict()[(key := _mean_key(found))], make(kind).state_dict()[key]
+    )
 
 
 @every_kind

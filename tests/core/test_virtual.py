@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from kinds import SOURCES, C, call, every_kind, inputs_of, make
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -12,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import reference
 from bn_det import BatchNorm2d, DomainBatchNorm2d, SourceBatchNorm2d, image_sources, virtual_batch
 from bn_det.errors import InputError
+from kinds import SOURCES, C, call, every_kind, inputs_of, make
 from ranks import run_ranks
 
 EXTRA = 3

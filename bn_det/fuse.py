@@ -1,0 +1,243 @@
+"""BatchNorm that is final: frozen for further training, or folded into a convolution."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .errors import InputError
+from .layers import BatchNorm2d, DomainBatchNorm2d, LevelConv2d, SourceBatchNorm2d
+from .layers.convert import convert_batchnorm
+
+logger = logging.getLogger(__name__)
+
+_CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
+
+
+def freeze(model: nn.Module, affine: bool = True) -> nn.Module:
+    """Have every BatchNorm of a model normalize by its population statistics, in training, too.
+
+    In place, and for good: the statistics no longer change, as in Detectron2's FrozenBatchNorm2d,
+    neither by training nor by ``update_bn_stats``. torch's layers are exchanged for ours
+    (``convert_batchnorm``).
+
+    Args:
+        affine: whether weight and bias are frozen, too (they need no gradient).
+
+    Returns:
+        the model, or the new layer if it is a BatchNorm itself.
+
+    Raises:
+        InputError: the model has a BatchNorm1d or 3d.
+    """
+    for name, layer in model.named_modules():
+        if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm3d)):
+            raise InputError(
+                f"freeze: {name} is a {type(layer).__name__}; BatchNorm2d and SyncBatchNorm can be "
+                "frozen"
+            )
+    frozen = {"train_statistics": "population", "track_running_stats": False, "renorm": None}
+    model = convert_batchnorm(model, BatchNorm2d)
+    for layer in model.modules():
+        if isinstance(layer, BatchNorm2d):
+            vars(layer).update(frozen)
+            if affine:
+                layer.requires_grad_(False)
+    return model
+
+
+class FuseReport(NamedTuple):
+    """What :func:`fuse` has done.
+
+    Attributes:
+        fused: names of the BatchNorm layers that are in a convolution now.
+        left: names of the others, each with the reason.
+    """
+
+    fused: list[str]
+    left: dict[str, str]
+
+
+def fuse(model: nn.Module) -> FuseReport:
+    """Fold each BatchNorm into the convolution that feeds it, in place; for inference.
+
+    The outputs are the same but for rounding. A head on several levels gets a convolution for each
+    level where statistics or affine are per level (:class:`~bn_det.layers.LevelConv2d`), so that
+    its BatchNorm costs nothing.
+
+    A pair is fused where it is certain that the BatchNorm gets the output of the convolution and
+    nothing else does: a convolution with a ``norm`` (Detectron2's ``Conv2d``), neighbours in an
+    ``nn.Sequential``, and children of a module whose ``forward`` torch.fx can trace. The others are
+    left alone.
+
+    A fused convolution must not be trained: its gradients are those of other parameters than weight
+    and bias were, and the model learns otherwise. It warns.
+
+    Args:
+        model: in evaluation mode.
+
+    Raises:
+        InputError: the model is in training mode.
+    """
+    if model.training:
+        raise InputError("fuse: not accepted for a model in training mode; call eval() first")
+    names = {module: name for name, module in model.named_modules()}
+    layers = {m for m in names if isinstance(m, _BatchNorm)}
+    layers -= {part for layer in layers for part in layer.children()}
+    left = {layer: _why_not(model, layer) for layer in layers}
+    fused = []
+    for pair in list(_pairs(model)):
+        if pair.norm in layers and not left[pair.norm]:
+            left[pair.norm] = _why_not(model, pair.conv) or _why_not_conv(pair.conv)
+            if not left[pair.norm]:
+                _fold(pair)
+                fused.append(pair.norm)
+    return FuseReport(
+        [names[layer] for layer in fused],
+        {
+            names[layer]: reason or "it is not certain that a convolution alone feeds it"
+            for layer, reason in left.items()
+            if layer not in fused
+        },
+    )
+
+
+class _Pair(NamedTuple):
+    """A convolution and its BatchNorm, and where they are: the names in their parents."""
+
+    conv: nn.Module
+    norm: _BatchNorm
+    conv_parent: nn.Module
+    conv_name: str
+    norm_parent: nn.Module
+    norm_name: str
+
+
+def _pairs(model: nn.Module) -> Iterator[_Pair]:
+    for module in model.modules():
+        children = dict(module.named_children())
+        norms = {n: m for n, m in children.items() if isinstance(m, _BatchNorm)}
+        if isinstance(module, nn.Conv2d) and "norm" in norms:
+            # The convolution is the parent itself, and is changed in place.
+            yield _Pair(module, norms["norm"], nn.Module(), "", module, "norm")
+        elif norms and type(module).forward is nn.Sequential.forward:
+            for (conv_name, conv), (norm_name, norm) in pairwise(children.items()):
+                if isinstance(conv, _CONVOLUTIONS) and norm_name in norms:
+                    yield _Pair(conv, norm, module, conv_name, module, norm_name)
+        elif norms and not isinstance(module, _BatchNorm):
+            for conv_name, norm_name in _traced_pairs(module):
+                pair = children[conv_name], children[norm_name]
+                yield _Pair(*pair, module, conv_name, module, norm_name)
+
+
+class _ChildrenAreLeaves(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return True
+
+
+def _traced_pairs(module: nn.Module) -> list[tuple[str, str]]:
+    """Names of children of which the second gets the output of the first, which no other does."""
+    try:
+        nodes = _ChildrenAreLeaves().trace(module).nodes
+    except Exception as e:  # whatever a forward method does that cannot be traced
+        logger.debug("%s cannot be traced: %s", type(module).__name__, e)
+        return []
+    calls = [node for node in nodes if node.op == "call_module"]
+    number = Counter(node.target for node in calls)
+    found = []
+    for norm in calls:
+        conv = norm.args[0] if norm.args else None
+        if (
+            isinstance(conv, fx.Node)
+            and conv.op == "call_module"
+            and isinstance(getattr(module, conv.target, None), _CONVOLUTIONS)
+            and isinstance(getattr(module, norm.target, None), _BatchNorm)
+            and list(conv.users) == [norm]
+            and number[conv.target] == number[norm.target] == 1
+        ):
+            found.append((conv.target, norm.target))
+    return found
+
+
+def _why_not(model: nn.Module, module: nn.Module) -> str:
+    """Why a module cannot take part in fusion, if so."""
+    places = sum(m is module for parent in model.modules() for m in parent._modules.values())
+    if places > 1:
+        return "it or its convolution is in several places of the model"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it or its convolution has hooks"
+    if isinstance(module, SourceBatchNorm2d):
+        return "its statistics are of the source of each image"
+    if isinstance(module, BatchNorm2d) and module.eval_statistics == "batch":
+        return "it normalizes by batch statistics"
+    if isinstance(module, _BatchNorm) and not isinstance(module, DomainBatchNorm2d):
+        return "" if module.running_mean is not None else "it has no population statistics"
+    return ""
+
+
+def _why_not_conv(conv: nn.Module) -> str:
+    is_grouped = isinstance(conv, nn.ConvTranspose2d) and conv.groups > 1
+    return "its convolution is transposed and has groups" if is_grouped else ""
+
+
+def _fold(pair: _Pair) -> None:
+    conv, norm = pair.conv, pair.norm
+    if isinstance(norm, DomainBatchNorm2d):
+        domains = [
+            (norm.population_of(k), norm.affine_of(k), norm.eps) for k in range(norm.num_domains)
+        ]
+        if len({(population, affine) for population, affine, _ in domains}) > 1:
+            convs = [_folded(copy.deepcopy(conv), *domain) for domain in domains]
+            setattr(pair.conv_parent, pair.conv_name, LevelConv2d(convs))
+            setattr(pair.norm_parent, pair.norm_name, nn.Identity())
+            return
+        norm = domains[0][0], domains[0][1], norm.eps
+    else:
+        norm = norm, norm, norm.eps
+    _folded(conv, *norm)
+    is_own = pair.norm_parent is conv
+    setattr(pair.norm_parent, pair.norm_name, None if is_own else nn.Identity())
+
+
+@torch.no_grad()
+def _folded(conv: nn.Module, population: _BatchNorm, affine: _BatchNorm, eps: float) -> nn.Module:
+    """The convolution, with the layer's statistics and affine in its weight and bias."""
+    mean, var = population.running_mean.double(), population.running_var.double()
+    scale = (var + eps).rsqrt()
+    if affine.weight is not None:
+        scale = scale * affine.weight.double()
+    shift = -mean * scale
+    if affine.bias is not None:
+        shift = shift + affine.bias.double()
+    if conv.bias is not None:
+        shift = shift + conv.bias.double() * scale
+    out_dim = 1 if isinstance(conv, nn.ConvTranspose2d) else 0
+    shape = [1] * conv.weight.dim()
+    shape[out_dim] = -1
+    conv.weight.copy_(conv.weight.double() * scale.view(shape))
+    bias = shift.to(conv.weight.dtype)
+    if conv.bias is None:
+        conv.bias = nn.Parameter(bias, requires_grad=conv.weight.requires_grad)
+    else:
+        conv.bias.copy_(bias)
+    conv.register_forward_pre_hook(partial(_warn_of_training, set()))
+    return conv
+
+
+def _warn_of_training(warned: set[nn.Module], conv: nn.Module, _: tuple[Tensor, ...]) -> None:
+    if conv.training and conv.weight.requires_grad and not warned:
+        warned.add(conv)
+        logger.warning(
+            "A convolution that a BatchNorm has been folded into is being trained: the gradients "
+            "of its weight and bias are not those of the parameters before (a fused model should "
+            "not be fine-tuned)"
+        )

@@ -1,0 +1,211 @@
+"""Freezing, and folding BatchNorm into convolutions."""
+
+import copy
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models import resnet18, resnet50
+
+import reference
+from bn_det import (
+    BatchNorm2d,
+    DomainBatchNorm2d,
+    SourceBatchNorm2d,
+    freeze,
+    fuse,
+    update_bn_stats,
+)
+from bn_det.errors import InputError
+from bn_det.layers import LevelConv2d, forward_levels
+from kinds import call, every_kind, inputs_of, make, outputs_and_gradients
+
+C = 6
+
+
+def randomize(model):
+    """Every parameter and statistic matters; activations keep their scale."""
+    for name, t in (*model.named_parameters(), *model.named_buffers()):
+        if name.endswith("running_var"):
+            nn.init.uniform_(t, 0.5, 2)
+        elif name.endswith(("running_mean", "bias")):
+            nn.init.uniform_(t, -0.5, 0.5)
+    return model.double().eval()
+
+
+def assert_same_outputs(before, after, *inputs):
+    """In float64 but for rounding, far below the 1e-5 that float32 may differ by."""
+    with torch.no_grad():
+        torch.testing.assert_close(after(*inputs), before(*inputs), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, BatchNorm2d, lambda c: nn.SyncBatchNorm(c)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_sequential(norm, bias, affine):
+    model = nn.Sequential(
+        nn.Conv2d(3, C, 3, stride=2, padding=1, groups=3, bias=bias), norm(C), nn.ReLU(),
+        nn.ConvTranspose2d(C, 4, 2, bias=bias), norm(4),
+    )  # fmt: skip
+    if not affine:
+        for layer in (model[1], model[4]):
+            layer.weight = layer.bias = None
+    before = copy.deepcopy(randomize(model))
+    report = fuse(model)
+    assert report.fused == ["1", "4"] and report.left == {}
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    assert_same_outputs(before, model, torch.randn(2, 3, 9, 8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("build", [resnet18, resnet50])
+def test_resnets(build):
+    torch.manual_seed(0)
+    before = randomize(build())
+    model = copy.deepcopy(before)
+    number = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    report = fuse(model)
+    assert len(report.fused) == number and report.left == {}
+    assert_same_outputs(before, model, torch.randn(2, 3, 64, 64, dtype=torch.float64))
+
+
+def test_float32():
+    torch.manual_seed(0)
+    before = randomize(resnet18()).float()
+    model = copy.deepcopy(before)
+    fuse(model)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        y, expected = model(x), before(x)
+    assert (y - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("choices", reference.EIGHT_CHOICES, ids="-".join)
+def test_head_on_levels(choices):
+    names = ("statistics", "population", "affine")
+    norm = DomainBatchNorm2d(C, 3, **dict(zip(names, choices, strict=True)))
+    before = randomize(nn.Sequential(nn.Conv2d(4, C, 3, padding=1), norm, nn.ReLU()))
+    model = copy.deepcopy(before)
+    report = fuse(model)
+    assert report.fused == ["1"] and isinstance(model[1], nn.Identity)
+    assert isinstance(model[0], LevelConv2d) == (choices[1:] != ("shared", "shared"))
+    xs = [torch.randn(2, 4, 5 - k, 4, dtype=torch.float64) for k in range(3)]
+    assert_same_outputs(
+        lambda xs: forward_levels([before], xs), lambda xs: forward_levels([model], xs), xs
+    )
+
+
+class Block(nn.Module):
+    """Pairs that are one, and pairs that only seem so."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("conv1", "conv2", "conv3", "conv4", "conv5"):
+            setattr(self, name, nn.Conv2d(C, C, 1))
+        for name in ("bn1", "bn2", "bn3", "bn4", "bn5"):
+            setattr(self, name, nn.BatchNorm2d(C))
+
+    def forward(self, x):
+        x = self.bn1(self.conv1(x))
+        y = self.conv2(x)  # used twice
+        x = self.bn2(y) + y
+        x = self.bn3(F.relu(self.conv3(x)))  # not the output of the convolution
+        x = self.bn4(self.conv4(x)) + self.conv4(x)  # called twice
+        return self.bn5(self.conv5(x)) + self.bn5(x)  # called twice
+
+
+def test_pairs_that_are_not_certain_are_left_alone():
+    before = randomize(Block())
+    model = copy.deepcopy(before)
+    report = fuse(model)
+    assert report.fused == ["bn1"]
+    assert set(report.left) == {"bn2", "bn3", "bn4", "bn5"}
+    assert all("not certain" in reason for reason in report.left.values())
+    assert_same_outputs(before, model, torch.randn(2, C, 3, 4, dtype=torch.float64))
+
+
+class DependsOnData(Block):
+    def forward(self, x):
+        return super().forward(x) if x.sum() > 0 else x
+
+
+def test_a_module_that_cannot_be_traced_is_left_alone():
+    report = fuse(randomize(nn.Sequential(DependsOnData())))
+    assert report.fused == [] and len(report.left) == 5
+
+
+def test_reasons():
+    shared = nn.Conv2d(C, C, 1)
+    hooked = nn.Conv2d(C, C, 1)
+    hooked.register_forward_hook(lambda *_: None)
+    model = nn.ModuleDict(
+        {
+            "source": nn.Sequential(nn.Conv2d(C, C, 1), SourceBatchNorm2d(C, 2)),
+            "batch": nn.Sequential(nn.Conv2d(C, C, 1), BatchNorm2d(C, eval_statistics="batch")),
+            "none": nn.Sequential(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C, track_running_stats=False)),
+            "places": nn.Sequential(shared, nn.BatchNorm2d(C)),
+            "again": nn.Sequential(shared),
+            "hook": nn.Sequential(hooked, nn.BatchNorm2d(C)),
+            "groups": nn.Sequential(nn.ConvTranspose2d(C, C, 1, groups=2), nn.BatchNorm2d(C)),
+            "alone": nn.Sequential(nn.BatchNorm2d(C)),
+        }
+    ).eval()
+    words = {
+        "source.1": "source of each image", "batch.1": "batch statistics",
+        "none.1": "no population statistics", "places.1": "several places", "hook.1": "hooks",
+        "groups.1": "has groups", "alone.0": "not certain",
+    }  # fmt: skip
+    report = fuse(model)
+    assert report.fused == [] and report.left.keys() == words.keys()
+    assert all(words[name] in reason for name, reason in report.left.items())
+    with pytest.raises(InputError, match="training mode; call eval"):
+        fuse(model.train())
+
+
+def test_training_a_fused_model_warns_once(caplog):
+    model = randomize(nn.Sequential(nn.Conv2d(3, C, 1), nn.BatchNorm2d(C)))
+    fuse(model)
+    x = torch.randn(1, 3, 2, 2, dtype=torch.float64)
+    with caplog.at_level(logging.WARNING):
+        model(x)
+        assert not caplog.records
+        model.train()(x)
+        model(x)
+    (record,) = caplog.records
+    assert "should not be fine-tuned" in record.message
+
+
+def test_export():
+    model = randomize(nn.Sequential(nn.Conv2d(3, C, 1), nn.BatchNorm2d(C), nn.ReLU()))
+    fuse(model)
+    x = torch.randn(1, 3, 4, 4, dtype=torch.float64)
+    program = torch.export.export(model, (x,))
+    assert not any("batch_norm" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+@every_kind
+@pytest.mark.parametrize("affine", [True, False])
+def test_freeze(kind, affine):
+    """Outputs and gradients of test time in training; no statistic changes, even by PreciseBN."""
+    layer, expected = make(kind), make(kind).eval()
+    layer = freeze(layer, affine=affine).train()
+    before = copy.deepcopy(layer.state_dict())
+    assert all(p.requires_grad != affine for p in layer.parameters())
+    expected.requires_grad_(not affine)
+    found = outputs_and_gradients(layer, inputs_of(kind))
+    wanted = outputs_and_gradients(expected, inputs_of(kind))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    assert update_bn_stats(layer, [inputs_of(kind)], 1, call=call).layers == []
+    assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
+
+
+def test_freeze_torchs_layers():
+    model = nn.Sequential(nn.Conv2d(3, C, 1), nn.BatchNorm2d(C), nn.SyncBatchNorm(C))
+    frozen = freeze(randomize(model)).train()
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    y = frozen(x)
+    assert torch.equal(y, frozen.eval()(x))
+    with pytest.raises(InputError, match="0 is a BatchNorm1d"):
+        freeze(nn.Sequential(nn.BatchNorm1d(3)))
