@@ -32,7 +32,7 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "test": ["pytest", "ruff"],
+        "test": ["pytest", "ruff", "timm"],
         # Not on PyPI; see the README for how to install it.
         "detectron2": [
             "detectron2 @ git+https://github.com/facebookresearch/detectron2.git",

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from yacs.config import CfgNode
 
+from .agc import PREDICTORS
 from .config_check import check_values
 from .errors import InputError
 from .parts import PARTS
@@ -53,6 +54,14 @@ def add_bn_det_config(cfg: CfgNode) -> None:
     # Batches of IMS_PER_BATCH images for each step of the optimizer and of the schedule, which add
     # up their gradients. MAX_ITER and all other numbers of iterations count steps.
     cfg.SOLVER.ACCUMULATE = 1
+
+    # Adaptive gradient clipping, of all parameters but those that have one of EXCLUDE in their
+    # names: the final predictors. See bn_det.agc.
+    cfg.SOLVER.AGC = node()
+    cfg.SOLVER.AGC.ENABLED = False
+    cfg.SOLVER.AGC.CLIP_FACTOR = 0.01
+    cfg.SOLVER.AGC.EPS = 0.001
+    cfg.SOLVER.AGC.EXCLUDE = list(PREDICTORS)
 
     # Extra images in the normalization batches of a step, without gradient (Virtual BN); of all
     # processes together.

@@ -27,6 +27,7 @@ def check_values(cfg: CfgNode) -> None:
     _check_statistics(cfg, "SOLVER", "batch")
     _check_renorm(cfg)
     _check_steps(cfg)
+    _check_agc(cfg)
     _check_sources(cfg)
     _check_precise_bn(cfg)
 
@@ -155,6 +156,18 @@ def _check_renorm(cfg: CfgNode) -> None:
                     f"SOLVER.BN_STATISTICS: 'population' is not accepted with MODEL.{part}.NORM "
                     "'BRN', which corrects batch statistics; use 'batch', or NORM 'BN'"
                 )
+
+
+def _check_agc(cfg: CfgNode) -> None:
+    node, other = cfg.SOLVER.AGC, cfg.SOLVER.get("CLIP_GRADIENTS")
+    for key in ("CLIP_FACTOR", "EPS"):
+        if not node[key] > 0:
+            raise InputError(f"SOLVER.AGC.{key}: {node[key]!r} is not accepted; use more than 0.0")
+    if node.ENABLED and other is not None and other.ENABLED:
+        raise InputError(
+            "SOLVER.AGC.ENABLED: True is not accepted with SOLVER.CLIP_GRADIENTS.ENABLED True, "
+            "which would clip what has been clipped; use one of them"
+        )
 
 
 def _check_steps(cfg: CfgNode) -> None:

@@ -19,7 +19,9 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
+from torch.optim import Optimizer
 
+from ..agc import AdaptiveGradientClipping
 from ..checkpoint import CheckpointerMixin, check_start
 from ..command import start
 from ..config import add_bn_det_config, load_config, uses_precise_bn
@@ -98,6 +100,13 @@ class Trainer(DefaultTrainer):
             # its evaluation would wait for the other processes, which are not there.
             self._hooks = [h for h in self._hooks if not isinstance(h, EvalHook)]
         super().after_train()
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
+        optimizer = super().build_optimizer(cfg, model)
+        if cfg.SOLVER.AGC.ENABLED:
+            AdaptiveGradientClipping.of(cfg, model).attach(optimizer)
+        return optimizer
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
+from ..agc import AdaptiveGradientClipping
 from ..errors import InputError
 
 _NORM_TYPES = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
@@ -29,7 +30,11 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> SGD:
         {"params": others, "weight_decay": cfg.SOLVER.WEIGHT_DECAY},
         {"params": norms, "weight_decay": cfg.SOLVER.WEIGHT_DECAY_NORM},
     ]
-    return SGD([g for g in groups if g["params"]], cfg.SOLVER.BASE_LR, cfg.SOLVER.MOMENTUM)
+    groups = [group for group in groups if group["params"]]
+    optimizer = SGD(groups, cfg.SOLVER.BASE_LR, cfg.SOLVER.MOMENTUM)
+    if cfg.SOLVER.AGC.ENABLED:
+        AdaptiveGradientClipping.of(cfg, model).attach(optimizer)
+    return optimizer
 
 
 def build_lr_scheduler(cfg: CfgNode, optimizer: SGD) -> LambdaLR:

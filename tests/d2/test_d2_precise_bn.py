@@ -23,6 +23,7 @@ from bn_det import DomainBatchNorm2d, update_bn_stats
 from bn_det.config import load_config
 from bn_det.d2 import FreezeBN, PreciseBN, add_bn_det_config, register_datasets
 from bn_det.d2.train import Trainer
+from bn_det.errors import InputError
 from reference import BASE, RCNN, values
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -251,6 +252,22 @@ def test_accumulation(train):
     tracked = [v for k, v in weights.items() if k.endswith("num_batches_tracked")]
     assert tracked and all(v == 6 for v in tracked)
     assert max(line["iteration"] for line in lines if "total_loss" in line) == 2
+
+
+def test_adaptive_gradient_clipping(train):
+    """It changes the step, and not together with the clipping that Detectron2 has."""
+    opts = ["SOLVER.MAX_ITER", "1", "SOLVER.WARMUP_ITERS", "0"]
+    expected, _, _ = train("plain", *opts)
+    agc = ["SOLVER.AGC.ENABLED", "True", "SOLVER.AGC.CLIP_FACTOR", "0.0001"]
+    weights, _, _ = train("clipped", *opts, *agc)
+    assert not torch.equal(
+        weights["backbone.fpn_lateral3.weight"], expected["backbone.fpn_lateral3.weight"]
+    )
+    torch.testing.assert_close(weights["head.cls_score.weight"], expected["head.cls_score.weight"])
+    with pytest.raises(
+        InputError, match="SOLVER.AGC.ENABLED: True is not accepted with SOLVER.CLIP"
+    ):
+        train("both", *agc, "SOLVER.CLIP_GRADIENTS.ENABLED", "True")
 
 
 @pytest.mark.parametrize("enabled", ["True", "False"])

@@ -373,9 +373,33 @@ def test_virtual_images_and_frozen_bn(make_cfg):
     train(make_cfg("SOLVER.VIRTUAL_IMAGES", "2", "SOLVER.FREEZE_BN_ITER", "3"))
 
 
+def test_adaptive_gradient_clipping(make_cfg):
+    """A step moves no unit by more than its part, but those of the final predictors."""
+    opts = [
+        "SOLVER.AGC.ENABLED",
+        "True",
+        "SOLVER.AGC.CLIP_FACTOR",
+        "0.0001",
+        "SOLVER.MAX_ITER",
+        "1",
+    ]
+    opts += ["SOLVER.WEIGHT_DECAY", "0.0", "SOLVER.WARMUP_ITERS", "0", "SOLVER.BASE_LR", "1.0"]
+    trainer = Trainer(make_cfg(*opts))
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    moved = set()
+    for name, p in trainer.model.named_parameters():
+        units = (1, -1) if p.dim() <= 1 else (len(p), -1)
+        step, weight = ((t.reshape(units).norm(dim=1)) for t in (p - before[name], before[name]))
+        if (step > 1.01e-4 * weight.clamp(min=1e-3) + 1e-6).any():
+            moved.add(name.split(".")[-2])
+    assert moved == {"cls_logits", "bbox_reg"}
+
+
 @pytest.mark.parametrize(
     "opts, message",
     [
+        (["SOLVER.AGC.EPS", "0.0"], "SOLVER.AGC.EPS: 0.0 is not accepted; use more than 0.0"),
         (["SOLVER.ACCUMULATE", "0"], "SOLVER.ACCUMULATE: 0 is not accepted; use 1 or more"),
         (
             ["SOLVER.ACCUMULATE", "2", "SOLVER.VIRTUAL_IMAGES", "2"],
