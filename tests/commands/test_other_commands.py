@@ -90,6 +90,13 @@ def test_benchmark_of_shuffle():
     assert done.returncode == 2 and "--world-size: 1 is not accepted" in done.stderr
 
 
+def test_benchmark_of_agc():
+    done = run("benchmarks/agc.py", "--json", "--rounds", "1")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert set(result) == {"timm_ms", "ours_ms", "speedup"} and min(result.values()) > 0
+
+
 def write_metrics(folder, values, metric="bbox/AP"):
     folder.mkdir()
     lines = [{"iteration": k, "lr": 0.1} for k in range(3)]
