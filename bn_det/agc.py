@@ -92,7 +92,7 @@ class AdaptiveGradientClipping:
         # Where no unit is to be clipped a pass over the gradient can be saved; on a GPU to ask
         # would take longer.
         if grad.is_cuda or not bool((factor == 1).all()):
-            grad.mul_(factor.to(grad.dtype))
+            grad.mul_(factor)
 
 
 def _unit_dim(module: nn.Module, parameter: Tensor) -> int:

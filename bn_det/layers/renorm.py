@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
@@ -34,7 +33,6 @@ class RenormLimits(NamedTuple):
         return self
 
 
-@torch.no_grad()
 def correction(
     moments: Moments, population: nn.BatchNorm2d, eps: float, limits: RenormLimits
 ) -> tuple[Tensor, Tensor]:

@@ -69,9 +69,9 @@ def test_equals_timm(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype):
-    """Norms are in float32: a sum of squares would leave float16."""
+    """Norms and factors are in float32: those of this gradient would leave float16."""
     model = nn.Linear(4, 2).to(dtype)
-    model.weight.grad = torch.full_like(model.weight, 300.0)
+    model.weight.grad = torch.full_like(model.weight, 4e4)
     model.bias.grad = torch.zeros_like(model.bias)
     expected = by_definition(model.weight.double(), model.weight.grad.double(), 0.01, 1e-3, 0)
     AdaptiveGradientClipping(model)()

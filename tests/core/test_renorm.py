@@ -194,6 +194,17 @@ def _mean_key(layer):
     return next(key for key in layer.state_dict() if key.endswith("running_mean"))
 
 
+@every_kind
+def test_no_population_update_by_an_infinite_input(kind):
+    """Not even by a weight of zero, which infinity would make NaN of."""
+    layer, xs = make(kind), inputs_of(kind)
+    before = copy.deepcopy(layer.state_dict())
+    with no_population_update(layer), torch.no_grad():
+        xs[0][0, 0, 0, 0] = math.inf
+        call(layer, xs)
+    assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_no_population_update_of_torchs_layers(training):
     model = nn.Sequential(nn.Conv2d(3, C, 1), nn.BatchNorm2d(C), nn.SyncBatchNorm(C).eval())
