@@ -170,6 +170,7 @@ def measure(rank: int, args: argparse.Namespace, folder: str) -> None:
     }
     if rank == 0:
         Path(folder, "result.json").write_text(json.dumps(result))
+    dist.barrier()  # so that none leaves while others still exchange something
     dist.destroy_process_group()
 
 

@@ -149,6 +149,7 @@ def measure(rank: int, args: argparse.Namespace, store: str, output: str) -> Non
             "max_abs_error": error,
         }
         Path(output).write_text(json.dumps(result))
+    dist.barrier()  # so that none leaves while others still exchange something
     dist.destroy_process_group()
 
 
