@@ -10,8 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from tabulate import tabulate
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet50
 
 from bn_det.agc import AdaptiveGradientClipping
+from timing import seconds
 
 try:
     from timm.utils.agc import adaptive_clip_grad
@@ -51,17 +51,6 @@ def set_gradients(model: nn.Module) -> None:
         p.grad = grad.to(p.device)
 
 
-def seconds(function: Callable[[], None], model: nn.Module) -> float:
-    set_gradients(model)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -78,8 +67,9 @@ def main() -> None:
 
     times = {"timm": [], "ours": []}
     for _ in range(args.rounds + 3):
-        times["timm"].append(seconds(timm, model))
-        times["ours"].append(seconds(ours, model))
+        for name, clip in (("timm", timm), ("ours", ours)):
+            set_gradients(model)
+            times[name].append(seconds(clip))
     ms = {name: 1000 * statistics.median(values[3:]) for name, values in times.items()}
     result = {
         "timm_ms": ms["timm"],

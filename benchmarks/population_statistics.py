@@ -14,7 +14,6 @@ import argparse
 import copy
 import json
 import statistics
-import time
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
@@ -31,6 +30,7 @@ from bn_det.tv import get_cfg
 from bn_det.tv.data import build_train_loader
 from bn_det.tv.model import build_model
 from bn_det.tv.trainer import load_datasets, losses_of
+from timing import seconds
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 DETECTORS = {
@@ -136,9 +136,9 @@ def measure(detector: str, args: argparse.Namespace) -> dict[str, float]:
     fvcore_s, ours_s = [], []
     for _ in range(args.rounds):
         theirs, ours = stock_form(model), copy.deepcopy(model)
-        fvcore_s.append(_seconds(lambda m=theirs: _fvcore(m, batches)))
+        fvcore_s.append(seconds(lambda m=theirs: _fvcore(m, batches)))
         ours_s.append(
-            _seconds(lambda m=ours: update_bn_stats(m, batches, len(batches), call=losses_of))
+            seconds(lambda m=ours: update_bn_stats(m, batches, len(batches), call=losses_of))
         )
     expected = brute_force(model, batches)
     adaptive = copy.deepcopy(model)
@@ -172,14 +172,6 @@ def _statistics(model: nn.Module, name: str) -> tuple[Tensor, Tensor]:
 
 def _fvcore(model: nn.Module, batches: list) -> None:
     fvcore_update_bn_stats(Losses(model), batches, len(batches))
-
-
-def _seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """Every config file builds and takes one training step, on both hosts."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import yaml
 from bn_det.config import load_config
 from bn_det.tv import get_cfg
 from bn_det.tv.trainer import Trainer
+from hosts import INSTALLED
 from reference import EIGHT_CHOICES, TWO_SOURCES, leaves
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,9 +72,7 @@ def test_torchvision(config, options, tmp_path):
 
 
 @every_config
-@pytest.mark.skipif(
-    importlib.util.find_spec("detectron2") is None, reason="Detectron2 is not installed"
-)
+@pytest.mark.skipif(not INSTALLED, reason="Detectron2 is not installed")
 def test_detectron2(config, options, tmp_path):
     import detectron2.config
 

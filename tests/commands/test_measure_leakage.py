@@ -11,19 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from hosts import HOSTS
 from reference import BASE, RCNN_BASE
 
 ROOT = Path(__file__).parents[2]
-HOSTS = [
-    "torchvision",
-    pytest.param(
-        "detectron2",
-        marks=pytest.mark.skipif(
-            importlib.util.find_spec("detectron2") is None, reason="Detectron2 is not installed"
-        ),
-    ),
-]
-every_host = pytest.mark.parametrize("host", HOSTS)
 
 
 def arguments(opts):

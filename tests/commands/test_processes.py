@@ -15,17 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from hosts import detectron2, every_host
 from reference import BASE, norm_opts
 
 ROOT = Path(__file__).parents[2]
 TRAIN_NET = str(ROOT / "tools" / "train_net.py")
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
-detectron2 = pytest.param(
-    "detectron2",
-    marks=pytest.mark.skipif(
-        importlib.util.find_spec("detectron2") is None, reason="Detectron2 is not installed"
-    ),
-)
 
 
 @pytest.fixture
@@ -108,7 +103,7 @@ def test_trains_and_evaluates(host, way, opts, tmp_path, monkeypatch):
     assert found == detections(tmp_path / "one") and len(found) > 100
 
 
-@pytest.mark.parametrize("host", ["torchvision", detectron2])
+@every_host
 def test_an_image_that_one_rank_cannot_read(host, opts, tmp_path):
     (name, annotations, images), *rest = ast.literal_eval(
         opts[opts.index("DATASETS.REGISTER_COCO") + 1]

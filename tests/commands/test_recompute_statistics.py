@@ -14,18 +14,10 @@ import torch
 from bn_det import DomainBatchNorm2d
 from bn_det.config import load_config
 from bn_det.errors import InputError
+from hosts import HOSTS
 from reference import BASE, RCNN_BASE
 
 ROOT = Path(__file__).parents[2]
-HOSTS = [
-    "torchvision",
-    pytest.param(
-        "detectron2",
-        marks=pytest.mark.skipif(
-            importlib.util.find_spec("detectron2") is None, reason="Detectron2 is not installed"
-        ),
-    ),
-]
 PACKAGES = {"torchvision": "tv", "detectron2": "d2"}
 
 

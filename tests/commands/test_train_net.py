@@ -15,16 +15,11 @@ import pytest
 import torch
 
 from bn_det.command import run as run_command
+from hosts import INSTALLED, every_host
 from reference import BASE
 
 ROOT = Path(__file__).parents[2]
 TRAIN_NET = ROOT / "tools" / "train_net.py"
-INSTALLED = importlib.util.find_spec("detectron2") is not None
-detectron2 = pytest.param(
-    "detectron2",
-    marks=pytest.mark.skipif(not INSTALLED, reason="Detectron2 is not installed"),
-)
-both_hosts = pytest.mark.parametrize("host", ["torchvision", detectron2])
 
 
 @pytest.fixture
@@ -74,7 +69,7 @@ def fails(monkeypatch, host, *args, config=BASE):
     return message
 
 
-@both_hosts
+@every_host
 def test_trains_evaluates_and_continues_after_a_kill(host, options, tmp_path):
     out = tmp_path / "out"
     long = [*options, "SOLVER.MAX_ITER", "1000000", "SOLVER.CHECKPOINT_PERIOD", "3"]
@@ -121,7 +116,7 @@ def test_auto_says_what_it_took_and_why(options, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@both_hosts
+@every_host
 @pytest.mark.parametrize(
     "args, words",
     [
@@ -158,7 +153,7 @@ def test_bad_options(monkeypatch, host, args, words, options):
         assert word in message
 
 
-@both_hosts
+@every_host
 def test_missing_and_broken_files(monkeypatch, host, options, tmp_path):
     def message(*args, **kwargs):
         return fails(monkeypatch, host, *args, **kwargs)
@@ -190,7 +185,7 @@ def test_missing_and_broken_files(monkeypatch, host, options, tmp_path):
     assert "coco_2017_train" in message(*options, "DATASETS.TRAIN", "('coco_2017_train',)")
 
 
-@both_hosts
+@every_host
 def test_checkpoints_that_do_not_fit(monkeypatch, host, options, tmp_path):
     def message(*args):
         return fails(monkeypatch, host, *args)
