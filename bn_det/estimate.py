@@ -89,7 +89,7 @@ class Accumulator:
         Returns:
             for each layer whether what it saw is finite. If not all is, nothing is taken in.
         """
-        merged = [_merge_all(of_layer) if of_layer else None for of_layer in batches]
+        merged = [Moments.merge(of_layer) if of_layer else None for of_layer in batches]
         n, m, var = self._flat([(b.count, b.mean, b.var) if b else None for b in merged])
         finite = (m + var).isfinite()
         if not finite.all():
@@ -173,10 +173,6 @@ def _estimate(
         return Estimate(mean, var, 1, math.inf, math.inf)
     errors = [float(squares.mean().sqrt()) for squares in (mean_error, var_error)]
     return Estimate(mean, var, num_batches, *errors)
-
-
-def _merge_all(batches: Sequence[Moments]) -> Moments:
-    return batches[0] if len(batches) == 1 else Moments.merge(batches)
 
 
 def _merge(parts: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:

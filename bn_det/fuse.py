@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .errors import InputError
 from .layers import BatchNorm2d, DomainBatchNorm2d, LevelConv2d, SourceBatchNorm2d
 from .layers.convert import convert_batchnorm
+from .layers.domain_batch_norm import called_batch_norms
 
 logger = logging.getLogger(__name__)
 
@@ -90,14 +91,13 @@ def fuse(model: nn.Module) -> FuseReport:
     """
     if model.training:
         raise InputError("fuse: not accepted for a model in training mode; call eval() first")
-    names = {module: name for name, module in model.named_modules()}
-    layers = {m for m in names if isinstance(m, _BatchNorm)}
-    layers -= {part for layer in layers for part in layer.children()}
-    left = {layer: _why_not(model, layer) for layer in layers}
+    names = called_batch_norms(model)
+    places = Counter(child for parent in model.modules() for child in parent._modules.values())
+    left = {layer: _why_not(layer, places[layer]) for layer in names}
     fused = []
     for pair in list(_pairs(model)):
-        if pair.norm in layers and not left[pair.norm]:
-            left[pair.norm] = _why_not(model, pair.conv) or _why_not_conv(pair.conv)
+        if pair.norm in names and not left[pair.norm]:
+            left[pair.norm] = _why_not(pair.conv, places[pair.conv])
             if not left[pair.norm]:
                 _fold(pair)
                 fused.append(pair.norm)
@@ -168,10 +168,13 @@ def _traced_pairs(module: nn.Module) -> list[tuple[str, str]]:
     return found
 
 
-def _why_not(model: nn.Module, module: nn.Module) -> str:
-    """Why a module cannot take part in fusion, if so."""
-    places = sum(m is module for parent in model.modules() for m in parent._modules.values())
-    if places > 1:
+def _why_not(module: nn.Module, num_places: int) -> str:
+    """Why a BatchNorm or a convolution cannot take part in fusion, if so.
+
+    Args:
+        num_places: how often the model has it.
+    """
+    if num_places > 1:
         return "it or its convolution is in several places of the model"
     if module._forward_hooks or module._forward_pre_hooks:
         return "it or its convolution has hooks"
@@ -181,31 +184,24 @@ def _why_not(model: nn.Module, module: nn.Module) -> str:
         return "it normalizes by batch statistics"
     if isinstance(module, _BatchNorm) and not isinstance(module, DomainBatchNorm2d):
         return "" if module.running_mean is not None else "it has no population statistics"
+    if isinstance(module, nn.ConvTranspose2d) and module.groups > 1:
+        return "its convolution is transposed and has groups"
     return ""
-
-
-def _why_not_conv(conv: nn.Module) -> str:
-    is_grouped = isinstance(conv, nn.ConvTranspose2d) and conv.groups > 1
-    return "its convolution is transposed and has groups" if is_grouped else ""
 
 
 def _fold(pair: _Pair) -> None:
     conv, norm = pair.conv, pair.norm
+    holders = [(norm, norm)]  # of population statistics, and of the affine
     if isinstance(norm, DomainBatchNorm2d):
-        domains = [
-            (norm.population_of(k), norm.affine_of(k), norm.eps) for k in range(norm.num_domains)
-        ]
-        if len({(population, affine) for population, affine, _ in domains}) > 1:
-            convs = [_folded(copy.deepcopy(conv), *domain) for domain in domains]
-            setattr(pair.conv_parent, pair.conv_name, LevelConv2d(convs))
-            setattr(pair.norm_parent, pair.norm_name, nn.Identity())
-            return
-        norm = domains[0][0], domains[0][1], norm.eps
+        domains = range(norm.num_domains)
+        holders = list(dict.fromkeys((norm.population_of(k), norm.affine_of(k)) for k in domains))
+    if len(holders) > 1:
+        convs = [_folded(copy.deepcopy(conv), *holder, norm.eps) for holder in holders]
+        setattr(pair.conv_parent, pair.conv_name, LevelConv2d(convs))
     else:
-        norm = norm, norm, norm.eps
-    _folded(conv, *norm)
-    is_own = pair.norm_parent is conv
-    setattr(pair.norm_parent, pair.norm_name, None if is_own else nn.Identity())
+        _folded(conv, *holders[0], norm.eps)
+    # Detectron2's convolution takes None for no norm.
+    setattr(pair.norm_parent, pair.norm_name, None if pair.norm_parent is conv else nn.Identity())
 
 
 @torch.no_grad()

@@ -65,6 +65,14 @@ class _Periodic(Hook):
         raise NotImplementedError
 
 
+class _RunsModel(Hook):
+    """Runs the model beside the steps."""
+
+    def context(self) -> AbstractContextManager:
+        """What a forward pass of training runs in: autocast, for example."""
+        return nullcontext()
+
+
 class AverageStatistics(_Periodic):
     """Average the ranks' EMAs, so that every rank evaluates the model that is saved.
 
@@ -76,7 +84,7 @@ class AverageStatistics(_Periodic):
         average_population_statistics(self.trainer.model)
 
 
-class PreciseBN(_Periodic):
+class PreciseBN(_RunsModel, _Periodic):
     """Recompute the population statistics of the model (:func:`bn_det.update_bn_stats`).
 
     So that every evaluation and every checkpoint is of a model with precise statistics. A summary
@@ -131,16 +139,12 @@ class PreciseBN(_Periodic):
         self.write({f"precise_bn/{name}": float(value) for name, value in scalars.items()})
         return report
 
-    def context(self) -> AbstractContextManager:
-        """What a forward pass of training runs in: autocast, for example."""
-        return nullcontext()
-
     def write(self, scalars: dict[str, float]) -> None:
         """Hand metrics to the trainer."""
         self.trainer.put_scalars(scalars)
 
 
-class VirtualBatch(Hook):
+class VirtualBatch(_RunsModel):
     """Has extra images in the normalization batches of each step (:func:`bn_det.virtual_batch`).
 
     To be registered before the hooks that run the model after a step. A step in which every
@@ -175,10 +179,6 @@ class VirtualBatch(Hook):
 
     def after_train(self) -> None:
         self._block.close()
-
-    def context(self) -> AbstractContextManager:
-        """What a forward pass of training runs in: autocast, for example."""
-        return nullcontext()
 
 
 class FreezeBN(Hook):

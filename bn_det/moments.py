@@ -63,6 +63,8 @@ class Moments(NamedTuple):
         """
         if not parts:
             raise ValueError("nothing to merge: parts is empty")
+        if len(parts) == 1:
+            return parts[0]
         return _merge(*(torch.stack(field) for field in zip(*parts, strict=True)))
 
     @classmethod

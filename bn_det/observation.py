@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .comm import process_group
 from .layers.batch_norm import Batch, BatchNorm2d, check_batch_sizes, fused_batch_norm
-from .layers.domain_batch_norm import DomainBatchNorm2d
+from .layers.domain_batch_norm import DomainBatchNorm2d, called_batch_norms
 from .layers.joint import normalize
 from .moments import Moments
 from .shuffle import is_shuffled
@@ -41,12 +41,9 @@ class PopulationLayer(NamedTuple):
 def population_layers(model: nn.Module) -> list[PopulationLayer]:
     """The places of population statistics that training updates: those in training mode."""
     names = {module: name for name, module in model.named_modules()}
-    layers, parts = [], set()
-    for owner, name in names.items():
-        if not isinstance(owner, _BatchNorm) or owner in parts:
-            continue
+    layers = []
+    for owner, name in called_batch_norms(model).items():
         if isinstance(owner, DomainBatchNorm2d):
-            parts.update(owner.children())
             domains: dict[_BatchNorm, list[int]] = {}
             for k in range(owner.num_domains):
                 domains.setdefault(owner.population_of(k), []).append(k)

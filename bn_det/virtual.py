@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import InputError
 from .layers.batch_norm import Batch, BatchNorm2d, no_population_update, refuse_recomputation
+from .layers.domain_batch_norm import called_batch_norms
 from .passes import surroundings, unwrapped
 
 
@@ -46,7 +46,7 @@ def virtual_batch(
         RuntimeError: from the backward pass, with activation checkpointing.
     """
     model = unwrapped(model)
-    seen = {layer: _Seen(name) for name, layer in _layers(model)}
+    seen = {layer: _Seen(name) for layer, name in _layers(model).items()}
     try:
         for layer, of_layer in seen.items():
             layer.extend = of_layer.record
@@ -89,18 +89,15 @@ class _Seen:
         ]
 
 
-def _layers(model: nn.Module) -> list[tuple[str, BatchNorm2d]]:
-    """The layers that are called, by name: not those that hold what is a domain's."""
-    layers, parts = [], set()
-    for name, layer in model.named_modules():
-        if isinstance(layer, _BatchNorm) and layer.training and layer not in parts:
-            if not isinstance(layer, BatchNorm2d):
-                raise InputError(
-                    f"virtual_batch: {name} is a {type(layer).__name__}; use BatchNorm2d of ours "
-                    "(convert_batchnorm)"
-                )
-            parts.update(layer.children())
-            layers.append((name, layer))
+def _layers(model: nn.Module) -> dict[BatchNorm2d, str]:
+    """The layers in training mode, each with its name."""
+    layers = {m: name for m, name in called_batch_norms(model).items() if m.training}
+    for layer, name in layers.items():
+        if not isinstance(layer, BatchNorm2d):
+            raise InputError(
+                f"virtual_batch: {name} is a {type(layer).__name__}; use BatchNorm2d of ours "
+                "(convert_batchnorm)"
+            )
     if not layers:
         raise InputError(
             "virtual_batch: the model has no BatchNorm in training mode that a virtual batch could "
@@ -113,11 +110,7 @@ def _run(model: nn.Module, extra: Any, call: Callable[[nn.Module, Any], Any] | N
     attributes = [(vars(m), dict(vars(m))) for m in model.modules()]
     try:
         with torch.no_grad(), surroundings(), no_population_update(model):
-            (call or _call)(model, extra)
+            call(model, extra) if call else model(extra)
     finally:
         for now, before in attributes:
             now.update(before)
-
-
-def _call(model: nn.Module, batch: Any) -> Any:
-    return model(batch)

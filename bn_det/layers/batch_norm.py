@@ -41,8 +41,6 @@ class Batch(NamedTuple):
     @classmethod
     def merge(cls, parts: Sequence[Batch]) -> Batch:
         """The union of disjoint parts."""
-        if len(parts) == 1:
-            return parts[0]
         return cls(Moments.merge([p.moments for p in parts]), sum(p.size for p in parts))
 
 

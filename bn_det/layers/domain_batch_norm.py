@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import choose
 from .batch_norm import Batch, BatchNorm2d, check_batch_sizes
@@ -248,6 +249,14 @@ class DomainBatchNorm2d(BatchNorm2d):
                 f"domains of {[sum(g.sizes) for g in ghosts]} samples have no ghost batches in "
                 "common; use statistics 'per_domain', or as many samples in each"
             )
+
+
+def called_batch_norms(model: nn.Module) -> dict[_BatchNorm, str]:
+    """Every BatchNorm of a model with its name, but those that only hold what is a domain's."""
+    names = {m: name for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    domains = [m for m in names if isinstance(m, DomainBatchNorm2d)]
+    held = {part for layer in domains for part in layer.children()}
+    return {layer: name for layer, name in names.items() if layer not in held}
 
 
 T = TypeVar("T")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class _Images:
         """The reverse of split."""
         return _rearranged(torch.cat(list(parts)), sorted(self._order, key=self._order.__getitem__))
 
-    @property
+    @cached_property
     def _order(self) -> list[int]:
         """The images' indices, source by source."""
         return sorted(range(len(self.sources)), key=self.sources.__getitem__)
