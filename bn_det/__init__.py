@@ -5,6 +5,7 @@ from .fuse import freeze, fuse
 from .layers import (
     BatchNorm2d,
     DomainBatchNorm2d,
+    L1BatchNorm2d,
     SourceBatchNorm2d,
     convert_batchnorm,
     ghost_groups,
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BatchNorm2d",
     "DomainBatchNorm2d",
+    "L1BatchNorm2d",
     "Moments",
     "SourceBatchNorm2d",
     "add_bn_det_config",

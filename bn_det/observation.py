@@ -16,6 +16,7 @@ from .comm import process_group
 from .layers.batch_norm import Batch, BatchNorm2d, check_batch_sizes, fused_batch_norm
 from .layers.domain_batch_norm import DomainBatchNorm2d, called_batch_norms
 from .layers.joint import normalize
+from .layers.l1_batch_norm import L1BatchNorm2d
 from .moments import Moments
 from .shuffle import is_shuffled
 
@@ -39,7 +40,10 @@ class PopulationLayer(NamedTuple):
 
 
 def population_layers(model: nn.Module) -> list[PopulationLayer]:
-    """The places of population statistics that training updates: those in training mode."""
+    """The places of population statistics that training updates: those in training mode.
+
+    Not those of L1BatchNorm2d, which are an EMA of something else than mean and variance.
+    """
     names = {module: name for name, module in model.named_modules()}
     layers = []
     for owner, name in called_batch_norms(model).items():
@@ -54,7 +58,8 @@ def population_layers(model: nn.Module) -> list[PopulationLayer]:
 
 
 def _is_updated(layer: _BatchNorm) -> bool:
-    return layer.training and layer.track_running_stats and layer.running_mean is not None
+    has_statistics = layer.track_running_stats and layer.running_mean is not None
+    return layer.training and has_statistics and not isinstance(layer, L1BatchNorm2d)
 
 
 class Observed(NamedTuple):

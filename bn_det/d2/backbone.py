@@ -9,7 +9,7 @@ from detectron2.modeling.backbone import FPN, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import nn
 
-from ..layers import BATCH_NORMS, convert_batchnorm
+from ..layers import BASELINES, BATCH_NORMS, convert_batchnorm
 from ..parts import part_norm
 from .norms import NORMS
 
@@ -34,7 +34,7 @@ def _build_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     What FREEZE_AT freezes is FrozenBN by then, and stays so.
     """
     make = part_norm(cfg, "RESNETS", NORMS)
-    if cfg.MODEL.RESNETS.NORM not in BATCH_NORMS:
+    if cfg.MODEL.RESNETS.NORM not in (*BATCH_NORMS, *BASELINES):
         return build_resnet_backbone(cfg, input_shape)
     stock = cfg.clone()
     stock.defrost()

@@ -4,15 +4,18 @@ from .batch_norm import BatchNorm2d, no_population_update, trained_with
 from .convert import convert_batchnorm
 from .domain_batch_norm import SHARING, DomainBatchNorm2d
 from .ghost import ghost_groups
+from .l1_batch_norm import L1BatchNorm2d
 from .levels import LevelConv2d, forward_levels
-from .norms import BATCH_NORMS, norm_factory
+from .norms import BASELINES, BATCH_NORMS, norm_factory
 from .sources import SourceBatchNorm2d, image_sources, record_sources
 
 __all__ = [
+    "BASELINES",
     "BATCH_NORMS",
     "SHARING",
     "BatchNorm2d",
     "DomainBatchNorm2d",
+    "L1BatchNorm2d",
     "LevelConv2d",
     "SourceBatchNorm2d",
     "convert_batchnorm",

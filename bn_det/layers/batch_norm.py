@@ -249,7 +249,7 @@ class BatchNorm2d(nn.BatchNorm2d):
             check_batch_sizes(batches, where)
             self.update_population_statistics(batches)
             return joint_batch_norm([x], [batches[0].moments], [0], [weight], [bias], self.eps)[0]
-        _check_size(x.numel() // x.shape[1], where)
+        check_size(x.numel() // x.shape[1], where)
         if self.observer is not None:
             y, batch = fused_batch_norm(x, weight, bias, self.eps)
             self.observer([batch])
@@ -298,7 +298,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def next_momentum(self) -> float:
         """Count a batch; the weight that the EMA gives it, 0 where it must not change."""
-        if not self.tracks or _in_backward_pass():
+        if not self.tracks or in_backward_pass():
             return 0.0
         self.num_batches_tracked.add_(1)
         if self.momentum is None:  # cumulative moving average, as in nn.BatchNorm2d
@@ -416,10 +416,10 @@ def check_batch_sizes(batches: Iterable[Batch], where: str = "") -> None:
         where: begins the message.
     """
     for batch in batches:
-        _check_size(batch.size, where)
+        check_size(batch.size, where)
 
 
-def _check_size(size: int, where: str) -> None:
+def check_size(size: int, where: str = "") -> None:
     if size == 1:
         raise InputError(
             f"{where}a normalization batch of a single value per channel has no variance: use "
@@ -440,14 +440,14 @@ def mean_statistics(batches: Sequence[Moments]) -> tuple[Tensor, Tensor]:
 
 def refuse_recomputation(what: str) -> None:
     """Raise RuntimeError where activation checkpointing repeats a forward pass."""
-    if _in_backward_pass():
+    if in_backward_pass():
         raise RuntimeError(
             f"{what} cannot be recomputed in a backward pass (activation checkpointing): what it "
             "depends on has changed since the forward pass"
         )
 
 
-def _in_backward_pass() -> bool:
+def in_backward_pass() -> bool:
     """Whether autograd runs this forward pass: activation checkpointing's recomputation."""
     # The id is private in name, and what torch.utils.checkpoint itself goes by. A compiled graph
     # writes each buffer once, whatever it recomputes.

@@ -26,7 +26,7 @@ def convert_batchnorm(module: nn.Module, make: Callable[[int], nn.Module]) -> nn
         The module itself, or the new layer if the module is a BatchNorm. A new layer holds the old
         one's parameters and buffers (the same objects where both have them registered alike, so
         that optimizers stay valid; in a :class:`SourceBatchNorm2d` copies), eps, momentum and
-        training mode.
+        training mode. A layer that has neither (LocalResponseNorm) begins anew.
 
     Raises:
         ValueError: the old layer has parameters or buffers that the new one has no place for, or
@@ -57,6 +57,8 @@ def _with_state_of(old: nn.Module, new: nn.Module) -> nn.Module:
     """Give a new layer everything that the old one has."""
     if isinstance(new, SourceBatchNorm2d):
         return _with_copies_of(old, new)
+    if isinstance(new, nn.LocalResponseNorm):
+        return new.train(old.training)
     for name in ("eps", "momentum", "affine", "track_running_stats"):
         if hasattr(new, name):
             setattr(new, name, getattr(old, name))

@@ -8,6 +8,7 @@ from functools import partial
 from torch import nn
 
 from ..errors import InputError
+from .l1_batch_norm import L1BatchNorm2d
 from .renorm import RenormLimits
 
 NormFactory = Callable[[int], nn.Module]
@@ -15,7 +16,15 @@ NormFactory = Callable[[int], nn.Module]
 
 
 BATCH_NORMS = ("BN", "SyncBN", "GhostBN", "BRN")
-"""The names that stand for our layers."""
+"""The names that stand for our layers with a choice of batch."""
+
+BASELINES: dict[str, NormFactory] = {
+    "L1BN": L1BatchNorm2d,
+    # The constants of Krizhevsky et al., *ImageNet Classification with Deep Convolutional Neural
+    # Networks*, 2012, Sec. 3.3; torch divides alpha by size.
+    "LRN": lambda _: nn.LocalResponseNorm(size=5, alpha=5e-4, beta=0.75, k=2.0),
+}
+"""Other layers that are the same on every host, by name."""
 
 
 def norm_factory(
@@ -33,11 +42,11 @@ def norm_factory(
     Args:
         norm: "" or None for none; "BN" for the layer, "SyncBN" for the same over all processes,
             "GhostBN" for the same in batches of ghost_size samples, "BRN" for the same with batch
-            renormalization; a name in others; or a callable, which is returned as it is.
+            renormalization; a name in BASELINES or in others; or a callable, which is returned as
+            it is.
         layer: a kind of :class:`BatchNorm2d`, which is called with the number of channels and with
             the choices that the name stands for.
-        others: the layers without a choice of batch (FrozenBN, GN, LN) by name, which each host
-            has its own of.
+        others: the layers (FrozenBN, GN, LN) by name that each host has its own of.
         key: what the error calls the value, a config key for example.
         ghost_size, ghost_order: for "GhostBN".
         renorm: for "BRN", the limits.
@@ -57,6 +66,7 @@ def norm_factory(
         "SyncBN": partial(layer, group="world"),
         "GhostBN": partial(layer, ghost_size=ghost_size, ghost_order=ghost_order),
         "BRN": partial(layer, renorm=renorm),
+        **BASELINES,
         **others,
     }
     if norm not in named:

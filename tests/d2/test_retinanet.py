@@ -19,7 +19,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from bn_det import BatchNorm2d, DomainBatchNorm2d, fuse
+from bn_det import BatchNorm2d, DomainBatchNorm2d, L1BatchNorm2d, fuse
 from bn_det.config import load_config
 from bn_det.d2 import BNRetinaNetHead, add_bn_det_config, register_datasets
 from bn_det.errors import InputError
@@ -134,12 +134,15 @@ def test_freezing_our_layer():
     torch.testing.assert_close(frozen(x), layer.eval()(x))
 
 
-@pytest.mark.parametrize("norm", ["", "FrozenBN", "GN", "LN"])
+@pytest.mark.parametrize("norm", ["", "FrozenBN", "GN", "LN", "L1BN", "LRN"])
 def test_other_norms(norm):
     model = build_model(make_cfg(*norm_opts(norm)))
     losses, _ = losses_and_gradients(model, batch())
     assert all(torch.isfinite(v) for v in losses.values())
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    kinds = {type(m) for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
+    assert kinds == ({L1BatchNorm2d} if norm == "L1BN" else set())
+    number = sum(isinstance(m, nn.LocalResponseNorm) for m in model.modules())
+    assert number == (20 + 6 + 4 if norm == "LRN" else 0)
 
 
 def test_fpn_backbone_without_p7():

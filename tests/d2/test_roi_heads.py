@@ -17,7 +17,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bn_det import BatchNorm2d
+from bn_det import BatchNorm2d, L1BatchNorm2d
 from bn_det.config import load_config
 from bn_det.d2 import BNFastRCNNConvFCHead, BNMaskRCNNConvUpsampleHead, add_bn_det_config
 from bn_det.errors import InputError
@@ -26,7 +26,7 @@ from ranks import run_ranks
 from reference import RCNN_BASE
 
 HEADS = ("ROI_BOX_HEAD", "ROI_MASK_HEAD")
-NORMS = ("", "BN", "SyncBN", "GhostBN", "BRN", "FrozenBN", "GN", "LN")
+NORMS = ("", "BN", "SyncBN", "GhostBN", "BRN", "FrozenBN", "GN", "LN", "L1BN", "LRN")
 every_norm = pytest.mark.parametrize("norm", NORMS)
 STOCK = [
     *("MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead"),
@@ -88,6 +88,7 @@ def test_layers(norm):
     expected = {
         "": type(None), "BN": BatchNorm2d, "SyncBN": BatchNorm2d, "GhostBN": BatchNorm2d,
         "BRN": BatchNorm2d, "FrozenBN": FrozenBatchNorm2d, "GN": nn.GroupNorm,
+        "L1BN": L1BatchNorm2d, "LRN": nn.LocalResponseNorm,
     }  # fmt: skip
     for conv in (box_head.conv1, mask_head.mask_fcn2):
         assert (conv.bias is None) == (norm != ""), "stock's choice"

@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.models.detection import retinanet as stock
 from torchvision.ops import FrozenBatchNorm2d
 
-from bn_det import BatchNorm2d, DomainBatchNorm2d, convert_batchnorm, fuse
+from bn_det import BatchNorm2d, DomainBatchNorm2d, L1BatchNorm2d, convert_batchnorm, fuse
 from bn_det.config import load_config
 from bn_det.errors import InputError
 from bn_det.tv import build_model, get_cfg
@@ -88,12 +88,15 @@ def test_freeze_at(freeze_at, frozen):
     assert len(found) == frozen
 
 
-@pytest.mark.parametrize("norm", ["", "FrozenBN", "GN", "LN"])
+@pytest.mark.parametrize("norm", ["", "FrozenBN", "GN", "LN", "L1BN", "LRN"])
 def test_other_norms(norm):
     model = build_model(make_cfg(*norm_opts(norm)))
     losses = model(*batch())
     assert all(torch.isfinite(v) for v in losses.values())
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    kinds = {type(m) for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
+    assert kinds == ({L1BatchNorm2d} if norm == "L1BN" else set())
+    number = sum(isinstance(m, nn.LocalResponseNorm) for m in model.modules())
+    assert number == (20 + 6 + 4 if norm == "LRN" else 0)
 
 
 def test_weight_decay_of_norms():

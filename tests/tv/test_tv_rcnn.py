@@ -18,8 +18,8 @@ from reference import BASE, RCNN, norm_opts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-NORMS = ["", "BN", "SyncBN", "GhostBN", "BRN", "FrozenBN", "GN", "LN"]
-NO_BATCH = ["", "FrozenBN", "GN", "LN"]
+NORMS = ["", "BN", "SyncBN", "GhostBN", "BRN", "FrozenBN", "GN", "LN", "L1BN", "LRN"]
+NO_BATCH = ["", "FrozenBN", "GN", "LN", "L1BN", "LRN"]
 
 
 def make_cfg(*opts):

@@ -1,0 +1,59 @@
+"""Batch normalization by the mean absolute deviation."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .batch_norm import check_size, in_backward_pass
+from .joint import normalize
+
+
+class L1BatchNorm2d(nn.BatchNorm2d):
+    """Batch normalization whose scale is a mean absolute deviation (same arguments, same keys).
+
+    Hoffer et al., *Norm matters: efficient and accurate normalization schemes in deep networks*,
+    2018, Sec. 4: in training sqrt(pi / 2) times the mean of ``|x - mean|`` over the samples of this
+    process takes the place of the standard deviation, to which it is equal for normal values. It
+    needs no squares, which leave half precision.
+
+    ``running_var`` is an EMA of the square of that, so that in evaluation the layer is an
+    ``nn.BatchNorm2d``: whatever freezes, fuses or averages one is right for it, too. PreciseBN
+    leaves it alone.
+
+    Shape:
+        (N, C, H, W) to the same. An empty input gives an empty output and updates nothing.
+
+    Raises:
+        InputError: in training there is a single value per channel.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input_dim(x)
+        if x.numel() == 0 or (not self.training and self.running_mean is not None):
+            return normalize(
+                x, self.running_mean, self.running_var, self.weight, self.bias, self.eps
+            )
+        check_size(x.numel() // x.shape[1])
+        values = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean = values.mean((0, 2, 3), keepdim=True)
+        values = values - mean
+        var = values.abs().mean((0, 2, 3), keepdim=True).square() * (math.pi / 2)
+        self._update(mean.detach().flatten(), var.detach().flatten())
+        y = values * (var + self.eps).rsqrt()
+        if self.weight is not None:
+            y = y * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+        return y.to(x.dtype)
+
+    @torch.no_grad()
+    def _update(self, mean: Tensor, var: Tensor) -> None:
+        if not (self.training and self.track_running_stats) or in_backward_pass():
+            return
+        self.num_batches_tracked.add_(1)
+        momentum = self.momentum
+        if momentum is None:  # cumulative moving average, as in nn.BatchNorm2d
+            momentum = 1.0 / float(self.num_batches_tracked)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+        self.running_var.lerp_(var.to(self.running_var.dtype), momentum)
