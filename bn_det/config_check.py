@@ -175,6 +175,17 @@ def _check_steps(cfg: CfgNode) -> None:
         raise InputError(
             f"SOLVER.ACCUMULATE: {cfg.SOLVER.ACCUMULATE!r} is not accepted; use 1 or more"
         )
+    freeze, last = cfg.SOLVER.FREEZE_BN_ITER, cfg.SOLVER.MAX_ITER
+    if cfg.SOLVER.ACCUMULATE > 1 and freeze >= last:
+        raise InputError(
+            f"SOLVER.FREEZE_BN_ITER: {freeze!r} is not accepted with SOLVER.ACCUMULATE "
+            f"{cfg.SOLVER.ACCUMULATE!r} and SOLVER.MAX_ITER {last!r}: iterations are steps of the "
+            "optimizer, not batches; use less than MAX_ITER, or 0 (for never)"
+        )
+    _check_virtual(cfg)
+
+
+def _check_virtual(cfg: CfgNode) -> None:
     number = cfg.SOLVER.VIRTUAL_IMAGES
     if number < 0:
         raise InputError(f"SOLVER.VIRTUAL_IMAGES: {number!r} is not accepted; use 0 or more")
@@ -187,6 +198,12 @@ def _check_steps(cfg: CfgNode) -> None:
         raise InputError(
             f"SOLVER.VIRTUAL_IMAGES: {number!r} is not accepted: no part of the model has a batch; "
             f"use 0, or a NORM in {list(BATCH_NORMS)} with our components"
+        )
+    is_frozen = cfg.SOLVER.BN_STATISTICS == "population" and not cfg.SOLVER.UPDATE_POPULATION
+    if number and is_frozen and not cfg.SOLVER.BN_STATISTICS_PARTS:
+        raise InputError(
+            f"SOLVER.VIRTUAL_IMAGES: {number!r} is not accepted with SOLVER.BN_STATISTICS "
+            "'population' and UPDATE_POPULATION False: no batch is used for anything; use 0"
         )
 
 

@@ -42,7 +42,7 @@ def shrink(config):
     if "shapes" in config.parts:
         is_rcnn = "leakage" in config.parts or config.name.startswith("mask_rcnn")
         return SMALL_IMAGES if is_rcnn else []
-    if config.parent.name not in ("leakage", "multi_domain", "population"):
+    if config.parent.name not in ("leakage", "multi_domain", "population", "ways"):
         return []
     return [
         *SMALL_IMAGES,
@@ -181,3 +181,33 @@ def test_population(folder, name):
     else:
         assert found["TEST.PRECISE_BN.ENABLED"]
         assert all(k.startswith("TEST.PRECISE_BN.") for k in changed)
+
+
+WAYS = MULTI_DOMAIN.with_name("ways")
+
+
+@pytest.mark.parametrize(
+    "name", sorted(p.stem for p in WAYS.glob("*.yaml") if "Base" not in p.name)
+)
+def test_ways(name):
+    """A way has a twin that asks for the same of FPN and head, and a line in the docs."""
+    found = {}
+    for folder in (WAYS, WAYS / "shapes"):
+        base, config = merged(folder / "Base-RetinaNet-Way.yaml"), merged(folder / f"{name}.yaml")
+        assert config["OUTPUT_DIR"].endswith(f"{folder.relative_to(WAYS.parent)}/{name}")
+        found[folder.name] = {
+            # How much of it is for each to say.
+            k: v if isinstance(v, (str, bool)) else type(v)
+            for k, v in config.items()
+            if v != base.get(k) and not k.startswith(("OUTPUT_DIR", "MODEL.RESNETS.", *SIZES))
+        }
+    assert found["ways"] == found["shapes"]
+    assert f"`{name}.yaml`" in (ROOT / "docs" / "ways.md").read_text()
+
+
+SIZES = ("SOLVER.BRN.", "TEST.PRECISE_BN.NUM_ITER", "TEST.PRECISE_BN.IMS_PER_BATCH")
+
+
+def test_every_way_has_a_twin():
+    names = [sorted(p.name for p in folder.glob("*.yaml")) for folder in (WAYS, WAYS / "shapes")]
+    assert names[0] == names[1]

@@ -405,6 +405,17 @@ def test_adaptive_gradient_clipping(make_cfg):
             ["SOLVER.ACCUMULATE", "2", "SOLVER.VIRTUAL_IMAGES", "2"],
             "SOLVER.VIRTUAL_IMAGES: 2 is not accepted with SOLVER.ACCUMULATE 2",
         ),
+        (
+            ["SOLVER.ACCUMULATE", "4", "SOLVER.MAX_ITER", "9", "SOLVER.FREEZE_BN_ITER", "9"],
+            "SOLVER.FREEZE_BN_ITER: 9 is not accepted with SOLVER.ACCUMULATE 4 .*MAX_ITER 9",
+        ),
+        (
+            [
+                *("SOLVER.VIRTUAL_IMAGES", "2", "SOLVER.UPDATE_POPULATION", "False"),
+                *("SOLVER.BN_STATISTICS", "population"),
+            ],
+            "SOLVER.VIRTUAL_IMAGES: 2 is not accepted with .*UPDATE_POPULATION False",
+        ),
         (["SOLVER.VIRTUAL_IMAGES", "-1"], "SOLVER.VIRTUAL_IMAGES: -1 is not accepted; use 0 or"),
         (
             ["SOLVER.VIRTUAL_IMAGES", "2", *norm_opts("FrozenBN")],
