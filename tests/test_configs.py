@@ -205,7 +205,12 @@ def test_ways(name):
     assert f"`{name}.yaml`" in (ROOT / "docs" / "ways.md").read_text()
 
 
-SIZES = ("SOLVER.BRN.", "TEST.PRECISE_BN.NUM_ITER", "TEST.PRECISE_BN.IMS_PER_BATCH")
+SIZES = (
+    "SOLVER.BRN.",
+    "SOLVER.BASE_LR",
+    "TEST.PRECISE_BN.NUM_ITER",
+    "TEST.PRECISE_BN.IMS_PER_BATCH",
+)
 
 
 def test_every_way_has_a_twin():
