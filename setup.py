@@ -32,7 +32,8 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "test": ["pytest", "ruff", "timm"],
+        "nf": ["timm>=1.0"],
+        "test": ["pytest", "ruff", "timm>=1.0"],
         # Not on PyPI; see the README for how to install it.
         "detectron2": [
             "detectron2 @ git+https://github.com/facebookresearch/detectron2.git",

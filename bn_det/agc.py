@@ -56,10 +56,15 @@ class AdaptiveGradientClipping:
             if not value > 0:
                 raise InputError(f"{name}: {value!r} is not accepted; use more than 0")
         self.clip_factor, self.eps = clip_factor, eps
+        transposed = {
+            p
+            for module in model.modules()
+            if isinstance(module, nn.modules.conv._ConvTransposeNd)
+            for p in module.parameters()  # of its normalized weight, too
+        }
         self.parameters = [
-            (p, _unit_dim(module, p))
-            for prefix, module in model.named_modules()
-            for name, p in module.named_parameters(prefix, recurse=False)
+            (p, 1 if p in transposed and p.dim() > 1 else 0)
+            for name, p in model.named_parameters()
             if p.requires_grad and not any(part in name for part in exclude)
         ]
         if not self.parameters:
@@ -93,11 +98,6 @@ class AdaptiveGradientClipping:
         # would take longer.
         if grad.is_cuda or not bool((factor == 1).all()):
             grad.mul_(factor)
-
-
-def _unit_dim(module: nn.Module, parameter: Tensor) -> int:
-    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
-    return 1 if transposed and parameter.dim() > 1 else 0
 
 
 def _unit_norm(x: Tensor, dim: int) -> Tensor:

@@ -25,6 +25,25 @@ def add_bn_det_config(cfg: CfgNode) -> None:
         cfg.MODEL[part].GHOST_SIZE = 0
         cfg.MODEL[part].GHOST_ORDER = "contiguous"
 
+    # What normalizes the weights of a part's hidden layers: "WS", "ScaledWS" or "WN"; "" for
+    # nothing. See bn_det.normalize_weight.
+    for part in PARTS:
+        cfg.MODEL[part].WEIGHT_NORM = ""
+
+    # The probability of dropout before the final predictors.
+    cfg.MODEL.RETINANET.DROPOUT = 0.0
+    cfg.MODEL.ROI_BOX_HEAD.DROPOUT = 0.0
+
+    # The normalizer-free net of the backbones build_nf_resnet_fpn_backbone and
+    # build_nf_retinanet_resnet_fpn_backbone, by its name in timm. MODEL.RESNETS does not apply.
+    cfg.MODEL.NF = node()
+    cfg.MODEL.NF.NAME = "nf_resnet50"
+    # Weights to begin with: "timm" for those that timm has published, a file of the state dict of
+    # the whole net, or "" for random ones.
+    cfg.MODEL.NF.PRETRAINED = ""
+    # of the last block; that of the others rises to it
+    cfg.MODEL.NF.DROP_PATH_RATE = 0.0
+
     # What the levels of RetinaNet's head share where MODEL.RETINANET.NORM is "BN", "SyncBN" or
     # "GhostBN": each choice is "shared" or "per_domain" (per level). See bn_det.DomainBatchNorm2d.
     cfg.MODEL.RETINANET.BN = node()

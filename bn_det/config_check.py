@@ -9,10 +9,19 @@ from yacs.config import CfgNode
 
 from .errors import InputError, choose
 from .estimate import ESTIMATORS
-from .layers import BATCH_NORMS, SHARING
+from .layers import BATCH_NORMS, SHARING, WEIGHT_NORMS
 from .layers.batch_norm import STATISTICS
 from .layers.ghost import GHOST_ORDERS
-from .parts import COMPONENTS, PARTS, SOURCE_PARTS, get_key, has_our_batch_norm
+from .nf import check_nf
+from .parts import (
+    COMPONENTS,
+    NF_BACKBONES,
+    PARTS,
+    SOURCE_PARTS,
+    get_key,
+    has_our_batch_norm,
+    why_not_ours,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +32,11 @@ def check_values(cfg: CfgNode) -> None:
         choose(f"MODEL.RETINANET.BN.{choice}", cfg.MODEL.RETINANET.BN[choice], SHARING)
     for part in PARTS:
         choose(f"MODEL.{part}.GHOST_ORDER", cfg.MODEL[part].GHOST_ORDER, GHOST_ORDERS)
+        _check_weight_norm(cfg, part)
+    for part in ("RETINANET", "ROI_BOX_HEAD"):
+        _check_dropout(cfg, part)
+    if cfg.MODEL.BACKBONE.NAME in NF_BACKBONES:
+        check_nf(cfg)
     _check_statistics(cfg, "TEST", "population")
     _check_statistics(cfg, "SOLVER", "batch")
     _check_renorm(cfg)
@@ -65,6 +79,32 @@ def resolve_device(cfg: CfgNode) -> None:
     except (RuntimeError, AssertionError) as e:
         reason = str(e).splitlines()[0]
         raise InputError(f"MODEL.DEVICE: {cfg.MODEL.DEVICE!r} is not accepted: {reason}") from e
+
+
+def _check_weight_norm(cfg: CfgNode, part: str) -> None:
+    key, kind = f"MODEL.{part}.WEIGHT_NORM", cfg.MODEL[part].WEIGHT_NORM
+    choose(key, kind, ["", *WEIGHT_NORMS])
+    if kind and (reason := why_not_ours(cfg, part)):
+        raise InputError(f"{key}: {kind!r} is not accepted with {reason}")
+    if part == "RESNETS" and kind == "ScaledWS":
+        raise InputError(
+            f"{key}: 'ScaledWS' is not accepted: a ResNet without norms also needs scaled residual "
+            f"branches (alpha, beta, SkipInit); use MODEL.BACKBONE.NAME {NF_BACKBONES[0]!r} or "
+            f"{NF_BACKBONES[1]!r}, or 'WS' or 'WN'"
+        )
+    if kind == "WS" and not cfg.MODEL[part].NORM:
+        raise InputError(
+            f"{key}: 'WS' is not accepted with MODEL.{part}.NORM '': it leaves the scale of "
+            "outputs to a norm; use a NORM, or 'ScaledWS' or 'WN'"
+        )
+
+
+def _check_dropout(cfg: CfgNode, part: str) -> None:
+    key, rate = f"MODEL.{part}.DROPOUT", cfg.MODEL[part].DROPOUT
+    if not 0 <= rate < 1:
+        raise InputError(f"{key}: {rate!r} is not accepted; use 0.0 or more, and less than 1.0")
+    if rate and (reason := why_not_ours(cfg, part)):
+        raise InputError(f"{key}: {rate!r} is not accepted with {reason}")
 
 
 def _check_sources(cfg: CfgNode) -> None:

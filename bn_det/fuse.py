@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 
 from .errors import InputError
 from .layers import BatchNorm2d, DomainBatchNorm2d, LevelConv2d, SourceBatchNorm2d
@@ -178,6 +179,8 @@ def _why_not(module: nn.Module, num_places: int) -> str:
         return "it or its convolution is in several places of the model"
     if module._forward_hooks or module._forward_pre_hooks:
         return "it or its convolution has hooks"
+    if is_parametrized(module):
+        return "the weight of its convolution is normalized; call bake_weight_norms first"
     if isinstance(module, SourceBatchNorm2d):
         return "its statistics are of the source of each image"
     if isinstance(module, BatchNorm2d) and module.eval_statistics == "batch":

@@ -97,9 +97,12 @@ def shuffle_of(cfg: CfgNode, part: str) -> bool:
 
 
 _BACKBONES = ("build_bn_resnet_fpn_backbone", "build_bn_retinanet_resnet_fpn_backbone")
+NF_BACKBONES = ("build_nf_resnet_fpn_backbone", "build_nf_retinanet_resnet_fpn_backbone")
+"""Those with a normalizer-free net in place of a ResNet."""
+
 COMPONENTS = {
     "RESNETS": ("BACKBONE.NAME", _BACKBONES),
-    "FPN": ("BACKBONE.NAME", _BACKBONES),
+    "FPN": ("BACKBONE.NAME", (*_BACKBONES, *NF_BACKBONES)),
     "RETINANET": ("META_ARCHITECTURE", ("BNRetinaNet",)),
     "ROI_BOX_HEAD": ("ROI_BOX_HEAD.NAME", ("BNFastRCNNConvFCHead",)),
     "ROI_MASK_HEAD": ("ROI_MASK_HEAD.NAME", ("BNMaskRCNNConvUpsampleHead",)),
@@ -109,10 +112,16 @@ COMPONENTS = {
 
 def has_our_batch_norm(cfg: CfgNode, part: str) -> bool:
     """Whether a part of the model, one of PARTS, is built with one of BATCH_NORMS by us."""
+    return not why_not_ours(cfg, part) and cfg.MODEL[part].NORM in BATCH_NORMS
+
+
+def why_not_ours(cfg: CfgNode, part: str) -> str:
+    """Which key says that a part of the model is not built by us, if so; and what would do."""
     if part.startswith("ROI_") and cfg.MODEL.META_ARCHITECTURE == "BNRetinaNet":
-        return False
+        return "MODEL.META_ARCHITECTURE 'BNRetinaNet', which has no RoI heads"
     key, names = COMPONENTS[part]
-    return get_key(cfg, key) in names and cfg.MODEL[part].NORM in BATCH_NORMS
+    value = get_key(cfg, key)
+    return "" if value in names else f"MODEL.{key} {value!r}; use one of {list(names)}"
 
 
 def get_key(cfg: CfgNode, key: str) -> object:

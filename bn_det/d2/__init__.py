@@ -1,7 +1,12 @@
 """The Detectron2 host: registered components. Importing it registers them."""
 
 from ..config import add_bn_det_config
-from .backbone import build_bn_resnet_fpn_backbone, build_bn_retinanet_resnet_fpn_backbone
+from .backbone import (
+    build_bn_resnet_fpn_backbone,
+    build_bn_retinanet_resnet_fpn_backbone,
+    build_nf_resnet_fpn_backbone,
+    build_nf_retinanet_resnet_fpn_backbone,
+)
 from .datasets import register_datasets
 from .hooks import (
     AverageStatistics,
@@ -30,6 +35,8 @@ __all__ = [
     "add_bn_det_config",
     "build_bn_resnet_fpn_backbone",
     "build_bn_retinanet_resnet_fpn_backbone",
+    "build_nf_resnet_fpn_backbone",
+    "build_nf_retinanet_resnet_fpn_backbone",
     "build_precise_bn",
     "build_virtual_batch",
     "register_datasets",

@@ -1,4 +1,4 @@
-"""ResNet-FPN backbones with our BatchNorm."""
+"""ResNet-FPN backbones with our BatchNorm, or with a normalizer-free net for the ResNet."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ from detectron2.modeling.backbone import FPN, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import nn
 
-from ..layers import BASELINES, BATCH_NORMS, convert_batchnorm
+from ..errors import InputError
+from ..layers import (
+    BASELINES,
+    BATCH_NORMS,
+    convert_batchnorm,
+    normalize_convolutions,
+    normalize_pyramid,
+)
+from ..nf import STRIDES, NFBackbone, build_nf
 from ..parts import part_norm
 from .norms import NORMS
 
@@ -24,8 +32,30 @@ def build_bn_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 def build_bn_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """As ``build_retinanet_resnet_fpn_backbone``, with our layers for BATCH_NORMS."""
     bottom_up = _build_resnet(cfg, input_shape)
-    res5_channels = bottom_up.output_shape()["res5"].channels
-    return _build_fpn(cfg, bottom_up, LastLevelP6P7(res5_channels, cfg.MODEL.FPN.OUT_CHANNELS))
+    return _build_fpn(cfg, bottom_up, _p6_p7(cfg, bottom_up))
+
+
+@BACKBONE_REGISTRY.register()
+def build_nf_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """The normalizer-free net of MODEL.NF, and a pyramid of p2 to p6 for R-CNNs."""
+    return _build_fpn(cfg, build_nf(cfg, _NFBackbone), LastLevelMaxPool())
+
+
+@BACKBONE_REGISTRY.register()
+def build_nf_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """The normalizer-free net of MODEL.NF, and a pyramid of p3 to p7 for RetinaNet."""
+    bottom_up = build_nf(cfg, _NFBackbone)
+    return _build_fpn(cfg, bottom_up, _p6_p7(cfg, bottom_up))
+
+
+class _NFBackbone(NFBackbone, Backbone):
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        return {n: ShapeSpec(channels=c, stride=STRIDES[n]) for n, c in self.channels.items()}
+
+
+def _p6_p7(cfg: CfgNode, bottom_up: Backbone) -> LastLevelP6P7:
+    channels = bottom_up.output_shape()["res5"].channels
+    return LastLevelP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS)
 
 
 def _build_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
@@ -33,17 +63,25 @@ def _build_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
 
     What FREEZE_AT freezes is FrozenBN by then, and stays so.
     """
-    make = part_norm(cfg, "RESNETS", NORMS)
-    if cfg.MODEL.RESNETS.NORM not in (*BATCH_NORMS, *BASELINES):
-        return build_resnet_backbone(cfg, input_shape)
-    stock = cfg.clone()
-    stock.defrost()
-    stock.MODEL.RESNETS.NORM = "BN"
-    return convert_batchnorm(build_resnet_backbone(stock, input_shape), make)
+    node, make = cfg.MODEL.RESNETS, part_norm(cfg, "RESNETS", NORMS)
+    if node.WEIGHT_NORM and any(node.DEFORM_ON_PER_STAGE):
+        raise InputError(
+            f"MODEL.RESNETS.WEIGHT_NORM: {node.WEIGHT_NORM!r} is not accepted with "
+            f"DEFORM_ON_PER_STAGE {list(node.DEFORM_ON_PER_STAGE)!r}; use ''"
+        )
+    if node.NORM in (*BATCH_NORMS, *BASELINES):
+        stock = cfg.clone()
+        stock.defrost()
+        stock.MODEL.RESNETS.NORM = "BN"
+        resnet = convert_batchnorm(build_resnet_backbone(stock, input_shape), make)
+    else:
+        resnet = build_resnet_backbone(cfg, input_shape)
+    normalize_convolutions(resnet, node.WEIGHT_NORM)
+    return resnet
 
 
 def _build_fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module) -> FPN:
-    return FPN(
+    fpn = FPN(
         bottom_up=bottom_up,
         in_features=cfg.MODEL.FPN.IN_FEATURES,
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
@@ -52,3 +90,11 @@ def _build_fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module) -> FPN:
         top_block=top_block,
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
+    normalize_pyramid(
+        fpn.lateral_convs,
+        fpn.output_convs,
+        fpn.top_block,
+        cfg.MODEL.FPN.WEIGHT_NORM,
+        after_relu=not isinstance(bottom_up, NFBackbone),
+    )
+    return fpn

@@ -12,7 +12,9 @@ from detectron2.modeling.roi_heads import (
     FastRCNNConvFCHead,
     MaskRCNNConvUpsampleHead,
 )
+from torch import nn
 
+from ..layers import normalize_tower
 from ..parts import part_norm, shuffle_of
 from ..shuffle import shuffled
 from .norms import NORMS
@@ -23,12 +25,24 @@ class BNFastRCNNConvFCHead(FastRCNNConvFCHead):
     """Detectron2's box head (same arguments, same keys) with our norms and shuffling.
 
     Its norm is that of ``MODEL.ROI_BOX_HEAD.NORM``. With ``MODEL.ROI_BOX_HEAD.SHUFFLE`` training
-    runs it on RoIs of all processes in random order (:func:`bn_det.shuffle`).
+    runs it on RoIs of all processes in random order (:func:`bn_det.shuffle`). ``weight_norm`` is a
+    name for :func:`bn_det.normalize_weight`, ``dropout`` its probability on the head's output.
     """
 
     @configurable
-    def __init__(self, input_shape: ShapeSpec, *, shuffle: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        input_shape: ShapeSpec,
+        *,
+        shuffle: bool = False,
+        weight_norm: str = "",
+        dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(input_shape, **kwargs)
+        normalize_tower([*self.conv_norm_relus, *self.fcs], weight_norm)
+        if dropout:
+            self.add_module("dropout", nn.Dropout(dropout))
         if shuffle:
             shuffled(self)
 
@@ -38,6 +52,8 @@ class BNFastRCNNConvFCHead(FastRCNNConvFCHead):
             **super().from_config(cfg, input_shape),
             "conv_norm": part_norm(cfg, "ROI_BOX_HEAD", NORMS) or "",
             "shuffle": shuffle_of(cfg, "ROI_BOX_HEAD"),
+            "weight_norm": cfg.MODEL.ROI_BOX_HEAD.WEIGHT_NORM,
+            "dropout": cfg.MODEL.ROI_BOX_HEAD.DROPOUT,
         }
 
 
@@ -47,11 +63,20 @@ class BNMaskRCNNConvUpsampleHead(MaskRCNNConvUpsampleHead):
 
     Its norm is that of ``MODEL.ROI_MASK_HEAD.NORM``. With ``MODEL.ROI_MASK_HEAD.SHUFFLE`` training
     runs its layers on positive RoIs of all processes in random order; losses are each process's.
+    ``weight_norm`` is as in the box head.
     """
 
     @configurable
-    def __init__(self, input_shape: ShapeSpec, *, shuffle: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        input_shape: ShapeSpec,
+        *,
+        shuffle: bool = False,
+        weight_norm: str = "",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(input_shape, **kwargs)
+        normalize_tower([*self.conv_norm_relus, self.deconv], weight_norm)
         if shuffle:
             shuffled(self, "layers")
 
@@ -61,4 +86,5 @@ class BNMaskRCNNConvUpsampleHead(MaskRCNNConvUpsampleHead):
             **super().from_config(cfg, input_shape),
             "conv_norm": part_norm(cfg, "ROI_MASK_HEAD", NORMS) or "",
             "shuffle": shuffle_of(cfg, "ROI_MASK_HEAD"),
+            "weight_norm": cfg.MODEL.ROI_MASK_HEAD.WEIGHT_NORM,
         }

@@ -8,22 +8,36 @@ from .l1_batch_norm import L1BatchNorm2d
 from .levels import LevelConv2d, forward_levels
 from .norms import BASELINES, BATCH_NORMS, norm_factory
 from .sources import SourceBatchNorm2d, image_sources, record_sources
+from .weight_norms import (
+    WEIGHT_NORMS,
+    bake_weight_norms,
+    normalize_convolutions,
+    normalize_pyramid,
+    normalize_tower,
+    normalize_weight,
+)
 
 __all__ = [
     "BASELINES",
     "BATCH_NORMS",
     "SHARING",
+    "WEIGHT_NORMS",
     "BatchNorm2d",
     "DomainBatchNorm2d",
     "L1BatchNorm2d",
     "LevelConv2d",
     "SourceBatchNorm2d",
+    "bake_weight_norms",
     "convert_batchnorm",
     "forward_levels",
     "ghost_groups",
     "image_sources",
     "no_population_update",
     "norm_factory",
+    "normalize_convolutions",
+    "normalize_pyramid",
+    "normalize_tower",
+    "normalize_weight",
     "record_sources",
     "trained_with",
 ]

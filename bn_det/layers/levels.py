@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .domain_batch_norm import DomainBatchNorm2d
 
@@ -40,6 +42,9 @@ def forward_levels(layers: Iterable[nn.Module], features: Sequence[Tensor]) -> l
             features = forward_levels(layer, features)
         elif isinstance(layer, (DomainBatchNorm2d, LevelConv2d)):
             features = layer(features)
+        elif parametrize.is_parametrized(layer) and not torch.jit.is_tracing():
+            with parametrize.cached():  # one weight for all levels
+                features = [layer(x) for x in features]
         else:
             features = [layer(x) for x in features]
     return features

@@ -6,6 +6,7 @@ from fvcore.common.config import CfgNode
 
 from ..config import add_bn_det_config
 from ..errors import InputError, choose
+from ..parts import NF_BACKBONES
 
 NUM_LEVELS = 5
 """The levels that have anchors: p3 to p7 of RetinaNet, p2 to p6 of the R-CNNs."""
@@ -146,7 +147,9 @@ def check_cfg(cfg: CfgNode) -> None:
     architectures = {"BNRetinaNet": _check_retinanet, **dict.fromkeys(RCNNS, _check_rcnn)}
     choose("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, architectures)
     architectures[cfg.MODEL.META_ARCHITECTURE](cfg)
-    _check_resnet(cfg)
+    choose("MODEL.BACKBONE.FREEZE_AT", cfg.MODEL.BACKBONE.FREEZE_AT, range(6))
+    if cfg.MODEL.BACKBONE.NAME not in NF_BACKBONES:
+        _check_resnet(cfg)
     _check_anchors(cfg)
     choose("INPUT.FORMAT", cfg.INPUT.FORMAT, ["BGR", "RGB"])
     choose("INPUT.RANDOM_FLIP", cfg.INPUT.RANDOM_FLIP, ["horizontal", "vertical", "none"])
@@ -161,7 +164,7 @@ def check_cfg(cfg: CfgNode) -> None:
 
 def _check_retinanet(cfg: CfgNode) -> None:
     choose("MODEL.MASK_ON", cfg.MODEL.MASK_ON, [False])
-    _choose(cfg, "BACKBONE.NAME", "build_bn_retinanet_resnet_fpn_backbone")
+    _choose(cfg, "BACKBONE.NAME", "build_bn_retinanet_resnet_fpn_backbone", NF_BACKBONES[1])
     _choose(cfg, "FPN.IN_FEATURES", ["res3", "res4", "res5"])
     _choose(cfg, "RETINANET.IN_FEATURES", ["p3", "p4", "p5", "p6", "p7"])
     # torchvision's loss is L1, which is 0.0; 0.1 is what a config has that says nothing.
@@ -171,7 +174,8 @@ def _check_retinanet(cfg: CfgNode) -> None:
 
 def _check_rcnn(cfg: CfgNode) -> None:
     levels = ["p2", "p3", "p4", "p5"]
-    _choose(cfg, "BACKBONE.NAME", "build_bn_resnet_fpn_backbone", "build_resnet_fpn_backbone")
+    backbones = ["build_bn_resnet_fpn_backbone", "build_resnet_fpn_backbone", NF_BACKBONES[0]]
+    _choose(cfg, "BACKBONE.NAME", *backbones)
     _choose(cfg, "FPN.IN_FEATURES", ["res2", "res3", "res4", "res5"])
     _choose(cfg, "PROPOSAL_GENERATOR.NAME", "RPN")
     _choose(cfg, "RPN.HEAD_NAME", "StandardRPNHead")
@@ -199,7 +203,6 @@ def _check_rcnn(cfg: CfgNode) -> None:
 
 
 def _check_resnet(cfg: CfgNode) -> None:
-    choose("MODEL.BACKBONE.FREEZE_AT", cfg.MODEL.BACKBONE.FREEZE_AT, range(6))
     choose("MODEL.RESNETS.DEPTH", cfg.MODEL.RESNETS.DEPTH, [18, 34, 50, 101, 152])
     for feature in cfg.MODEL.FPN.IN_FEATURES:
         if feature not in cfg.MODEL.RESNETS.OUT_FEATURES:

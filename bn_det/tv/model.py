@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torchvision.models import resnet
@@ -10,15 +12,21 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import (
     ExtraFPNBlock,
     LastLevelMaxPool,
     LastLevelP6P7,
 )
 
-from ..layers import BATCH_NORMS, convert_batchnorm
-from ..parts import part_norm
+from ..layers import (
+    BATCH_NORMS,
+    convert_batchnorm,
+    normalize_convolutions,
+    normalize_pyramid,
+)
+from ..nf import NFBackbone, build_nf
+from ..parts import NF_BACKBONES, part_norm
 from .config import NUM_LEVELS, RCNNS, check_cfg
 from .norms import NORMS
 from .rcnn import build_rcnn
@@ -62,6 +70,8 @@ def _build_retinanet(cfg: CfgNode, transform: nn.Module) -> RetinaNet:
         retinanet.NUM_CLASSES,
         retinanet.NUM_CONVS,
         part_norm(cfg, "RETINANET", NORMS, len(retinanet.IN_FEATURES)),
+        retinanet.WEIGHT_NORM,
+        retinanet.DROPOUT,
     )
     model = RetinaNet(
         backbone,
@@ -77,28 +87,66 @@ def _build_retinanet(cfg: CfgNode, transform: nn.Module) -> RetinaNet:
     return model
 
 
-def build_backbone(cfg: CfgNode) -> BackboneWithFPN:
-    """A ResNet with a feature pyramid.
+def build_backbone(cfg: CfgNode) -> nn.Module:
+    """A ResNet or a normalizer-free net, with a feature pyramid.
 
     RetinaNet's levels p6 and p7 come from res5; the R-CNNs' p6 is p5 at half the size.
     """
-    depth = cfg.MODEL.RESNETS.DEPTH
+    is_nf = cfg.MODEL.BACKBONE.NAME in NF_BACKBONES
+    backbone = (_build_nf_fpn if is_nf else _build_resnet_fpn)(cfg)
+    fpn = backbone.fpn
+    normalize_pyramid(
+        [block[0] for block in fpn.inner_blocks],
+        [block[0] for block in fpn.layer_blocks],
+        fpn.extra_blocks,
+        cfg.MODEL.FPN.WEIGHT_NORM,
+        after_relu=not is_nf,
+    )
+    return backbone
+
+
+def _build_resnet_fpn(cfg: CfgNode) -> BackboneWithFPN:
+    node = cfg.MODEL.RESNETS
     norm = part_norm(cfg, "RESNETS", NORMS) or nn.Identity
-    ours = cfg.MODEL.RESNETS.NORM in BATCH_NORMS
-    body = getattr(resnet, f"resnet{depth}")(norm_layer=nn.BatchNorm2d if ours else norm)
+    ours = node.NORM in BATCH_NORMS
+    body = getattr(resnet, f"resnet{node.DEPTH}")(norm_layer=nn.BatchNorm2d if ours else norm)
     _freeze(body, cfg.MODEL.BACKBONE.FREEZE_AT)
     if ours:  # in what is not frozen
         convert_batchnorm(body, norm)
-    channels = {f: cfg.MODEL.RESNETS.RES2_OUT_CHANNELS * 2**k for k, f in enumerate(_STAGES)}
-    features = cfg.MODEL.FPN.IN_FEATURES
-    return BackboneWithFPN(
-        body,
-        {_STAGES[f]: f.replace("res", "p") for f in features},
-        [channels[f] for f in features],
-        cfg.MODEL.FPN.OUT_CHANNELS,
-        extra_blocks=_top_block(cfg, channels["res5"]),
-        norm_layer=part_norm(cfg, "FPN", NORMS),
-    )
+    normalize_convolutions(body, node.WEIGHT_NORM)
+    channels = {f: node.RES2_OUT_CHANNELS * 2**k for k, f in enumerate(_STAGES)}
+    levels = {_STAGES[f]: f.replace("res", "p") for f in cfg.MODEL.FPN.IN_FEATURES}
+    return BackboneWithFPN(body, levels, **_fpn_arguments(cfg, channels))
+
+
+def _build_nf_fpn(cfg: CfgNode) -> nn.Module:
+    body = build_nf(cfg)
+    fpn = FeaturePyramidNetwork(**_fpn_arguments(cfg, body.channels))
+    return _NFWithFPN(body, fpn, cfg.MODEL.FPN.IN_FEATURES, cfg.MODEL.FPN.OUT_CHANNELS)
+
+
+class _NFWithFPN(nn.Module):
+    """What ``BackboneWithFPN`` is for a net that is a sequence of modules."""
+
+    def __init__(
+        self, body: NFBackbone, fpn: FeaturePyramidNetwork, in_features: list[str], channels: int
+    ) -> None:
+        super().__init__()
+        self.body, self.fpn, self.out_channels = body, fpn, channels
+        self.levels = {f: f.replace("res", "p") for f in in_features}
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        features = self.body(x)
+        return self.fpn({level: features[f] for f, level in self.levels.items()})
+
+
+def _fpn_arguments(cfg: CfgNode, channels: dict[str, int]) -> dict[str, Any]:
+    return {
+        "in_channels_list": [channels[f] for f in cfg.MODEL.FPN.IN_FEATURES],
+        "out_channels": cfg.MODEL.FPN.OUT_CHANNELS,
+        "extra_blocks": _top_block(cfg, channels["res5"]),
+        "norm_layer": part_norm(cfg, "FPN", NORMS),
+    }
 
 
 def _top_block(cfg: CfgNode, res5_channels: int) -> ExtraFPNBlock:

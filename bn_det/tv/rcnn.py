@@ -18,6 +18,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
+from ..layers import normalize_tower
 from ..layers.norms import NormFactory
 from ..parts import part_norm, shuffle_of
 from ..shuffle import shuffled
@@ -262,6 +263,8 @@ class BoxHead(nn.Sequential):
     Args:
         size: side of a RoI in cells.
         norm: from the number of channels to a layer; None for no normalization.
+        weight_norm: of the weights, by name (:func:`bn_det.normalize_weight`).
+        dropout: its probability on the output.
     """
 
     def __init__(
@@ -273,6 +276,8 @@ class BoxHead(nn.Sequential):
         num_fc: int,
         fc_dim: int,
         norm: NormFactory | None,
+        weight_norm: str = "",
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         _add_convs(self, "conv", in_channels, num_conv, conv_dim, norm)
@@ -285,6 +290,9 @@ class BoxHead(nn.Sequential):
             self.add_module(f"fc{k + 1}", fc)
             self.add_module(f"fc_relu{k + 1}", nn.ReLU())
             self.out_features = fc_dim
+        _normalize_weights(self, weight_norm)
+        if dropout:
+            self.add_module("dropout", nn.Dropout(dropout))
 
 
 class BoxPredictor(nn.Module):
@@ -314,6 +322,7 @@ class MaskHead(nn.Sequential):
 
     Args:
         norm: from the number of channels to a layer; None for no normalization.
+        weight_norm: of the hidden layers' weights, by name (:func:`bn_det.normalize_weight`).
     """
 
     scale = 2
@@ -325,14 +334,16 @@ class MaskHead(nn.Sequential):
         conv_dim: int,
         num_classes: int,
         norm: NormFactory | None,
+        weight_norm: str = "",
     ) -> None:
         super().__init__()
         _add_convs(self, "mask_fcn", in_channels, num_conv, conv_dim, norm)
         channels = conv_dim if num_conv else in_channels
         self.deconv = nn.ConvTranspose2d(channels, conv_dim, self.scale, self.scale)
         self.deconv_relu = nn.ReLU()
-        self.predictor = nn.Conv2d(conv_dim, num_classes, kernel_size=1)
         c2_msra_fill(self.deconv)
+        _normalize_weights(self, weight_norm)
+        self.predictor = nn.Conv2d(conv_dim, num_classes, kernel_size=1)
         _init_normal(self.predictor, 0.001)
 
 
@@ -347,6 +358,8 @@ def build_box_head(cfg: CfgNode, in_channels: int) -> BoxHead:
         node.NUM_FC,
         node.FC_DIM,
         part_norm(cfg, "ROI_BOX_HEAD", NORMS),
+        node.WEIGHT_NORM,
+        node.DROPOUT,
     )
     return shuffled(head) if shuffle_of(cfg, "ROI_BOX_HEAD") else head
 
@@ -360,6 +373,7 @@ def build_mask_head(cfg: CfgNode, in_channels: int) -> MaskHead:
         node.CONV_DIM,
         cfg.MODEL.ROI_HEADS.NUM_CLASSES,
         part_norm(cfg, "ROI_MASK_HEAD", NORMS),
+        node.WEIGHT_NORM,
     )
     return shuffled(head) if shuffle_of(cfg, "ROI_MASK_HEAD") else head
 
@@ -388,6 +402,12 @@ def _add_convs(
     for k in range(num_conv):
         conv = _ConvNormReLU(in_channels if k == 0 else conv_dim, conv_dim, norm)
         head.add_module(f"{name}{k + 1}", conv)
+
+
+def _normalize_weights(head: nn.Sequential, kind: str) -> None:
+    """Of the layers that a head has so far."""
+    layers = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+    normalize_tower((m for m in head if isinstance(m, layers)), kind)
 
 
 def _init_normal(layer: nn.Conv2d | nn.Linear, std: float) -> None:

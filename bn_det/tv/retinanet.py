@@ -12,7 +12,7 @@ from torchvision.models.detection.retinanet import (
     RetinaNetRegressionHead,
 )
 
-from ..layers import forward_levels
+from ..layers import forward_levels, normalize_tower
 from ..layers.norms import NormFactory
 
 
@@ -29,6 +29,8 @@ class BNRetinaNetHead(RetinaNetHead):
         num_convs: length of each tower.
         norm: from the number of channels to a layer for one level, or to a
             :class:`~bn_det.DomainBatchNorm2d` for all; None for no normalization.
+        weight_norm: of the towers' weights, by name (:func:`bn_det.normalize_weight`).
+        dropout: probability of dropout before the final layers.
     """
 
     def __init__(
@@ -38,12 +40,16 @@ class BNRetinaNetHead(RetinaNetHead):
         num_classes: int,
         num_convs: int,
         norm: NormFactory | None,
+        weight_norm: str = "",
+        dropout: float = 0.0,
     ) -> None:
         super().__init__(in_channels, num_anchors, num_classes)
         self.classification_head = _ClassificationHead(in_channels, num_anchors, num_classes)
-        self.classification_head.conv = _tower(in_channels, num_convs, norm)
         self.regression_head = _RegressionHead(in_channels, num_anchors)
-        self.regression_head.conv = _tower(in_channels, num_convs, norm)
+        for head in (self.classification_head, self.regression_head):
+            head.conv = _tower(in_channels, num_convs, norm)
+            normalize_tower((m for m in head.conv if isinstance(m, nn.Conv2d)), weight_norm)
+            head.dropout = nn.Dropout(dropout)
 
     def compute_loss(self, *args, **kwargs) -> dict[str, Tensor]:
         losses = super().compute_loss(*args, **kwargs)
@@ -59,13 +65,13 @@ class _OwnKeys(nn.Module):
 
 class _ClassificationHead(_OwnKeys, RetinaNetClassificationHead):
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        logits = forward_levels([self.conv, self.cls_logits], features)
+        logits = forward_levels([self.conv, self.dropout, self.cls_logits], features)
         return _join_anchors(logits, self.num_classes)
 
 
 class _RegressionHead(_OwnKeys, RetinaNetRegressionHead):
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        return _join_anchors(forward_levels([self.conv, self.bbox_reg], features), 4)
+        return _join_anchors(forward_levels([self.conv, self.dropout, self.bbox_reg], features), 4)
 
 
 def _tower(channels: int, num_convs: int, norm: NormFactory | None) -> nn.Sequential:
