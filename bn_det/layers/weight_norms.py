@@ -54,7 +54,7 @@ class WeightStandardization(nn.Module):
     def _standardized(self, weight: Tensor, scale: Tensor | None) -> Tensor:
         units = weight.transpose(0, self.unit_dim)
         wide = torch.promote_types(weight.dtype, torch.float32)
-        rows = units.to(wide).reshape(1, len(units), -1)
+        rows = units.to(wide).reshape(1, units.shape[0], -1)
         # The one fused kernel that standardizes rows, and its gradient.
         rows = F.batch_norm(rows, None, None, weight=scale, training=True, eps=self.eps)
         return rows.view(units.shape).transpose(0, self.unit_dim).to(weight.dtype)
