@@ -45,15 +45,16 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 """The same in float32, but for the order of sums."""
 
 
-def both_cfgs(*opts):
-    """Ours, and Detectron2's with its stock components."""
+def both_cfgs(*opts, stock=True):
+    """Ours, and Detectron2's, which is with its stock components unless told otherwise."""
     ours, theirs = get_cfg(), detectron2.config.get_cfg()
     bn_det.d2.add_bn_det_config(theirs)
     for cfg, host in ((ours, "torchvision"), (theirs, "Detectron2")):
         load_config(cfg, BASE, ["MODEL.DEVICE", "cpu", *RCNN, *opts], host)
-    theirs.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
-    theirs.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
-    theirs.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
+    if stock:
+        theirs.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
+        theirs.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
+        theirs.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
     return ours, theirs
 
 
@@ -166,6 +167,7 @@ def detectron2_key(key):
     for pattern, replacement in (
         (r"backbone\.body\.(conv1|bn1)\.", r"backbone.bottom_up.stem.\1."),
         (r"backbone\.body\.layer(\d)", lambda m: f"backbone.bottom_up.res{int(m[1]) + 1}"),
+        (r"backbone\.body\.", "backbone.bottom_up."),  # of a normalizer-free net
         (r"\.bn(\d)\.", r".conv\1.norm."),
         (r"\.downsample\.0\.", ".shortcut."),
         (r"\.downsample\.1\.", ".shortcut.norm."),
@@ -179,9 +181,9 @@ def detectron2_key(key):
     return key
 
 
-def both_models(*opts):
+def both_models(*opts, stock=True):
     """With the same weights."""
-    ours, theirs = both_cfgs(*opts)
+    ours, theirs = both_cfgs(*opts, stock=stock)
     our_model, their_model = build_model(ours), detectron2.modeling.build_model(theirs)
     for module in (our_model.rpn.head, our_model.roi_heads):
         randomize(module)
@@ -229,7 +231,34 @@ def test_features(norm):
 def test_losses(norm, beta):
     """Of the whole model, and their gradients."""
     betas = ["MODEL.RPN.SMOOTH_L1_BETA", beta, "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA", beta]
-    our_model, their_model = both_models(*norm_opts(norm), *EVERYTHING, *betas)
+    losses_agree(*both_models(*norm_opts(norm), *EVERYTHING, *betas))
+
+
+NF = [
+    *("MODEL.BACKBONE.NAME", "build_nf_resnet_fpn_backbone"),
+    *("MODEL.NF.NAME", "test_nfnet", "MODEL.BACKBONE.FREEZE_AT", "2"),
+]
+
+
+@pytest.mark.parametrize(
+    "norm, kind, opts",
+    [
+        ("GN", "WS", ["MODEL.RESNETS.WEIGHT_NORM", "WS"]),
+        ("GN", "WN", ["MODEL.RESNETS.WEIGHT_NORM", "WN"]),
+        ("GN", "ScaledWS", []),
+        ("", "ScaledWS", NF),
+    ],
+)
+def test_losses_with_normalized_weights(norm, kind, opts):
+    """Of all parts' weights, also with a normalizer-free backbone."""
+    for part in ("FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD"):
+        opts = [*opts, f"MODEL.{part}.WEIGHT_NORM", kind]
+    our_model, their_model = both_models(*norm_opts(norm), *EVERYTHING, *opts, stock=False)
+    losses_agree(our_model, their_model)
+    assert any("parametrizations" in name for name, _ in our_model.named_parameters())
+
+
+def losses_agree(our_model, their_model):
     images, targets, inputs = batch()
     found = our_model(images, targets)
     with EventStorage():
@@ -243,6 +272,9 @@ def test_losses(norm, beta):
     theirs = dict(their_model.named_parameters())
     for name, p in our_model.named_parameters():
         expected_grad = theirs[detectron2_key(name)].grad
+        if not p.requires_grad or not expected_grad.any():
+            assert p.grad is None or not p.grad.any(), name
+            continue
         error = (p.grad - expected_grad).norm() / expected_grad.norm()
         assert error < 0.01, (name, error)
 

@@ -23,6 +23,7 @@ from bn_det import BatchNorm2d, DomainBatchNorm2d, L1BatchNorm2d, fuse
 from bn_det.config import load_config
 from bn_det.d2 import BNRetinaNetHead, add_bn_det_config, register_datasets
 from bn_det.errors import InputError
+from bn_det.layers import WEIGHT_NORMS
 from bn_det.tv.retinanet import BNRetinaNetHead as TorchvisionHead
 from reference import BASE, EIGHT_CHOICES, choice_opts, norm_opts
 
@@ -179,16 +180,19 @@ def test_weight_decay_of_norms_reaches_every_affine(choices):
         assert decay[id(p)] == (0.5 if id(p) in affine else cfg.SOLVER.WEIGHT_DECAY)
 
 
-@pytest.mark.parametrize("choices", EIGHT_CHOICES, ids="-".join)
+@pytest.mark.parametrize(
+    "choices, weight_norm",
+    [*((choices, "") for choices in EIGHT_CHOICES), *((EIGHT_CHOICES[0], k) for k in WEIGHT_NORMS)],
+)
 @pytest.mark.parametrize("training", [True, False])
-def test_both_hosts_have_the_same_head(choices, training):
+def test_both_hosts_have_the_same_head(choices, weight_norm, training):
     """With equal weights equal logits and deltas, forward and backward."""
-    cfg = make_cfg(*choice_opts(choices))
+    cfg = make_cfg(*choice_opts(choices), "MODEL.RETINANET.WEIGHT_NORM", weight_norm)
     shapes = [ShapeSpec(channels=64, stride=8 * 2**k) for k in range(5)]
     head = BNRetinaNetHead(cfg, shapes).double().train(training)
     randomize(head)
     norm = lambda c: copy.deepcopy(head.cls_subnet[1])  # noqa: E731
-    other = TorchvisionHead(64, 2, 4, 2, norm).double().train(training)
+    other = TorchvisionHead(64, 2, 4, 2, norm, weight_norm).double().train(training)
     names = {
         "cls_subnet": "classification_head.conv",
         "cls_score": "classification_head.cls_logits",
