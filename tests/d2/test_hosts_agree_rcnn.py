@@ -245,7 +245,7 @@ NF = [
     [
         ("GN", "WS", ["MODEL.RESNETS.WEIGHT_NORM", "WS"]),
         ("GN", "WN", ["MODEL.RESNETS.WEIGHT_NORM", "WN"]),
-        ("GN", "ScaledWS", []),
+        ("", "ScaledWS", ["MODEL.RESNETS.NORM", "FrozenBN"]),
         ("", "ScaledWS", NF),
     ],
 )

@@ -162,6 +162,13 @@ def test_unknown_norm_names_the_key(part):
         build_model(cfg)
 
 
+def test_weights_of_deformable_convolutions_are_not_normalized():
+    cfg = make_cfg("MODEL.RESNETS.WEIGHT_NORM", "WS")
+    cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE = [False, True, False, False]
+    with pytest.raises(InputError, match="WEIGHT_NORM: 'WS' is not .*DEFORM_ON_PER_STAGE.*; use"):
+        build_model(cfg)
+
+
 @pytest.mark.parametrize("choices", EIGHT_CHOICES, ids="-".join)
 def test_weight_decay_of_norms_reaches_every_affine(choices):
     cfg = make_cfg(*choice_opts(choices), "SOLVER.WEIGHT_DECAY_NORM", "0.5")
