@@ -6,6 +6,7 @@ from .layers import (
     BatchNorm2d,
     DomainBatchNorm2d,
     L1BatchNorm2d,
+    RoILevelBatchNorm2d,
     SourceBatchNorm2d,
     bake_weight_norms,
     convert_batchnorm,
@@ -13,6 +14,7 @@ from .layers import (
     image_sources,
     no_population_update,
     normalize_weight,
+    roi_levels,
     trained_with,
 )
 from .moments import Moments
@@ -27,6 +29,7 @@ __all__ = [
     "DomainBatchNorm2d",
     "L1BatchNorm2d",
     "Moments",
+    "RoILevelBatchNorm2d",
     "SourceBatchNorm2d",
     "add_bn_det_config",
     "bake_weight_norms",
@@ -37,6 +40,7 @@ __all__ = [
     "image_sources",
     "no_population_update",
     "normalize_weight",
+    "roi_levels",
     "shuffle",
     "shuffled",
     "trained_with",

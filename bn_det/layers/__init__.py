@@ -7,6 +7,7 @@ from .ghost import ghost_groups
 from .l1_batch_norm import L1BatchNorm2d
 from .levels import LevelConv2d, forward_levels
 from .norms import BASELINES, BATCH_NORMS, norm_factory
+from .roi_levels import RoILevelBatchNorm2d, roi_levels
 from .sources import SourceBatchNorm2d, image_sources, record_sources
 from .weight_norms import (
     WEIGHT_NORMS,
@@ -26,6 +27,7 @@ __all__ = [
     "DomainBatchNorm2d",
     "L1BatchNorm2d",
     "LevelConv2d",
+    "RoILevelBatchNorm2d",
     "SourceBatchNorm2d",
     "bake_weight_norms",
     "convert_batchnorm",
@@ -39,5 +41,6 @@ __all__ = [
     "normalize_tower",
     "normalize_weight",
     "record_sources",
+    "roi_levels",
     "trained_with",
 ]

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from ..comm import Group, check_agreement, process_group
 from ..errors import InputError, choose
 from ..moments import Moments
-from .ghost import GHOST_ORDERS, GhostBatches, ghost_batches
+from .ghost import GHOST_ORDERS, ghost_batches
 from .joint import joint_batch_norm, normalize
+from .partition import Partition
 from .renorm import RenormLimits, correction, renormalized
 
 STATISTICS = ("population", "batch")
@@ -201,7 +202,7 @@ class BatchNorm2d(nn.BatchNorm2d):
             raise ValueError("groups: not accepted by a layer that normalizes over processes")
         return group
 
-    def ghosts(self, num_samples: int, groups: Tensor | None = None) -> GhostBatches:
+    def ghosts(self, num_samples: int, groups: Tensor | None = None) -> Partition:
         """The normalization batches of this process in this mode."""
         if not self.training:
             return ghost_batches(num_samples, None)

@@ -11,8 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import choose
 from .batch_norm import Batch, BatchNorm2d, check_batch_sizes
-from .ghost import GhostBatches
 from .joint import joint_batch_norm
+from .partition import Partition
 
 SHARING = ("shared", "per_domain")
 """What statistics, population and affine can each be."""
@@ -169,7 +169,7 @@ class DomainBatchNorm2d(BatchNorm2d):
         )
 
     def _normalize_jointly(
-        self, xs: Sequence[Tensor], group: dist.ProcessGroup | None, ghosts: Sequence[GhostBatches]
+        self, xs: Sequence[Tensor], group: dist.ProcessGroup | None, ghosts: Sequence[Partition]
     ) -> list[Tensor]:
         """By the statistics of pieces of domains, on all processes of the group."""
         pieces = [piece for g, x in zip(ghosts, xs, strict=True) for piece in g.split(x)]
@@ -239,7 +239,7 @@ class DomainBatchNorm2d(BatchNorm2d):
                     f"got {tuple(x.shape)}"
                 )
 
-    def _check_ghosts(self, ghosts: Sequence[GhostBatches]) -> None:
+    def _check_ghosts(self, ghosts: Sequence[Partition]) -> None:
         """Domains that are normalized together need as many ghost batches."""
         counts: dict[int, set[int]] = {}
         for k, g in enumerate(ghosts):

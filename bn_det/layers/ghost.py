@@ -2,36 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .partition import Partition
+
 GHOST_ORDERS = ("contiguous", "random")
 """Which samples a ghost batch takes."""
-
-
-class GhostBatches(NamedTuple):
-    """A partition of a tensor's samples.
-
-    Attributes:
-        sizes: number of samples in each part.
-        order: the samples' indices, part by part, shape (N,); None where that is their own order.
-    """
-
-    sizes: list[int]
-    order: Tensor | None
-
-    def split(self, x: Tensor) -> Sequence[Tensor]:
-        """From (N, *) to the parts (sizes[k], *)."""
-        return (x if self.order is None else x[self.order.to(x.device)]).split(self.sizes)
-
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """The reverse of split."""
-        x = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
-        return x if self.order is None else x[self.order.argsort().to(x.device)]
 
 
 def ghost_batches(
@@ -39,7 +19,7 @@ def ghost_batches(
     ghost_size: int | None,
     ghost_order: str = "contiguous",
     groups: Tensor | None = None,
-) -> GhostBatches:
+) -> Partition:
     """The partition of samples into normalization batches.
 
     Args:
@@ -56,13 +36,13 @@ def ghost_batches(
                 f"groups: shape {tuple(groups.shape)} is not accepted; the batch has "
                 f"{num_samples} samples, use ({num_samples},)"
             )
-        return GhostBatches(groups.unique(return_counts=True)[1].tolist() or [0], groups.argsort())
+        return Partition(groups.unique(return_counts=True)[1].tolist() or [0], groups.argsort())
     num_batches = max(num_samples // ghost_size, 1) if ghost_size else 1
     if num_batches == 1:
-        return GhostBatches([num_samples], None)
+        return Partition([num_samples], None)
     sizes = [ghost_size] * num_batches
     sizes[-1] += num_samples - sum(sizes)
-    return GhostBatches(sizes, torch.randperm(num_samples) if ghost_order == "random" else None)
+    return Partition(sizes, torch.randperm(num_samples) if ghost_order == "random" else None)
 
 
 @contextmanager

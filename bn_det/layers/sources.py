@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from functools import cached_property
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,62 +11,17 @@ from torch import Tensor
 
 from ..errors import InputError, choose
 from .domain_batch_norm import SHARING, DomainBatchNorm2d
+from .scope import DomainScope
 
-
-class _Images:
-    """The sources of a batch's images, and how a tensor of their features is taken apart."""
-
-    def __init__(self, sources: Iterable[int | None]) -> None:
-        self.sources = list(sources)
-
-    def sizes(self, num_sources: int) -> list[int]:
-        """How many images each source has."""
-        for k, source in enumerate(self.sources):
-            if source not in range(num_sources):
-                raise InputError(
-                    f"image {k} of the batch is of source {source!r}, and the layer knows the "
-                    f"sources 0 to {num_sources - 1}; {_HOW_TO_NAME}"
-                )
-        return [self.sources.count(s) for s in range(num_sources)]
-
-    def split(self, x: Tensor, num_sources: int) -> Sequence[Tensor]:
-        """From (N, *) to one tensor for each source, an empty one where it has no image."""
-        sizes = self.sizes(num_sources)
-        if len(x) != len(self.sources):
-            raise InputError(
-                f"the sources of {len(self.sources)} images are named, and the layer got "
-                f"{len(x)} samples: RoIs, for example, have no source"
-            )
-        return _rearranged(x, self._order).split(sizes)
-
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """The reverse of split."""
-        return _rearranged(torch.cat(list(parts)), sorted(self._order, key=self._order.__getitem__))
-
-    @cached_property
-    def _order(self) -> list[int]:
-        """The images' indices, source by source."""
-        return sorted(range(len(self.sources)), key=self.sources.__getitem__)
-
-
-def _rearranged(x: Tensor, order: Sequence[int]) -> Tensor:
-    """The samples of x in an order, in the memory format of x (which indexing would not keep)."""
-    if list(order) == sorted(order):
-        return x
-    samples = x.split(1)
-    return torch.cat([samples[k] for k in order])
-
-
-_HOW_TO_NAME = (
+_IMAGES = DomainScope(
+    "image",
+    "source",
     "name the sources of a batch by bn_det.image_sources; in a detector from a config, by "
-    "DATASETS.SOURCES for a whole data set, or by the key 'source' in an image's dict"
+    "DATASETS.SOURCES for a whole data set, or by the key 'source' in an image's dict",
 )
 
-_IMAGES: ContextVar[_Images | None] = ContextVar("images", default=None)
 
-
-@contextmanager
-def image_sources(sources: Iterable[int | None]) -> Iterator[None]:
+def image_sources(sources: Iterable[int | None]) -> AbstractContextManager[None]:
     """Inside the block, the sources of the images that a model is called with.
 
         with bn_det.image_sources([0, 0, 1]):
@@ -81,14 +34,10 @@ def image_sources(sources: Iterable[int | None]) -> Iterator[None]:
         sources: for each image the number of its source (data set, lab), counted from 0; None for
             an unknown one, which those layers refuse.
     """
-    token = _IMAGES.set(_Images(sources))
-    try:
-        yield
-    finally:
-        _IMAGES.reset(token)
+    return _IMAGES.named(sources)
 
 
-def record_sources(records: Iterable[Mapping[str, Any]]) -> Any:
+def record_sources(records: Iterable[Mapping[str, Any]]) -> AbstractContextManager[None]:
     """:func:`image_sources` of images' dicts: what they have under "source"."""
     return image_sources([record.get("source") for record in records])
 
@@ -166,12 +115,13 @@ class SourceBatchNorm2d(DomainBatchNorm2d):
         """Normalize a tensor, or those of all levels. Groups are not accepted."""
         if groups is not None:
             raise ValueError("groups: not accepted by a layer that normalizes by source")
-        images, levels = _images(), [xs] if self.num_levels is None else xs
+        levels = [xs] if self.num_levels is None else xs
         self._check_levels(levels)
-        parts = [images.split(x, self.num_sources) for x in levels]
+        images = [_IMAGES.partition(x, self.num_sources) for x in levels]
+        parts = [of_level.split(x) for of_level, x in zip(images, levels, strict=True)]
         # Source by source, as batch_of and population_of count the domains.
         ys = super().forward([part for of_source in zip(*parts, strict=True) for part in of_source])
-        joined = [images.join(ys[level :: self._levels]) for level in range(self._levels)]
+        joined = [of_level.join(ys[k :: self._levels]) for k, of_level in enumerate(images)]
         return joined[0] if self.num_levels is None else joined
 
     def batch_of(self, domain: int) -> int:
@@ -189,7 +139,9 @@ class SourceBatchNorm2d(DomainBatchNorm2d):
         return f"source {source}" + ("" if self.num_levels is None else f", domain {level}")
 
     def num_samples(self, xs: Tensor | Sequence[Tensor]) -> list[int]:
-        return [n for n in _images().sizes(self.num_sources) for _ in range(self._levels)]
+        x = xs if self.num_levels is None else xs[0]
+        sizes = _IMAGES.partition(x, self.num_sources).sizes
+        return [n for n in sizes for _ in range(self._levels)]
 
     def extra_repr(self) -> str:
         levels = "" if self.num_levels is None else f", num_levels={self.num_levels}"
@@ -215,10 +167,3 @@ class SourceBatchNorm2d(DomainBatchNorm2d):
                 if value is not None:
                     state_dict[f"{prefix}{k}.{name}"] = value
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _images() -> _Images:
-    images = _IMAGES.get()
-    if images is None:
-        raise InputError(f"the images have no sources: {_HOW_TO_NAME}")
-    return images

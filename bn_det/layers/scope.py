@@ -1,0 +1,80 @@
+"""Domains of samples that are named around a model's call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .partition import Partition
+
+
+class DomainScope:
+    """Says inside a block of which domain each sample of a tensor is, and is gone after it.
+
+    Args:
+        sample, domain: what messages call a sample and its domain.
+        how_to_name: what they tell one to do where it is not said.
+    """
+
+    def __init__(self, sample: str, domain: str, how_to_name: str) -> None:
+        self.sample, self.domain, self.how_to_name = sample, domain, how_to_name
+        self._current: ContextVar[_Named | None] = ContextVar(domain, default=None)
+
+    @contextmanager
+    def named(self, domains: Iterable[int | None] | Tensor) -> Iterator[None]:
+        """A block for one call; the domain of each sample, from 0, and None for an unknown one."""
+        token = self._current.set(_Named(domains))
+        try:
+            yield
+        finally:
+            self._current.reset(token)
+
+    def partition(self, x: Tensor, num_domains: int) -> Partition:
+        """The partition of a tensor's samples by their domains.
+
+        Args:
+            x: shape (N, *), the samples that have been named.
+
+        Raises:
+            InputError: nothing is named, a domain is not one of 0 to ``num_domains`` - 1, or x has
+                another number of samples.
+        """
+        named = self._current.get()
+        if named is None:
+            raise InputError(f"the {self.sample}s have no {self.domain}s: {self.how_to_name}")
+        key = (num_domains, x.device)
+        if key not in named.partitions:
+            domains = self._checked(named, num_domains)
+            named.partitions[key] = Partition.by_domain(domains, num_domains, x.device)
+        partition = named.partitions[key]
+        if len(x) != sum(partition.sizes):
+            raise InputError(
+                f"the {self.domain}s of {sum(partition.sizes)} {self.sample}s are named, and the "
+                f"layer got {len(x)} samples: they have to be those {self.sample}s"
+            )
+        return partition
+
+    def _checked(self, named: _Named, num_domains: int) -> list[int]:
+        # Not before a layer asks, as reading it waits for the device.
+        domains = named.domains
+        domains = domains.tolist() if isinstance(domains, Tensor) else domains
+        for k, domain in enumerate(domains):
+            if domain not in range(num_domains):
+                raise InputError(
+                    f"{self.sample} {k} of the batch is of {self.domain} {domain!r}, and the layer "
+                    f"knows the {self.domain}s 0 to {num_domains - 1}; {self.how_to_name}"
+                )
+        return domains
+
+
+class _Named:
+    """What a block has named, and what layers have made of it."""
+
+    def __init__(self, domains: Iterable[int | None] | Tensor) -> None:
+        self.domains = domains if isinstance(domains, Tensor) else list(domains)
+        self.partitions: dict[tuple[int, torch.device], Partition] = {}
