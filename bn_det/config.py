@@ -12,12 +12,31 @@ from yacs.config import CfgNode
 from .agc import PREDICTORS
 from .config_check import check_values
 from .errors import InputError
-from .parts import PARTS
+from .parts import LEVEL_PARTS, PARTS
 
 
 def add_bn_det_config(cfg: CfgNode) -> None:
     """Add the keys of bn_det to a config that has Detectron2's, in place."""
     node = type(cfg)
+
+    # The head of the RPN that is named "BNRPNHead".
+    cfg.MODEL.RPN.NORM = ""
+
+    # FCOS, with the defaults of Detectron2's configs/common/models/fcos.py.
+    cfg.MODEL.FCOS = node()
+    cfg.MODEL.FCOS.NUM_CLASSES = 80
+    cfg.MODEL.FCOS.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    cfg.MODEL.FCOS.NUM_CONVS = 4
+    cfg.MODEL.FCOS.NORM = "GN"
+    cfg.MODEL.FCOS.PRIOR_PROB = 0.01
+    # within so many strides of a box's center a position is positive
+    cfg.MODEL.FCOS.CENTER_SAMPLING_RADIUS = 1.5
+    cfg.MODEL.FCOS.FOCAL_LOSS_ALPHA = 0.25
+    cfg.MODEL.FCOS.FOCAL_LOSS_GAMMA = 2.0
+    # of the root of class score times centerness
+    cfg.MODEL.FCOS.SCORE_THRESH_TEST = 0.2
+    cfg.MODEL.FCOS.TOPK_CANDIDATES_TEST = 1000
+    cfg.MODEL.FCOS.NMS_THRESH_TEST = 0.6
 
     # For NORM "GhostBN": how many samples (images, or RoIs in a RoI head) are normalized together,
     # and which: "contiguous" or "random".
@@ -44,15 +63,18 @@ def add_bn_det_config(cfg: CfgNode) -> None:
     # of the last block; that of the others rises to it
     cfg.MODEL.NF.DROP_PATH_RATE = 0.0
 
-    # What the levels of RetinaNet's head share where MODEL.RETINANET.NORM is "BN", "SyncBN" or
-    # "GhostBN": each choice is "shared" or "per_domain" (per level). See bn_det.DomainBatchNorm2d.
-    cfg.MODEL.RETINANET.BN = node()
-    # whose samples normalize in training
-    cfg.MODEL.RETINANET.BN.STATISTICS = "per_domain"
-    # whose statistics are kept for test time
-    cfg.MODEL.RETINANET.BN.POPULATION = "per_domain"
-    # whether levels share weight and bias
-    cfg.MODEL.RETINANET.BN.AFFINE = "shared"
+    # What the levels of a head share where its NORM is "BN", "SyncBN", "GhostBN" or "BRN": each
+    # choice is "shared" or "per_domain" (per level). See bn_det.DomainBatchNorm2d. For the box head
+    # with MODEL.ROI_HEADS.NAME "BNCascadeROIHeads": the level of a RoI is where it is pooled from.
+    for part in (*LEVEL_PARTS, "ROI_BOX_HEAD"):
+        default = "per_domain" if part in LEVEL_PARTS else "shared"
+        cfg.MODEL[part].BN = node()
+        # whose samples normalize in training
+        cfg.MODEL[part].BN.STATISTICS = default
+        # whose statistics are kept for test time
+        cfg.MODEL[part].BN.POPULATION = default
+        # whether levels share weight and bias
+        cfg.MODEL[part].BN.AFFINE = "shared"
 
     # Parts whose BatchNorm has statistics for each source of images (DATASETS.SOURCES), and whether
     # sources share weight and bias in backbone and FPN. See bn_det.SourceBatchNorm2d.

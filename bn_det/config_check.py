@@ -15,11 +15,14 @@ from .layers.ghost import GHOST_ORDERS
 from .nf import check_nf
 from .parts import (
     COMPONENTS,
+    DENSE,
+    LEVEL_PARTS,
     NF_BACKBONES,
     PARTS,
     SOURCE_PARTS,
     get_key,
     has_our_batch_norm,
+    is_per_level,
     why_not_ours,
 )
 
@@ -28,8 +31,6 @@ logger = logging.getLogger(__name__)
 
 def check_values(cfg: CfgNode) -> None:
     """Raise InputError for values of our keys that are not accepted, or not together."""
-    for choice in ("STATISTICS", "POPULATION", "AFFINE"):
-        choose(f"MODEL.RETINANET.BN.{choice}", cfg.MODEL.RETINANET.BN[choice], SHARING)
     for part in PARTS:
         choose(f"MODEL.{part}.GHOST_ORDER", cfg.MODEL[part].GHOST_ORDER, GHOST_ORDERS)
         _check_weight_norm(cfg, part)
@@ -37,6 +38,11 @@ def check_values(cfg: CfgNode) -> None:
         _check_dropout(cfg, part)
     if cfg.MODEL.BACKBONE.NAME in NF_BACKBONES:
         check_nf(cfg)
+    for part in (*LEVEL_PARTS, "ROI_BOX_HEAD"):
+        for choice, value in cfg.MODEL[part].BN.items():
+            choose(f"MODEL.{part}.BN.{choice}", value, SHARING)
+    _check_rpn(cfg)
+    _check_levels_of_rois(cfg)
     _check_statistics(cfg, "TEST", "population")
     _check_statistics(cfg, "SOLVER", "batch")
     _check_renorm(cfg)
@@ -107,6 +113,41 @@ def _check_dropout(cfg: CfgNode, part: str) -> None:
         raise InputError(f"{key}: {rate!r} is not accepted with {reason}")
 
 
+def _check_rpn(cfg: CfgNode) -> None:
+    name, norm = cfg.MODEL.RPN.HEAD_NAME, cfg.MODEL.RPN.NORM
+    if norm and name == "StandardRPNHead":  # another head may know the key
+        raise InputError(
+            f"MODEL.RPN.NORM: {norm!r} is not accepted with MODEL.RPN.HEAD_NAME {name!r}, which "
+            "has none; use '', or HEAD_NAME 'BNRPNHead'"
+        )
+
+
+def _check_levels_of_rois(cfg: CfgNode) -> None:
+    """Raise InputError where the BN of RoIs is to be per level, and their levels are not known."""
+    if not is_per_level(cfg, "ROI_BOX_HEAD"):
+        return
+    box_head, choices = cfg.MODEL.ROI_BOX_HEAD, dict(cfg.MODEL.ROI_BOX_HEAD.BN)
+    start = f"MODEL.ROI_BOX_HEAD.BN: {choices} is not accepted with"
+    ours = {"ROI_HEADS": "BNCascadeROIHeads", "ROI_BOX_HEAD": "BNFastRCNNConvFCHead"}
+    for node, name in ours.items():
+        found = cfg.MODEL[node].NAME
+        if found != name:
+            raise InputError(
+                f"{start} MODEL.{node}.NAME {found!r}: only {name!r} can tell RoIs of several "
+                "levels apart; use that, or 'shared' for all"
+            )
+    if box_head.SHUFFLE:
+        raise InputError(
+            f"{start} MODEL.ROI_BOX_HEAD.SHUFFLE True: RoIs of other processes come from other "
+            "levels; use SHUFFLE False, or 'shared' for all"
+        )
+    if box_head.NORM == "GhostBN" and choices["STATISTICS"] == "shared":
+        raise InputError(
+            f"{start} MODEL.ROI_BOX_HEAD.NORM 'GhostBN': levels of different numbers of RoIs have "
+            "no ghost batches in common; use STATISTICS 'per_domain', or 'shared' for all"
+        )
+
+
 def _check_sources(cfg: CfgNode) -> None:
     """Raise InputError unless every data set is of a source, where some part tells them apart."""
     node, entries = cfg.MODEL.BN_SOURCES, cfg.DATASETS.SOURCES
@@ -142,7 +183,7 @@ def _check_sources(cfg: CfgNode) -> None:
                 )
 
 
-_NAME_SOURCES = ("BNRetinaNet", "BNGeneralizedRCNN")
+_NAME_SOURCES = (*DENSE, "BNGeneralizedRCNN")
 """The meta-architectures that tell their layers the images' sources."""
 
 

@@ -16,7 +16,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from .errors import InputError
-from .layers import BatchNorm2d, DomainBatchNorm2d, LevelConv2d, SourceBatchNorm2d
+from .layers import (
+    BatchNorm2d,
+    DomainBatchNorm2d,
+    LevelConv2d,
+    RoILevelBatchNorm2d,
+    SourceBatchNorm2d,
+)
 from .layers.convert import convert_batchnorm
 from .layers.domain_batch_norm import called_batch_norms
 
@@ -124,12 +130,13 @@ class _Pair(NamedTuple):
 
 
 def _pairs(model: nn.Module) -> Iterator[_Pair]:
+    places = {m: (parent, n) for parent in model.modules() for n, m in parent._modules.items()}
     for module in model.modules():
         children = dict(module.named_children())
         norms = {n: m for n, m in children.items() if isinstance(m, _BatchNorm)}
         if isinstance(module, nn.Conv2d) and "norm" in norms:
-            # The convolution is the parent itself, and is changed in place.
-            yield _Pair(module, norms["norm"], nn.Module(), "", module, "norm")
+            place = places.get(module, (nn.Module(), ""))  # the model itself is nobody's child
+            yield _Pair(module, norms["norm"], *place, module, "norm")
         elif norms and type(module).forward is nn.Sequential.forward:
             for (conv_name, conv), (norm_name, norm) in pairwise(children.items()):
                 if isinstance(conv, _CONVOLUTIONS) and norm_name in norms:
@@ -183,6 +190,8 @@ def _why_not(module: nn.Module, num_places: int) -> str:
         return "the weight of its convolution is normalized; call bake_weight_norms first"
     if isinstance(module, SourceBatchNorm2d):
         return "its statistics are of the source of each image"
+    if isinstance(module, RoILevelBatchNorm2d) and len(_holders(module)) > 1:
+        return "its statistics or its affine are of the level of each RoI"
     if isinstance(module, BatchNorm2d) and module.eval_statistics == "batch":
         return "it normalizes by batch statistics"
     if isinstance(module, _BatchNorm) and not isinstance(module, DomainBatchNorm2d):
@@ -194,17 +203,22 @@ def _why_not(module: nn.Module, num_places: int) -> str:
 
 def _fold(pair: _Pair) -> None:
     conv, norm = pair.conv, pair.norm
-    holders = [(norm, norm)]  # of population statistics, and of the affine
-    if isinstance(norm, DomainBatchNorm2d):
-        domains = range(norm.num_domains)
-        holders = list(dict.fromkeys((norm.population_of(k), norm.affine_of(k)) for k in domains))
+    holders = _holders(norm)
+    # Before the convolution is copied. Detectron2's takes None for no norm.
+    setattr(pair.norm_parent, pair.norm_name, None if pair.norm_parent is conv else nn.Identity())
     if len(holders) > 1:
         convs = [_folded(copy.deepcopy(conv), *holder, norm.eps) for holder in holders]
         setattr(pair.conv_parent, pair.conv_name, LevelConv2d(convs))
     else:
         _folded(conv, *holders[0], norm.eps)
-    # Detectron2's convolution takes None for no norm.
-    setattr(pair.norm_parent, pair.norm_name, None if pair.norm_parent is conv else nn.Identity())
+
+
+def _holders(norm: _BatchNorm) -> list[tuple[_BatchNorm, _BatchNorm]]:
+    """The modules that hold population statistics and the affine; of several domains each pair."""
+    if not isinstance(norm, DomainBatchNorm2d):
+        return [(norm, norm)]
+    domains = range(norm.num_domains)
+    return list(dict.fromkeys((norm.population_of(k), norm.affine_of(k)) for k in domains))
 
 
 @torch.no_grad()

@@ -64,6 +64,7 @@ def check_architecture(cfg: CfgNode) -> None:
     """Raise InputError unless the config's detector has a box head that RoIs are sampled for."""
     accepted = ["GeneralizedRCNN", "BNGeneralizedRCNN"]
     choose("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, accepted)
+    choose("MODEL.ROI_HEADS.NAME", cfg.MODEL.ROI_HEADS.NAME, ["StandardROIHeads"])
 
 
 @torch.no_grad()

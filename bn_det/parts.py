@@ -14,6 +14,7 @@ from .layers import (
     BATCH_NORMS,
     BatchNorm2d,
     DomainBatchNorm2d,
+    RoILevelBatchNorm2d,
     SourceBatchNorm2d,
     norm_factory,
 )
@@ -21,11 +22,17 @@ from .layers.norms import NormFactory
 
 logger = logging.getLogger(__name__)
 
-PARTS = ("RESNETS", "FPN", "RETINANET", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
+LEVEL_PARTS = ("RETINANET", "FCOS", "RPN")
+"""The nodes of MODEL that stand for a head on all levels of a pyramid."""
+
+SOURCE_PARTS = ("RESNETS", "FPN", *LEVEL_PARTS)
+"""Those that are called with images, not RoIs, and so can tell the sources of images apart."""
+
+PARTS = (*SOURCE_PARTS, "ROI_BOX_HEAD", "ROI_MASK_HEAD")
 """The nodes of MODEL that have a NORM."""
 
-SOURCE_PARTS = PARTS[:3]
-"""Those that are called with images, not RoIs, and so can tell the sources of images apart."""
+DENSE = {"BNRetinaNet": "RETINANET", "BNFCOS": "FCOS"}
+"""Our meta-architectures without RPN and RoI heads, and their heads' nodes."""
 
 
 def part_norm(
@@ -36,7 +43,8 @@ def part_norm(
     Args:
         part: one of PARTS.
         others: the host's layers that have no choice of batch, by name.
-        num_levels: for RetinaNet's head: a layer for a list of so many levels, as BN says.
+        num_levels: where the part has BN: a layer for a list of so many levels, as that says; for
+            RoIs of so many levels where the part is a RoI head.
     """
     node, limits = cfg.MODEL[part], cfg.SOLVER.BRN
     return norm_factory(
@@ -57,18 +65,22 @@ def _layer(cfg: CfgNode, part: str, num_levels: int | None) -> Callable[..., nn.
         "train_statistics": _statistics(cfg.SOLVER, part, "batch"),
         "update_population": cfg.SOLVER.UPDATE_POPULATION,
     }
-    if num_levels is not None:
-        of_levels = cfg.MODEL[part].BN
-        choices["statistics"] = of_levels.STATISTICS
-        choices["population"] = of_levels.POPULATION
-        choices["affine"] = of_levels.AFFINE
+    of_levels = num_levels is not None and (part in LEVEL_PARTS or is_per_level(cfg, part))
+    if of_levels:
+        choices |= {key.lower(): value for key, value in cfg.MODEL[part].BN.items()}
     if part in cfg.MODEL.BN_SOURCES.PARTS:
         choices.setdefault("affine", cfg.MODEL.BN_SOURCES.AFFINE)
         choices |= {"num_sources": len(cfg.DATASETS.SOURCES), "num_levels": num_levels}
         return partial(SourceBatchNorm2d, **choices)
-    if num_levels is not None:
-        return partial(DomainBatchNorm2d, num_domains=num_levels, **choices)
+    if of_levels:
+        kind = DomainBatchNorm2d if part in LEVEL_PARTS else RoILevelBatchNorm2d
+        return partial(kind, num_domains=num_levels, **choices)
     return partial(BatchNorm2d, **choices)
+
+
+def is_per_level(cfg: CfgNode, part: str) -> bool:
+    """Whether anything is per level in the BN of a part."""
+    return "per_domain" in cfg.MODEL[part].BN.values()
 
 
 def _statistics(node: CfgNode, part: str, default: str) -> str:
@@ -96,7 +108,11 @@ def shuffle_of(cfg: CfgNode, part: str) -> bool:
     return node.SHUFFLE
 
 
-_BACKBONES = ("build_bn_resnet_fpn_backbone", "build_bn_retinanet_resnet_fpn_backbone")
+_BACKBONES = (
+    "build_bn_resnet_fpn_backbone",
+    "build_bn_retinanet_resnet_fpn_backbone",
+    "build_bn_fcos_resnet_fpn_backbone",
+)
 NF_BACKBONES = ("build_nf_resnet_fpn_backbone", "build_nf_retinanet_resnet_fpn_backbone")
 """Those with a normalizer-free net in place of a ResNet."""
 
@@ -104,6 +120,8 @@ COMPONENTS = {
     "RESNETS": ("BACKBONE.NAME", _BACKBONES),
     "FPN": ("BACKBONE.NAME", (*_BACKBONES, *NF_BACKBONES)),
     "RETINANET": ("META_ARCHITECTURE", ("BNRetinaNet",)),
+    "FCOS": ("META_ARCHITECTURE", ("BNFCOS",)),
+    "RPN": ("RPN.HEAD_NAME", ("BNRPNHead",)),
     "ROI_BOX_HEAD": ("ROI_BOX_HEAD.NAME", ("BNFastRCNNConvFCHead",)),
     "ROI_MASK_HEAD": ("ROI_MASK_HEAD.NAME", ("BNMaskRCNNConvUpsampleHead",)),
 }
@@ -117,8 +135,9 @@ def has_our_batch_norm(cfg: CfgNode, part: str) -> bool:
 
 def why_not_ours(cfg: CfgNode, part: str) -> str:
     """Which key says that a part of the model is not built by us, if so; and what would do."""
-    if part.startswith("ROI_") and cfg.MODEL.META_ARCHITECTURE == "BNRetinaNet":
-        return "MODEL.META_ARCHITECTURE 'BNRetinaNet', which has no RoI heads"
+    architecture = cfg.MODEL.META_ARCHITECTURE
+    if part in ("RPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD") and architecture in DENSE:
+        return f"MODEL.META_ARCHITECTURE {architecture!r}, which has neither RPN nor RoI heads"
     key, names = COMPONENTS[part]
     value = get_key(cfg, key)
     return "" if value in names else f"MODEL.{key} {value!r}; use one of {list(names)}"

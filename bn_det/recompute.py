@@ -25,6 +25,7 @@ from .config_check import check_ims_per_batch
 from .errors import InputError
 from .launch import world_size
 from .layers import DomainBatchNorm2d
+from .parts import LEVEL_PARTS, has_our_batch_norm
 from .population import update_bn_stats
 from .population_report import PopulationReport
 from .progress import with_progress
@@ -62,14 +63,16 @@ def with_population(cfg: CfgNode, population: str | None) -> CfgNode:
     """The config of the new checkpoint, whose levels may share or not share statistics."""
     if population is None:
         return cfg
-    if cfg.MODEL.META_ARCHITECTURE != "BNRetinaNet":
+    parts = [part for part in LEVEL_PARTS if has_our_batch_norm(cfg, part)]
+    if not parts:
         raise InputError(
-            f"--population: {population!r} is not accepted with MODEL.META_ARCHITECTURE "
-            f"{cfg.MODEL.META_ARCHITECTURE!r}; it is a choice of 'BNRetinaNet'"
+            f"--population: {population!r} is not accepted: the model has no head of ours with "
+            f"BatchNorm on several levels; it is a choice of {LEVEL_PARTS}"
         )
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.MODEL.RETINANET.BN.POPULATION = population
+    for part in parts:
+        cfg.MODEL[part].BN.POPULATION = population
     cfg.freeze()
     return cfg
 

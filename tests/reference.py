@@ -44,15 +44,16 @@ EIGHT_CHOICES = list(itertools.product(SHARING, SHARING, SHARING))
 """All (statistics, population, affine)."""
 
 
-def choice_opts(choices: Sequence[str]) -> list[str]:
+def choice_opts(choices: Sequence[str], part: str = "RETINANET") -> list[str]:
     """KEY VALUE pairs for one of EIGHT_CHOICES."""
     names = ("STATISTICS", "POPULATION", "AFFINE")
-    return [o for n, c in zip(names, choices, strict=True) for o in (f"MODEL.RETINANET.BN.{n}", c)]
+    return [o for n, c in zip(names, choices, strict=True) for o in (f"MODEL.{part}.BN.{n}", c)]
 
 
 def norm_opts(norm: str) -> list[str]:
     """KEY VALUE pairs for one norm in all parts of the detector."""
     opts = [o for part in PARTS for o in (f"MODEL.{part}.NORM", norm)]
+    opts += ["MODEL.RPN.HEAD_NAME", "BNRPNHead"]
     if norm == "GhostBN":  # a multiple would be one image's RoIs
         opts += [o for part in PARTS for o in (f"MODEL.{part}.GHOST_SIZE", "3")]
     return opts

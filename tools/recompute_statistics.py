@@ -35,8 +35,8 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--population",
         choices=["shared", "per_domain"],
-        help="whether the levels of the new checkpoint share statistics (BNRetinaNet); by default "
-        "as in the config",
+        help="whether the levels of the new checkpoint share statistics (heads of RetinaNet, FCOS "
+        "and RPN); by default as in the config",
     )
     parser.add_argument(
         "--num-iters",

@@ -2,12 +2,14 @@
 
 from ..config import add_bn_det_config
 from .backbone import (
+    build_bn_fcos_resnet_fpn_backbone,
     build_bn_resnet_fpn_backbone,
     build_bn_retinanet_resnet_fpn_backbone,
     build_nf_resnet_fpn_backbone,
     build_nf_retinanet_resnet_fpn_backbone,
 )
 from .datasets import register_datasets
+from .fcos import BNFCOS, BNFCOSHead
 from .hooks import (
     AverageStatistics,
     FreezeBN,
@@ -18,14 +20,19 @@ from .hooks import (
     build_virtual_batch,
 )
 from .retinanet import BNRetinaNet, BNRetinaNetHead
-from .roi_heads import BNFastRCNNConvFCHead, BNMaskRCNNConvUpsampleHead
+from .roi_heads import BNCascadeROIHeads, BNFastRCNNConvFCHead, BNMaskRCNNConvUpsampleHead
+from .rpn import BNRPNHead
 from .sources import BNGeneralizedRCNN
 
 __all__ = [
+    "BNFCOS",
     "AverageStatistics",
+    "BNCascadeROIHeads",
+    "BNFCOSHead",
     "BNFastRCNNConvFCHead",
     "BNGeneralizedRCNN",
     "BNMaskRCNNConvUpsampleHead",
+    "BNRPNHead",
     "BNRetinaNet",
     "BNRetinaNetHead",
     "FreezeBN",
@@ -33,6 +40,7 @@ __all__ = [
     "RenormSchedule",
     "VirtualBatch",
     "add_bn_det_config",
+    "build_bn_fcos_resnet_fpn_backbone",
     "build_bn_resnet_fpn_backbone",
     "build_bn_retinanet_resnet_fpn_backbone",
     "build_nf_resnet_fpn_backbone",

@@ -58,6 +58,17 @@ def _p6_p7(cfg: CfgNode, bottom_up: Backbone) -> LastLevelP6P7:
     return LastLevelP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS)
 
 
+@BACKBONE_REGISTRY.register()
+def build_bn_fcos_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """As :func:`build_bn_retinanet_resnet_fpn_backbone`, but p6 and p7 are made of p5.
+
+    Tian et al., *FCOS: A Simple and Strong Anchor-free Object Detector*, 2020, Sec. 2.2.
+    """
+    channels = cfg.MODEL.FPN.OUT_CHANNELS
+    top_block = LastLevelP6P7(channels, channels, in_feature="p5")
+    return _build_fpn(cfg, _build_resnet(cfg, input_shape), top_block)
+
+
 def _build_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """Detectron2's ResNet, which takes the norm by name, with its BatchNorm exchanged.
 

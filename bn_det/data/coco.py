@@ -14,6 +14,7 @@ from pycocotools.coco import COCO
 from yacs.config import CfgNode
 
 from ..errors import InputError, nearest
+from ..parts import DENSE
 from .masks import is_segmentation
 from .shapes import VARIANTS, Variant, generate_shapes
 
@@ -99,11 +100,7 @@ def check_num_classes(cfg: CfgNode, key: str, name: str, found: int) -> None:
 
     Other architectures than those of our configs are not looked at.
     """
-    parts = {
-        "BNRetinaNet": "RETINANET",
-        "GeneralizedRCNN": "ROI_HEADS",
-        "BNGeneralizedRCNN": "ROI_HEADS",
-    }
+    parts = {**DENSE, **dict.fromkeys(("GeneralizedRCNN", "BNGeneralizedRCNN"), "ROI_HEADS")}
     part = parts.get(cfg.MODEL.META_ARCHITECTURE)
     if part and found > cfg.MODEL[part].NUM_CLASSES:
         raise InputError(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +25,9 @@ class LevelConv2d(nn.ModuleList):
         return [conv(x) for conv, x in zip(self, features, strict=True)]
 
 
-def forward_levels(layers: Iterable[nn.Module], features: Sequence[Tensor]) -> list[Tensor]:
+def forward_levels(
+    layers: Iterable[Callable[..., Any]], features: Sequence[Tensor]
+) -> list[Tensor]:
     """Apply layers that all levels share, layer by layer over the list of levels.
 
     Level by level would give the same for a convolution, but a layer that normalizes levels
@@ -30,7 +35,8 @@ def forward_levels(layers: Iterable[nn.Module], features: Sequence[Tensor]) -> l
 
     Args:
         layers: modules in the order of application; an ``nn.Sequential`` among them is taken
-            apart.
+            apart, and so is a convolution with a DomainBatchNorm2d in it (Detectron2's ``Conv2d``,
+            with ``norm`` and ``activation``), past hooks of its own.
         features: one tensor of shape (N, C, H_k, W_k) for each level.
 
     Returns:
@@ -42,9 +48,22 @@ def forward_levels(layers: Iterable[nn.Module], features: Sequence[Tensor]) -> l
             features = forward_levels(layer, features)
         elif isinstance(layer, (DomainBatchNorm2d, LevelConv2d)):
             features = layer(features)
-        elif parametrize.is_parametrized(layer) and not torch.jit.is_tracing():
-            with parametrize.cached():  # one weight for all levels
-                features = [layer(x) for x in features]
         else:
-            features = [layer(x) for x in features]
+            # One weight for all levels. (A graph that is traced would hold it as a constant.)
+            is_cached = parametrize.is_parametrized(layer) and not torch.jit.is_tracing()
+            with parametrize.cached() if is_cached else nullcontext():
+                features = _apply(layer, features)
     return features
+
+
+def _apply(layer: Callable[..., Any], features: Sequence[Tensor]) -> list[Tensor]:
+    if isinstance(getattr(layer, "norm", None), DomainBatchNorm2d):
+        return forward_levels(_steps(layer), features)
+    return [layer(x) for x in features]
+
+
+def _steps(conv: nn.Conv2d) -> Iterator[Callable[..., Any]]:
+    yield partial(nn.Conv2d.forward, conv)
+    yield conv.norm
+    if conv.activation is not None:
+        yield conv.activation

@@ -53,6 +53,7 @@ _DEFAULTS = {
             "POST_NMS_TOPK_TRAIN": 2000,
             "POST_NMS_TOPK_TEST": 1000,
             "NMS_THRESH": 0.7,
+            "CONV_DIMS": [-1],
         },
         "ROI_HEADS": {
             "NAME": "Res5ROIHeads",
@@ -71,6 +72,7 @@ _DEFAULTS = {
             "NUM_FC": 0,
             "FC_DIM": 1024,
             "NORM": "",
+            "CLS_AGNOSTIC_BBOX_REG": False,
             "POOLER_RESOLUTION": 14,
             "POOLER_SAMPLING_RATIO": 0,
             "POOLER_TYPE": "ROIAlignV2",
@@ -178,17 +180,25 @@ def _check_rcnn(cfg: CfgNode) -> None:
     _choose(cfg, "BACKBONE.NAME", *backbones)
     _choose(cfg, "FPN.IN_FEATURES", ["res2", "res3", "res4", "res5"])
     _choose(cfg, "PROPOSAL_GENERATOR.NAME", "RPN")
-    _choose(cfg, "RPN.HEAD_NAME", "StandardRPNHead")
+    _choose(cfg, "RPN.HEAD_NAME", "StandardRPNHead", "BNRPNHead")
     _choose(cfg, "RPN.IN_FEATURES", [*levels, "p6"])
     _choose(cfg, "ROI_HEADS.NAME", "StandardROIHeads")
     _choose(cfg, "ROI_HEADS.IN_FEATURES", levels)
     _choose(cfg, "ROI_BOX_HEAD.NAME", "BNFastRCNNConvFCHead")
+    agnostic = cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG
+    choose("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", agnostic, [False])
     heads = ["ROI_BOX_HEAD"]
     if cfg.MODEL.MASK_ON:
         heads.append("ROI_MASK_HEAD")
         _choose(cfg, "ROI_MASK_HEAD.NAME", "BNMaskRCNNConvUpsampleHead")
     for head in heads:
         _choose(cfg, f"{head}.POOLER_TYPE", *POOLER_TYPES)
+    dims = cfg.MODEL.RPN.CONV_DIMS
+    if any(dim < 1 and dim != -1 for dim in dims):
+        raise InputError(
+            f"MODEL.RPN.CONV_DIMS: {dims!r} is not accepted; use numbers of channels, or -1 for as "
+            "many as before"
+        )
     for part, count in (("RPN", 2), ("ROI_HEADS", 1)):
         thresholds = cfg.MODEL[part].IOU_THRESHOLDS
         if len(thresholds) != count or list(thresholds) != sorted(thresholds):

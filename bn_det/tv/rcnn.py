@@ -18,7 +18,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
-from ..layers import normalize_tower
+from ..layers import forward_levels, normalize_tower
 from ..layers.norms import NormFactory
 from ..parts import part_norm, shuffle_of
 from ..shuffle import shuffled
@@ -41,31 +41,52 @@ def build_rcnn(
         transform: from images and targets to an ``ImageList`` and targets.
     """
     channels = backbone.out_channels
-    rpn_head = RPNHead(channels, anchors.num_anchors_per_location()[0])
+    rpn_head = RPNHead(
+        channels,
+        anchors.num_anchors_per_location()[0],
+        cfg.MODEL.RPN.CONV_DIMS,
+        part_norm(cfg, "RPN", NORMS, len(cfg.MODEL.RPN.IN_FEATURES)),
+    )
     rpn = RPN(cfg, anchors, rpn_head)
     return GeneralizedRCNN(backbone, rpn, StandardRoIHeads(cfg, channels), transform)
 
 
 class RPNHead(nn.Module):
-    """A 3x3 convolution and ReLU, then objectness and box deltas; the same for all levels.
+    """3x3 convolutions, each with norm and ReLU, then objectness and box deltas, for all levels.
 
     Args:
         channels: of every level.
         num_anchors: anchors at each position.
+        conv_dims: output channels of each convolution, -1 for as many as its input has.
+        norm: from the number of channels to a layer for one level, or to a
+            :class:`~bn_det.DomainBatchNorm2d` for all; None for no normalization.
     """
 
-    def __init__(self, channels: int, num_anchors: int) -> None:
+    def __init__(
+        self,
+        channels: int,
+        num_anchors: int,
+        conv_dims: Sequence[int] = (-1,),
+        norm: NormFactory | None = None,
+    ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+        convs = nn.Sequential()
+        for k, dim in enumerate(conv_dims):
+            out_channels = channels if dim == -1 else dim
+            convs.add_module(f"conv{k}", _ConvNormReLU(channels, out_channels, norm, bias=True))
+            channels = out_channels
+        self.conv = convs[0] if len(convs) == 1 else convs  # which gives Detectron2's keys
         self.objectness_logits = nn.Conv2d(channels, num_anchors, kernel_size=1)
         self.anchor_deltas = nn.Conv2d(channels, num_anchors * 4, kernel_size=1)
-        for layer in self.children():
-            _init_normal(layer, 0.01)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                _init_normal(layer, 0.01)
 
     def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """From (N, C, H, W) for each level to (N, A, H, W) and (N, 4 * A, H, W)."""
-        hidden = [F.relu(self.conv(x)) for x in features]
-        return [self.objectness_logits(x) for x in hidden], [self.anchor_deltas(x) for x in hidden]
+        hidden = forward_levels([self.conv], features)
+        logits = forward_levels([self.objectness_logits], hidden)
+        return logits, forward_levels([self.anchor_deltas], hidden)
 
 
 class RPN(RegionProposalNetwork):
@@ -381,14 +402,17 @@ def build_mask_head(cfg: CfgNode, in_channels: int) -> MaskHead:
 class _ConvNormReLU(nn.Conv2d):
     """A 3x3 convolution with its norm in it, which gives the keys that Detectron2 has."""
 
-    def __init__(self, in_channels: int, out_channels: int, norm: NormFactory | None) -> None:
-        super().__init__(in_channels, out_channels, kernel_size=3, padding=1, bias=norm is None)
+    activation = staticmethod(F.relu)
+
+    def __init__(
+        self, in_channels: int, out_channels: int, norm: NormFactory | None, bias: bool
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=3, padding=1, bias=bias)
         self.norm = norm(out_channels) if norm else None
-        c2_msra_fill(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x)
-        return F.relu(x if self.norm is None else self.norm(x))
+        return self.activation(x if self.norm is None else self.norm(x))
 
 
 def _add_convs(
@@ -400,7 +424,8 @@ def _add_convs(
     norm: NormFactory | None,
 ) -> None:
     for k in range(num_conv):
-        conv = _ConvNormReLU(in_channels if k == 0 else conv_dim, conv_dim, norm)
+        conv = _ConvNormReLU(in_channels if k == 0 else conv_dim, conv_dim, norm, norm is None)
+        c2_msra_fill(conv)
         head.add_module(f"{name}{k + 1}", conv)
 
 

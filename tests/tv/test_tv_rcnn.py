@@ -14,7 +14,7 @@ from bn_det.config import load_config
 from bn_det.errors import InputError
 from bn_det.tv import build_model, get_cfg
 from ranks import run_ranks
-from reference import BASE, RCNN, norm_opts
+from reference import BASE, RCNN, choice_opts, norm_opts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -269,6 +269,7 @@ def train_unlike_ranks(rank, opts):
 def test_a_process_without_rois(norm, shuffle):
     """It takes part in all that the other waits for, and gets the same gradients."""
     opts = [o for part in ("BOX", "MASK") for o in (f"MODEL.ROI_{part}_HEAD.SHUFFLE", shuffle)]
+    opts += choice_opts(("shared", "shared", "shared"), "RPN")  # one image has one value at p6
     first, second = run_ranks(train_unlike_ranks, 2, [*norm_opts(norm), *opts])
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
