@@ -7,6 +7,7 @@ import torch
 import yaml
 
 from bn_det.config import load_config
+from bn_det.errors import InputError
 from bn_det.tv import get_cfg
 from bn_det.tv.trainer import Trainer
 from hosts import INSTALLED
@@ -19,10 +20,29 @@ MULTI_DOMAIN = ROOT / "configs" / "multi_domain"
 SMALL_IMAGES = ["INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MAX_SIZE_TRAIN", "64"]
 LEAKAGE = ROOT / "configs" / "leakage"
 HEADS = sorted(p.name for p in LEAKAGE.glob("head_*.yaml"))
+DETECTRON2_ONLY = {
+    "MODEL.META_ARCHITECTURE": "BNFCOS",
+    "MODEL.ROI_HEADS.NAME": "BNCascadeROIHeads",
+}
+"""What makes a config one that the torchvision host refuses."""
+
+
+def merged(path):
+    """A config's leaves by their dotted keys, its bases included."""
+    own = yaml.safe_load(path.read_text())
+    inherited = merged(path.parent / own.pop("_BASE_")) if "_BASE_" in own else {}
+    return {**inherited, **dict(leaves(own))}
+
+
+def asks_for(config):
+    """The keys of DETECTRON2_ONLY that it has."""
+    found = merged(ROOT / config)
+    return [key for key, value in DETECTRON2_ONLY.items() if found.get(key) == value]
+
+
 # What takes a step is what is run, and every base with it.
-every_config = pytest.mark.parametrize(
-    "config", [c for c in CONFIGS if not c.name.startswith("Base-")], ids=str
-)
+RUN = [c for c in CONFIGS if not c.name.startswith("Base-")]
+ON_BOTH = [c for c in RUN if not asks_for(c)]
 
 
 @pytest.fixture
@@ -40,9 +60,10 @@ def shrink(config):
     if config.name == "retinanet_sources.yaml":
         return TWO_SOURCES
     if "shapes" in config.parts:
-        is_rcnn = "leakage" in config.parts or config.name.startswith("mask_rcnn")
+        rcnns = ("mask_rcnn", "rpn", "cascade")
+        is_rcnn = "leakage" in config.parts or config.name.startswith(rcnns)
         return SMALL_IMAGES if is_rcnn else []
-    if config.parent.name not in ("leakage", "multi_domain", "population", "ways"):
+    if config.parent.name not in ("heads", "leakage", "multi_domain", "population", "ways"):
         return []
     return [
         *SMALL_IMAGES,
@@ -62,7 +83,7 @@ def takes_a_step(trainer):
     return any(not torch.equal(a, b) for a, b in pairs)
 
 
-@every_config
+@pytest.mark.parametrize("config", ON_BOTH, ids=str)
 def test_torchvision(config, options, tmp_path):
     cfg = get_cfg()
     load_config(cfg, str(ROOT / config), [*options, *shrink(config)], "torchvision")
@@ -71,7 +92,16 @@ def test_torchvision(config, options, tmp_path):
     assert (tmp_path / "model_final.pth").exists()
 
 
-@every_config
+@pytest.mark.parametrize("config", sorted(set(RUN) - set(ON_BOTH)), ids=str)
+def test_torchvision_refuses(config, options):
+    cfg = get_cfg()
+    load_config(cfg, str(ROOT / config), options, "torchvision")
+    (key,) = asks_for(config)
+    with pytest.raises(InputError, match=f"{key}: '{DETECTRON2_ONLY[key]}' is not accepted; use"):
+        Trainer(cfg)
+
+
+@pytest.mark.parametrize("config", RUN, ids=str)
 @pytest.mark.skipif(not INSTALLED, reason="Detectron2 is not installed")
 def test_detectron2(config, options, tmp_path):
     import detectron2.config
@@ -127,13 +157,6 @@ def test_the_rows_of_table_5():
     assert set(found) == {c for c in EIGHT_CHOICES if c[2] == "shared"}
     for choices, path in found.items():
         check_row(path, choices)
-
-
-def merged(path):
-    """A config's leaves by their dotted keys, its bases included."""
-    own = yaml.safe_load(path.read_text())
-    inherited = merged(path.parent / own.pop("_BASE_")) if "_BASE_" in own else {}
-    return {**inherited, **dict(leaves(own))}
 
 
 @pytest.mark.parametrize("folder", [LEAKAGE, LEAKAGE / "shapes"], ids=["coco", "shapes"])
@@ -216,3 +239,20 @@ SIZES = (
 def test_every_way_has_a_twin():
     names = [sorted(p.name for p in folder.glob("*.yaml")) for folder in (WAYS, WAYS / "shapes")]
     assert names[0] == names[1]
+
+
+LEVELS = MULTI_DOMAIN.with_name("heads")
+
+
+@pytest.mark.parametrize("folder", [LEVELS, LEVELS / "shapes"], ids=["coco", "shapes"])
+@pytest.mark.parametrize(
+    "head, part", [("rpn", "RPN"), ("fcos", "FCOS"), ("cascade", "ROI_BOX_HEAD")]
+)
+def test_heads(folder, head, part):
+    """Only what levels share differs, as the names say."""
+    shared, per_level = (merged(folder / f"{head}_{kind}.yaml") for kind in ("shared", "per_level"))
+    assert per_level["OUTPUT_DIR"].endswith(f"{folder.relative_to(LEVELS.parent)}/{head}_per_level")
+    changed = {k for k in per_level if per_level[k] != shared[k]} - {"OUTPUT_DIR"}
+    assert changed == {f"MODEL.{part}.BN.{choice}" for choice in ("STATISTICS", "POPULATION")}
+    assert {shared[k] for k in changed} == {"shared"}
+    assert {per_level[k] for k in changed} == {"per_domain"}
