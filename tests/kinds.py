@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from bn_det import BatchNorm2d, DomainBatchNorm2d, SourceBatchNorm2d, image_sources
+from bn_det import (
+    BatchNorm2d,
+    DomainBatchNorm2d,
+    RoILevelBatchNorm2d,
+    SourceBatchNorm2d,
+    image_sources,
+    roi_levels,
+)
 from reference import EIGHT_CHOICES
 
 C, SOURCES = 4, [0, 1, 0, 1, 1, 0]
@@ -13,6 +20,7 @@ KINDS = {
     "plain": lambda **kwargs: BatchNorm2d(C, **kwargs),
     "ghost": lambda **kwargs: BatchNorm2d(C, ghost_size=2, **kwargs),
     "sources": lambda **kwargs: SourceBatchNorm2d(C, 2, **kwargs),
+    "rois": lambda **kwargs: RoILevelBatchNorm2d(C, 2, statistics="shared", **kwargs),
     **{
         "-".join(choices): lambda choices=choices, **kwargs: DomainBatchNorm2d(
             C,
@@ -38,7 +46,7 @@ def inputs(seed=0):
 
 def inputs_of(kind, seed=0):
     """Those that a kind takes."""
-    return inputs(seed)[: 1 if kind in ("plain", "ghost", "sources") else 2]
+    return inputs(seed)[: 1 if kind in ("plain", "ghost", "sources", "rois") else 2]
 
 
 def make(kind, **kwargs):
@@ -52,10 +60,12 @@ def make(kind, **kwargs):
     return layer
 
 
-def call(layer, xs):
-    if isinstance(layer, SourceBatchNorm2d):
-        with image_sources(SOURCES):
-            return [layer(xs[0])]
+def call(layer, xs, sources=SOURCES):
+    """The sources of images are also the levels of RoIs."""
+    for kind, scope in ((SourceBatchNorm2d, image_sources), (RoILevelBatchNorm2d, roi_levels)):
+        if isinstance(layer, kind):
+            with scope(sources):
+                return [layer(xs[0])]
     return layer(xs) if isinstance(layer, DomainBatchNorm2d) else [layer(xs[0])]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 from torch import Tensor
@@ -17,7 +18,7 @@ _ROIS = DomainScope(
 )
 
 
-def roi_levels(levels: Tensor) -> AbstractContextManager[None]:
+def roi_levels(levels: Tensor | Sequence[int]) -> AbstractContextManager[None]:
     """Inside the block, the levels that the RoIs come from which a head is called with.
 
         with bn_det.roi_levels(levels):

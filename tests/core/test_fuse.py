@@ -96,6 +96,36 @@ def test_head_on_levels(choices):
     )
 
 
+class ConvNormReLU(nn.Conv2d):
+    """As Detectron2's Conv2d."""
+
+    def __init__(self, norm):
+        super().__init__(4, C, 3, padding=1)
+        self.norm, self.activation = norm, nn.ReLU()
+
+    def forward(self, x):
+        x = super().forward(x)
+        return self.activation(x if self.norm is None else self.norm(x))
+
+
+@pytest.mark.parametrize("choices", reference.EIGHT_CHOICES, ids="-".join)
+def test_convolution_with_a_norm_on_levels(choices):
+    """In its parent's place."""
+    names = ("statistics", "population", "affine")
+    norm = DomainBatchNorm2d(C, 3, **dict(zip(names, choices, strict=True)))
+    before = randomize(nn.ModuleDict({"conv": ConvNormReLU(norm)}))
+    model = copy.deepcopy(before)
+    assert fuse(model).fused == ["conv.norm"]
+    assert isinstance(model.conv, LevelConv2d) == (choices[1:] != ("shared", "shared"))
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    xs = [torch.randn(2, 4, 5 - k, 4, dtype=torch.float64) for k in range(3)]
+    assert_same_outputs(
+        lambda xs: forward_levels([before.conv], xs),
+        lambda xs: forward_levels([model.conv], xs),
+        xs,
+    )
+
+
 class Block(nn.Module):
     """Pairs that are one, and pairs that only seem so."""
 

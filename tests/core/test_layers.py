@@ -95,3 +95,14 @@ def test_forward_levels_sees_all_levels():
     found = forward_levels([nn.Sequential(conv, nn.Sequential(joint)), nn.ReLU()], features)
     expected = joint([conv(x) for x in features])
     torch.testing.assert_close(found, [y.relu() for y in expected])
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), None])
+def test_forward_levels_takes_a_convolution_with_a_norm_apart(activation):
+    conv = nn.Conv2d(3, 4, 3, padding=1)
+    joint = DomainBatchNorm2d(4, 2, statistics="shared")
+    features = [torch.randn(2, 3, 6, 5), torch.randn(2, 3, 2, 2)]
+    expected = joint([conv(x) for x in features])
+    conv.norm, conv.activation = joint, activation
+    found = forward_levels([conv], features)
+    torch.testing.assert_close(found, [y.relu() if activation else y for y in expected])

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import reference
-from bn_det import BatchNorm2d, DomainBatchNorm2d, SourceBatchNorm2d, image_sources, virtual_batch
+from bn_det import BatchNorm2d, virtual_batch
 from bn_det.errors import InputError
 from kinds import SOURCES, C, call, every_kind, inputs_of, make
 from ranks import run_ranks
@@ -23,20 +23,14 @@ def extra_of(kind):
 
 
 def run_extra(layer, xs):
-    if isinstance(layer, SourceBatchNorm2d):
-        with image_sources(SOURCES[:EXTRA]):
-            return layer(xs[0])
-    return layer(xs) if isinstance(layer, DomainBatchNorm2d) else layer(xs[0])
+    return call(layer, xs, SOURCES[:EXTRA])
 
 
 def joined(layer, xs, extra):
     """The layer on real and extra images as one batch: the outputs of the real ones."""
     both = [torch.cat([x, e]) for x, e in zip(xs, extra, strict=True)]
-    if isinstance(layer, SourceBatchNorm2d):
-        with image_sources(SOURCES + SOURCES[:EXTRA]):
-            return [layer(both[0])[: len(xs[0])]]
-    ys = layer(both) if isinstance(layer, DomainBatchNorm2d) else [layer(both[0])]
-    return [y[: len(x)] for y, x in zip(ys, xs, strict=True)]
+    ys = call(layer, both, SOURCES + SOURCES[:EXTRA])
+    return [y[: len(x)] for y, x in zip(ys, xs[: len(ys)], strict=True)]
 
 
 every_whole_kind = pytest.mark.parametrize("kind", [k for k in every_kind.args[1] if k != "ghost"])

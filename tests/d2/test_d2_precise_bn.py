@@ -84,7 +84,18 @@ def record_inputs(model):
     return seen, handles
 
 
-@pytest.mark.parametrize("opts", [STOCK, [], LEVELS, RCNN], ids=["stock", "ours", "levels", "rcnn"])
+RPN_LEVELS = [*RCNN, "MODEL.RPN.HEAD_NAME", "BNRPNHead", "MODEL.RPN.NORM", "BN"]
+FCOS_LEVELS = [
+    *("MODEL.META_ARCHITECTURE", "BNFCOS", "MODEL.FCOS.NORM", "BN", "MODEL.FCOS.NUM_CLASSES", "4"),
+    *("MODEL.BACKBONE.NAME", "build_bn_fcos_resnet_fpn_backbone", "MODEL.FCOS.NUM_CONVS", "1"),
+]
+DETECTORS = {
+    "stock": STOCK, "ours": [], "levels": LEVELS, "rcnn": RCNN, "rpn": RPN_LEVELS,
+    "fcos": FCOS_LEVELS,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("opts", DETECTORS.values(), ids=DETECTORS)
 def test_detectors(opts):
     model, batches = make_model(*opts), make_batches((2, 3, 2, 4, 2, 3))
     before = copy.deepcopy(model.state_dict())
