@@ -5,10 +5,10 @@ import pytest
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 import copy
+from functools import partial
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import get_cfg
 from detectron2.engine import DefaultTrainer
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import build_model
@@ -19,12 +19,13 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+import d2_models
 from bn_det import BatchNorm2d, DomainBatchNorm2d, L1BatchNorm2d, fuse
-from bn_det.config import load_config
-from bn_det.d2 import BNRetinaNetHead, add_bn_det_config, register_datasets
+from bn_det.d2 import BNRetinaNetHead, register_datasets
 from bn_det.errors import InputError
 from bn_det.layers import WEIGHT_NORMS
 from bn_det.tv.retinanet import BNRetinaNetHead as TorchvisionHead
+from d2_models import randomize
 from reference import BASE, EIGHT_CHOICES, choice_opts, norm_opts
 
 STOCK = [
@@ -35,20 +36,7 @@ STOCK = [
 ]
 
 
-def make_cfg(*opts):
-    cfg = get_cfg()
-    add_bn_det_config(cfg)
-    load_config(cfg, BASE, ["MODEL.DEVICE", "cpu", *opts], "Detectron2")
-    return cfg
-
-
-def randomize(model):
-    """A state in which every parameter and statistic matters."""
-    for name, t in (*model.named_parameters(), *model.named_buffers()):
-        if name.endswith("running_var"):
-            t.data.uniform_(0.5, 1.5)
-        elif name.endswith(("running_mean", "bias")) and "cls_score" not in name:
-            t.data.uniform_(-0.3, 0.3)
+make_cfg = partial(d2_models.make_cfg, BASE)
 
 
 def batch(num_images=2, size=128):

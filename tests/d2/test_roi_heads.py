@@ -5,23 +5,22 @@ import pytest
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 import logging
+from functools import partial
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import get_cfg
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead, MaskRCNNConvUpsampleHead
-from detectron2.structures import Boxes, Instances, PolygonMasks
-from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import d2_models
 from bn_det import BatchNorm2d, L1BatchNorm2d
-from bn_det.config import load_config
-from bn_det.d2 import BNFastRCNNConvFCHead, BNMaskRCNNConvUpsampleHead, add_bn_det_config
+from bn_det.d2 import BNFastRCNNConvFCHead, BNMaskRCNNConvUpsampleHead
 from bn_det.errors import InputError
 from bn_det.shuffle import shuffle
+from d2_models import make_batch, train_step
 from ranks import run_ranks
 from reference import RCNN_BASE
 
@@ -41,43 +40,7 @@ def heads_norm(norm, shuffle=False):
     return [o for head in HEADS for k, v in keys.items() for o in (f"MODEL.{head}.{k}", v)]
 
 
-def make_cfg(*opts):
-    cfg = get_cfg()
-    add_bn_det_config(cfg)
-    load_config(cfg, RCNN_BASE, ["MODEL.DEVICE", "cpu", *opts], "Detectron2")
-    return cfg
-
-
-def make_batch(num_objects, size=128):
-    """An image for each number of objects."""
-    inputs = []
-    for number in num_objects:
-        instances = Instances((size, size))
-        corners = torch.rand(number, 2) * size / 2
-        boxes = torch.cat([corners, corners + 20 + torch.rand(number, 2) * 30], 1)
-        x0, y0, x1, y1 = boxes.T.double().numpy()
-        polygons = [[p] for p in zip(x0, y0, x1, y0, x1, y1, x0, y1, strict=True)]
-        instances.gt_boxes = Boxes(boxes)
-        instances.gt_classes = torch.arange(number) % 4
-        instances.gt_masks = PolygonMasks(polygons)
-        inputs.append({"image": torch.randint(0, 256, (3, size, size)), "instances": instances})
-    return inputs
-
-
-def losses_of(model, inputs):
-    with EventStorage():
-        return model(inputs)
-
-
-def train_step(model, inputs):
-    losses = losses_of(model, inputs)
-    sum(losses.values()).backward()
-    for name, loss in losses.items():
-        assert loss.isfinite(), name
-    for name, p in model.named_parameters():
-        assert not p.requires_grad or p.grad is not None, f"DDP would wait for {name}"
-        assert p.grad is None or p.grad.isfinite().all(), name
-    return losses
+make_cfg = partial(d2_models.make_cfg, RCNN_BASE)
 
 
 @every_norm
