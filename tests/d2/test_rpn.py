@@ -227,7 +227,7 @@ def test_statistics_of_one_part():
     [
         (
             ["MODEL.RPN.NORM", "BN"],
-            "RPN.NORM: 'BN' .*HEAD_NAME 'StandardRPNHead', which has none; .* HEAD_NAME 'BNRPNHead'",
+            "RPN.NORM: 'BN' .*'StandardRPNHead', which has none; .* HEAD_NAME 'BNRPNHead'",
         ),
         ([*BN, "MODEL.RPN.BN.AFFINE", "x"], "MODEL.RPN.BN.AFFINE: 'x' .*'shared', 'per_domain'"),
         ([*BN, "MODEL.RPN.GHOST_ORDER", "x"], "MODEL.RPN.GHOST_ORDER: 'x' .*'contiguous'"),
