@@ -23,7 +23,7 @@ from reference import EIGHT_CHOICES
 C, LEVELS = 4, 3
 BATCHES = {
     "mixed": [2, 0, 1, 0, 0, 2, 1],
-    "in order": [0, 0, 1, 2, 2],
+    "in order": [0, 0, 0, 1, 2, 2],
     "an empty level": [2, 0, 2, 0],
     "one of a level": [1, 0, 1, 0, 2],
     "one": [1],

@@ -213,6 +213,12 @@ def test_sources_that_cannot_be(sources, message, training):
     assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
 
 
+def test_layers_that_know_different_numbers_of_sources():
+    with image_sources([1, 0, 1]):
+        for num_sources in (2, 3, 2):
+            SourceBatchNorm2d(C, num_sources).double()(images([1, 0, 1]))
+
+
 def test_the_scope_ends_with_its_block():
     layer = SourceBatchNorm2d(C, 2).double()
     with image_sources([0, 1]):
