@@ -6,11 +6,11 @@ import copy
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
@@ -29,6 +29,7 @@ from .layers.domain_batch_norm import called_batch_norms
 logger = logging.getLogger(__name__)
 
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
+_STATE = ("running_mean", "running_var", "weight", "bias")
 
 
 def freeze(model: nn.Module, affine: bool = True) -> nn.Module:
@@ -37,6 +38,11 @@ def freeze(model: nn.Module, affine: bool = True) -> nn.Module:
     In place, and for good: the statistics no longer change, as in Detectron2's FrozenBatchNorm2d,
     neither by training nor by ``update_bn_stats``. torch's layers are exchanged for ours
     (``convert_batchnorm``).
+
+    With ``affine=False`` it warns of layers with mean 0 and variance 1: a checkpoint has them where
+    statistics have been folded into weight and bias, as in the published ResNets of Caffe. These
+    then learn otherwise than those of the model before folding. A model that has never been trained
+    has such statistics, too, and gets the same warning.
 
     Args:
         affine: whether weight and bias are frozen, too (they need no gradient).
@@ -60,7 +66,49 @@ def freeze(model: nn.Module, affine: bool = True) -> nn.Module:
             vars(layer).update(frozen)
             if affine:
                 layer.requires_grad_(False)
+    if not affine:
+        warn_of_folded_statistics(model)
     return model
+
+
+def warn_of_folded_statistics(model: nn.Module) -> None:
+    """Warn of layers whose weight and bias are to be trained, but with statistics folded into them.
+
+    With scale a = weight / std and shift b = bias - mean * a the layer computes a x + b. A step of
+    SGD on a and b is not one on weight and bias: it lacks the factor 1 / var in a, for example.
+    """
+    names = [
+        name or type(layer).__name__
+        for layer, name in called_batch_norms(model).items()
+        if any(p.requires_grad for p in layer.parameters()) and _is_trivial(layer)
+    ]
+    if names:
+        logger.warning(
+            "Frozen BatchNorm with mean 0 and variance 1: %s. Where statistics have been folded "
+            "into weight and bias, these have other gradients than before and learn otherwise; "
+            "freeze them, too, unless the model has not been trained before",
+            ", ".join(names),
+        )
+
+
+def _is_trivial(layer: _BatchNorm) -> bool:
+    """Whether normalizing by the layer's population statistics changes nothing, in any domain."""
+    holders = {population for population, _ in _holders(layer)}
+    return all(
+        holder.running_mean is not None
+        and not holder.running_mean.any()
+        # Detectron2 writes 1 - eps for what is folded.
+        and bool(((holder.running_var - 1).abs() <= 2 * layer.eps).all())
+        for holder in holders
+    )
+
+
+def _holders(layer: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """What holds population statistics, and what the affine: each pair that a domain has."""
+    if not isinstance(layer, DomainBatchNorm2d):
+        return [(layer, layer)]
+    domains = range(layer.num_domains)
+    return list(dict.fromkeys((layer.population_of(k), layer.affine_of(k)) for k in domains))
 
 
 class FuseReport(NamedTuple):
@@ -82,13 +130,17 @@ def fuse(model: nn.Module) -> FuseReport:
     level where statistics or affine are per level (:class:`~bn_det.layers.LevelConv2d`), so that
     its BatchNorm costs nothing.
 
+    BatchNorm layers are torch's and ours, and FrozenBatchNorm2d of Detectron2 and torchvision.
+    Subclasses are, too, but for those that compute anything else (timm's have an activation).
+
     A pair is fused where it is certain that the BatchNorm gets the output of the convolution and
     nothing else does: a convolution with a ``norm`` (Detectron2's ``Conv2d``), neighbours in an
-    ``nn.Sequential``, and children of a module whose ``forward`` torch.fx can trace. The others are
-    left alone.
+    ``nn.Sequential``, and children of a module whose ``forward`` torch.fx can trace and leaves no
+    trace in its attributes. The others are left alone, Detectron2's ``CycleBatchNormList`` among
+    them: which of its layers a level gets depends on the number of calls before.
 
     A fused convolution must not be trained: its gradients are those of other parameters than weight
-    and bias were, and the model learns otherwise. It warns.
+    and bias were, and the model learns otherwise. It warns, once for a model.
 
     Args:
         model: in evaluation mode.
@@ -98,15 +150,16 @@ def fuse(model: nn.Module) -> FuseReport:
     """
     if model.training:
         raise InputError("fuse: not accepted for a model in training mode; call eval() first")
-    names = called_batch_norms(model)
+    called = called_batch_norms(model)
+    names = {m: n for n, m in model.named_modules() if m in called or _is_frozen(m)}
     places = Counter(child for parent in model.modules() for child in parent._modules.values())
     left = {layer: _why_not(layer, places[layer]) for layer in names}
-    fused = []
+    fused, warned = [], set()
     for pair in list(_pairs(model)):
         if pair.norm in names and not left[pair.norm]:
-            left[pair.norm] = _why_not(pair.conv, places[pair.conv])
+            left[pair.norm] = _why_not(pair.conv, places[pair.conv]) or _what_else(pair.norm)
             if not left[pair.norm]:
-                _fold(pair)
+                _fold(pair, warned)
                 fused.append(pair.norm)
     return FuseReport(
         [names[layer] for layer in fused],
@@ -122,18 +175,32 @@ class _Pair(NamedTuple):
     """A convolution and its BatchNorm, and where they are: the names in their parents."""
 
     conv: nn.Module
-    norm: _BatchNorm
+    norm: nn.Module
     conv_parent: nn.Module
     conv_name: str
     norm_parent: nn.Module
     norm_name: str
 
 
+def _is_frozen(module: nn.Module) -> bool:
+    """Whether a module seems to be a host's FrozenBatchNorm2d, which the core does not import.
+
+    By what it has: a BatchNorm's state, all of it buffers. timm's FrozenBatchNormAct2d has it, too:
+    before such a layer is folded, ``_what_else`` looks at what it computes.
+    """
+    buffers = all(module._buffers.get(name) is not None for name in _STATE)
+    return buffers and not isinstance(module, _BatchNorm)
+
+
+def _is_norm(module: nn.Module | None) -> bool:
+    return isinstance(module, _BatchNorm) or (module is not None and _is_frozen(module))
+
+
 def _pairs(model: nn.Module) -> Iterator[_Pair]:
     places = {m: (parent, n) for parent in model.modules() for n, m in parent._modules.items()}
     for module in model.modules():
         children = dict(module.named_children())
-        norms = {n: m for n, m in children.items() if isinstance(m, _BatchNorm)}
+        norms = {n: m for n, m in children.items() if _is_norm(m)}
         if isinstance(module, nn.Conv2d) and "norm" in norms:
             place = places.get(module, (nn.Module(), ""))  # the model itself is nobody's child
             yield _Pair(module, norms["norm"], *place, module, "norm")
@@ -154,11 +221,15 @@ class _ChildrenAreLeaves(fx.Tracer):
 
 def _traced_pairs(module: nn.Module) -> list[tuple[str, str]]:
     """Names of children of which the second gets the output of the first, which no other does."""
+    module = copy.copy(module)  # its attributes may change while it is traced
+    before = dict(vars(module))
     try:
         nodes = _ChildrenAreLeaves().trace(module).nodes
     except Exception as e:  # whatever a forward method does that cannot be traced
         logger.debug("%s cannot be traced: %s", type(module).__name__, e)
         return []
+    if any(value is not before.get(name) for name, value in vars(module).items()):
+        return []  # the next call may call other children: CycleBatchNormList
     calls = [node for node in nodes if node.op == "call_module"]
     number = Counter(node.target for node in calls)
     found = []
@@ -168,7 +239,7 @@ def _traced_pairs(module: nn.Module) -> list[tuple[str, str]]:
             isinstance(conv, fx.Node)
             and conv.op == "call_module"
             and isinstance(getattr(module, conv.target, None), _CONVOLUTIONS)
-            and isinstance(getattr(module, norm.target, None), _BatchNorm)
+            and _is_norm(getattr(module, norm.target, None))
             and list(conv.users) == [norm]
             and number[conv.target] == number[norm.target] == 1
         ):
@@ -201,7 +272,30 @@ def _why_not(module: nn.Module, num_places: int) -> str:
     return ""
 
 
-def _fold(pair: _Pair) -> None:
+@torch.no_grad()
+def _what_else(norm: nn.Module) -> str:
+    """Why a layer cannot be folded by what it computes, whatever its class is.
+
+    A copy with a state in which everything matters is compared with the formula.
+    """
+    if isinstance(norm, DomainBatchNorm2d):
+        return ""
+    norm = copy.deepcopy(norm)
+    state = [getattr(norm, name) for name in _STATE]
+    for tensor, value in zip(state, (0.5, 1e-4, -1.5, 0.25), strict=True):
+        if tensor is not None:
+            tensor.fill_(value)
+    mean = state[0]
+    x = torch.linspace(-3, 3, 4 * len(mean), dtype=mean.dtype, device=mean.device)
+    x = x.view(2, len(mean), 2, 1)
+    expected = F.batch_norm(x, *state, eps=getattr(norm, "eps", 0.0))
+    # 1 % for half precision; an eps that is left out would be 5 %.
+    if torch.allclose(norm(x), expected, rtol=0.01, atol=0.01):
+        return ""
+    return f"a {type(norm).__name__} does not only normalize"
+
+
+def _fold(pair: _Pair, warned: set[str]) -> None:
     conv, norm = pair.conv, pair.norm
     holders = _holders(norm)
     # Before the convolution is copied. Detectron2's takes None for no norm.
@@ -210,19 +304,14 @@ def _fold(pair: _Pair) -> None:
         convs = [_folded(copy.deepcopy(conv), *holder, norm.eps) for holder in holders]
         setattr(pair.conv_parent, pair.conv_name, LevelConv2d(convs))
     else:
-        _folded(conv, *holders[0], norm.eps)
-
-
-def _holders(norm: _BatchNorm) -> list[tuple[_BatchNorm, _BatchNorm]]:
-    """The modules that hold population statistics and the affine; of several domains each pair."""
-    if not isinstance(norm, DomainBatchNorm2d):
-        return [(norm, norm)]
-    domains = range(norm.num_domains)
-    return list(dict.fromkeys((norm.population_of(k), norm.affine_of(k)) for k in domains))
+        convs = [_folded(conv, *holders[0], norm.eps)]
+    for folded in convs:
+        folded.warned_of_training = warned
+        folded.register_forward_pre_hook(_warn_of_training)
 
 
 @torch.no_grad()
-def _folded(conv: nn.Module, population: _BatchNorm, affine: _BatchNorm, eps: float) -> nn.Module:
+def _folded(conv: nn.Module, population: nn.Module, affine: nn.Module, eps: float) -> nn.Module:
     """The convolution, with the layer's statistics and affine in its weight and bias."""
     mean, var = population.running_mean.double(), population.running_var.double()
     scale = (var + eps).rsqrt()
@@ -242,15 +331,17 @@ def _folded(conv: nn.Module, population: _BatchNorm, affine: _BatchNorm, eps: fl
         conv.bias = nn.Parameter(bias, requires_grad=conv.weight.requires_grad)
     else:
         conv.bias.copy_(bias)
-    conv.register_forward_pre_hook(partial(_warn_of_training, set()))
     return conv
 
 
-def _warn_of_training(warned: set[nn.Module], conv: nn.Module, _: tuple[Tensor, ...]) -> None:
-    if conv.training and conv.weight.requires_grad and not warned:
-        warned.add(conv)
-        logger.warning(
-            "A convolution that a BatchNorm has been folded into is being trained: the gradients "
-            "of its weight and bias are not those of the parameters before (a fused model should "
-            "not be fine-tuned)"
-        )
+def _warn_of_training(conv: nn.Module, _: tuple[Tensor]) -> None:
+    # A plain function, which a fused model can be scripted with (torch.jit.script).
+    if not torch.jit.is_scripting():
+        warned = conv.warned_of_training
+        if conv.training and conv.weight.requires_grad and not warned:
+            warned.add("training")
+            logger.warning(
+                "A convolution that a BatchNorm has been folded into is being trained: the "
+                "gradients of its weight and bias are not those of the parameters before (a fused "
+                "model should not be fine-tuned)"
+            )

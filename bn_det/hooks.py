@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from yacs.config import CfgNode
 
+from .fuse import warn_of_folded_statistics
 from .layers import BatchNorm2d
 from .layers.renorm import RenormLimits
 from .observation import population_layers
@@ -187,7 +188,9 @@ class FreezeBN(Hook):
     FrozenBN in the last part of a training, as Wu & Johnson, *Rethinking "Batch" in BatchNorm*, use
     it in the last 20 of 100 epochs. Layers are put into evaluation mode before every step, as an
     evaluation puts the model back into training mode. Parameters stay registered and keep their
-    gradients, as DistributedDataParallel and the optimizer expect.
+    gradients, as DistributedDataParallel and the optimizer expect. Where weight and bias go on
+    learning it warns of statistics that were folded into them (see :func:`bn_det.freeze`): those
+    that nothing has updated since a checkpoint was loaded.
 
     Args:
         iteration: the first one with frozen layers, counted from 0.
@@ -212,6 +215,8 @@ class FreezeBN(Hook):
             if self.trainer.iter == self.iteration:
                 self._make_final(model)
             self._affine = self._parameters(model) if self.affine else []
+            if not self.affine:
+                warn_of_folded_statistics(model)
         for layer in _batch_norms(model):
             layer.eval()
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bn_det.parts import PARTS
 
@@ -79,6 +79,21 @@ BAD_SOURCES = [
     (["DATASETS.SOURCES", "[['a', 'x'], ['b', 'x']]"], "the data set 'x' stands there twice"),
 ]
 """What is refused after TWO_SOURCES and PARTS with "RETINANET", and with which words."""
+
+
+def randomize(model: nn.Module) -> None:
+    """Give a detector a state in which every parameter and statistic matters."""
+    for name, t in (*model.named_parameters(), *model.named_buffers()):
+        if name.endswith("running_var"):
+            t.data.uniform_(0.5, 1.5)
+        elif name.endswith(("running_mean", "bias")) and "cls_" not in name:
+            t.data.uniform_(-0.3, 0.3)
+
+
+def assert_close_by_scale(found: Tensor, expected: Tensor, where: str = "") -> None:
+    """To 1e-5 of the largest value: float32 has absolute errors in sums of thousands of terms."""
+    error = (found - expected).abs().max() / expected.abs().max()
+    assert error <= 1e-5, (where, error)
 
 
 def leaves(cfg: dict, prefix: str = "") -> Iterator[tuple[str, object]]:

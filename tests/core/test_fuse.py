@@ -155,6 +155,31 @@ def test_pairs_that_are_not_certain_are_left_alone():
     assert_same_outputs(before, model, torch.randn(2, C, 3, 4, dtype=torch.float64))
 
 
+class InTurn(nn.Module):
+    """Counts calls, as Detectron2's CycleBatchNormList does."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn0, self.bn1 = nn.Conv2d(C, C, 1), nn.BatchNorm2d(C), nn.BatchNorm2d(C)
+        self.position = 0
+
+    def forward(self, x):
+        norm = self.bn1 if self.position else self.bn0
+        self.position = 1 - self.position
+        return norm(self.conv(x))
+
+
+def test_what_depends_on_the_number_of_calls_is_left_alone():
+    """And its count is not touched."""
+    before = randomize(InTurn())
+    model = copy.deepcopy(before)
+    report = fuse(model)
+    assert report.fused == [] and set(report.left) == {"bn0", "bn1"}
+    x = torch.randn(2, C, 3, 4, dtype=torch.float64)
+    assert_same_outputs(before, model, x)
+    assert_same_outputs(before, model, x)
+
+
 class DependsOnData(Block):
     def forward(self, x):
         return super().forward(x) if x.sum() > 0 else x
@@ -193,8 +218,84 @@ def test_reasons():
         fuse(model.train())
 
 
+class Frozen(nn.Module):
+    """FrozenBatchNorm2d as Detectron2 and torchvision have it, or with one thing that is not so."""
+
+    def __init__(self, other=""):
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.ones(C))
+        self.other = other
+        if other != "no eps":
+            self.eps = 1e-3
+
+    def forward(self, x):
+        eps = 1e-3 if self.other == "no eps" else self.eps
+        state = (self.running_mean, self.running_var, self.weight, self.bias)
+        x = F.batch_norm(x, *state, eps=eps)
+        return F.leaky_relu(x, 0.9) if self.other == "activation" else x
+
+
+def test_buffers_alone():
+    """A layer that is no BatchNorm by type."""
+    before = randomize(nn.Sequential(nn.Conv2d(3, C, 3), Frozen(), nn.ReLU()))
+    model = copy.deepcopy(before)
+    report = fuse(model)
+    assert report.fused == ["1"] and isinstance(model[1], nn.Identity)
+    assert_same_outputs(before, model, torch.randn(2, 3, 5, 4, dtype=torch.float64))
+
+
+class WithActivation(nn.BatchNorm2d):
+    def forward(self, x):
+        return F.relu(super().forward(x))
+
+
+class Plain(nn.BatchNorm2d):
+    """As Detectron2's NaiveSyncBatchNorm in evaluation."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "layer",
+    [WithActivation(C), Frozen("activation"), Frozen("no eps")],
+    ids=["activation", "frozen-activation", "frozen-eps"],
+)
+def test_what_computes_anything_else_is_left_alone(layer, dtype):
+    """Classes that have a BatchNorm's state, and more to do (timm's BatchNormAct2d)."""
+    before = randomize(nn.Sequential(nn.Conv2d(3, C, 1), layer)).to(dtype)
+    model = copy.deepcopy(before)
+    report = fuse(model)
+    assert report.fused == [] and "does not only normalize" in report.left["1"]
+    x = torch.randn(2, 3, 5, 4, dtype=dtype)
+    assert torch.equal(model(x), before(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layer", [Plain, nn.BatchNorm2d, nn.SyncBatchNorm, BatchNorm2d])
+def test_subclasses_and_types(layer, dtype):
+    assert fuse(nn.Sequential(nn.Conv2d(3, C, 1), layer(C)).to(dtype).eval()).fused == ["1"]
+
+
+def test_timms_layers():
+    """Their activation is in the BatchNorm."""
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    before = randomize(timm.create_model("regnetx_002"))
+    model = copy.deepcopy(before)
+    report = fuse(model)
+    norms = {n: m for n, m in before.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    assert all(isinstance(m, timm.layers.BatchNormAct2d) for m in norms.values())
+    with_activation = {n for n, m in norms.items() if not isinstance(m.act, nn.Identity)}
+    assert report.left.keys() == with_activation != set()
+    assert set(report.fused) == norms.keys() - with_activation != set()
+    assert_same_outputs(before, model, torch.randn(1, 3, 64, 64, dtype=torch.float64))
+
+
 def test_training_a_fused_model_warns_once(caplog):
-    model = randomize(nn.Sequential(nn.Conv2d(3, C, 1), nn.BatchNorm2d(C)))
+    model = nn.Sequential(nn.Conv2d(3, C, 1), nn.BatchNorm2d(C), nn.Conv2d(C, C, 1), Frozen())
+    randomize(model)
     fuse(model)
     x = torch.randn(1, 3, 2, 2, dtype=torch.float64)
     with caplog.at_level(logging.WARNING):
@@ -239,3 +340,76 @@ def test_freeze_torchs_layers():
     assert torch.equal(y, frozen.eval()(x))
     with pytest.raises(InputError, match="0 is a BatchNorm1d"):
         freeze(nn.Sequential(nn.BatchNorm1d(3)))
+
+
+def make_norm(mean, var, weight, bias):
+    layer = nn.BatchNorm2d(len(mean), eps=0.0).double()
+    layer.running_mean, layer.running_var = mean.clone(), var.clone()
+    layer.weight.data, layer.bias.data = weight.clone(), bias.clone()
+    return nn.Sequential(layer)
+
+
+def scale_and_shift(model):
+    """Those of the function a x + b that a frozen layer is."""
+    (layer,) = model
+    scale = (layer.weight / layer.running_var.sqrt()).detach()
+    return scale, layer.bias.detach() - layer.running_mean * scale
+
+
+def test_folded_statistics_are_learnt_otherwise(caplog):
+    """One function before a step of SGD, two after it; freeze warns of the one, and says where."""
+    mean, var, weight, bias = torch.tensor(
+        [[3, -1, 0], [4, 0.25, 1], [1.5, 0.5, 1], [0.25, 1, -1]], dtype=torch.float64
+    )
+    trained = make_norm(mean, var, weight, bias)
+    a, b = scale_and_shift(trained)
+    folded = make_norm(torch.zeros_like(mean), torch.ones_like(var), a, b)
+    with caplog.at_level(logging.WARNING):
+        trained = freeze(trained, affine=False)
+        freeze(copy.deepcopy(folded))
+        assert not caplog.records
+        folded = freeze(folded, affine=False)
+    (record,) = caplog.records
+    assert "mean 0 and variance 1: 0." in record.message
+
+    x = (mean + torch.randn(50, 3, dtype=torch.float64) * var.sqrt())[..., None, None]
+    target = torch.randn_like(x)
+    steps = []
+    for model in (trained, folded):
+        optimizer = torch.optim.SGD(model.train().parameters(), 0.1)
+        torch.testing.assert_close(scale_and_shift(model), (a, b), rtol=1e-15, atol=1e-15)
+        F.mse_loss(model(x), target).backward()
+        optimizer.step()
+        new_a, new_b = scale_and_shift(model)
+        steps.append((new_a - a, new_b - b))
+    (of_a, of_b), (of_a_folded, of_b_folded) = steps
+    # By the chain rule, with weight = a std and bias = b + mean a.
+    expected_a = (of_a_folded - mean * of_b_folded) / var
+    torch.testing.assert_close(of_a, expected_a, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(of_b, of_b_folded - mean * of_a, rtol=1e-12, atol=1e-12)
+    # Where x is the mean it moves by bias' step alone, or with the mean's share of weight's, too.
+    moved, moved_folded = ((of_a * mean + of_b) for of_a, of_b in steps)
+    ratios = moved_folded / moved
+    assert ratios[0] > 20 and ratios[1] > 1.9 and ratios[2] == 1, "28, 2.001, and nothing folded"
+
+
+@pytest.mark.parametrize(
+    "name, value, warns",
+    [
+        ("running_var", 1.0, True),
+        ("running_var", 1 - 1e-5, True),  # Detectron2's with nothing to normalize
+        ("running_var", 1 + 1e-3, False),
+        ("running_mean", 1e-9, False),
+    ],
+)
+@pytest.mark.parametrize("sharing", ["shared", "per_domain"])
+def test_when_freezing_warns(name, value, warns, sharing, caplog):
+    head = DomainBatchNorm2d(C, 3, population=sharing, affine=sharing)
+    model = nn.ModuleDict({"head": head, "conv": nn.Conv2d(C, C, 1)})
+    head.population_of(1).get_buffer(name)[2] = value
+    freeze(copy.deepcopy(model).requires_grad_(False), affine=False)
+    freeze(nn.BatchNorm2d(C, track_running_stats=False), affine=False)
+    freeze(nn.BatchNorm2d(C, affine=False), affine=False)
+    assert not caplog.records
+    freeze(model, affine=False)
+    assert ["variance 1: head." in message for message in caplog.messages] == [True] * warns

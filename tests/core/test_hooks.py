@@ -144,6 +144,23 @@ def test_freeze(affine, precise):
     assert not torch.equal(seen[4][1]["0.weight"], seen[3][1]["0.weight"])
 
 
+@pytest.mark.parametrize(
+    "iteration, affine, update, warns",
+    [
+        (0, False, True, True),  # statistics as in a checkpoint with nothing to normalize by
+        (0, True, True, False),
+        (1, False, True, False),  # a step has moved them
+        (1, False, False, True),
+    ],
+)
+def test_freezing_folded_statistics_warns_once(iteration, affine, update, warns, caplog):
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), BatchNorm2d(2, update_population=update))
+    trainer = Trainer(model, 4)
+    trainer.register(FreezeBN(iteration, affine=affine))
+    trainer.train()
+    assert ["variance 1: 1." in message for message in caplog.messages] == [True] * warns
+
+
 @pytest.mark.parametrize("start", [4, 6])
 def test_freeze_is_resumed(start):
     def run(model, max_iter, start=0, optimizer=None):

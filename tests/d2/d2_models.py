@@ -19,15 +19,6 @@ def make_cfg(base, *opts):
     return cfg
 
 
-def randomize(model):
-    """A state in which every parameter and statistic matters."""
-    for name, t in (*model.named_parameters(), *model.named_buffers()):
-        if name.endswith("running_var"):
-            t.data.uniform_(0.5, 1.5)
-        elif name.endswith(("running_mean", "bias")) and "cls_score" not in name:
-            t.data.uniform_(-0.3, 0.3)
-
-
 def make_batch(num_objects, size=128):
     """An image for each number of objects."""
     inputs = []

@@ -23,8 +23,8 @@ from bn_det.d2 import BNFCOS, BNFCOSHead
 from bn_det.data.coco import check_num_classes
 from bn_det.errors import InputError
 from bn_det.layers import LevelConv2d
-from d2_models import check_checkpoints, losses_of, make_batch, randomize, train_step
-from reference import BASE, EIGHT_CHOICES, choice_opts
+from d2_models import check_checkpoints, losses_of, make_batch, train_step
+from reference import BASE, EIGHT_CHOICES, choice_opts, randomize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

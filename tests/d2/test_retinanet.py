@@ -20,13 +20,12 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 import d2_models
-from bn_det import BatchNorm2d, DomainBatchNorm2d, L1BatchNorm2d, fuse
+from bn_det import BatchNorm2d, DomainBatchNorm2d, L1BatchNorm2d
 from bn_det.d2 import BNRetinaNetHead, register_datasets
 from bn_det.errors import InputError
 from bn_det.layers import WEIGHT_NORMS
 from bn_det.tv.retinanet import BNRetinaNetHead as TorchvisionHead
-from d2_models import randomize
-from reference import BASE, EIGHT_CHOICES, choice_opts, norm_opts
+from reference import BASE, EIGHT_CHOICES, choice_opts, norm_opts, randomize
 
 STOCK = [
     "MODEL.META_ARCHITECTURE",
@@ -249,25 +248,3 @@ def test_in_an_unmodified_default_trainer(tiny_shapes, tmp_path):
     assert not torch.equal(head.weight, before[0])
     assert not torch.equal(head.get_submodule("4").running_var, before[1])
     assert (tmp_path / "model_final.pth").is_file()
-
-
-@pytest.mark.parametrize("population", ["shared", "per_domain"])
-def test_fused(population):
-    """A fused detector detects the same, without any BatchNorm, and its plain lists are fused."""
-    opts = ["MODEL.RETINANET.BN.POPULATION", population, "MODEL.RETINANET.SCORE_THRESH_TEST", "0.0"]
-    before = build_model(make_cfg(*opts)).eval()
-    randomize(before)
-    model = copy.deepcopy(before)
-    report = fuse(model)
-    assert report.left == {} and len(report.fused) == 20 + 6 + 4
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
-    inputs = batch()
-    with torch.no_grad():
-        features = [m.backbone(inputs[0]["image"][None] / 64 - 2) for m in (model, before)]
-        for name, x in features[1].items():
-            assert (features[0][name] - x).abs().max() <= 1e-5 * x.abs().max(), name
-        found, expected = (m(copy.deepcopy(inputs)) for m in (model, before))
-    for a, b in zip(found, expected, strict=True):
-        a, b = a["instances"], b["instances"]
-        assert len(a) == len(b) > 0
-        torch.testing.assert_close(a.scores, b.scores, rtol=1e-4, atol=1e-5)

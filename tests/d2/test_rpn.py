@@ -21,9 +21,9 @@ from bn_det.d2 import AverageStatistics, BNRPNHead
 from bn_det.errors import InputError
 from bn_det.layers import LevelConv2d
 from bn_det.tv.rcnn import RPNHead as TorchvisionHead
-from d2_models import check_checkpoints, make_batch, randomize, train_step
+from d2_models import check_checkpoints, make_batch, train_step
 from ranks import run_ranks
-from reference import EIGHT_CHOICES, RCNN_BASE, choice_opts
+from reference import EIGHT_CHOICES, RCNN_BASE, choice_opts, randomize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
