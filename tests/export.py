@@ -29,22 +29,47 @@ def num_norms(graph: torch._C.Graph) -> int:
     return sum(map(len, nodes))
 
 
+def make_images() -> list[Tensor]:
+    """Two of noise."""
+    return list(torch.rand(2, 3, 128, 128) * 255)
+
+
+def medium_score(detector: nn.Module, images: Sequence[Tensor]) -> float:
+    """As a threshold it leaves another number of detections in each of two images.
+
+    It is as far from every score as it can be, for rounding to make no difference.
+    """
+    with torch.no_grad():
+        scores = [
+            next(y for y in detector(image) if y.dim() == 1 and y.is_floating_point())
+            for image in images
+        ]
+    merged = torch.cat(scores).sort()[0]
+    for k in merged.diff().argsort(descending=True):
+        threshold = (merged[k] + merged[k + 1]).item() / 2
+        first, second = (int((of_image > threshold).sum()) for of_image in scores)
+        if 0 < first != second > 0:
+            break
+    return threshold
+
+
 def check_trace(model: nn.Module, image: Tensor, other: Tensor) -> None:
-    """Trace a model on an image and run it on another one.
+    """Trace a detector on an image and run it on another one.
 
     Args:
-        model: from an image to a tuple of tensors; fused.
+        model: from an image to columns of the detections: boxes, scores and so on; fused.
     """
     with torch.no_grad():
         traced = torch.jit.trace(model, (image,), check_trace=False)
         found, expected = traced(other), model(other)
+        assert 0 < len(expected[0]) != len(model(image)[0]) > 0
     assert num_norms(traced.graph) == 0
     # The same operations in the same order.
     torch.testing.assert_close(tuple(found), tuple(expected), rtol=1e-6, atol=1e-6)
 
 
 def check_program(model: nn.Module, images: Tensor, other: Tensor) -> None:
-    """As ``check_trace``, by torch.export."""
+    """Export a model from images to feature maps by torch.export, and run it on other images."""
     with torch.no_grad():
         program = torch.export.export(model, (images,))
         found, expected = program.module()(other), model(other)
@@ -57,9 +82,7 @@ def check_onnx(model: nn.Module, image: Tensor, other: Tensor, path: Path, *, dy
     """As ``check_trace``, by torch.onnx and onnxruntime.
 
     Args:
-        model: with ``dynamo`` from images to feature maps, else from an image to columns of the
-            detections: boxes, scores and so on.
-        dynamo: whether by torch.export rather than by tracing.
+        dynamo: whether as ``check_program`` rather than by tracing.
     """
     onnx = pytest.importorskip("onnx", reason="onnx is not installed")
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")

@@ -45,11 +45,12 @@ class RoIPooler(nn.Module):
         Returns:
             shape (sum of R_n, C, output_size, output_size), the RoIs in the order of the boxes.
         """
+        # shape[0], not len, which torch.jit.trace takes for a constant
         rois = torch.cat(
-            [torch.cat([b.new_full((len(b), 1), n), b], 1) for n, b in enumerate(boxes)]
+            [torch.cat([b.new_full((b.shape[0], 1), n), b], 1) for n, b in enumerate(boxes)]
         ).to(features[0].dtype)
         levels = self.levels(torch.cat(list(boxes)))
-        size = (len(rois), features[0].shape[1], self.output_size, self.output_size)
+        size = (rois.shape[0], features[0].shape[1], self.output_size, self.output_size)
         pooled = features[0].new_zeros(size)
         for k, (feature, stride) in enumerate(zip(features, self.strides, strict=True)):
             # Also without RoIs: a backward pass reaches every level, on every process.

@@ -268,8 +268,9 @@ class StandardRoIHeads(RoIHeads):
             boxes = [d["boxes"] for d in detections]
             logits = self.mask_head(self.mask_roi_pool(features, boxes))
             classes = torch.cat([d["labels"] for d in detections])
-            index = torch.arange(len(classes), device=logits.device)
-            masks = logits[index, classes][:, None].sigmoid().split([len(b) for b in boxes])
+            # shape[0], not len, which torch.jit.trace takes for a constant
+            index = torch.arange(classes.shape[0], device=logits.device)
+            masks = logits[index, classes][:, None].sigmoid().split([b.shape[0] for b in boxes])
             for detection, mask in zip(detections, masks, strict=True):
                 detection["masks"] = mask
         return detections

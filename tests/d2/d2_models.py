@@ -10,6 +10,7 @@ from detectron2.utils.events import EventStorage
 
 from bn_det.config import load_config
 from bn_det.d2 import add_bn_det_config
+from reference import randomize
 
 
 def make_cfg(base, *opts):

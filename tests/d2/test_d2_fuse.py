@@ -16,7 +16,7 @@ from torch import nn
 from bn_det import fuse
 from bn_det.config import load_config
 from bn_det.d2 import add_bn_det_config
-from export import check_onnx, check_program, check_trace, fused
+from export import check_onnx, check_program, check_trace, fused, make_images, medium_score
 from reference import BASE, RCNN_BASE, assert_close_by_scale, norm_opts, randomize
 
 STOCK_RETINANET = [
@@ -41,10 +41,6 @@ def make_model(base, *opts):
     return model
 
 
-def make_images(num=2):
-    return torch.rand(num, 3, 128, 128) * 255
-
-
 @pytest.mark.parametrize("population", ["shared", "per_domain"])
 def test_retinanet(population):
     """A fused detector detects the same, without any BatchNorm, and its plain lists are fused."""
@@ -54,7 +50,7 @@ def test_retinanet(population):
     assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     images = make_images()
     with torch.no_grad():
-        features = [m.backbone(images[:1] / 64 - 2) for m in (model, before)]
+        features = [m.backbone(images[0][None] / 64 - 2) for m in (model, before)]
         for name, x in features[1].items():
             assert_close_by_scale(features[0][name], x, name)
         found, expected = (m([{"image": x} for x in images]) for m in (model, before))
@@ -73,7 +69,7 @@ def test_stock_retinanets_head_is_left_alone():
     assert set(report.left) == {f"{name}.{k}" for name in cycles for k in range(5)}
     assert all("not certain" in reason for reason in report.left.values())
     assert len(cycles) == 4 and len(report.fused) == 20 + 6
-    images = make_images(1) / 64 - 2
+    images = torch.randn(1, 3, 128, 128)
     with torch.no_grad():
         outputs = [m.head(list(m.backbone(images).values())) for m in (model, before)]
     for found, expected in zip(*map(sum_lists, outputs), strict=True):
@@ -96,7 +92,7 @@ def test_mask_rcnn(norm, stock):
         assert isinstance(before.roi_heads.mask_head.mask_fcn1.norm, NaiveSyncBatchNorm)
     model = fused(copy.deepcopy(before), NUM_NORMS["Mask R-CNN"])
     assert not any(isinstance(m, (nn.BatchNorm2d, FrozenBatchNorm2d)) for m in model.modules())
-    images = make_images() / 64 - 2
+    images = torch.randn(1, 3, 128, 128)
     rois, mask_rois = torch.randn(5, 64, 7, 7), torch.randn(5, 64, 14, 14)
     with torch.no_grad():
         found, expected = (
@@ -111,14 +107,16 @@ def test_mask_rcnn(norm, stock):
         assert_close_by_scale(a, b, str(k))
 
 
-def make_adapter(model, image):
-    return TracingAdapter(model, [{"image": image}]).eval()
+def make_adapter(model, images):
+    adapter = TracingAdapter(model, [{"image": images[0]}]).eval()
+    holder = model if hasattr(model, "test_score_thresh") else model.roi_heads.box_predictor
+    holder.test_score_thresh = 0.0
+    holder.test_score_thresh = medium_score(adapter, images)
+    return adapter
 
 
 def fused_retinanet():
-    return fused(
-        make_model(BASE, "MODEL.RETINANET.SCORE_THRESH_TEST", "0.0"), NUM_NORMS["RetinaNet"]
-    )
+    return fused(make_model(BASE), NUM_NORMS["RetinaNet"])
 
 
 class Network(nn.Module):
@@ -139,19 +137,19 @@ class Network(nn.Module):
 
 
 def test_retinanet_is_traced():
-    image, other = make_images()
-    check_trace(make_adapter(fused_retinanet(), image), image, other)
+    images = make_images()
+    check_trace(make_adapter(fused_retinanet(), images), *images)
 
 
 def test_retinanet_is_exported_to_onnx(tmp_path):
-    image, other = make_images()
-    adapter = make_adapter(fused_retinanet(), image)
-    check_onnx(adapter, image, other, tmp_path / "a.onnx", dynamo=False)
+    images = make_images()
+    adapter = make_adapter(fused_retinanet(), images)
+    check_onnx(adapter, *images, tmp_path / "a.onnx", dynamo=False)
 
 
 def test_backbone_and_head_of_retinanet_by_torch_export(tmp_path):
     model = Network(fused_retinanet())
-    images = make_images().split(1)
+    images = [image[None] for image in make_images()]
     check_program(model, *images)
     check_onnx(model, *images, tmp_path / "a.onnx", dynamo=True)
 
@@ -159,7 +157,6 @@ def test_backbone_and_head_of_retinanet_by_torch_export(tmp_path):
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
 def test_mask_rcnn_is_traced(norm):
     """ONNX's runtime refuses stock's pasting of masks, and ours, which is the same code."""
-    opts = [*norm_opts(norm), "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]
-    image, other = make_images()
-    model = fused(make_model(RCNN_BASE, *opts), NUM_NORMS["Mask R-CNN"])
-    check_trace(make_adapter(model, image), image, other)
+    images = make_images()
+    model = fused(make_model(RCNN_BASE, *norm_opts(norm)), NUM_NORMS["Mask R-CNN"])
+    check_trace(make_adapter(model, images), *images)

@@ -1,6 +1,7 @@
 """Fused detectors of torchvision: the same outputs, and their export."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,15 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from bn_det.config import load_config
 from bn_det.tv import build_model, get_cfg
-from export import check_onnx, check_program, check_trace, fused, num_norms
+from export import (
+    check_onnx,
+    check_program,
+    check_trace,
+    fused,
+    make_images,
+    medium_score,
+    num_norms,
+)
 from reference import BASE, RCNN_BASE, assert_close_by_scale, norm_opts, randomize
 
 NUM_NORMS = {"RetinaNet": 20 + 6 + 4, "Mask R-CNN": 20 + 8 + 4}
@@ -24,10 +33,6 @@ def make_model(base, *opts):
     model = build_model(cfg).eval()
     randomize(model)
     return model
-
-
-def make_images(num=2):
-    return torch.rand(num, 3, 128, 128) * 255
 
 
 @pytest.mark.parametrize("population", ["shared", "per_domain"])
@@ -91,34 +96,41 @@ class Network(nn.Module):
 
 
 def fused_retinanet():
-    opts = ["MODEL.RETINANET.SCORE_THRESH_TEST", "0.0"]
-    return fused(make_model(BASE, *opts), NUM_NORMS["RetinaNet"])
+    return fused(make_model(BASE), NUM_NORMS["RetinaNet"])
 
 
 def fused_mask_rcnn(norm):
-    opts = [*norm_opts(norm), "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]
-    return fused(make_model(RCNN_BASE, *opts), NUM_NORMS["Mask R-CNN"])
+    return fused(make_model(RCNN_BASE, *norm_opts(norm)), NUM_NORMS["Mask R-CNN"])
 
 
 def test_backbone_and_head_of_retinanet_by_torch_export(tmp_path):
     model = Network(fused_retinanet()).eval()
-    images = make_images().split(1)
+    images = [image[None] for image in make_images()]
     check_program(model, *images)
     check_onnx(model, *images, tmp_path / "a.onnx", dynamo=True)
 
 
 @pytest.mark.parametrize(
-    "make", [fused_retinanet, lambda: fused_mask_rcnn("BN"), lambda: fused_mask_rcnn("FrozenBN")]
+    "make",
+    [fused_retinanet, partial(fused_mask_rcnn, "BN"), partial(fused_mask_rcnn, "FrozenBN")],
+    ids=["RetinaNet", "Mask-RCNN-BN", "Mask-RCNN-FrozenBN"],
 )
 def test_is_traced_and_exported_to_onnx(make, tmp_path):
-    detector = Detector(make()).eval()
-    images = make_images()
+    model, images = make(), make_images()
+    detector = Detector(model).eval()
+    holder = model if hasattr(model, "score_thresh") else model.roi_heads
+    holder.score_thresh = 0.0
+    holder.score_thresh = medium_score(detector, images)
     check_trace(detector, *images)
     check_onnx(detector, *images, tmp_path / "a.onnx", dynamo=False)
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, FrozenBatchNorm2d])
-@pytest.mark.parametrize("kind", [RetinaNet, MaskRCNN])
+@pytest.mark.parametrize(
+    "kind",
+    [RetinaNet, partial(MaskRCNN, rpn_post_nms_top_n_test=20, box_detections_per_img=5)],
+    ids=["RetinaNet", "MaskRCNN"],
+)
 def test_torchvisions_own_is_scripted(kind, norm):
     """Ours cannot be, fused or not: their layers take lists of levels."""
     backbone = resnet_fpn_backbone(
@@ -130,7 +142,7 @@ def test_torchvisions_own_is_scripted(kind, norm):
     fused(model, 20)
     scripted = torch.jit.script(model)
     assert num_norms(scripted.graph) == 0
-    images = list(make_images() / 255)
+    images = [image / 255 for image in make_images()[:1]]
     with torch.no_grad():
         _, found = scripted(images)
         torch.testing.assert_close(found, model(images), rtol=1e-6, atol=1e-6)
