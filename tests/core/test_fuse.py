@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from torchvision.models import resnet18, resnet50
 
 import reference
@@ -271,6 +272,60 @@ def test_what_computes_anything_else_is_left_alone(layer, dtype):
     assert report.fused == [] and "does not only normalize" in report.left["1"]
     x = torch.randn(2, 3, 5, 4, dtype=dtype)
     assert torch.equal(model(x), before(x))
+
+
+class Standardized(nn.Conv2d):
+    """Weight standardization, as in timm's StdConv2d."""
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        weight = weight / weight.std((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight, self.bias)
+
+
+class WithNorm(nn.Conv2d):
+    """As Detectron2's Conv2d, or with the norm before the convolution."""
+
+    def __init__(self, before):
+        super().__init__(C, C, 3)
+        self.norm, self.before = nn.BatchNorm2d(C), before
+
+    def forward(self, x):
+        if self.norm is None:
+            return F.relu(super().forward(x))
+        if self.before:
+            return super().forward(self.norm(x))
+        return F.relu(self.norm(super().forward(x)))
+
+
+@pytest.mark.parametrize(
+    "model, is_fused",
+    [
+        (nn.Sequential(Standardized(C, C, 3), nn.BatchNorm2d(C)), False),
+        (nn.Sequential(Standardized(C, C, 3), DomainBatchNorm2d(C, 2)), False),
+        (nn.Sequential(weight_norm(nn.Conv2d(C, C, 3)), nn.BatchNorm2d(C)), False),
+        (WithNorm(before=True), False),
+        (WithNorm(before=False), True),
+        (nn.Sequential(nn.Conv2d(C, C, (1, 3), dilation=(2, 3)), nn.BatchNorm2d(C)), True),
+    ],
+    ids=["std", "std-levels", "weight_norm", "norm-first", "norm-inside", "dilation"],
+)
+def test_what_convolutions_compute_is_looked_at(model, is_fused):
+    before = randomize(model)
+    model = copy.deepcopy(before)
+    random_state = torch.get_rng_state()
+    report = fuse(model)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert len(report.fused) == is_fused
+    assert ["does not only convolve" in r for r in report.left.values()] == [True] * (not is_fused)
+    x = torch.randn(2, C, 9, 10, dtype=torch.float64)
+    if isinstance(model, nn.Sequential) and isinstance(model[1], DomainBatchNorm2d):
+        x = [x, x]
+        assert_same_outputs(
+            lambda xs: forward_levels([before], xs), lambda xs: forward_levels([model], xs), x
+        )
+    else:
+        assert_same_outputs(before, model, x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
