@@ -302,7 +302,7 @@ def _what_else(norm: nn.Module) -> str:
 
 @torch.no_grad()
 def _what_else_of_convolution(pair: _Pair) -> str:
-    """Why a convolution cannot take a BatchNorm by what it computes: weights that are computed, too.
+    """Why a convolution cannot take a BatchNorm by what it computes: with its own weights, say.
 
     The outputs for noise are compared, before and after, with the first domain's statistics.
     """
