@@ -23,13 +23,14 @@ from fvcore.nn.precise_bn import update_bn_stats as fvcore_update_bn_stats
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from bn_det import DomainBatchNorm2d, Moments, update_bn_stats
+from bn_det import Moments, update_bn_stats
 from bn_det.checkpoint import Checkpointer
 from bn_det.config import load_config
 from bn_det.tv import get_cfg
 from bn_det.tv.data import build_train_loader
 from bn_det.tv.model import build_model
 from bn_det.tv.trainer import load_datasets, losses_of
+from stock import with_stock_heads
 from timing import seconds
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -45,17 +46,6 @@ DETECTORS = {
 }
 
 
-class InTurn(nn.ModuleList):
-    """A layer for each level, each called in its turn."""
-
-    position = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        layer = self[self.position]
-        self.position = (self.position + 1) % len(self)
-        return layer(x)
-
-
 class Losses(nn.Module):
     """A detector as a function of one argument."""
 
@@ -67,25 +57,9 @@ class Losses(nn.Module):
         return losses_of(self.model, batch)
 
 
-def stock_form(model: nn.Module) -> nn.Module:
-    """A copy with layers of torch that compute the same, under the same names."""
-    model = copy.deepcopy(model)
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, DomainBatchNorm2d):
-                parent.add_module(name, InTurn(_level(child, k) for k in range(child.num_domains)))
-    return model
-
-
-def _level(layer: DomainBatchNorm2d, domain: int) -> nn.BatchNorm2d:
-    bn = nn.BatchNorm2d(layer.num_features, layer.eps)
-    bn.weight, bn.bias = layer.affine_of(domain).weight, layer.affine_of(domain).bias
-    return bn
-
-
 def brute_force(model: nn.Module, batches: Iterable[list]) -> dict[str, Moments]:
     """The moments of all values that each layer sees in a copy of the model in float64."""
-    model = stock_form(model).double()
+    model = with_stock_heads(copy.deepcopy(model)).double()
     seen: dict[str, Moments] = {}
 
     def add(name: str) -> Callable:
@@ -135,7 +109,7 @@ def measure(detector: str, args: argparse.Namespace) -> dict[str, float]:
     batches = list(islice(build_train_loader(cfg, datasets, 0, 0), args.num_iters))
     fvcore_s, ours_s = [], []
     for _ in range(args.rounds):
-        theirs, ours = stock_form(model), copy.deepcopy(model)
+        theirs, ours = with_stock_heads(copy.deepcopy(model)), copy.deepcopy(model)
         fvcore_s.append(seconds(lambda m=theirs: _fvcore(m, batches)))
         ours_s.append(
             seconds(lambda m=ours: update_bn_stats(m, batches, len(batches), call=losses_of))
