@@ -42,7 +42,6 @@ from stock import with_stock_heads
 from timing import seconds
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-WARM_UP = 5
 STOCK_OPTS = [
     *("MODEL.META_ARCHITECTURE", "RetinaNet"),
     *("MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone"),
@@ -124,14 +123,14 @@ class Host:
         name: "detectron2" or "torchvision".
     """
 
-    def __init__(self, module: ModuleType, opts: list[str], rounds: int) -> None:
+    def __init__(self, module: ModuleType, opts: list[str], num_steps: int, folder: str) -> None:
         self.module, self.opts = module, opts
         self.name = "detectron2" if ".d2." in module.__name__ else "torchvision"
         # Nothing that happens now and then.
         last = str(2**31)
         self.periods = [
-            *("SOLVER.MAX_ITER", str(10 * (WARM_UP + rounds)), "SOLVER.CHECKPOINT_PERIOD", last),
-            *("TEST.EVAL_PERIOD", "0", "OUTPUT_DIR", tempfile.mkdtemp()),
+            *("SOLVER.MAX_ITER", str(10 * num_steps), "SOLVER.CHECKPOINT_PERIOD", last),
+            *("TEST.EVAL_PERIOD", "0", "OUTPUT_DIR", folder),
         ]
 
     def cfg(self, path: str, opts: list[str] = ()) -> CfgNode:
@@ -172,18 +171,19 @@ class Host:
         return kind(trainer(cfg), num_batches)
 
 
-def compare(stock: Steps, way: Steps, rounds: int) -> list[tuple[float, float]]:
-    """Milliseconds of both in each round after the warm-up."""
+def compare(stock: Steps, way: Steps, num_steps: int) -> list[tuple[float, float]]:
+    """Milliseconds of each step of both."""
     times = []
-    for k in range(WARM_UP + rounds):
+    for k in range(num_steps):
         ms = {steps: 1e3 * seconds(steps) for steps in ((stock, way) if k % 2 else (way, stock))}
         times.append((ms[stock], ms[way]))
-    return times[WARM_UP:]
+    return times
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    with redirect_stdout(sys.stderr):
-        host = Host(import_host(args.host, "train"), args.opts, args.rounds)
+    with redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:
+        num_steps = args.warm_up + args.rounds
+        host = Host(import_host(args.host, "train"), args.opts, num_steps, folder)
         ways = ways_in(args.configs)
         for path in (args.stock, *ways.values()):
             host.cfg(path)  # before an hour has passed
@@ -192,8 +192,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             times = compare(
                 host.stock(args.stock, args.num_batches),
                 host.way(path, args.num_batches),
-                args.rounds,
-            )
+                num_steps,
+            )[args.warm_up :]
             stock_ms += [theirs for theirs, _ in times]
             results[name] = {
                 "ms": statistics.median(ours for _, ours in times),
@@ -216,6 +216,7 @@ def main() -> None:
     )
     parser.add_argument("--stock", default=str(CONFIGS / "quick_start.yaml"), metavar="FILE")
     parser.add_argument("--rounds", type=int, default=30, help="steps that count, of each")
+    parser.add_argument("--warm-up", type=int, default=5, help="steps before, of each")
     parser.add_argument("--num-batches", type=int, default=4, help="in memory")
     parser.add_argument(
         "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="of all configs"

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import cv2
 
+from hosts import every_host
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -95,6 +97,48 @@ def test_benchmark_of_agc():
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert set(result) == {"timm_ms", "ours_ms", "speedup"} and min(result.values()) > 0
+
+
+def test_benchmark_of_inference():
+    small = ["--rounds", "1", "--channels", "16", "--size", "64", "80"]
+    done = run("benchmarks/inference.py", "--json", *small)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    names = "bn_ms fused_ms none_ms fused_over_none bn_over_none max_rel_error fused_mb none_mb"
+    assert set(result) == {*names.split()} and min(result.values()) > 0
+    assert result["max_rel_error"] < 1e-5
+    tower = 4 * 4 * (16 * 16 * 9 + 16) / 1e6
+    assert abs(result["fused_mb"] - result["none_mb"] - 2 * 4 * tower) < 1e-9, "four copies more"
+
+
+@every_host
+def test_benchmark_of_train_step(host, tiny_shapes, tmp_path):
+    """With gradients of several batches, gradient clipping and extra images."""
+    ways = {
+        "accumulated": "SOLVER: {ACCUMULATE: 2, AGC: {ENABLED: True}}",
+        "virtual": "SOLVER: {VIRTUAL_IMAGES: 2}",
+        "Base-of-others": "",
+    }
+    for name, lines in ways.items():
+        text = f"_BASE_: {ROOT}/configs/quick_start.yaml\n{lines}\n"
+        (tmp_path / f"{name}.yaml").write_text(text)
+    paths = [tmp_path / f"{name}.yaml" for name in ways]
+    small = ["--rounds", "1", "--warm-up", "0", "--num-batches", "1", "--configs", *paths]
+    opts = ["--opts", *tiny_shapes, "SOLVER.IMS_PER_BATCH", "2", "MODEL.DEVICE", "cpu"]
+    done = run("benchmarks/train_step.py", "--json", "--host", host, *small, *opts)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert set(result) == {"host", "stock_ms", "ways"} and result["host"] == host
+    assert set(result["ways"]) == {"accumulated", "virtual"} and result["stock_ms"] > 0
+    for way in result["ways"].values():
+        assert set(way) == {"ms", "ratio"} and min(way.values()) > 0
+
+
+def test_benchmark_of_train_step_names_what_it_does_not_take():
+    config = ROOT / "configs" / "leakage" / "shapes" / "head_BN.yaml"
+    done = run("benchmarks/train_step.py", "--host", "torchvision", "--configs", config)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "head_BN.yaml is not accepted: its MODEL.META_ARCHITECTURE is 'Gen" in done.stderr
 
 
 def write_metrics(folder, values, metric="bbox/AP"):
