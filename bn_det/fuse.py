@@ -307,6 +307,8 @@ def _what_else_of_convolution(pair: _Pair) -> str:
     The outputs for noise are compared, before and after, with the first domain's statistics.
     """
     conv, (population, affine) = pair.conv, _holders(pair.norm)[0]
+    if pair.norm_parent is conv and isinstance(pair.norm, DomainBatchNorm2d):
+        return ""  # it takes no tensor; forward_levels has it convolve, and nothing else
     size = [2 + d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
     x = torch.randn(2, conv.in_channels, *size, generator=torch.Generator().manual_seed(0))
     x = x.to(conv.weight)

@@ -27,8 +27,9 @@ STOCK_RCNN = [
     *("MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead"),
     *("MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"),
     *("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"),
+    *("MODEL.RPN.HEAD_NAME", "StandardRPNHead", "MODEL.RPN.NORM", ""),
 ]
-NUM_NORMS = {"RetinaNet": 20 + 6 + 4, "Mask R-CNN": 20 + 8 + 4}
+NUM_NORMS = {"RetinaNet": 20 + 6 + 4, "Mask R-CNN": 20 + 8 + 1 + 4}
 """Of backbone, FPN and heads."""
 
 
@@ -87,10 +88,11 @@ def test_mask_rcnn(norm, stock):
     if norm == "naiveSyncBN" and not stock:
         norm = "BN"  # as our parts do not have it, frozen stages beside them
         stock = ["MODEL.BACKBONE.FREEZE_AT", "3"]
-    before = make_model(RCNN_BASE, *stock, *norm_opts(norm))
+    before = make_model(RCNN_BASE, *norm_opts(norm), *stock)
     if norm == "naiveSyncBN":
         assert isinstance(before.roi_heads.mask_head.mask_fcn1.norm, NaiveSyncBatchNorm)
-    model = fused(copy.deepcopy(before), NUM_NORMS["Mask R-CNN"])
+    number = NUM_NORMS["Mask R-CNN"] - (stock is STOCK_RCNN)  # whose RPN has none
+    model = fused(copy.deepcopy(before), number)
     assert not any(isinstance(m, (nn.BatchNorm2d, FrozenBatchNorm2d)) for m in model.modules())
     images = torch.randn(1, 3, 128, 128)
     rois, mask_rois = torch.randn(5, 64, 7, 7), torch.randn(5, 64, 14, 14)

@@ -23,7 +23,7 @@ from export import (
 )
 from reference import BASE, RCNN_BASE, assert_close_by_scale, norm_opts, randomize
 
-NUM_NORMS = {"RetinaNet": 20 + 6 + 4, "Mask R-CNN": 20 + 8 + 4}
+NUM_NORMS = {"RetinaNet": 20 + 6 + 4, "Mask R-CNN": 20 + 8 + 1 + 4}
 """Of backbone, FPN and heads."""
 
 
