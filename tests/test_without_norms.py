@@ -32,7 +32,10 @@ def weight_norm_opts(kind, *parts):
 
 PARTS_OF = {
     "retinanet": [*RETINANET_NF, *weight_norm_opts("ScaledWS", "FPN", "RETINANET")],
-    "rcnn": [*RCNN_NF, *weight_norm_opts("ScaledWS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")],
+    "rcnn": [
+        *RCNN_NF,
+        *weight_norm_opts("ScaledWS", "FPN", "RPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD"),
+    ],
 }
 
 
@@ -112,7 +115,7 @@ def test_images_do_not_depend_on_each_other(host, detector):
 
 HIDDEN = {
     "retinanet": {"FPN": 3 + 3 + 2, "RETINANET": 2 * 2},
-    "rcnn": {"FPN": 4 + 4, "ROI_BOX_HEAD": 2 + 1, "ROI_MASK_HEAD": 2 + 1},
+    "rcnn": {"FPN": 4 + 4, "RPN": 1, "ROI_BOX_HEAD": 2 + 1, "ROI_MASK_HEAD": 2 + 1},
 }
 
 
@@ -128,7 +131,9 @@ def test_hidden_layers_of_each_part(host, kind, detector):
         model = build(host, *opts, *norm)
         found = [n for n, m in model.named_modules() if parametrize.is_parametrized(m)]
         # p6 and p7, the fully connected layer, and the deconvolution have no norm after them.
-        without = {"FPN": 2 if detector == "retinanet" else 0, "RETINANET": 0}.get(part, 1)
+        without = {"FPN": 2 if detector == "retinanet" else 0, "RETINANET": 0, "RPN": 0}.get(
+            part, 1
+        )
         assert len(found) == number - (without if kind == "WS" else 0), found
         assert not any(p in name for p in PREDICTORS for name in found)
 

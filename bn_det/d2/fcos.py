@@ -7,9 +7,9 @@ from typing import Any
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..layers import forward_levels
+from ..layers import forward_levels, normalize_tower
 from ..parts import part_norm
 from .norms import NORMS
 from .sources import NamesSources
@@ -21,7 +21,16 @@ class BNFCOSHead(FCOSHead):
     ``norm`` may be a callable that makes a :class:`~bn_det.DomainBatchNorm2d`. With its default
     choices the head computes what the stock head does with "BN", and their checkpoints are the
     same.
+
+    Args:
+        weight_norm: of the towers' weights, by name (:func:`bn_det.normalize_weight`).
+        kwargs: as in the base class.
     """
+
+    def __init__(self, *, weight_norm: str = "", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for tower in (self.cls_subnet, self.bbox_subnet):
+            normalize_tower((m for m in tower if isinstance(m, nn.Conv2d)), weight_norm)
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """As in the base class: from a list of levels to logits, box deltas and centerness."""
@@ -54,6 +63,7 @@ class BNFCOS(NamesSources, FCOS):
             conv_dims=[shapes[0].channels] * fcos.NUM_CONVS,
             norm=part_norm(cfg, "FCOS", NORMS, len(shapes)) or "",
             prior_prob=fcos.PRIOR_PROB,
+            weight_norm=fcos.WEIGHT_NORM,
         )
         return {
             "backbone": backbone,

@@ -46,6 +46,7 @@ def build_rcnn(
         anchors.num_anchors_per_location()[0],
         cfg.MODEL.RPN.CONV_DIMS,
         part_norm(cfg, "RPN", NORMS, len(cfg.MODEL.RPN.IN_FEATURES)),
+        cfg.MODEL.RPN.WEIGHT_NORM,
     )
     rpn = RPN(cfg, anchors, rpn_head)
     return GeneralizedRCNN(backbone, rpn, StandardRoIHeads(cfg, channels), transform)
@@ -60,6 +61,7 @@ class RPNHead(nn.Module):
         conv_dims: output channels of each convolution, -1 for as many as its input has.
         norm: from the number of channels to a layer for one level, or to a
             :class:`~bn_det.DomainBatchNorm2d` for all; None for no normalization.
+        weight_norm: of the convolutions' weights, by name (:func:`bn_det.normalize_weight`).
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class RPNHead(nn.Module):
         num_anchors: int,
         conv_dims: Sequence[int] = (-1,),
         norm: NormFactory | None = None,
+        weight_norm: str = "",
     ) -> None:
         super().__init__()
         convs = nn.Sequential()
@@ -81,6 +84,7 @@ class RPNHead(nn.Module):
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
                 _init_normal(layer, 0.01)
+        _normalize_weights(convs, weight_norm)
 
     def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """From (N, C, H, W) for each level to (N, A, H, W) and (N, 4 * A, H, W)."""

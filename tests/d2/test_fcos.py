@@ -62,6 +62,18 @@ NORMS = {"none": ("", ""), "GN": ("GN", "GN"), "BN": (levels(), "BN")}
 """Ours, and the stock head's."""
 
 
+def test_normalized_weights():
+    """Those of the towers; with WN the head computes what it did before."""
+    model = build_model(make_cfg(*OURS, "MODEL.FCOS.WEIGHT_NORM", "WN"))
+    stock = build_model(make_cfg(*OURS))
+    stock.load_state_dict(model.state_dict(), strict=False)
+    towers = [*model.head.cls_subnet, *model.head.bbox_subnet]
+    kinds = [m.weight_norm for m in towers if isinstance(m, nn.Conv2d)]
+    assert kinds == ["WN"] * 4
+    xs = [torch.randn(2, 64, k, k) for k in (8, 4, 2, 1, 1)]
+    torch.testing.assert_close(model.head(xs), stock.head(xs))
+
+
 @pytest.mark.parametrize("norms", NORMS.values(), ids=NORMS)
 @pytest.mark.parametrize("training", [True, False])
 def test_the_stock_head(norms, training):

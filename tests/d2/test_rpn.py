@@ -19,7 +19,7 @@ import reference
 from bn_det import BatchNorm2d, DomainBatchNorm2d, SourceBatchNorm2d, fuse, virtual_batch
 from bn_det.d2 import AverageStatistics, BNRPNHead
 from bn_det.errors import InputError
-from bn_det.layers import LevelConv2d
+from bn_det.layers import WEIGHT_NORMS, LevelConv2d
 from bn_det.tv.rcnn import RPNHead as TorchvisionHead
 from d2_models import check_checkpoints, make_batch, train_step
 from ranks import run_ranks
@@ -117,6 +117,22 @@ def test_both_hosts_have_the_same_head(choices, dims, training):
     found, expected = (outputs_and_gradients(h.train(training), pyramid()) for h in (other, head))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(other.state_dict(), head.state_dict(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", WEIGHT_NORMS)
+@every_depth
+def test_both_hosts_normalize_the_same_weights(kind, dims):
+    """Beside BN on levels: the convolution is taken apart, and one weight serves all of them."""
+    opts = ["MODEL.RPN.WEIGHT_NORM", kind, "MODEL.RPN.CONV_DIMS", str(dims)]
+    head = make_head(*BN, *opts)
+    norm = partial(DomainBatchNorm2d, num_domains=LEVELS)
+    num_anchors = head.objectness_logits.out_channels
+    other = TorchvisionHead(C, num_anchors, dims, norm, kind).double()
+    other.load_state_dict(head.state_dict())
+    found, expected = (outputs_and_gradients(h, pyramid()) for h in (other, head))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    convs = [m for m in head.conv.modules() if isinstance(m, nn.Conv2d)]
+    assert [m.weight_norm for m in convs] == [kind] * len(dims)
 
 
 def test_norms():
