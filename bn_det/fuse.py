@@ -19,7 +19,7 @@ from .errors import InputError
 from .layers import (
     BatchNorm2d,
     DomainBatchNorm2d,
-    LevelConv2d,
+    PerLevel,
     RoILevelBatchNorm2d,
     SourceBatchNorm2d,
 )
@@ -127,7 +127,7 @@ def fuse(model: nn.Module) -> FuseReport:
     """Fold each BatchNorm into the convolution that feeds it, in place; for inference.
 
     The outputs are the same but for rounding. A head on several levels gets a convolution for each
-    level where statistics or affine are per level (:class:`~bn_det.layers.LevelConv2d`), so that
+    level where statistics or affine are per level (:class:`~bn_det.layers.PerLevel`), so that
     its BatchNorm costs nothing.
 
     BatchNorm layers are torch's and ours, and FrozenBatchNorm2d of Detectron2 and torchvision.
@@ -331,7 +331,7 @@ def _fold(pair: _Pair, warned: set[str]) -> None:
     setattr(pair.norm_parent, pair.norm_name, None if pair.norm_parent is conv else nn.Identity())
     if len(holders) > 1:
         convs = [_folded(copy.deepcopy(conv), *holder, norm.eps) for holder in holders]
-        setattr(pair.conv_parent, pair.conv_name, LevelConv2d(convs))
+        setattr(pair.conv_parent, pair.conv_name, PerLevel(convs))
     else:
         convs = [_folded(conv, *holders[0], norm.eps)]
     for folded in convs:

@@ -14,6 +14,7 @@ from .layers import (
     BATCH_NORMS,
     BatchNorm2d,
     DomainBatchNorm2d,
+    L1BatchNorm2d,
     RoILevelBatchNorm2d,
     SourceBatchNorm2d,
     norm_factory,
@@ -47,6 +48,9 @@ def part_norm(
             RoIs of so many levels where the part is a RoI head.
     """
     node, limits = cfg.MODEL[part], cfg.SOLVER.BRN
+    if num_levels is not None and part in LEVEL_PARTS:
+        # One for all levels would keep one EMA of what each normalizes by itself.
+        others = {**others, "L1BN": partial(L1BatchNorm2d.of_levels, num_levels=num_levels)}
     return norm_factory(
         node.NORM,
         _layer(cfg, part, num_levels),

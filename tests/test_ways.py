@@ -18,7 +18,8 @@ DECLARED = {
     "GhostBN": (PAIRS, NONE),
     "batch_at_test": (ALL, ALL),
     **dict.fromkeys(
-        ["train_population", "FrozenBN", "GN", "LN", "LRN", "none", "AGC"], (NONE, NONE)
+        ["train_population", "FrozenBN", "GN", "LN", "LRN", "WS", "WN", "NF", "none", "AGC"],
+        (NONE, NONE),
     ),
 }
 

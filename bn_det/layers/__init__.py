@@ -5,7 +5,7 @@ from .convert import convert_batchnorm
 from .domain_batch_norm import SHARING, DomainBatchNorm2d
 from .ghost import ghost_groups
 from .l1_batch_norm import L1BatchNorm2d
-from .levels import LevelConv2d, forward_levels
+from .levels import PerLevel, forward_levels
 from .norms import BASELINES, BATCH_NORMS, norm_factory
 from .roi_levels import RoILevelBatchNorm2d, roi_levels
 from .sources import SourceBatchNorm2d, image_sources, record_sources
@@ -26,7 +26,7 @@ __all__ = [
     "BatchNorm2d",
     "DomainBatchNorm2d",
     "L1BatchNorm2d",
-    "LevelConv2d",
+    "PerLevel",
     "RoILevelBatchNorm2d",
     "SourceBatchNorm2d",
     "bake_weight_norms",

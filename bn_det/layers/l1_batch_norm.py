@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .batch_norm import check_size, in_backward_pass
 from .joint import normalize
+from .levels import PerLevel
 
 
 class L1BatchNorm2d(nn.BatchNorm2d):
@@ -46,6 +47,14 @@ class L1BatchNorm2d(nn.BatchNorm2d):
         if self.weight is not None:
             y = y * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
         return y.to(x.dtype)
+
+    @classmethod
+    def of_levels(cls, num_features: int, num_levels: int) -> PerLevel:
+        """For a list of levels: each with its own statistics, one weight and bias for all."""
+        layers = PerLevel(cls(num_features) for _ in range(num_levels))
+        for layer in layers:
+            layer.weight, layer.bias = layers[0].weight, layers[0].bias
+        return layers
 
     @torch.no_grad()
     def _update(self, mean: Tensor, var: Tensor) -> None:

@@ -14,15 +14,18 @@ from torch.nn.utils import parametrize
 from .domain_batch_norm import DomainBatchNorm2d
 
 
-class LevelConv2d(nn.ModuleList):
-    """A convolution with a weight and bias for each level; takes a list of levels.
+class PerLevel(nn.ModuleList):
+    """A module for each level; takes a list of levels.
 
     What a convolution that levels share becomes where a BatchNorm with statistics or affine per
-    level is folded into it.
+    level is folded into it; and a norm that knows of no levels.
     """
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        return [conv(x) for conv, x in zip(self, features, strict=True)]
+        return [module(x) for module, x in zip(self, features, strict=True)]
+
+
+_FOR_LISTS = (DomainBatchNorm2d, PerLevel)
 
 
 def forward_levels(
@@ -35,7 +38,7 @@ def forward_levels(
 
     Args:
         layers: modules in the order of application; an ``nn.Sequential`` among them is taken
-            apart, and so is a convolution with a DomainBatchNorm2d in it (Detectron2's ``Conv2d``,
+            apart, and so is a convolution with a layer for lists in it (Detectron2's ``Conv2d``,
             with ``norm`` and ``activation``), past hooks of its own.
         features: one tensor of shape (N, C, H_k, W_k) for each level.
 
@@ -46,7 +49,7 @@ def forward_levels(
     for layer in layers:
         if isinstance(layer, nn.Sequential):
             features = forward_levels(layer, features)
-        elif isinstance(layer, (DomainBatchNorm2d, LevelConv2d)):
+        elif isinstance(layer, _FOR_LISTS):
             features = layer(features)
         else:
             # One weight for all levels. (A graph that is traced would hold it as a constant.)
@@ -57,7 +60,7 @@ def forward_levels(
 
 
 def _apply(layer: Callable[..., Any], features: Sequence[Tensor]) -> list[Tensor]:
-    if isinstance(getattr(layer, "norm", None), DomainBatchNorm2d):
+    if isinstance(getattr(layer, "norm", None), _FOR_LISTS):
         return forward_levels(_steps(layer), features)
     return [layer(x) for x in features]
 

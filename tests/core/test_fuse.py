@@ -20,7 +20,7 @@ from bn_det import (
     update_bn_stats,
 )
 from bn_det.errors import InputError
-from bn_det.layers import LevelConv2d, forward_levels
+from bn_det.layers import PerLevel, forward_levels
 from kinds import call, every_kind, inputs_of, make, outputs_and_gradients
 
 C = 6
@@ -90,7 +90,7 @@ def test_head_on_levels(choices):
     model = copy.deepcopy(before)
     report = fuse(model)
     assert report.fused == ["1"] and isinstance(model[1], nn.Identity)
-    assert isinstance(model[0], LevelConv2d) == (choices[1:] != ("shared", "shared"))
+    assert isinstance(model[0], PerLevel) == (choices[1:] != ("shared", "shared"))
     xs = [torch.randn(2, 4, 5 - k, 4, dtype=torch.float64) for k in range(3)]
     assert_same_outputs(
         lambda xs: forward_levels([before], xs), lambda xs: forward_levels([model], xs), xs
@@ -117,7 +117,7 @@ def test_convolution_with_a_norm_on_levels(choices):
     before = randomize(nn.ModuleDict({"conv": ConvNormReLU(norm)}))
     model = copy.deepcopy(before)
     assert fuse(model).fused == ["conv.norm"]
-    assert isinstance(model.conv, LevelConv2d) == (choices[1:] != ("shared", "shared"))
+    assert isinstance(model.conv, PerLevel) == (choices[1:] != ("shared", "shared"))
     assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     xs = [torch.randn(2, 4, 5 - k, 4, dtype=torch.float64) for k in range(3)]
     assert_same_outputs(

@@ -138,3 +138,15 @@ def test_it_can_be_frozen():
     hook.trainer = type("Trainer", (), {"iter": 2, "model": model})()
     hook.before_step()
     assert not model[0].training
+
+
+def test_levels():
+    """Each by its own statistics, with one weight and bias."""
+    layer = L1BatchNorm2d.of_levels(C, 2).double()
+    xs = [torch.randn(2, C, 4 - k, 3, dtype=torch.float64) * (k + 1) + k for k in range(2)]
+    torch.testing.assert_close(layer(xs), [L1BatchNorm2d(C).double()(x) for x in xs])
+    for one, x in zip(layer, xs, strict=True):
+        torch.testing.assert_close(one.running_mean, 0.1 * statistics(x)[0])
+    assert len(list(layer.parameters())) == 2
+    found = dependence(layer, xs)
+    assert torch.equal(found, torch.block_diag(*[torch.ones(2, 2, dtype=torch.bool)] * 2))

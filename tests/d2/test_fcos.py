@@ -22,7 +22,7 @@ from bn_det import DomainBatchNorm2d, SourceBatchNorm2d, fuse, update_bn_stats
 from bn_det.d2 import BNFCOS, BNFCOSHead
 from bn_det.data.coco import check_num_classes
 from bn_det.errors import InputError
-from bn_det.layers import LevelConv2d
+from bn_det.layers import PerLevel
 from d2_models import check_checkpoints, losses_of, make_batch, train_step
 from reference import BASE, EIGHT_CHOICES, choice_opts, randomize
 
@@ -219,7 +219,7 @@ def test_fused():
     randomize(before)
     model = copy.deepcopy(before)
     assert fuse(model).left == {}
-    assert isinstance(model.head.bbox_subnet[0], LevelConv2d)
+    assert isinstance(model.head.bbox_subnet[0], PerLevel)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     with torch.no_grad():
         xs = [torch.randn(1, 64, 4, 4) for _ in range(LEVELS)]

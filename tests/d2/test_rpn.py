@@ -19,7 +19,7 @@ import reference
 from bn_det import BatchNorm2d, DomainBatchNorm2d, SourceBatchNorm2d, fuse, virtual_batch
 from bn_det.d2 import AverageStatistics, BNRPNHead
 from bn_det.errors import InputError
-from bn_det.layers import WEIGHT_NORMS, LevelConv2d
+from bn_det.layers import WEIGHT_NORMS, PerLevel
 from bn_det.tv.rcnn import RPNHead as TorchvisionHead
 from d2_models import check_checkpoints, make_batch, train_step
 from ranks import run_ranks
@@ -203,7 +203,7 @@ def test_fused(population):
     model = copy.deepcopy(before)
     assert "proposal_generator.rpn_head.conv.norm" in fuse(model).fused
     heads = [m.proposal_generator.rpn_head for m in (model, before)]
-    assert isinstance(heads[0].conv, LevelConv2d) == (population == "per_domain")
+    assert isinstance(heads[0].conv, PerLevel) == (population == "per_domain")
     with torch.no_grad():
         found, expected = (head([x.float() for x in pyramid()]) for head in heads)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
