@@ -14,6 +14,7 @@ import reference
 from bn_det import (
     BatchNorm2d,
     DomainBatchNorm2d,
+    L1BatchNorm2d,
     SourceBatchNorm2d,
     freeze,
     fuse,
@@ -331,7 +332,9 @@ def test_what_convolutions_compute_is_looked_at(model, is_fused):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("layer", [Plain, nn.BatchNorm2d, nn.SyncBatchNorm, BatchNorm2d])
+@pytest.mark.parametrize(
+    "layer", [Plain, nn.BatchNorm2d, nn.SyncBatchNorm, BatchNorm2d, L1BatchNorm2d]
+)
 def test_subclasses_and_types(layer, dtype):
     assert fuse(nn.Sequential(nn.Conv2d(3, C, 1), layer(C)).to(dtype).eval()).fused == ["1"]
 
