@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bn_det.config import load_config
-from hosts import every_host
+from hosts import build_model, every_host, make_cfg
 from reference import dependence
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,32 +23,17 @@ DECLARED = {
 }
 
 
-def build(host, config):
-    """A model, and what makes the head's predictions for each image of images (N, 3, H, W)."""
-    opts = ["MODEL.DEVICE", "cpu"]
+def predictor(host, model):
+    """What makes the head's predictions, in a list, of images (N, 3, H, W)."""
     if host == "torchvision":
-        from bn_det.tv import build_model, get_cfg
-
-        cfg = get_cfg()
-        load_config(cfg, str(config), opts, host)
-        model = build_model(cfg)
-        return model, lambda x: model.head(list(model.backbone(x).values())).values()
-    from detectron2.config import get_cfg
-    from detectron2.modeling import build_model
-
-    from bn_det.d2 import add_bn_det_config
-
-    cfg = get_cfg()
-    add_bn_det_config(cfg)
-    load_config(cfg, str(config), opts, host)
-    model = build_model(cfg)
+        return lambda x: model.head(list(model.backbone(x).values())).values()
 
     def predict(x):
         features = model.backbone(x)
         logits, deltas = model.head([features[f] for f in model.head_in_features])
         return [*logits, *deltas]
 
-    return model, predict
+    return predict
 
 
 @every_host
@@ -59,8 +43,8 @@ def build(host, config):
     ids=lambda p: p.stem,
 )
 def test_normalization_batch(host, config):
-    model, predict = build(host, config)
-    model.double()
+    model = build_model(host, make_cfg(host, config)).double()
+    predict = predictor(host, model)
     images = [torch.randn(4, 3, 32, 32, dtype=torch.float64)]
 
     def all_predictions(xs):

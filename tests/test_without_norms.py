@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+import hosts
 from bn_det.agc import PREDICTORS
-from bn_det.config import load_config
 from bn_det.errors import InputError
 from bn_det.nf import first_norm
 from bn_det.parts import PARTS, has_our_batch_norm
@@ -40,27 +40,11 @@ PARTS_OF = {
 
 
 def make_cfg(host, *opts):
-    if host == "torchvision":
-        from bn_det.tv import get_cfg
-
-        cfg = get_cfg()
-    else:
-        import detectron2.config
-
-        from bn_det.d2 import add_bn_det_config
-
-        cfg = detectron2.config.get_cfg()
-        add_bn_det_config(cfg)
-    load_config(cfg, BASE, ["MODEL.DEVICE", "cpu", *opts], host)
-    return cfg
+    return hosts.make_cfg(host, BASE, *opts)
 
 
 def build(host, *opts):
-    if host == "torchvision":
-        from bn_det.tv import build_model
-    else:
-        from detectron2.modeling import build_model
-    return build_model(make_cfg(host, *opts))
+    return hosts.build_model(host, make_cfg(host, *opts))
 
 
 def make_trainer(host, cfg):
@@ -201,7 +185,7 @@ BAD = [
     ([*RETINANET_NF, "MODEL.NF.NAME", "resnet50"], r"MODEL.NF.NAME: .*bn1 \(BatchNorm2d\)"),
     (["MODEL.RETINANET.DROPOUT", "1.0"], "MODEL.RETINANET.DROPOUT: 1.0 .*less than 1.0"),
     (["MODEL.ROI_BOX_HEAD.DROPOUT", "-0.1"], "MODEL.ROI_BOX_HEAD.DROPOUT: -0.1"),
-    (["MODEL.ROI_BOX_HEAD.DROPOUT", "0.5"], "0.5 is not accepted with .*no RoI heads"),
+    (["MODEL.ROI_BOX_HEAD.DROPOUT", "0.5"], "0.5 is not accepted with .*nor RoI heads"),
 ]
 
 
