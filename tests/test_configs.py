@@ -67,6 +67,7 @@ def shrink(config):
         return []
     return [
         *SMALL_IMAGES,
+        *("MODEL.RETINANET.GHOST_SIZE", "2"),  # a single image has one value at p7
         *("DATALOADER.NUM_WORKERS", "0", "MODEL.WEIGHTS", ""),
         *("MODEL.NF.PRETRAINED", "", "MODEL.NF.NAME", "test_nfnet"),
         *("MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"),
@@ -217,13 +218,13 @@ def test_ways(name):
     """A way has a twin that asks for the same of FPN and head, and a line in the docs."""
     found = {}
     for folder in (WAYS, WAYS / "shapes"):
-        base, config = merged(folder / "Base-RetinaNet-Way.yaml"), merged(folder / f"{name}.yaml")
+        config = dict(leaves(yaml.safe_load((folder / f"{name}.yaml").read_text())))
         assert config["OUTPUT_DIR"].endswith(f"{folder.relative_to(WAYS.parent)}/{name}")
         found[folder.name] = {
             # How much of it is for each to say.
             k: v if isinstance(v, (str, bool)) else type(v)
             for k, v in config.items()
-            if v != base.get(k) and not k.startswith(OWN)
+            if not k.startswith(OWN)
         }
     assert found["ways"] == found["shapes"]
     assert f"`{name}.yaml`" in (ROOT / "docs" / "ways.md").read_text()
