@@ -174,8 +174,6 @@ def test_shuffling_without_a_batch_warns(caplog):
 def test_backbone_and_fpn(norm):
     opts = [o for p in ("RESNETS", "FPN") for o in (f"MODEL.{p}.NORM", norm)]
     sizes = [o for p in ("RESNETS", "FPN") for o in (f"MODEL.{p}.GHOST_SIZE", 2)]
-    if norm == "LN":  # stock ResNet's LN is for other shapes
-        opts[1] = "GN"
     backbone = build_model(make_cfg(*opts, *sizes, "MODEL.BACKBONE.FREEZE_AT", 2)).backbone
     if norm in ("BN", "SyncBN", "GhostBN"):
         assert type(backbone.bottom_up.res2[0].conv1.norm) is FrozenBatchNorm2d
