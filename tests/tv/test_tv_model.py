@@ -93,8 +93,9 @@ def test_other_norms(norm):
     model = build_model(make_cfg(*norm_opts(norm)))
     losses = model(*batch())
     assert all(torch.isfinite(v) for v in losses.values())
-    kinds = {type(m) for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
-    assert kinds == ({L1BatchNorm2d} if norm == "L1BN" else set())
+    batch_norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert all(type(m) is L1BatchNorm2d for m in batch_norms)
+    assert len(batch_norms) == (20 + 6 + 4 * 5 if norm == "L1BN" else 0)  # one for each level
     number = sum(isinstance(m, nn.LocalResponseNorm) for m in model.modules())
     assert number == (20 + 6 + 4 if norm == "LRN" else 0)
 
