@@ -44,12 +44,17 @@ class BNRetinaNetHead(RetinaNetHead):
         dropout: float = 0.0,
     ) -> None:
         super().__init__(in_channels, num_anchors, num_classes)
-        self.classification_head = _ClassificationHead(in_channels, num_anchors, num_classes)
-        self.regression_head = _RegressionHead(in_channels, num_anchors)
-        for head in (self.classification_head, self.regression_head):
+
+        def with_tower(head: nn.Module) -> nn.Module:
             head.conv = _tower(in_channels, num_convs, norm)
             normalize_tower((m for m in head.conv if isinstance(m, nn.Conv2d)), weight_norm)
             head.dropout = nn.Dropout(dropout)
+            return head
+
+        self.classification_head = with_tower(
+            _ClassificationHead(in_channels, num_anchors, num_classes)
+        )
+        self.regression_head = with_tower(_RegressionHead(in_channels, num_anchors))
 
     def compute_loss(self, *args, **kwargs) -> dict[str, Tensor]:
         losses = super().compute_loss(*args, **kwargs)
