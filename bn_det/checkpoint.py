@@ -15,7 +15,7 @@ from yacs.config import CfgNode
 
 from .errors import InputError
 
-_LOAD_ERRORS = (
+LOAD_ERRORS = (
     pickle.UnpicklingError,
     AssertionError,
     AttributeError,
@@ -76,7 +76,7 @@ class CheckpointerMixin:
             return super().load(path, *args, **kwargs)
         except InputError:
             raise
-        except _LOAD_ERRORS as e:
+        except LOAD_ERRORS as e:
             reason = str(e).splitlines()[0] if str(e) else type(e).__name__
             raise InputError(f"{path}: cannot be loaded as a checkpoint: {reason}") from e
 

@@ -7,7 +7,7 @@ import logging
 import torch
 from yacs.config import CfgNode
 
-from .errors import InputError, choose
+from .errors import InputError, check_rate, choose
 from .estimate import ESTIMATORS
 from .layers import BATCH_NORMS, SHARING, WEIGHT_NORMS
 from .layers.batch_norm import STATISTICS
@@ -107,8 +107,7 @@ def _check_weight_norm(cfg: CfgNode, part: str) -> None:
 
 def _check_dropout(cfg: CfgNode, part: str) -> None:
     key, rate = f"MODEL.{part}.DROPOUT", cfg.MODEL[part].DROPOUT
-    if not 0 <= rate < 1:
-        raise InputError(f"{key}: {rate!r} is not accepted; use 0.0 or more, and less than 1.0")
+    check_rate(key, rate)
     if rate and (reason := why_not_ours(cfg, part)):
         raise InputError(f"{key}: {rate!r} is not accepted with {reason}")
 

@@ -17,6 +17,12 @@ def choose(key: str, value: object, accepted: Iterable[object]) -> None:
         raise InputError(f"{key}: {value!r} is not accepted; use one of {accepted}")
 
 
+def check_rate(key: str, rate: float) -> None:
+    """Raise InputError unless a rate of dropout is one."""
+    if not 0 <= rate < 1:
+        raise InputError(f"{key}: {rate!r} is not accepted; use 0.0 or more, and less than 1.0")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Names that a misspelt one may have meant, for the end of an error message."""
     known = sorted(known)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import pickle
 from types import ModuleType
 from typing import TypeVar
 
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from yacs.config import CfgNode
 
-from .errors import InputError, nearest
+from .checkpoint import LOAD_ERRORS
+from .errors import InputError, check_rate, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -101,14 +101,10 @@ def check_nf(cfg: CfgNode) -> None:
             for it; there is no file of weights; or a rate is out of its bounds.
     """
     node = cfg.MODEL.NF
-    if not 0 <= node.DROP_PATH_RATE < 1:
-        raise InputError(
-            f"MODEL.NF.DROP_PATH_RATE: {node.DROP_PATH_RATE!r} is not accepted; use 0.0 or more, "
-            "and less than 1.0"
-        )
+    check_rate("MODEL.NF.DROP_PATH_RATE", node.DROP_PATH_RATE)
     timm = _timm()
-    _check_name(timm, node.NAME)
     published = timm.list_models(module="nfnet", pretrained=True)
+    _check_name(timm, node.NAME, published)
     architecture = node.NAME.split(".")[0]
     if node.PRETRAINED == "timm":
         if architecture not in {name.split(".")[0] for name in published}:
@@ -134,9 +130,9 @@ def _timm() -> ModuleType:
     return timm
 
 
-def _check_name(timm: ModuleType, name: str) -> None:
+def _check_name(timm: ModuleType, name: str, published: list[str]) -> None:
     nets = timm.list_models(module="nfnet")
-    if name in nets or name in timm.list_models(module="nfnet", pretrained=True):
+    if name in nets or name in published:
         return
     if name not in timm.list_models():
         # Of the nets without a norm, and not of the thousand others.
@@ -181,19 +177,6 @@ def _check_pixels(cfg: CfgNode, pretrained: object) -> None:
         )
 
 
-_LOAD_ERRORS = (
-    pickle.UnpicklingError,
-    AttributeError,
-    EOFError,
-    KeyError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-"""What loaders raise for a file that is no state dict, or not of a net's shapes."""
-
-
 def _load(net: nn.Module, path: str, name: str) -> None:
     """Load a file of the whole net's weights. All have to fit but the classifier's, not needed."""
     from timm.models import load_state_dict
@@ -206,14 +189,7 @@ def _load(net: nn.Module, path: str, name: str) -> None:
         if missing or unexpected:
             reason = f"{len(missing)} weights are missing and {len(unexpected)} are none of its, "
             reason += f"such as {[*missing, *unexpected][0]}"
-    except (
-        AttributeError,
-        EOFError,
-        OSError,
-        pickle.UnpicklingError,
-        RuntimeError,
-        TypeError,
-    ) as e:
+    except LOAD_ERRORS as e:
         reason = " ".join(str(e).split())[:200] or type(e).__name__
     if reason:
         raise InputError(

@@ -299,12 +299,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def next_momentum(self) -> float:
         """Count a batch; the weight that the EMA gives it, 0 where it must not change."""
-        if not self.tracks or in_backward_pass():
-            return 0.0
-        self.num_batches_tracked.add_(1)
-        if self.momentum is None:  # cumulative moving average, as in nn.BatchNorm2d
-            return 1.0 / float(self.num_batches_tracked)
-        return self.momentum
+        return count_batch(self) if self.tracks else 0.0
 
     def extra_repr(self) -> str:
         return super().extra_repr() + self.repr_of_choices()
@@ -337,6 +332,16 @@ class BatchNorm2d(nn.BatchNorm2d):
             }
             check_agreement(type(self).__name__, values, group)
             _AGREED.add(self)
+
+
+def count_batch(layer: nn.BatchNorm2d) -> float:
+    """Count a batch that updates an EMA; the weight that it has there, 0 in a recomputation."""
+    if _in_backward_pass():
+        return 0.0
+    layer.num_batches_tracked.add_(1)
+    if layer.momentum is None:  # cumulative moving average, as in nn.BatchNorm2d
+        return 1.0 / float(layer.num_batches_tracked)
+    return layer.momentum
 
 
 def fused_batch_norm(
@@ -441,14 +446,14 @@ def mean_statistics(batches: Sequence[Moments]) -> tuple[Tensor, Tensor]:
 
 def refuse_recomputation(what: str) -> None:
     """Raise RuntimeError where activation checkpointing repeats a forward pass."""
-    if in_backward_pass():
+    if _in_backward_pass():
         raise RuntimeError(
             f"{what} cannot be recomputed in a backward pass (activation checkpointing): what it "
             "depends on has changed since the forward pass"
         )
 
 
-def in_backward_pass() -> bool:
+def _in_backward_pass() -> bool:
     """Whether autograd runs this forward pass: activation checkpointing's recomputation."""
     # The id is private in name, and what torch.utils.checkpoint itself goes by. A compiled graph
     # writes each buffer once, whatever it recomputes.

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .batch_norm import check_size, in_backward_pass
+from .batch_norm import check_size, count_batch
 from .joint import normalize
 from .levels import PerLevel
 
@@ -58,11 +58,8 @@ class L1BatchNorm2d(nn.BatchNorm2d):
 
     @torch.no_grad()
     def _update(self, mean: Tensor, var: Tensor) -> None:
-        if not (self.training and self.track_running_stats) or in_backward_pass():
+        if not (self.training and self.track_running_stats):
             return
-        self.num_batches_tracked.add_(1)
-        momentum = self.momentum
-        if momentum is None:  # cumulative moving average, as in nn.BatchNorm2d
-            momentum = 1.0 / float(self.num_batches_tracked)
+        momentum = count_batch(self)
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
         self.running_var.lerp_(var.to(self.running_var.dtype), momentum)
