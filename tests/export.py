@@ -9,10 +9,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import hosts
 from bn_det import fuse
-from reference import assert_close_by_scale
+from reference import assert_close_by_scale, randomize
 
 EXACT = "donot_use_mm_for_euclid_dist"
+
+
+def make_model(host: str, config: str, *opts: str) -> nn.Module:
+    """A host's detector for evaluation, in which every parameter and statistic matters."""
+    model = hosts.build_model(host, hosts.make_cfg(host, config, *opts)).eval()
+    randomize(model)
+    return model
 
 
 def fused(model: nn.Module, num_norms: int) -> nn.Module:

@@ -1,23 +1,17 @@
 """Small models and batches of Detectron2, and steps with them."""
 
 import copy
+from functools import partial
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import get_cfg
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 
-from bn_det.config import load_config
-from bn_det.d2 import add_bn_det_config
+import hosts
 from reference import randomize
 
-
-def make_cfg(base, *opts):
-    cfg = get_cfg()
-    add_bn_det_config(cfg)
-    load_config(cfg, base, ["MODEL.DEVICE", "cpu", *opts], "Detectron2")
-    return cfg
+make_cfg = partial(hosts.make_cfg, "detectron2")
 
 
 def make_batch(num_objects, size=128):

@@ -5,19 +5,17 @@ import pytest
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 import copy
+from functools import partial
 
 import torch
-from detectron2.config import get_cfg
 from detectron2.export import TracingAdapter
 from detectron2.layers import CycleBatchNormList, FrozenBatchNorm2d, NaiveSyncBatchNorm
-from detectron2.modeling import build_model
 from torch import nn
 
+import export
 from bn_det import fuse
-from bn_det.config import load_config
-from bn_det.d2 import add_bn_det_config
 from export import check_onnx, check_program, check_trace, fused, make_images, medium_score
-from reference import BASE, RCNN_BASE, assert_close_by_scale, norm_opts, randomize
+from reference import BASE, RCNN_BASE, assert_close_by_scale, norm_opts
 
 STOCK_RETINANET = [
     *("MODEL.META_ARCHITECTURE", "RetinaNet"),
@@ -33,13 +31,7 @@ NUM_NORMS = {"RetinaNet": 20 + 6 + 4, "Mask R-CNN": 20 + 8 + 1 + 4}
 """Of backbone, FPN and heads."""
 
 
-def make_model(base, *opts):
-    cfg = get_cfg()
-    add_bn_det_config(cfg)
-    load_config(cfg, base, ["MODEL.DEVICE", "cpu", *opts], "Detectron2")
-    model = build_model(cfg).eval()
-    randomize(model)
-    return model
+make_model = partial(export.make_model, "detectron2")
 
 
 @pytest.mark.parametrize("population", ["shared", "per_domain"])

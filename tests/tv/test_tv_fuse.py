@@ -10,8 +10,7 @@ from torchvision.models.detection import MaskRCNN, RetinaNet
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
-from bn_det.config import load_config
-from bn_det.tv import build_model, get_cfg
+import export
 from export import (
     check_onnx,
     check_program,
@@ -27,12 +26,7 @@ NUM_NORMS = {"RetinaNet": 20 + 6 + 4, "Mask R-CNN": 20 + 8 + 1 + 4}
 """Of backbone, FPN and heads."""
 
 
-def make_model(base, *opts):
-    cfg = get_cfg()
-    load_config(cfg, base, ["MODEL.DEVICE", "cpu", *opts], "torchvision")
-    model = build_model(cfg).eval()
-    randomize(model)
-    return model
+make_model = partial(export.make_model, "torchvision")
 
 
 @pytest.mark.parametrize("population", ["shared", "per_domain"])
