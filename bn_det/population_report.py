@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from .estimate import Estimate
 from .observation import PopulationLayer
+from .results import finite
 
 
 class LayerReport(NamedTuple):
@@ -72,12 +72,12 @@ class PopulationReport(NamedTuple):
         summary = {
             "num_batches": self.num_batches,
             "num_samples": self.num_samples,
-            "error": _finite(self.error),
+            "error": finite(self.error),
             "reason": self.reason,
             "last_layer": self.last_layer,
             "unused": self.unused,
         }
-        layers = [{k: _finite(v) for k, v in of._asdict().items()} for of in self.layers]
+        layers = [finite(of._asdict()) for of in self.layers]
         return {**summary, "layers": layers}
 
     def __str__(self) -> str:
@@ -143,7 +143,3 @@ def make_report(
 def _root_mean_square(x: Tensor) -> float:
     """Over channels; one without variance, where nothing is relative to it, counts as zero."""
     return float(torch.where(x.isfinite(), x, 0.0).square().mean().sqrt())
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

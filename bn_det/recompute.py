@@ -29,7 +29,7 @@ from .parts import LEVEL_PARTS, has_our_batch_norm
 from .population import update_bn_stats
 from .population_report import PopulationReport
 from .progress import with_progress
-from .results import results_table
+from .results import finite, results_table
 
 logger = logging.getLogger(__name__)
 
@@ -140,9 +140,13 @@ def save(model: nn.Module, report: PopulationReport, output: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with write_aside(path) as aside:
         torch.save({"model": model.state_dict()}, aside)
-    with write_aside(path.with_suffix(".json")) as aside:
-        Path(aside).write_text(json.dumps(report.as_dict(), indent=1))
+    _save_report(path, report.as_dict())
     print(f"Saved to {path}, and the table to {path.with_suffix('.json')}")
+
+
+def _save_report(checkpoint: Path, content: dict[str, Any]) -> None:
+    with write_aside(checkpoint.with_suffix(".json")) as aside:
+        Path(aside).write_text(json.dumps(content, indent=1))
 
 
 def run(
@@ -171,6 +175,8 @@ def run(
         save(new, report, args.output)
     if args.evaluate:
         results["after"] = evaluate(new)
-    if world()[0] == 0:
+    if world()[0] == 0 and results:
+        content = {**report.as_dict(), "results": finite(results)}
+        _save_report(Path(args.output), content)
         for when, of_all in results.items():
             print(f"With the statistics {when}:\n{results_table(of_all)}")

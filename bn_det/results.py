@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
+
+from .checkpoint import write_aside
 
 
 def results_table(results: Mapping[str, Mapping]) -> str:
@@ -25,6 +31,19 @@ def results_table(results: Mapping[str, Mapping]) -> str:
         if classes:
             parts.append(f"Per-category {name} AP:\n{_row_table(classes)}")
     return "\n".join(parts)
+
+
+def save_results(results: Mapping[str, Mapping], folder: str | Path) -> None:
+    """Write ``results.json`` into a folder, metrics by task; those that are not known as null."""
+    with write_aside(Path(folder) / "results.json") as aside:
+        Path(aside).write_text(json.dumps(finite(results), indent=1))
+
+
+def finite(value: Any) -> Any:
+    """What JSON can hold: None for numbers that are not finite, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: finite(v) for key, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _row_table(metrics: Mapping[str, float]) -> str:

@@ -30,9 +30,9 @@ from ..data.coco import CocoSource, check_names, check_num_classes, load_coco
 from ..errors import InputError
 from ..hooks import build_hooks
 from ..launch import world_size
-from ..results import results_table
+from ..results import results_table, save_results
 from .accumulate import AccumulatingAMPTrainer, AccumulatingTrainer
-from .datasets import register_datasets
+from .datasets import build_train_loader, register_datasets
 from .hooks import HOOKS, build_precise_bn, build_virtual_batch
 
 
@@ -111,7 +111,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
         with _readable(cfg.DATASETS.TRAIN):
-            loader = super().build_train_loader(cfg)
+            loader = build_train_loader(cfg)
         for name in cfg.DATASETS.TRAIN:
             check_num_classes(
                 cfg, "DATASETS.TRAIN", name, len(MetadataCatalog.get(name).thing_classes)
@@ -188,6 +188,7 @@ def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
         results = trainer.train()
     if results and comm.is_main_process():
         print(results_table(results))
+        save_results(results, cfg.OUTPUT_DIR)
 
 
 @contextmanager

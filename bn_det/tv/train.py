@@ -17,7 +17,7 @@ from ..config import load_config
 from ..config_check import check_ims_per_batch, resolve_device
 from ..errors import InputError
 from ..launch import world_size
-from ..results import results_table
+from ..results import results_table, save_results
 from .config import check_cfg, get_cfg
 from .model import build_model
 from .trainer import Trainer, check_datasets, load_datasets, test
@@ -40,6 +40,7 @@ def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
         results = trainer.train()
     if results:
         print(results_table(results))
+        save_results(results, cfg.OUTPUT_DIR)
 
 
 def load_model(cfg: CfgNode, resume: bool) -> nn.Module:
