@@ -92,6 +92,9 @@ def add_bn_det_config(cfg: CfgNode) -> None:
     cfg.SOLVER.BN_STATISTICS_PARTS = []
     cfg.SOLVER.UPDATE_POPULATION = True
 
+    # The weight of a new batch in the EMA of the population statistics.
+    cfg.SOLVER.BN_MOMENTUM = 0.1
+
     # Batches of IMS_PER_BATCH images for each step of the optimizer and of the schedule, which add
     # up their gradients. MAX_ITER and all other numbers of iterations count steps.
     cfg.SOLVER.ACCUMULATE = 1
@@ -142,6 +145,10 @@ def add_bn_det_config(cfg: CfgNode) -> None:
     # Data sets of one's own in COCO's format: a list of [name, JSON file, folder of images]. The
     # names can then stand in DATASETS.TRAIN and DATASETS.TEST.
     cfg.DATASETS.REGISTER_COCO = []
+
+    # Images of so many categories in a process's batch, as many of each, instead of any; 0 for any.
+    # See bn_det.data.CategoryBatches.
+    cfg.DATALOADER.CATEGORIES_PER_BATCH = 0
 
     # Sources of images (labs, sensors): a list of [source, data set, data set, ...].
     cfg.DATASETS.SOURCES = []

@@ -45,6 +45,8 @@ def check_values(cfg: CfgNode) -> None:
     _check_levels_of_rois(cfg)
     _check_statistics(cfg, "TEST", "population")
     _check_statistics(cfg, "SOLVER", "batch")
+    _check_momentum(cfg)
+    _check_categories(cfg)
     _check_renorm(cfg)
     _check_steps(cfg)
     _check_agc(cfg)
@@ -213,6 +215,22 @@ def _check_statistics(cfg: CfgNode, node: str, default: str) -> None:
         raise InputError(
             f"{node}.BN_STATISTICS: {statistics!r} is not accepted: no part of the model has batch "
             f"statistics; use {default!r}, or a NORM in {list(BATCH_NORMS)} with our components"
+        )
+
+
+def _check_momentum(cfg: CfgNode) -> None:
+    momentum = cfg.SOLVER.BN_MOMENTUM
+    if not 0 < momentum <= 1:
+        raise InputError(
+            f"SOLVER.BN_MOMENTUM: {momentum!r} is not accepted; use more than 0.0, and 1.0 at most"
+        )
+
+
+def _check_categories(cfg: CfgNode) -> None:
+    number = cfg.DATALOADER.CATEGORIES_PER_BATCH
+    if number < 0:
+        raise InputError(
+            f"DATALOADER.CATEGORIES_PER_BATCH: {number!r} is not accepted; use 0 (for any) or more"
         )
 
 

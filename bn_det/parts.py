@@ -68,6 +68,7 @@ def _layer(cfg: CfgNode, part: str, num_levels: int | None) -> Callable[..., nn.
         "eval_statistics": _statistics(cfg.TEST, part, "population"),
         "train_statistics": _statistics(cfg.SOLVER, part, "batch"),
         "update_population": cfg.SOLVER.UPDATE_POPULATION,
+        "momentum": cfg.SOLVER.BN_MOMENTUM,
     }
     of_levels = num_levels is not None and (part in LEVEL_PARTS or is_per_level(cfg, part))
     if of_levels:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import (
+    DatasetCatalog,
+    MetadataCatalog,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
 from detectron2.data.datasets import load_coco_json
+from detectron2.utils import comm
+from torch.utils.data import Sampler
 
 from ..config import source_of
+from ..data.category_batches import CategoryBatches
 from ..data.coco import (
     CocoSource,
     check_names,
@@ -31,6 +40,31 @@ def register_datasets(cfg: CfgNode) -> None:
     for name, source in source_of(cfg).items():
         load = DatasetCatalog.pop(name)
         DatasetCatalog.register(name, partial(_load_with_source, load, source))
+
+
+def build_train_loader(cfg: CfgNode) -> Any:
+    """Detectron2's, with batches of few categories where DATALOADER.CATEGORIES_PER_BATCH asks."""
+    num_categories = cfg.DATALOADER.CATEGORIES_PER_BATCH
+    if not num_categories:
+        return build_detection_train_loader(cfg)
+    dataset = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=True)
+    size = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
+    seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+    sampler = _CategorySampler(CategoryBatches(dataset, size, num_categories, seed))
+    # Grouping would put images of one aspect ratio together instead.
+    return build_detection_train_loader(
+        cfg, dataset=dataset, sampler=sampler, aspect_ratio_grouping=False
+    )
+
+
+class _CategorySampler(Sampler):
+    """The images of this process, without end."""
+
+    def __init__(self, batches: CategoryBatches) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[int]:
+        return self.batches.orders(0, [comm.get_rank()])
 
 
 def _load_with_source(load: Callable[[], list[dict]], source: int) -> list[dict]:

@@ -10,6 +10,9 @@ is as large as the distance between the categories, its outline is blunted towar
 the image is noisy. What its neighbours have in common tells more than the object itself, so a
 BatchNorm that normalizes RoIs of one image together has something to leak.
 
+SHAPES_FEW are so few images to train on, drawn as those of SHAPES, that a detector learns them by
+heart.
+
 SHIFTED are the very images of SHAPES in other appearances, for adaptation to another domain.
 """
 
@@ -101,12 +104,14 @@ SHAPES_CORRELATED = Variant(
     bluntness=(0.5, 1.0),
 )
 
+SHAPES_FEW = SHAPES._replace(name="shapes_few", splits={"train": Split(200, 4)})
+
 SHIFTED = tuple(
     SHAPES._replace(name=f"shapes_{appearance}", appearance=appearance)
     for appearance in APPEARANCES
 )
 
-VARIANTS = {variant.name: variant for variant in (SHAPES, SHAPES_CORRELATED, *SHIFTED)}
+VARIANTS = {variant.name: variant for variant in (SHAPES, SHAPES_CORRELATED, SHAPES_FEW, *SHIFTED)}
 
 
 class Theme(NamedTuple):

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, Sequen
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from ..comm import share
+from ..comm import share, world
+from ..data.category_batches import CategoryBatches
 from ..data.coco import CocoDataset
 from ..data.masks import decode_mask
 from ..errors import InputError
@@ -106,13 +107,33 @@ def build_train_loader(
     transform = v2.Compose([resize, *flips])
     dataset = DetectionDataset(records, transform, cfg.INPUT.FORMAT, seed, cfg.MODEL.MASK_ON)
     batch_size = cfg.SOLVER.IMS_PER_BATCH
-    order = RandomSampler(
-        records,
-        num_samples=cfg.SOLVER.MAX_ITER * batch_size,
-        generator=torch.Generator().manual_seed(seed),
-    )
     mine = share(batch_size)
-    return _loader(cfg, dataset, _Draws(order, start_iter, batch_size, mine), len(mine))
+    draws = _Draws(_train_order(cfg, records, seed), start_iter, batch_size, mine)
+    return _loader(cfg, dataset, draws, len(mine))
+
+
+def _train_order(cfg: CfgNode, records: Sequence[dict], seed: int) -> Sampler:
+    batch_size, num_categories = cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.CATEGORIES_PER_BATCH
+    num_samples = cfg.SOLVER.MAX_ITER * batch_size
+    if num_categories:
+        num_ranks = world()[1]
+        batches = CategoryBatches(records, batch_size // num_ranks, num_categories, seed)
+        return _CategorySampler(batches, range(num_ranks), num_samples)
+    generator = torch.Generator().manual_seed(seed)
+    return RandomSampler(records, num_samples=num_samples, generator=generator)
+
+
+class _CategorySampler(Sampler):
+    """The images of all processes, batch by batch."""
+
+    def __init__(self, batches: CategoryBatches, ranks: Sequence[int], num_samples: int) -> None:
+        self.batches, self.ranks, self.num_samples = batches, ranks, num_samples
+
+    def __iter__(self) -> Iterator[int]:
+        return islice(self.batches.orders(0, self.ranks), self.num_samples)
+
+    def __len__(self) -> int:
+        return self.num_samples
 
 
 def build_test_loader(cfg: CfgNode, dataset: CocoDataset, batch_size: int = 1) -> DataLoader:
