@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import torch
 from yacs.config import CfgNode
 
 from .errors import InputError, one_line
@@ -54,6 +58,49 @@ def add_process_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="URL",
         help="where processes meet: tcp://ADDRESS:PORT of machine 0; auto for one machine",
     )
+
+
+def measure_command(
+    name: str,
+    table: Callable[[Any], str],
+    save: Callable[[Any, Path], None],
+    *,
+    description: str | None,
+    epilog: str,
+    images: str,
+) -> None:
+    """The main function of a command that measures a checkpoint by either statistics.
+
+    Args:
+        name: of what is measured: the host's module, and the JSON file in OUTPUT_DIR.
+        table, save: for the results, on the terminal and in the file.
+        description, epilog: of the command's help.
+        images: the help of --images-per-batch.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--images-per-batch", type=int, default=1, metavar="N", help=images)
+    add_config_arguments(parser)
+    # What the set-up that evaluation shares asks for.
+    parser.set_defaults(eval_only=True, resume=False, num_gpus=1, num_machines=1)
+    args = parser.parse_args()
+    if args.images_per_batch < 1:
+        raise InputError(
+            f"--images-per-batch: {args.images_per_batch} is not accepted; use 1 or more"
+        )
+    logging.basicConfig(
+        level=logging.INFO, format="[%(asctime)s %(name)s]: %(message)s", datefmt="%m/%d %H:%M:%S"
+    )
+    torch.manual_seed(0)  # what is sampled
+    cfg, results = import_host(args.host, name).measure(args)
+    print(table(results))
+    path = Path(cfg.OUTPUT_DIR) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(results, path)
+    print(f"Saved to {path}")
 
 
 def import_host(requested: str, module: str) -> ModuleType:

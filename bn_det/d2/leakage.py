@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,8 @@ def measure(args: argparse.Namespace) -> tuple[CfgNode, dict[str, dict[str, Esti
     cfg = setup(args)
     check_architecture(cfg)
     model = load_model(cfg, resume=False).eval()
-    loader = _build_loader(cfg, args.images_per_batch)
+    dataset = get_detection_dataset_dicts(cfg.DATASETS.TEST, filter_empty=True)
+    loader = annotated_loader(cfg, dataset, args.images_per_batch)
     roi_heads = model.roi_heads
     head = nn.Sequential(roi_heads.box_head, roi_heads.box_predictor)
     return cfg, measure_leakage(
@@ -36,12 +37,21 @@ def measure(args: argparse.Namespace) -> tuple[CfgNode, dict[str, dict[str, Esti
     )
 
 
-def _build_loader(cfg: CfgNode, batch_size: int) -> Any:
-    """Images as for testing, with annotations as for training."""
-    dataset = get_detection_dataset_dicts(cfg.DATASETS.TEST, filter_empty=True)
+def annotated_loader(
+    cfg: CfgNode, dataset: list[dict], batch_size: int, order: Sequence[int] | None = None
+) -> Any:
+    """Images as for testing, with annotations as for training.
+
+    Args:
+        order: the indices of the images; by default each once.
+    """
     mapper = DatasetMapper(cfg, is_train=True, augmentations=build_augmentation(cfg, False))
     return build_detection_test_loader(
-        dataset, mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS, batch_size=batch_size
+        dataset,
+        mapper=mapper,
+        sampler=order,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        batch_size=batch_size,
     )
 
 

@@ -59,7 +59,8 @@ def test_rois_are_those_of_training(checkpoint):
         loader = importlib.import_module("bn_det.tv.data").build_test_loader(cfg, dataset, 2)
         model.roi_heads.mask_head = None
     else:
-        loader = leakage._build_loader(cfg, 2)
+        dataset = leakage.get_detection_dataset_dicts(cfg.DATASETS.TEST)
+        loader = leakage.annotated_loader(cfg, dataset, 2)
     inputs = list(loader)
     assert len(inputs) == 3, "6 images"
     torch.manual_seed(5)
