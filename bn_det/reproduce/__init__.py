@@ -1,0 +1,1 @@
+"""The paper's experiments, run by one command and reported: see tools/reproduce.py."""

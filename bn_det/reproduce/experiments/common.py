@@ -1,0 +1,34 @@
+"""Trainings and measurements that several experiments have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..steps import Setting, Step, Training, recompute, train
+
+DETECTOR = "retinanet"
+
+
+def base_training(setting: Setting, seed: int) -> Training:
+    """RetinaNet whose levels are normalized each by itself, with EMAs, and checkpoints all along.
+
+    Row 4 of Table 5, and what the experiments on population statistics look at.
+    """
+    period = setting.pick(90, 27000)
+    opts = ("TEST.PRECISE_BN.ENABLED", False, "SOLVER.CHECKPOINT_PERIOD", period)
+    config = ("multi_domain", "per_domain-per_domain-shared")
+    return train(setting, f"{DETECTOR}-per_domain-affine_shared", config, seed, 260, opts)
+
+
+def precise_batches(setting: Setting) -> tuple[object, ...]:
+    """What PreciseBN estimates from: on shapes 640 images in batches of 32 (docs/population.md)."""
+    return setting.pick(("TEST.PRECISE_BN.IMS_PER_BATCH", 32, "TEST.PRECISE_BN.NUM_ITER", 20), ())
+
+
+def precise_of(
+    training: Training, name: str, flags: Sequence[object] = (), iteration: int | None = None
+) -> Step:
+    """PreciseBN of a checkpoint, and AP before and after."""
+    opts = precise_batches(training.setting)
+    weights = training.checkpoint(iteration)
+    return recompute(training, name, 38, flags, opts, weights=weights)

@@ -1,0 +1,199 @@
+"""The commands that an experiment is made of."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+CHECKPOINT = "model_final.pth"
+
+
+class Step(NamedTuple):
+    """A command of ours, whose results lie in a folder.
+
+    Attributes:
+        name: of the folder, below that of all runs; "train/NAME" for a training, and for a
+            measurement of its checkpoint below that. Steps of the same name are the same.
+        command: the tool, and its arguments.
+        seconds: about how long it takes on two CPU cores, alone.
+        needs: names of the steps that have to be done before.
+        processes: how many it starts.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    seconds: float
+    needs: tuple[str, ...] = ()
+    processes: int = 1
+
+    @property
+    def is_training(self) -> bool:
+        return self.command[0].endswith("train_net.py") and "--eval-only" not in self.command
+
+
+class Setting(NamedTuple):
+    """What all steps of a report have in common.
+
+    Attributes:
+        data: "coco" or "shapes".
+        host: "detectron2" or "torchvision".
+        runs: the folder of all runs.
+        root: the folder that has ``tools`` and ``configs``.
+        num_gpus: processes of a training on COCO.
+        opts: KEY VALUE pairs at the end of every command.
+    """
+
+    data: str
+    host: str
+    runs: Path
+    root: Path
+    num_gpus: int = 8
+    opts: tuple[str, ...] = ()
+
+    def pick(self, shapes, coco):
+        """One of two values, by the data."""
+        return shapes if self.data == "shapes" else coco
+
+    def folder(self, name: str) -> str:
+        """Of a step, as a command names it."""
+        return os.path.relpath(self.runs / name)
+
+    def config(self, folder: str, name: str) -> str:
+        """A config file of ours, as a command names it."""
+        middle = "shapes" if self.data == "shapes" else ""
+        return os.path.relpath(self.root / "configs" / folder / middle / f"{name}.yaml")
+
+    def tool(self, name: str) -> tuple[str, str, str]:
+        return os.path.relpath(self.root / "tools" / f"{name}.py"), "--host", self.host
+
+
+class Training(NamedTuple):
+    """A training that measurements refer to."""
+
+    step: Step
+    setting: Setting
+    config: str
+    opts: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.step.name
+
+    def checkpoint(self, iteration: int | None = None) -> str:
+        """The file of an iteration, counted from 1, or of the end."""
+        name = CHECKPOINT if iteration is None else f"model_{iteration - 1:07d}.pth"
+        return os.path.join(self.setting.folder(self.name), name)
+
+
+def train(
+    setting: Setting,
+    name: str,
+    config: tuple[str, str],
+    seed: int,
+    seconds: float,
+    opts: Sequence[object] = (),
+    processes: int = 1,
+) -> Training:
+    """A training of a config, with a seed.
+
+    Args:
+        config: the folder and the name of the file.
+        seconds: on shapes; trainings on COCO are not estimated.
+        processes: on shapes; on COCO the setting says it.
+    """
+    from .published import scaled
+
+    name = f"train/{name}-seed{seed}"
+    file = setting.config(*config)
+    texts = tuple(str(o) for o in opts)
+    processes = setting.pick(processes, setting.num_gpus)
+    if setting.data == "coco":
+        texts = (*texts, *scaled(setting.root, file, texts, setting.num_gpus))
+    flags = ("--num-gpus", str(processes)) if processes > 1 else ()
+    own = ("SEED", str(seed), "OUTPUT_DIR", setting.folder(name))
+    command = (
+        *setting.tool("train_net"), "--config-file", file, *flags, *texts, *setting.opts, *own,
+    )  # fmt: skip
+    step = Step(name, command, seconds, processes=processes)
+    return Training(step, setting, file, texts)
+
+
+def evaluate(training: Training, name: str, seconds: float, opts: Sequence[object] = (), *,
+             weights: str | None = None) -> Step:  # fmt: skip
+    """An evaluation of a training's checkpoint, by other options: AP in results.json."""
+    return _measure(training, "train_net", name, seconds, ("--eval-only",), opts, weights)
+
+
+def leakage(training: Training, name: str, seconds: float, images: int, opts: Sequence[object] = (),
+            *, weights: str | None = None) -> Step:  # fmt: skip
+    """What the box head reads from a batch of so many images: leakage.json."""
+    flags = ("--images-per-batch", str(images))
+    return _measure(training, "measure_leakage", name, seconds, flags, opts, weights)
+
+
+def loss(training: Training, name: str, seconds: float, images: int, opts: Sequence[object] = (), *,
+         weights: str | None = None, needs: Sequence[str] = ()) -> Step:  # fmt: skip
+    """The loss with either statistics, those of batches of so many images: loss.json."""
+    flags = ("--images-per-batch", str(images))
+    return _measure(training, "measure_loss", name, seconds, flags, opts, weights, needs)
+
+
+def _measure(
+    training: Training,
+    tool: str,
+    name: str,
+    seconds: float,
+    flags: Sequence[str],
+    opts: Sequence[object],
+    weights: str | None,
+    needs: Sequence[str] = (),
+) -> Step:
+    setting, name = training.setting, f"{training.name}/{name}"
+    file = weights or training.checkpoint()
+    own = ("MODEL.WEIGHTS", file, "OUTPUT_DIR", setting.folder(name))
+    command = (
+        *setting.tool(tool), "--config-file", training.config, *flags, *training.opts,
+        *map(str, opts), *setting.opts, *own,
+    )  # fmt: skip
+    return Step(name, command, seconds, (training.name, *needs))
+
+
+def recompute(
+    training: Training,
+    name: str,
+    seconds: float,
+    flags: Sequence[object] = (),
+    opts: Sequence[object] = (),
+    *,
+    weights: str | None = None,
+) -> Step:
+    """New population statistics, and AP before and after: precise.pth and precise.json."""
+    setting, name = training.setting, f"{training.name}/{name}"
+    folder = setting.folder(name)
+    command = (
+        *setting.tool("recompute_statistics"), "--config-file", training.config,
+        "--weights", weights or training.checkpoint(),
+        "--output", os.path.join(folder, "precise.pth"), "--evaluate", *map(str, flags),
+        *training.opts, *map(str, opts), *setting.opts, "OUTPUT_DIR", folder,
+    )  # fmt: skip
+    return Step(name, command, seconds, (training.name,))
+
+
+def precise(setting: Setting, step: Step) -> str:
+    """The checkpoint that a step of :func:`recompute` writes."""
+    return os.path.join(setting.folder(step.name), "precise.pth")
+
+
+def shown(command: Sequence[str]) -> str:
+    """A command as a user types it."""
+    import shlex
+
+    return shlex.join(["python", *command])
+
+
+def executed(command: Sequence[str]) -> list[str]:
+    """A command as it is run."""
+    return [sys.executable, *command]
