@@ -1,0 +1,347 @@
+"""The claims that the experiments test, as they were written down before the first run.
+
+What decides a claim is here: its metric, its direction, and the smallest effect that counts. The
+number that is found for it is computed by the experiment of its name (``EFFECTS`` there).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import mean, stdev
+from typing import NamedTuple
+
+WU_JOHNSON = 'Wu & Johnson, *Rethinking "Batch" in BatchNorm*, arXiv 2105.07576'
+BROCK = "Brock et al., *High-Performance Large-Scale Image Recognition Without Normalization*, 2021"
+
+
+class Claim(NamedTuple):
+    """A claim, in one sentence.
+
+    Attributes:
+        name: a short one, by which tables and code refer to it.
+        experiment: the one that tests it.
+        sentence: the claim.
+        source: where it is made.
+        metric: what is computed for each seed; the claim says that it is positive.
+        smallest: the smallest effect that counts.
+        unit: of the metric.
+        at_most: the claim says instead that the metric is no larger than ``smallest``.
+    """
+
+    name: str
+    experiment: str
+    sentence: str
+    source: str
+    metric: str
+    smallest: float
+    unit: str
+    at_most: bool = False
+
+
+class Verdict(NamedTuple):
+    """What came out of a claim.
+
+    Attributes:
+        effects: of each seed.
+        mean: their mean.
+        low, high: its 95 % confidence interval (Student's t over seeds, which are paired: each
+            effect is of runs with one seed); None with one seed.
+        word: "seen", "not seen" or "opposite"; "" if nothing has been measured.
+    """
+
+    effects: tuple[float, ...]
+    mean: float
+    low: float | None
+    high: float | None
+    word: str
+
+
+def judge(claim: Claim, effects: Sequence[float]) -> Verdict:
+    """The verdict on a claim.
+
+    With several seeds a claim is seen if the mean effect is at least the smallest that counts and
+    the interval is above zero, opposite if that holds of the effect's negative, and else not seen.
+    One that says "at most" is seen if the whole interval is at most that, opposite if all of it is
+    above. With one seed there is no interval, and the effect alone decides.
+    """
+    if not effects:
+        return Verdict((), math.nan, None, None, "")
+    centre, low, high = _interval(effects)
+    if claim.at_most:
+        seen, opposite = high <= claim.smallest, low > claim.smallest
+    else:
+        seen = centre >= claim.smallest and low > 0
+        opposite = centre <= -claim.smallest and high < 0
+    word = "seen" if seen else "opposite" if opposite else "not seen"
+    single = len(effects) == 1
+    ends = (None, None) if single else (low, high)
+    return Verdict(tuple(effects), centre, *ends, word)
+
+
+_T = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160),
+    *(2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056),
+    *(2.052, 2.048, 2.045),
+)
+"""The 97.5 % quantiles of Student's t with 1, 2, ... 29 degrees of freedom."""
+
+
+def _interval(effects: Sequence[float]) -> tuple[float, float, float]:
+    """Mean, and the ends of its 95 % confidence interval; with one seed the mean alone."""
+    centre, number = mean(effects), len(effects)
+    if number == 1:
+        return centre, centre, centre
+    half = _T[min(number - 2, len(_T) - 1)] * stdev(effects) / math.sqrt(number)
+    return centre, centre - half, centre + half
+
+
+CLAIMS = (
+    Claim(
+        "precise early",
+        "population",
+        "Early in a training PreciseBN gives a better model than the EMA does.",
+        f"{WU_JOHNSON}, Sec. 3",
+        "box AP of the same weights, PreciseBN - EMA, mean over the checkpoints of the first third "
+        "of the base training",
+        1.0,
+        "AP",
+    ),
+    Claim(
+        "precise steady",
+        "population",
+        "Over a training at a large learning rate, AP with PreciseBN is steadier than with the "
+        "EMA.",
+        f"{WU_JOHNSON}, Sec. 3",
+        "unsteadiness, the mean absolute second difference of box AP over the ten checkpoints at "
+        "four times the learning rate: EMA - PreciseBN",
+        0.5,
+        "AP",
+    ),
+    Claim(
+        "precise large rate",
+        "population",
+        "At a large learning rate PreciseBN gives a better model than the EMA does.",
+        f"{WU_JOHNSON}, Sec. 3",
+        "box AP of the same weights, PreciseBN - EMA, mean over all checkpoints at four times the "
+        "learning rate",
+        1.0,
+        "AP",
+    ),
+    Claim(
+        "EMA at the end",
+        "population",
+        "At the end of a usual training the EMA is as good as PreciseBN.",
+        f"{WU_JOHNSON}, Sec. 3",
+        "box AP of the final weights of the base training, |PreciseBN - EMA|",
+        0.5,
+        "AP",
+        at_most=True,
+    ),
+    Claim(
+        "EMA error, rate",
+        "population",
+        "The error of the EMA's statistics grows with the learning rate.",
+        f"{WU_JOHNSON}, Sec. 3",
+        "error of an EMA: the shift of means (in standard deviations) and of variances (relative) "
+        "from PreciseBN's, mean of both over all layers and checkpoints; at four times the "
+        "learning rate over that of the base training, - 1",
+        0.25,
+        "ratio",
+    ),
+    Claim(
+        "EMA error, batch",
+        "population",
+        "The error of the EMA's statistics grows with the SGD batch, where the learning rate is "
+        "scaled with it.",
+        f"{WU_JOHNSON}, Sec. 3",
+        "error as above, at four times the SGD batch and learning rate, over that of the base "
+        "training at the checkpoints nearest in epochs, - 1",
+        0.25,
+        "ratio",
+    ),
+    Claim(
+        "a thousand samples",
+        "population",
+        "10^3 to 10^4 samples are enough for PreciseBN.",
+        f"{WU_JOHNSON}, Sec. 3",
+        "box AP of the final weights of the base training, from 2048 samples - from 1024",
+        0.5,
+        "AP",
+        at_most=True,
+    ),
+    Claim(
+        "small batch, population",
+        "batch-size",
+        "A small normalization batch costs more with population statistics than with batch "
+        "statistics.",
+        f"{WU_JOHNSON}, Sec. 4",
+        "validation loss with PreciseBN's statistics - with batch statistics of the training's "
+        "size: that of NBS 2 - that of NBS 16, relative to the loss of NBS 16 with population "
+        "statistics",
+        0.02,
+        "relative loss",
+    ),
+    Claim(
+        "small batch, depth",
+        "batch-size",
+        "The statistics of small batches vary more, about those of the population, in deeper "
+        "layers.",
+        f"{WU_JOHNSON}, Sec. 4",
+        "at NBS 2, the standard deviation of batch means (in standard deviations of the layer) "
+        "and of batch variances (relative), mean of both: mean over the last third of the backbone's "
+        "layers over that of the first third, - 1",
+        0.25,
+        "ratio",
+    ),
+    Claim(
+        "batch at test",
+        "batch-size",
+        "Where the normalization batch of the training was tiny, batch statistics of that size "
+        "are better at test time than population statistics.",
+        f"{WU_JOHNSON}, Sec. 4",
+        "validation loss at NBS 2: with PreciseBN's statistics - with those of batches of 2, "
+        "relative to the former",
+        0.02,
+        "relative loss",
+    ),
+    Claim(
+        "large batch",
+        "batch-size",
+        "A large normalization batch loses regularization.",
+        f"{WU_JOHNSON}, Sec. 4",
+        "generalization gap, validation loss - training loss, both with PreciseBN's statistics: of "
+        "NBS 16 - of NBS 4, relative to the validation loss of NBS 4",
+        0.02,
+        "relative loss",
+    ),
+    Claim(
+        "frozen at the end",
+        "frozen",
+        "FrozenBN in the last fifth of a training with small normalization batches closes the gap "
+        "between training and test time.",
+        f"{WU_JOHNSON}, Sec. 4",
+        "validation loss with population statistics at NBS 2: of the usual training (PreciseBN) - "
+        "of the one that was frozen, relative to the former",
+        0.02,
+        "relative loss",
+    ),
+    Claim(
+        "AdaBN",
+        "domain-shift",
+        "Under a domain shift, population statistics of the new domain help.",
+        f"{WU_JOHNSON}, Sec. 5",
+        "box AP with AdaBN - without, mean over night, fog and sensor",
+        1.0,
+        "AP",
+    ),
+    Claim(
+        "consistent, shared affine",
+        "multi-domain",
+        "In a multi-level head with a shared affine the consistent choices of training and "
+        "population statistics beat the inconsistent ones, whichever they are.",
+        f"{WU_JOHNSON}, Sec. 5, Table 5",
+        "box AP, PreciseBN: the worse of both consistent choices - the better of both inconsistent "
+        "ones",
+        1.0,
+        "AP",
+    ),
+    Claim(
+        "consistent, affine per level",
+        "multi-domain",
+        "The same with an affine for each level.",
+        f"{WU_JOHNSON}, Sec. 5, Table 5",
+        "as above, of the trainings with an affine per level",
+        1.0,
+        "AP",
+    ),
+    Claim(
+        "leak",
+        "leakage",
+        "A BN in a RoI head leaks: it uses the other RoIs of its batch.",
+        f"{WU_JOHNSON}, Sec. 6, Table 3",
+        "foreground accuracy of the box head on held-out RoIs, sampled as in training, at the end: "
+        "with batch statistics - with population statistics",
+        0.5,
+        "% accuracy",
+    ),
+    Claim(
+        "leak, mask AP",
+        "leakage",
+        "The leak costs AP: with population statistics the hint is missing.",
+        f"{WU_JOHNSON}, Sec. 6, Table 3",
+        "mask AP at the end with a BN head: with the statistics of a test image's RoIs - with "
+        "population statistics",
+        1.0,
+        "AP",
+    ),
+    Claim(
+        "shuffling",
+        "leakage",
+        "Shuffling RoIs across processes closes the gap.",
+        f"{WU_JOHNSON}, Sec. 6, Table 6",
+        "the difference of 'leak': BN's - that after training with shuffling",
+        0.5,
+        "% accuracy",
+    ),
+    Claim(
+        "SyncBN",
+        "leakage",
+        "SyncBN closes the gap.",
+        f"{WU_JOHNSON}, Sec. 6, Table 6",
+        "the difference of 'leak': BN's - that after training with SyncBN",
+        0.5,
+        "% accuracy",
+    ),
+    Claim(
+        "pairs leak",
+        "correlated",
+        "With two samples of each category in a batch, the model learns to use the batch.",
+        f"{WU_JOHNSON}, Sec. 6.3, and the talk",
+        "validation loss with population statistics - with those of batches as in training: "
+        "trained on pairs - trained on any images, relative to the loss of the latter",
+        0.02,
+        "relative loss",
+    ),
+    Claim(
+        "groups across categories",
+        "correlated",
+        "Normalization batches across categories, with one sample of each, close that gap.",
+        f"{WU_JOHNSON}, Sec. 6.3, and the talk",
+        "the gap of 'pairs leak' - the same of ghost batches of two, across categories of pairs "
+        "against of any images",
+        0.02,
+        "relative loss",
+    ),
+    Claim(
+        "AGC, large batch",
+        "normalizer-free",
+        "Without normalization, adaptive gradient clipping allows larger batches.",
+        f"{BROCK}, Sec. 4",
+        "training loss at the end (mean of the last tenth; of a training that diverges, its first) "
+        "at four times batch and learning rate for the same epochs - at the usual ones: without "
+        "clipping - with the default factor 0.01, relative to the loss without at the usual batch",
+        0.05,
+        "relative loss",
+    ),
+    Claim(
+        "AGC, clip factor",
+        "normalizer-free",
+        "Larger batches need smaller clipping factors.",
+        f"{BROCK}, Sec. 4.1",
+        "log2 of the factor of 0.16, 0.04 and 0.01 with the lowest training loss at the usual "
+        "batch - the same at four times the batch",
+        1.0,
+        "powers of two",
+    ),
+)
+
+
+def claims_of(experiments: Sequence[str]) -> list[Claim]:
+    """Those that the experiments test."""
+    return [claim for claim in CLAIMS if claim.experiment in experiments]
+
+
+def number(value: float, digits: int = 2) -> str:
+    """With its sign, as effects are shown."""
+    return f"{value:+.{digits}f}"
