@@ -189,8 +189,8 @@ CLAIMS = (
         "layers.",
         f"{WU_JOHNSON}, Sec. 4",
         "at NBS 2, the standard deviation of batch means (in standard deviations of the layer) "
-        "and of batch variances (relative), mean of both: mean over the last third of the backbone's "
-        "layers over that of the first third, - 1",
+        "and of batch variances (relative), mean of both: mean over the last third of the "
+        "backbone's layers over that of the first third, - 1",
         0.25,
         "ratio",
     ),

@@ -63,9 +63,10 @@ def what_changes(num_gpus: int) -> str:
     factor = num_gpus / NUM_GPUS
     return (
         f"--num-gpus: the published setting is {NUM_GPUS} GPUs with 2 images each. With "
-        f"{num_gpus}: {2 * num_gpus} images a step instead of 16; the learning rate is scaled by {factor:g}, "
-        f"and iterations, steps and periods by {1 / factor:g}. BN stays one of 2 images, but the "
-        f"batches of SyncBN and of shuffling are of {2 * num_gpus} images instead of 16"
+        f"{num_gpus}: {2 * num_gpus} images a step instead of 16; the learning rate is scaled by "
+        f"{factor:g}, and iterations, steps and periods by {1 / factor:g}. BN stays "
+        f"one of 2 images, but the batches of SyncBN and of shuffling are of {2 * num_gpus} images "
+        "instead of 16"
     )
 
 

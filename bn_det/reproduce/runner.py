@@ -1,0 +1,192 @@
+"""Runs steps, several at a time, and continues where it was interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+from ..checkpoint import write_aside
+from ..errors import InputError
+from .steps import Step, executed, shown
+
+LOG = "reproduce.log"
+DONE = "done.json"
+
+_DIVERGED = re.compile(
+    r"(?:FloatingPointError: .*?|Loss became infinite or NaN at )iteration[= ](\d+)"
+)
+"""What either host says of a loss that is not finite, and when."""
+
+
+class Outcome(NamedTuple):
+    """How a step ended.
+
+    Attributes:
+        seconds: that it took, alone or beside others; of a training that was interrupted, its
+            parts together.
+        diverged_at: the iteration at which a training's loss was not finite; None if it was.
+    """
+
+    seconds: float
+    diverged_at: int | None
+
+
+class Failure(NamedTuple):
+    step: Step
+    reason: str
+
+
+def outcome_of(step: Step, runs: Path) -> Outcome | None:
+    """What is noted of a step that has been done; None if it has not.
+
+    Raises:
+        InputError: another command has been done in its folder.
+    """
+    path = runs / step.name / DONE
+    if not path.is_file():
+        return None
+    noted = json.loads(path.read_text())
+    _check_command(step, noted["command"], path.parent)
+    return Outcome(noted["seconds"], noted["diverged_at"])
+
+
+class Runner:
+    """Runs steps in the order in which they can be, and notes those that are done.
+
+    Each has a folder for its results, its log and what is noted of it. A training that has been
+    interrupted is resumed; any other step is run anew. A step that fails does not end the others,
+    but those that need it are left out, as they are after a training that diverged.
+
+    Args:
+        steps: each once.
+        runs: the folder of all.
+        jobs: how many processes run at a time.
+    """
+
+    def __init__(self, steps: Sequence[Step], runs: Path, jobs: int) -> None:
+        self.steps, self.runs, self.jobs = list(steps), runs, jobs
+        self.outcomes = {s.name: o for s in steps if (o := outcome_of(s, runs)) is not None}
+        self.failures: list[Failure] = []
+        self.begin = time.monotonic()
+        self.done_seconds = 0.0  # of the steps' estimates, in this call
+
+    def pending(self) -> list[Step]:
+        """What is to be run still."""
+        out = {f.step.name for f in self.failures}
+        out |= {name for name, o in self.outcomes.items() if o.diverged_at is not None}
+        pending = []
+        for step in self.steps:  # a step comes after those that it needs
+            if any(name in out for name in step.needs):
+                out.add(step.name)
+            elif step.name not in self.outcomes and step.name not in out:
+                pending.append(step)
+        return pending
+
+    def run(self) -> list[Failure]:
+        """Run all; the steps that have failed."""
+        running: dict[str, tuple[Step, subprocess.Popen, float]] = {}
+        last_look = time.monotonic()
+        try:
+            while (pending := self.pending()) or running:
+                for step in pending:
+                    if step.name not in running and self._can_start(step, running):
+                        running[step.name] = (step, self._start(step), time.monotonic())
+                time.sleep(0.2)
+                for name, (step, process, begin) in list(running.items()):
+                    if process.poll() is not None:
+                        del running[name]
+                        self._finish(step, process.returncode, time.monotonic() - begin)
+                if time.monotonic() - last_look > 60:
+                    last_look = time.monotonic()
+                    self._look(list(running))
+        finally:
+            for _, process, _ in running.values():
+                process.terminate()
+            for _, process, _ in running.values():
+                process.wait()
+        return self.failures
+
+    def _can_start(self, step: Step, running: dict[str, tuple]) -> bool:
+        used = sum(min(s.processes, self.jobs) for s, _, _ in running.values())
+        is_ready = all(name in self.outcomes for name in step.needs)
+        return is_ready and used + min(step.processes, self.jobs) <= self.jobs
+
+    def _start(self, step: Step) -> subprocess.Popen:
+        folder = self.runs / step.name
+        folder.mkdir(parents=True, exist_ok=True)
+        begun = folder / "command.json"
+        resume = ()
+        if step.is_training and begun.is_file() and (folder / "last_checkpoint").is_file():
+            _check_command(step, json.loads(begun.read_text()), folder)
+            resume = ("--resume",)
+        with write_aside(begun) as aside:
+            Path(aside).write_text(json.dumps(step.command))
+        print(f"{'resumes' if resume else 'starts'} {step.name}", flush=True)
+        environment = dict(os.environ)
+        share = max(1, len(os.sched_getaffinity(0)) // max(1, self.jobs // step.processes))
+        environment.setdefault("OMP_NUM_THREADS", str(share))
+        tool, *arguments = step.command
+        with open(folder / LOG, "a" if resume else "w") as log:
+            return subprocess.Popen(
+                executed([tool, *resume, *arguments]),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+            )
+
+    def _finish(self, step: Step, code: int, seconds: float) -> None:
+        folder = self.runs / step.name
+        diverged = _DIVERGED.search((folder / LOG).read_text(errors="replace")) if code else None
+        if code and not (step.is_training and diverged):
+            reason = _last_line(folder / LOG)
+            self.failures.append(Failure(step, reason))
+            print(f"FAILED {step.name} (exit code {code}): {reason}", flush=True)
+            return
+        outcome = Outcome(round(seconds, 1), int(diverged[1]) if diverged else None)
+        content = {"command": step.command, **outcome._asdict()}
+        with write_aside(folder / DONE) as aside:
+            Path(aside).write_text(json.dumps(content, indent=1))
+        self.outcomes[step.name] = outcome
+        self.done_seconds += step.seconds
+        how = f"diverged at iteration {diverged[1]}" if diverged else "done"
+        took = timedelta(seconds=round(seconds))
+        print(
+            f"[{len(self.outcomes)}/{len(self.steps)}] {how} {step.name} in {took}; {self._left()}",
+            flush=True,
+        )
+
+    def _left(self) -> str:
+        left = sum(step.seconds for step in self.pending())
+        if not (left and self.done_seconds):
+            return f"{len(self.pending())} steps left"
+        rate = (time.monotonic() - self.begin) / self.done_seconds
+        return f"about {timedelta(seconds=round(left * rate))} left"
+
+    def _look(self, names: Sequence[str]) -> None:
+        """Where the steps are that run now, by the times left that their logs tell."""
+        for name in names:
+            text = (self.runs / name / LOG).read_text(errors="replace")
+            lines = [line for line in text.splitlines() if "eta:" in line.lower() or "ETA=" in line]
+            if lines:
+                print(f"  {name}: {' '.join(lines[-1].split('  ')[0:3])}", flush=True)
+
+
+def _check_command(step: Step, found: Sequence[str], folder: Path) -> None:
+    if tuple(found) != step.command:
+        raise InputError(
+            f"--runs: {folder} has another command: {shown(found)}, and not {shown(step.command)}; "
+            "use another folder"
+        )
+
+
+def _last_line(path: Path) -> str:
+    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "no output"
