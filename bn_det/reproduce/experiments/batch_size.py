@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from statistics import mean
+
 from .. import steps
+from ..results import Line, Panel, Picture, Results, Row, Table, difference, draw
 from ..steps import Setting, Step, Training, precise, recompute, train
 
 IMAGES = 640
@@ -52,3 +56,117 @@ def plan(setting: Setting, seed: int) -> list[Step]:
         weights = precise_step(of, size)
         found += [of.step, weights, *(loss_step(of, size, data, weights) for data in SETS)]
     return found
+
+
+def losses(results: Results, seed: int, size: int, data: str, statistics: str) -> float | None:
+    """The loss on either set, with "population" (PreciseBN) or "batch" statistics."""
+    of = training(results.setting, seed, size)
+    step = loss_step(of, size, data, precise_step(of, size))
+    return results.at(step, "loss.json", statistics, "value")
+
+
+def ap(results: Results, seed: int, size: int) -> float | None:
+    """Box AP with PreciseBN."""
+    step = precise_step(training(results.setting, seed, size), size)
+    return results.at(step, "precise.json", "results", "after", "bbox", "AP")
+
+
+def spread(results: Results, seed: int, size: int) -> list[float]:
+    """How much batches vary in the backbone, layer by layer, from the input on; empty if unknown.
+
+    The standard deviations of their means, in standard deviations of the layer, and of their
+    variances, relative; the mean of both.
+    """
+    step = precise_step(training(results.setting, seed, size), size)
+    report = results.json(step, "precise.json")
+    if report is None:
+        return []
+    return [
+        (of["mean_error"] + of["var_error"]) / 2 * math.sqrt(of["num_batches"])
+        for of in report["layers"]
+        if of["name"].startswith("backbone.") and "fpn" not in of["name"]
+    ]
+
+
+def small_batch_population(results: Results, seed: int) -> float | None:
+    sizes_ = sizes(results.setting)
+    gaps = []
+    for size in (sizes_[0], sizes_[-1]):
+        found = [losses(results, seed, size, "validation", s) for s in ("population", "batch")]
+        gaps.append(difference(*found))
+    base = losses(results, seed, sizes_[-1], "validation", "population")
+    found = difference(*gaps)
+    return None if found is None else found / base
+
+
+def small_batch_depth(results: Results, seed: int) -> float | None:
+    found = spread(results, seed, sizes(results.setting)[0])
+    third = len(found) // 3
+    return mean(found[-third:]) / mean(found[:third]) - 1 if third else None
+
+
+def batch_at_test(results: Results, seed: int) -> float | None:
+    size = sizes(results.setting)[0]
+    population = losses(results, seed, size, "validation", "population")
+    found = difference(population, losses(results, seed, size, "validation", "batch"))
+    return None if found is None else found / population
+
+
+def large_batch(results: Results, seed: int) -> float | None:
+    sizes_, gaps = sizes(results.setting), []
+    for size in (sizes_[-1], sizes_[1]):
+        found = [
+            losses(results, seed, size, data, "population") for data in ("validation", "train")
+        ]
+        gaps.append(difference(*found))
+    base = losses(results, seed, sizes_[1], "validation", "population")
+    found = difference(*gaps)
+    return None if found is None else found / base
+
+
+EFFECTS = {
+    "small batch, population": small_batch_population,
+    "small batch, depth": small_batch_depth,
+    "batch at test": batch_at_test,
+    "large batch": large_batch,
+}
+
+CURVES = {
+    "training set, population": ("train", "population"),
+    "training set, batch": ("train", "batch"),
+    "validation set, population": ("validation", "population"),
+    "validation set, batch": ("validation", "batch"),
+}
+
+
+def show(results: Results) -> list[Table | Picture]:
+    rows, setting = [], results.setting
+    for size in sizes(setting):
+        of = training(setting, results.seeds[0], size)
+        weights = precise_step(of, size)
+        cells = [results.over_seeds(losses, size, *of_curve) for of_curve in CURVES.values()]
+        steps = (of.step, weights, *(loss_step(of, size, data, weights) for data in SETS))
+        rows.append(Row((str(size),), (*cells, results.over_seeds(ap, size)), steps))
+    columns = (*(f"loss, {name}" for name in CURVES), "box AP, PreciseBN")
+    title = "Normalization batches of several sizes"
+    note = "Population statistics are PreciseBN's; batches are of as many images as in training."
+    labels = ("images normalized together",)
+    table = Table("batch_size", title, labels, columns, (4, 4, 4, 4, 1), rows, note)
+    return [table, Picture("batch_size", note, draw(_panels(results)))]
+
+
+def _panels(results: Results) -> list[Panel]:
+    xs, depth = sizes(results.setting), []
+    lines = [
+        Line(name, xs, [results.over_seeds(losses, size, *of_curve) for size in xs])
+        for name, of_curve in CURVES.items()
+    ]
+    for size in xs:
+        found = [spread(results, seed, size) for seed in results.seeds]
+        number = min(map(len, found))
+        columns = [[of[k] for of in found] for k in range(number)]
+        depth.append(Line(f"batches of {size}", list(range(number)), columns))
+    return [
+        Panel("Loss", "images normalized together", "loss", lines, "x"),
+        Panel("How batches vary", "layer of the backbone", "standard deviation", depth, "y"),
+    ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from ..results import Picture, Results, Row, Table, difference
 from ..steps import Setting, Step, Training, train
-from .batch_size import SETS, loss_step, precise_step
+from .batch_size import CURVES, SETS, loss_step, precise_step
 from .batch_size import training as of_size
 
 SIZE = 2
@@ -26,3 +27,50 @@ def plan(setting: Setting, seed: int) -> list[Step]:
     weights = precise_step(usual, SIZE)
     found = [usual.step, weights, *(loss_step(usual, SIZE, data, weights) for data in SETS)]
     return [*found, frozen.step, *(loss_step(frozen, SIZE, data, None) for data in SETS)]
+
+
+def losses(results: Results, seed: int, kind: str, data: str, statistics: str) -> float | None:
+    """The loss on either set, of the "usual" training (PreciseBN) or the "frozen" one."""
+    usual, frozen = trainings(results.setting, seed)
+    step = (
+        loss_step(usual, SIZE, data, precise_step(usual, SIZE))
+        if kind == "usual"
+        else loss_step(frozen, SIZE, data, None)
+    )
+    return results.at(step, "loss.json", statistics, "value")
+
+
+def ap(results: Results, seed: int, kind: str) -> float | None:
+    """Box AP with population statistics: PreciseBN's, or those that were frozen."""
+    usual, frozen = trainings(results.setting, seed)
+    if kind == "frozen":
+        return results.at(frozen.step, "results.json", "bbox", "AP")
+    step = precise_step(usual, SIZE)
+    return results.at(step, "precise.json", "results", "after", "bbox", "AP")
+
+
+def frozen_at_the_end(results: Results, seed: int) -> float | None:
+    usual = losses(results, seed, "usual", "validation", "population")
+    found = difference(usual, losses(results, seed, "frozen", "validation", "population"))
+    return None if found is None else found / usual
+
+
+EFFECTS = {"frozen at the end": frozen_at_the_end}
+
+
+def show(results: Results) -> list[Table | Picture]:
+    rows, of_seed = [], trainings(results.setting, results.seeds[0])
+    for kind, of in zip(("usual", "frozen"), of_seed, strict=True):
+        weights = precise_step(of, SIZE) if kind == "usual" else None
+        steps = [of.step, *(loss_step(of, SIZE, data, weights) for data in SETS)]
+        cells = [results.over_seeds(losses, kind, *of_curve) for of_curve in CURVES.values()]
+        rows.append(Row((kind,), (*cells, results.over_seeds(ap, kind)), tuple(steps)))
+    columns = (*(f"loss, {name}" for name in CURVES), "box AP, population")
+    title = f"BatchNorm frozen in the last fifth, normalization batches of {SIZE}"
+    note = (
+        "Population statistics are PreciseBN's of the final weights, or those that were frozen, "
+        "which PreciseBN had made. The frozen training ends with population statistics; 'batch' "
+        "shows what it would do with others."
+    )
+    labels, digits = ("training",), (4, 4, 4, 4, 1)
+    return [Table("frozen", title, labels, columns, digits, rows, note)]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from ..results import Line, Panel, Picture, Results, Row, Table, draw
 from ..steps import Setting, Step, Training, train
 from .common import DETECTOR, base_training, precise_of
 
@@ -29,3 +32,66 @@ def plan(setting: Setting, seed: int) -> list[Step]:
             of = training(setting, seed, statistics, affine)
             steps += [of.step, *(population_step(of, population) for population in SHARING)]
     return steps
+
+
+def ap(results: Results, seed: int, statistics: str, affine: str, population: str) -> float | None:
+    """Box AP with PreciseBN."""
+    step = population_step(training(results.setting, seed, statistics, affine), population)
+    return results.at(step, "precise.json", "results", "after", "bbox", "AP")
+
+
+def ema_ap(results: Results, seed: int, statistics: str, affine: str) -> float | None:
+    """Box AP with the training's own EMAs, of the population choice that is consistent with it."""
+    of = training(results.setting, seed, statistics, affine)
+    return results.at(of.step, "results.json", "bbox", "AP")
+
+
+def consistency(affine: str) -> Callable[[Results, int], float | None]:
+    """The worse consistent choice against the better inconsistent one."""
+
+    def effect(results: Results, seed: int) -> float | None:
+        found = {(s, p): ap(results, seed, s, affine, p) for s in SHARING for p in SHARING}
+        if None in found.values():
+            return None
+        worst = min(value for (s, p), value in found.items() if s == p)
+        return worst - max(value for (s, p), value in found.items() if s != p)
+
+    return effect
+
+
+EFFECTS = {
+    "consistent, shared affine": consistency("shared"),
+    "consistent, affine per level": consistency("per_domain"),
+}
+
+ROWS = {
+    ("shared", "shared"): "1",
+    ("shared", "per_domain"): "2",
+    ("per_domain", "shared"): "3",
+    ("per_domain", "per_domain"): "4",
+}
+"""Of the paper's Table 5, by training and population, with a shared affine."""
+
+
+def show(results: Results) -> list[Table | Picture]:
+    table, lines = [], []
+    for affine in SHARING:
+        ys = []
+        for statistics, population in ROWS:
+            values = results.over_seeds(ap, statistics, affine, population)
+            ema = results.over_seeds(ema_ap, statistics, affine)
+            of = training(results.setting, results.seeds[0], statistics, affine)
+            row = ROWS[statistics, population] if affine == "shared" else "-"
+            cells = (values, ema if statistics == population else [None] * len(ema))
+            label = (row, statistics, population, affine)
+            table.append(Row(label, cells, (of.step, population_step(of, population))))
+            ys.append(values)
+        lines.append(Line(f"affine {affine}", [1, 2, 3, 4], ys))
+    labels = ("row of Table 5", "normalized in training", "population statistics", "affine")
+    columns = ("box AP, PreciseBN", "box AP, EMA")
+    title = "Consistent choices are rows 1 and 4"
+    panel = Panel(title, "row of Table 5", "box AP", lines)
+    return [
+        Table("table5", "Levels of a RetinaNet head (Table 5)", labels, columns, (1, 1), table),
+        Picture("multi_domain", "Box AP of the four choices, with PreciseBN.", draw([panel])),
+    ]

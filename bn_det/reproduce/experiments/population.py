@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..results import Line, Panel, Picture, Results, Row, Table, average, difference, draw
 from ..steps import Setting, Step, Training, recompute, train
 from .common import DETECTOR, base_training, precise_of
 
@@ -79,3 +80,187 @@ def plan(setting: Setting, seed: int) -> list[Step]:
     base = training(setting, seed, "base")
     steps += [samples_step(base, number) for number in SAMPLES]
     return [*steps, slow_training(setting, seed).step]
+
+
+def ap(results: Results, seed: int, case: str, iteration: int, statistics: str) -> float | None:
+    """Box AP of a checkpoint with its EMA, "before", or with PreciseBN, "after"."""
+    step = precise_step(training(results.setting, seed, case), iteration)
+    return results.at(step, "precise.json", "results", statistics, "bbox", "AP")
+
+
+def gain(results: Results, seed: int, case: str, iteration: int) -> float | None:
+    """Box AP of PreciseBN - EMA."""
+    after = ap(results, seed, case, iteration, "after")
+    return difference(after, ap(results, seed, case, iteration, "before"))
+
+
+def slow_ap(results: Results, seed: int, iteration: int) -> float | None:
+    """Box AP with the EMA of the other momentum."""
+    return results.metric(slow_training(results.setting, seed), "bbox/AP", iteration)
+
+
+def error(results: Results, seed: int, case: str, iteration: int) -> float | None:
+    """Of an EMA: the mean of both shifts over all layers."""
+    errors = layer_errors(results, seed, case, iteration)
+    return average(errors) if errors else None
+
+
+def layer_errors(results: Results, seed: int, case: str, iteration: int) -> list[float]:
+    """Of an EMA at a checkpoint, layer by layer; empty where it is not known."""
+    step = precise_step(training(results.setting, seed, case), iteration)
+    report = results.json(step, "precise.json")
+    if report is None:
+        return []
+    return [(of["mean_shift"] + of["var_shift"]) / 2 for of in report["layers"]]
+
+
+def samples_ap(results: Results, seed: int, number: int) -> float | None:
+    """Box AP of the base training's end with PreciseBN of so many batches."""
+    step = samples_step(training(results.setting, seed, "base"), number)
+    return results.at(step, "precise.json", "results", "after", "bbox", "AP")
+
+
+def precise_early(results: Results, seed: int) -> float | None:
+    points = checkpoints(results.setting, "base")
+    early = [c for c in points if progress(results.setting, "base", c) <= 1 / 3]
+    return average([gain(results, seed, "base", c) for c in early])
+
+
+def precise_large_rate(results: Results, seed: int) -> float | None:
+    case = "learning rate x4"
+    return average([gain(results, seed, case, c) for c in checkpoints(results.setting, case)])
+
+
+def unsteadiness(results: Results, seed: int, case: str, statistics: str) -> float | None:
+    """The mean absolute second difference of AP over the checkpoints."""
+    found = [ap(results, seed, case, c, statistics) for c in checkpoints(results.setting, case)]
+    if None in found:
+        return None
+    return average([abs(a - 2 * b + c) for a, b, c in zip(found, found[1:], found[2:])])  # noqa: B905
+
+
+def precise_steady(results: Results, seed: int) -> float | None:
+    case = "learning rate x4"
+    ema = unsteadiness(results, seed, case, "before")
+    return difference(ema, unsteadiness(results, seed, case, "after"))
+
+
+def ema_at_the_end(results: Results, seed: int) -> float | None:
+    found = gain(results, seed, "base", checkpoints(results.setting, "base")[-1])
+    return None if found is None else abs(found)
+
+
+def error_with_rate(results: Results, seed: int) -> float | None:
+    points = checkpoints(results.setting, "base")
+    ours = average([error(results, seed, "learning rate x4", c) for c in points])
+    base = average([error(results, seed, "base", c) for c in points])
+    return None if ours is None or base is None else ours / base - 1
+
+
+def error_with_batch(results: Results, seed: int) -> float | None:
+    setting, case = results.setting, "SGD batch x4"
+    points = checkpoints(setting, case)
+    nearest = [
+        min(
+            checkpoints(setting, "base"),
+            key=lambda c: abs(progress(setting, "base", c) - progress(setting, case, of)),
+        )
+        for of in points
+    ]
+    ours = average([error(results, seed, case, c) for c in points])
+    base = average([error(results, seed, "base", c) for c in nearest])
+    return None if ours is None or base is None else ours / base - 1
+
+
+def a_thousand_samples(results: Results, seed: int) -> float | None:
+    return difference(samples_ap(results, seed, 64), samples_ap(results, seed, 32))
+
+
+EFFECTS = {
+    "precise early": precise_early,
+    "precise steady": precise_steady,
+    "precise large rate": precise_large_rate,
+    "EMA at the end": ema_at_the_end,
+    "EMA error, rate": error_with_rate,
+    "EMA error, batch": error_with_batch,
+    "a thousand samples": a_thousand_samples,
+}
+
+
+def show(results: Results) -> list[Table | Picture]:
+    setting, seed = results.setting, results.seeds[0]
+    rows = []
+    for case in CASES:
+        of = training(setting, seed, case)
+        for point in checkpoints(setting, case):
+            cells = (
+                results.over_seeds(ap, case, point, "before"),
+                results.over_seeds(ap, case, point, "after"),
+                results.over_seeds(slow_ap, point) if case == "base" else [],
+                results.over_seeds(error, case, point),
+            )
+            steps = (of.step, precise_step(of, point))
+            rows.append(Row((case, str(point)), cells, steps))
+    columns = ("box AP, EMA", "box AP, PreciseBN", f"box AP, EMA, momentum {SLOW}", "EMA's error")
+    labels = ("training", "iterations")
+    title = "EMA against PreciseBN, the same weights"
+    table = Table("ema_precise", title, labels, columns, (1, 1, 1, 3), rows, _ERROR)
+    caption = "AP over training with either kind of population statistics. " + _ERROR
+    return [
+        table,
+        _samples_table(results),
+        Picture("population", "Box AP over the trainings.", draw(_ap_panels(results), True)),
+        Picture("population_error", caption, draw(_error_panels(results))),
+    ]
+
+
+_ERROR = (
+    "The error of an EMA is its shift from PreciseBN's statistics: of means, in standard "
+    "deviations, and of variances, relative; the mean of both, over layers."
+)
+
+
+def _samples_table(results: Results) -> Table:
+    of = training(results.setting, results.seeds[0], "base")
+    images = results.setting.pick(32, 16)
+    rows = [
+        Row((str(images * n),), (results.over_seeds(samples_ap, n),), (samples_step(of, n),))
+        for n in SAMPLES
+    ]
+    title = "Samples that PreciseBN takes, at the end of the base training"
+    return Table("samples", title, ("images",), ("box AP",), (1,), rows)
+
+
+def _ap_panels(results: Results) -> list[Panel]:
+    panels = []
+    for case in CASES:
+        xs = checkpoints(results.setting, case)
+        lines = [
+            Line(name, xs, [results.over_seeds(ap, case, x, statistics) for x in xs])
+            for name, statistics in (("EMA", "before"), ("PreciseBN", "after"))
+        ]
+        if case == "base":
+            ys = [results.over_seeds(slow_ap, x) for x in xs]
+            lines.append(Line(f"EMA, momentum {SLOW}", xs, ys))
+        panels.append(Panel(case, "iterations", "box AP", lines))
+    return panels
+
+
+def _error_panels(results: Results) -> list[Panel]:
+    setting, over, depth = results.setting, [], []
+    for case in CASES:
+        points = checkpoints(setting, case)
+        xs = [progress(setting, case, c) for c in points]
+        ys = [results.over_seeds(error, case, c) for c in points]
+        over.append(Line(case, xs, ys))
+        of_layers = [layer_errors(results, s, case, points[-2]) for s in results.seeds]
+        number = min(map(len, of_layers))
+        columns = [[of[k] for of in of_layers] for k in range(number)]
+        depth.append(Line(case, list(range(number)), columns))
+    images, ys = setting.pick(32, 16), [results.over_seeds(samples_ap, n) for n in SAMPLES]
+    samples = Line("base", [images * n for n in SAMPLES], ys)
+    return [
+        Panel("Error of the EMA", "part of the training", "error", over, "y"),
+        Panel("before the end, by depth", "layer, from the input on", "error", depth, "y"),
+        Panel("Samples of PreciseBN", "images", "box AP", [samples], "x"),
+    ]

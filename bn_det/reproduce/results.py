@@ -1,0 +1,178 @@
+"""What the steps of a report have left on the disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+
+from .runner import Outcome
+from .steps import Setting, Step, Training
+
+Values = Sequence[float | None]
+"""One for each seed; None where there is none."""
+
+
+class Results:
+    """Reads the results of steps that have been done.
+
+    Args:
+        outcomes: by the steps' names.
+        seeds: those of the report.
+    """
+
+    def __init__(
+        self, setting: Setting, outcomes: Mapping[str, Outcome], seeds: Sequence[int]
+    ) -> None:
+        self.setting, self.outcomes, self.seeds = setting, outcomes, seeds
+
+    def json(self, step: Step, file: str) -> Any:
+        """The content of a step's file; None if the step has not been done."""
+        if step.name not in self.outcomes:
+            return None
+        return json.loads((self.setting.runs / step.name / file).read_text())
+
+    def at(self, step: Step, file: str, *keys: str) -> float | None:
+        """A number in a step's file, by the keys that lead to it."""
+        value = self.json(step, file)
+        for key in keys:
+            value = None if value is None else value[key]
+        return value
+
+    def metrics(self, training: Training) -> list[dict[str, float]]:
+        """The lines of a training's metrics.json, also of one that has diverged, in their order."""
+        if training.name not in self.outcomes:
+            return []
+        path = self.setting.runs / training.name / "metrics.json"
+        if not path.is_file():
+            return []
+        # Of an iteration that was repeated after an interruption, the last line counts.
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        found: dict[int, dict] = {}
+        for line in lines:
+            found[line["iteration"]] = {**found.get(line["iteration"], {}), **line}
+        return [found[iteration] for iteration in sorted(found)]
+
+    def metric(self, training: Training, name: str, iteration: int) -> float | None:
+        """A metric of an iteration, counted from 1."""
+        for line in self.metrics(training):
+            if line["iteration"] == iteration - 1:
+                return line.get(name)
+        return None
+
+    def over_seeds(self, value: Callable[..., float | None], *args: Any) -> list[float | None]:
+        """``value(results, seed, *args)`` for each seed."""
+        return [value(self, seed, *args) for seed in self.seeds]
+
+
+def difference(a: float | None, b: float | None) -> float | None:
+    """a - b, where both are known."""
+    return None if a is None or b is None else a - b
+
+
+def average(values: Sequence[float | None]) -> float | None:
+    """Their mean, where all are known, and there are some."""
+    if not values or any(v is None for v in values):
+        return None
+    return sum(values) / len(values)
+
+
+class Row(NamedTuple):
+    """A row of a table.
+
+    Attributes:
+        label: texts for the first columns.
+        cells: for each other column its values by seed.
+        steps: what it was made of, of the first seed, for the commands that are shown.
+    """
+
+    label: tuple[str, ...]
+    cells: tuple[Values, ...]
+    steps: tuple[Step, ...]
+
+
+class Table(NamedTuple):
+    """Rows of values.
+
+    Attributes:
+        name: short, for programs.
+        title, note: for people.
+        labels: headers of the rows' labels.
+        columns: headers of the values.
+        digits: after the point, for each column.
+    """
+
+    name: str
+    title: str
+    labels: tuple[str, ...]
+    columns: tuple[str, ...]
+    digits: tuple[int, ...]
+    rows: list[Row]
+    note: str = ""
+
+
+class Picture(NamedTuple):
+    """A figure; it is saved as ``<name>.png``."""
+
+    name: str
+    caption: str
+    figure: Figure
+
+
+class Line(NamedTuple):
+    """A curve: its values by seed at each x; drawn is the mean, and between the extremes a band."""
+
+    label: str
+    xs: Sequence[float]
+    ys: Sequence[Values]
+
+
+class Panel(NamedTuple):
+    """One set of axes."""
+
+    title: str
+    xlabel: str
+    ylabel: str
+    lines: list[Line]
+    log: str = ""  # "x", "y" or "xy"
+
+
+def draw(panels: Sequence[Panel], shared_y: bool = False) -> Figure:
+    """Panels beside each other; lines of the same label have the same colour."""
+    import matplotlib
+
+    labels = list(dict.fromkeys(line.label for panel in panels for line in panel.lines))
+    figure = Figure(figsize=(1 + 3.8 * len(panels), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=shared_y)[0]
+    for panel, axis in zip(panels, axes, strict=True):
+        for line in panel.lines:
+            colour = matplotlib.colormaps["tab10"](labels.index(line.label) % 10)
+            _draw_line(axis, line, colour)
+        axis.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
+        if "x" in panel.log:
+            axis.set_xscale("log", base=2)
+        if "y" in panel.log:
+            axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize=8)
+    return figure
+
+
+def _draw_line(axis: Any, line: Line, colour: Any) -> None:
+    points = [
+        (x, [v for v in values if v is not None])
+        for x, values in zip(line.xs, line.ys, strict=True)
+    ]
+    points = [(x, values) for x, values in points if values]
+    if not points:
+        return
+    xs = [x for x, _ in points]
+    axis.plot(
+        xs, [sum(v) / len(v) for _, v in points], "o-", markersize=3, color=colour, label=line.label
+    )
+    axis.fill_between(
+        xs, [min(v) for _, v in points], [max(v) for _, v in points], color=colour, alpha=0.2, lw=0
+    )
