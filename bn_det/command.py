@@ -103,8 +103,8 @@ def measure_command(
     print(f"Saved to {path}")
 
 
-def import_host(requested: str, module: str) -> ModuleType:
-    """A module of the host that --host asks for; says in one line which that is, and why."""
+def choose_host(requested: str) -> str:
+    """The host that --host asks for; says in one line which that is, and why."""
     installed = importlib.util.find_spec("detectron2") is not None
     if requested == "detectron2" and not installed:
         raise InputError(
@@ -115,7 +115,12 @@ def import_host(requested: str, module: str) -> ModuleType:
     if requested == "auto":
         reason += f", and Detectron2 is {'' if installed else 'not '}installed"
     print(f"Host: {host} ({reason})", flush=True)
-    package = {"detectron2": "d2", "torchvision": "tv"}[host]
+    return host
+
+
+def import_host(requested: str, module: str) -> ModuleType:
+    """A module of the host that --host asks for."""
+    package = {"detectron2": "d2", "torchvision": "tv"}[choose_host(requested)]
     return importlib.import_module(f"bn_det.{package}.{module}")
 
 

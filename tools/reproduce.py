@@ -1,7 +1,11 @@
 #!/usr/bin/env python
 """Run the experiments of Wu & Johnson, Rethinking "Batch" in BatchNorm, and report them.
 
-On COCO as published (8 GPUs), or on the shapes data, which is generated, on two CPU cores.
+On COCO as published, in 8 GPUs, or, smaller, on the shapes data, which is generated, on two CPU
+cores. First it shows what it will run. Trainings that experiments share are run once; a command
+that was interrupted goes on when it is given again. The report has tables, figures, the command of
+each row, and a ledger of the paper's claims with what came out: report.html, results.json,
+claims.md and pictures, in --output.
 """
 
 from __future__ import annotations
@@ -10,26 +14,77 @@ import argparse
 from pathlib import Path
 
 from bn_det.command import run
-from bn_det.reproduce.main import reproduce
+from bn_det.reproduce.main import TIMES, reproduce
 from bn_det.reproduce.registry import EXPERIMENTS
 
 
-def main() -> None:
+def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, epilog=TIMES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("experiment", choices=[*EXPERIMENTS, "all"], metavar="EXPERIMENT")
-    parser.add_argument("--data", choices=["coco", "shapes"], default="shapes")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N")
-    parser.add_argument("--num-gpus", type=int, metavar="N")
-    parser.add_argument("--host", choices=["auto", "detectron2", "torchvision"], default="auto")
-    parser.add_argument("--output", metavar="DIR")
-    parser.add_argument("--runs", metavar="DIR")
-    parser.add_argument("--jobs", type=int, metavar="N")
-    parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--yes", action="store_true")
-    parser.add_argument("opts", nargs="*", default=[], metavar="KEY VALUE")
-    reproduce(parser.parse_intermixed_args(), Path(__file__).resolve().parents[1])
+    parser.add_argument(
+        "experiment",
+        choices=[*EXPERIMENTS, "all"],
+        metavar="EXPERIMENT",
+        help=f"{', '.join(EXPERIMENTS)}, or all",
+    )
+    parser.add_argument(
+        "--data",
+        choices=["coco", "shapes"],
+        default="shapes",
+        help="COCO as published, or the small twins on generated data (default)",
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=1, metavar="N", help="run with SEED 1 to N; 1 by default"
+    )
+    parser.add_argument(
+        "--num-gpus",
+        type=int,
+        metavar="N",
+        help="GPUs of a training on COCO; 8 by default, as published",
+    )
+    parser.add_argument(
+        "--yes", action="store_true", help="agree to what another number of GPUs changes"
+    )
+    parser.add_argument(
+        "--host",
+        choices=["auto", "detectron2", "torchvision"],
+        default="auto",
+        help="whose detectors and trainer to use; auto takes Detectron2 where it is installed",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        help="folder of the report; by default output/reproduce/EXPERIMENT-DATA",
+    )
+    parser.add_argument(
+        "--runs",
+        metavar="DIR",
+        help="folder of trainings and measurements, for all experiments; by default "
+        "output/reproduce/runs-DATA-HOST",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="processes at a time; by default 2 on a CPU, and with GPUs one command",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show what would be run, and every command"
+    )
+    parser.add_argument(
+        "opts",
+        nargs="*",
+        default=[],
+        metavar="KEY VALUE",
+        help="config options for every command; the report says so",
+    )
+    return parser
+
+
+def main() -> None:
+    # Options may stand before and after EXPERIMENT.
+    reproduce(argument_parser().parse_intermixed_args(), Path(__file__).resolve().parents[1])
 
 
 if __name__ == "__main__":

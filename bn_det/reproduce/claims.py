@@ -340,8 +340,3 @@ CLAIMS = (
 def claims_of(experiments: Sequence[str]) -> list[Claim]:
     """Those that the experiments test."""
     return [claim for claim in CLAIMS if claim.experiment in experiments]
-
-
-def number(value: float, digits: int = 2) -> str:
-    """With its sign, as effects are shown."""
-    return f"{value:+.{digits}f}"

@@ -3,29 +3,204 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
+import importlib.util
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
-from .registry import EXPERIMENTS
+import torch
+from tabulate import tabulate
+
+from ..command import choose_host
+from ..errors import InputError
+from .claims import claims_of
+from .published import NUM_GPUS, check_coco, what_changes
+from .registry import EXPERIMENTS, SHAPES_ONLY
+from .report import (
+    Report,
+    identity,
+    known_identity,
+    ledger_markdown,
+    make_report,
+    table_text,
+    write_report,
+)
+from .results import Results, Table
 from .runner import Runner
-from .steps import Setting, Step
+from .steps import Setting, Step, shown
+
+TIMES = """About how long it takes on shapes, on two CPU cores, with one seed: (to be measured)."""
 
 
 def reproduce(args: argparse.Namespace, root: Path) -> None:
-    names = list(EXPERIMENTS) if args.experiment == "all" else [args.experiment]
-    setting = Setting(args.data, "detectron2", Path(args.runs), root, 8, tuple(args.opts))
-    steps = plan(names, setting, range(1, args.seeds + 1))
-    print(len(steps), sum(s.seconds for s in steps) / 60)
-    if args.dry_run:
-        for s in steps:
-            print(s.name, " ".join(s.command))
-        return
-    Runner(steps, setting.runs, args.jobs or 2).run()
+    """Run experiments and report them.
+
+    Args:
+        args: of the command.
+        root: the folder with ``tools`` and ``configs``.
+
+    Raises:
+        InputError: something is not accepted, or is missing.
+    """
+    names = _names(args)
+    _check(args, names)
+    setting = _setting(args, root)
+    seeds = range(1, args.seeds + 1)
+    steps = plan(names, setting, seeds)
+    folder = Path(args.output or f"output/reproduce/{args.experiment}-{args.data}")
+    _check_folder(folder, args.experiment, Results(setting, {}, seeds))
+    jobs = args.jobs or default_jobs()
+    with _alone(setting.runs):
+        runner = Runner(steps, setting.runs, jobs)
+        print(_overview(names, setting, seeds, runner))
+        if args.dry_run:
+            print("\n".join(shown(step.command) for step in runner.pending()))
+            return
+        try:
+            failures = runner.run()
+        except KeyboardInterrupt:
+            sys.exit("interrupted: the same command goes on where this one was")
+    results = Results(setting, runner.outcomes, seeds)
+    report = make_report(args.experiment, names, results, steps, failures)
+    write_report(report, folder)
+    print(_summary(report))
+    print(f"Saved to {folder / 'report.html'}")
+    if failures:
+        logs = "\n".join(f"  {setting.runs / f.step.name}: {f.reason}" for f in failures)
+        sys.exit(f"error: {len(failures)} steps have failed; the same command tries again:\n{logs}")
 
 
-def plan(names, setting, seeds) -> list[Step]:
-    steps = {}
+def plan(names: Sequence[str], setting: Setting, seeds: Iterable[int]) -> list[Step]:
+    """The steps of experiments, each once, and after those that it needs."""
+    found: dict[str, Step] = {}
     for seed in seeds:
         for name in names:
             for step in EXPERIMENTS[name].plan(setting, seed):
-                steps.setdefault(step.name, step)
-    return list(steps.values())
+                found.setdefault(step.name, step)
+    return list(found.values())
+
+
+def estimate(steps: Iterable[Step], jobs: int) -> timedelta:
+    """About how long steps take on two CPU cores."""
+    seconds = sum(step.seconds * min(step.processes, jobs) / jobs for step in steps)
+    return timedelta(seconds=round(seconds))
+
+
+def default_jobs() -> int:
+    """Two on CPU cores, which that keeps busier than one; one where there are GPUs."""
+    return 1 if torch.cuda.is_available() else min(2, len(os.sched_getaffinity(0)))
+
+
+def _names(args: argparse.Namespace) -> list[str]:
+    if args.experiment != "all":
+        return [args.experiment]
+    return [name for name in EXPERIMENTS if args.data == "shapes" or name not in SHAPES_ONLY]
+
+
+def _check(args: argparse.Namespace, names: Sequence[str]) -> None:
+    for flag, value in (
+        ("--seeds", args.seeds),
+        ("--num-gpus", args.num_gpus),
+        ("--jobs", args.jobs),
+    ):
+        if value is not None and value < 1:
+            raise InputError(f"{flag}: {value} is not accepted; use 1 or more")
+    if len(args.opts) % 2:
+        raise InputError(
+            f"{args.opts[-1]}: has no value; the end of the command is KEY VALUE pairs"
+        )
+    if "normalizer-free" in names and importlib.util.find_spec("timm") is None:
+        raise InputError(
+            "EXPERIMENT: 'normalizer-free' needs timm's nets, which are not installed; use "
+            "pip install -e '.[nf]'"
+        )
+    if args.data == "shapes":
+        if args.num_gpus is not None:
+            raise InputError(
+                f"--num-gpus: {args.num_gpus} is not accepted with --data shapes, whose trainings "
+                "are of one or two processes as the experiment says; leave it out"
+            )
+        return
+    if args.experiment in SHAPES_ONLY:
+        raise InputError(
+            f"--data: 'coco' is not accepted with {args.experiment}, for which COCO has no images "
+            "(of other appearances; or of one category each); use --data shapes"
+        )
+    if not args.dry_run:
+        check_coco()
+    if (args.num_gpus or NUM_GPUS) != NUM_GPUS:
+        changes = what_changes(args.num_gpus)
+        if not args.yes:
+            raise InputError(f"{changes}. Add --yes to run it so")
+        print(changes)
+
+
+def _setting(args: argparse.Namespace, root: Path) -> Setting:
+    host = choose_host(args.host)
+    runs = Path(args.runs or f"output/reproduce/runs-{args.data}-{host}")
+    num_gpus = args.num_gpus or NUM_GPUS
+    if args.data == "coco" and not args.dry_run and torch.cuda.device_count() < num_gpus:
+        raise InputError(
+            f"--num-gpus: {num_gpus} is not accepted: this machine has "
+            f"{torch.cuda.device_count()} GPUs; use as many (the published setting is {NUM_GPUS}), "
+            "or --data shapes"
+        )
+    return Setting(args.data, host, runs, root, num_gpus, tuple(args.opts))
+
+
+def _check_folder(folder: Path, title: str, results: Results) -> None:
+    found, ours = known_identity(folder), identity(title, results)
+    for key, value in ours.items():
+        if found is not None and found.get(key) != value:
+            raise InputError(
+                f"--output: {folder} has a report with {key} {found.get(key)!r}, and this is one "
+                f"with {value!r}; use another folder"
+            )
+
+
+@contextmanager
+def _alone(runs: Path) -> Iterator[None]:
+    """Keep other commands out of a folder of runs."""
+    runs.mkdir(parents=True, exist_ok=True)
+    with open(runs / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise InputError(f"--runs: another command is at work in {runs}") from e
+        yield
+
+
+def _overview(names: Sequence[str], setting: Setting, seeds: range, runner: Runner) -> str:
+    """What will be run, and about how long it takes."""
+    pending = {step.name for step in runner.pending()}
+    rows = []
+    for name in names:
+        steps = plan([name], setting, seeds)
+        left = [step for step in steps if step.name in pending]
+        time = estimate(left, runner.jobs) if setting.data == "shapes" else "not known"
+        trainings = sum(step.is_training for step in steps)
+        rows.append([name, trainings, len(steps) - trainings, len(steps) - len(left), time])
+        pending -= {step.name for step in left}  # what experiments share is counted once
+    headers = ["experiment", "trainings", "measurements", "done or shared", "about"]
+    table = tabulate(rows, headers=headers, tablefmt="pipe")
+    left = runner.pending()
+    time = f", about {estimate(left, runner.jobs)} on two CPU cores"
+    return (
+        f"{table}\n{len(left)} of {len(runner.steps)} steps are to be run"
+        f"{time if setting.data == 'shapes' else ''}, {runner.jobs} processes at a time; "
+        f"{len(claims_of(names))} claims are tested"
+    )
+
+
+def _summary(report: Report) -> str:
+    texts = [
+        table_text(item)
+        for show in report.shows.values()
+        for item in show
+        if isinstance(item, Table)
+    ]
+    return "\n\n".join([*texts, ledger_markdown(report.ledger)])

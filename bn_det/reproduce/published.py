@@ -24,7 +24,7 @@ _DEFAULTS = {
 """Detectron2's, and ours, of what is scaled and not in every file."""
 
 
-def scaled(root: Path, file: str, opts: Sequence[str], num_gpus: int) -> tuple[str, ...]:
+def scaled(file: str, opts: Sequence[str], num_gpus: int) -> tuple[str, ...]:
     """Options for a training of a COCO config on another number of GPUs than 8.
 
     Each GPU keeps its images, so that BN of each process stays as it is; the learning rate is

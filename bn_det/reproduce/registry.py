@@ -23,3 +23,6 @@ EXPERIMENTS = {
     "correlated": correlated,
     "normalizer-free": normalizer_free,
 }
+
+SHAPES_ONLY = ("domain-shift", "correlated")
+"""Those whose data COCO does not have."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -41,6 +42,12 @@ class Results:
             value = None if value is None else value[key]
         return value
 
+    def ap(self, step: Step, file: str, *keys: str) -> float | None:
+        """AP in a step's file, of "bbox" or "segm"; 0 for a model that detects nothing."""
+        if self.json(step, file) is None:
+            return None
+        return self.at(step, file, *keys, "AP") or 0.0
+
     def metrics(self, training: Training) -> list[dict[str, float]]:
         """The lines of a training's metrics.json, also of one that has diverged, in their order."""
         if training.name not in self.outcomes:
@@ -55,11 +62,12 @@ class Results:
             found[line["iteration"]] = {**found.get(line["iteration"], {}), **line}
         return [found[iteration] for iteration in sorted(found)]
 
-    def metric(self, training: Training, name: str, iteration: int) -> float | None:
-        """A metric of an iteration, counted from 1."""
+    def ap_at(self, training: Training, task: str, iteration: int) -> float | None:
+        """AP of an iteration, counted from 1, as :meth:`ap`."""
         for line in self.metrics(training):
-            if line["iteration"] == iteration - 1:
-                return line.get(name)
+            if line["iteration"] == iteration - 1 and f"{task}/AP" in line:
+                value = line[f"{task}/AP"]
+                return 0.0 if math.isnan(value) else value
         return None
 
     def over_seeds(self, value: Callable[..., float | None], *args: Any) -> list[float | None]:

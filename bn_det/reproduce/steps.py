@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+from .published import scaled
+
+T = TypeVar("T")
 
 CHECKPOINT = "model_final.pth"
 
@@ -53,21 +58,27 @@ class Setting(NamedTuple):
     num_gpus: int = 8
     opts: tuple[str, ...] = ()
 
-    def pick(self, shapes, coco):
+    def pick(self, shapes: T, coco: T) -> T:
         """One of two values, by the data."""
         return shapes if self.data == "shapes" else coco
 
     def folder(self, name: str) -> str:
         """Of a step, as a command names it."""
-        return os.path.relpath(self.runs / name)
+        return relative(self.runs / name)
 
     def config(self, folder: str, name: str) -> str:
         """A config file of ours, as a command names it."""
         middle = "shapes" if self.data == "shapes" else ""
-        return os.path.relpath(self.root / "configs" / folder / middle / f"{name}.yaml")
+        return relative(self.root / "configs" / folder / middle / f"{name}.yaml")
 
     def tool(self, name: str) -> tuple[str, str, str]:
-        return os.path.relpath(self.root / "tools" / f"{name}.py"), "--host", self.host
+        return relative(self.root / "tools" / f"{name}.py"), "--host", self.host
+
+
+def relative(path: Path) -> str:
+    """A path as a user would type it: from here, if it is below."""
+    found = os.path.relpath(path)
+    return str(path.absolute()) if found.startswith("..") else found
 
 
 class Training(NamedTuple):
@@ -104,14 +115,12 @@ def train(
         seconds: on shapes; trainings on COCO are not estimated.
         processes: on shapes; on COCO the setting says it.
     """
-    from .published import scaled
-
     name = f"train/{name}-seed{seed}"
     file = setting.config(*config)
     texts = tuple(str(o) for o in opts)
     processes = setting.pick(processes, setting.num_gpus)
     if setting.data == "coco":
-        texts = (*texts, *scaled(setting.root, file, texts, setting.num_gpus))
+        texts = (*texts, *scaled(file, texts, setting.num_gpus))
     flags = ("--num-gpus", str(processes)) if processes > 1 else ()
     own = ("SEED", str(seed), "OUTPUT_DIR", setting.folder(name))
     command = (
@@ -189,8 +198,6 @@ def precise(setting: Setting, step: Step) -> str:
 
 def shown(command: Sequence[str]) -> str:
     """A command as a user types it."""
-    import shlex
-
     return shlex.join(["python", *command])
 
 

@@ -68,7 +68,7 @@ def losses(results: Results, seed: int, size: int, data: str, statistics: str) -
 def ap(results: Results, seed: int, size: int) -> float | None:
     """Box AP with PreciseBN."""
     step = precise_step(training(results.setting, seed, size), size)
-    return results.at(step, "precise.json", "results", "after", "bbox", "AP")
+    return results.ap(step, "precise.json", "results", "after", "bbox")
 
 
 def spread(results: Results, seed: int, size: int) -> list[float]:

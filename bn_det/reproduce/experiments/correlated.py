@@ -35,7 +35,7 @@ def losses(results: Results, seed: int, batches: str, statistics: str) -> float 
 
 def ap(results: Results, seed: int, batches: str) -> float | None:
     of = training(results.setting, seed, batches)
-    return results.at(of.step, "results.json", "bbox", "AP")
+    return results.ap(of.step, "results.json", "bbox")
 
 
 def gap(results: Results, seed: int, batches: str) -> float | None:

@@ -23,12 +23,12 @@ def plan(setting: Setting, seed: int) -> list[Step]:
 def ap(results: Results, seed: int, domain: str, when: str) -> float | None:
     """Box AP on a domain, "before" AdaBN or "after"."""
     step = adabn_step(base_training(results.setting, seed), domain)
-    return results.at(step, "precise.json", "results", when, "bbox", "AP")
+    return results.ap(step, "precise.json", "results", when, "bbox")
 
 
 def own_ap(results: Results, seed: int) -> float | None:
     """Box AP where the model was trained."""
-    return results.at(base_training(results.setting, seed).step, "results.json", "bbox", "AP")
+    return results.ap(base_training(results.setting, seed).step, "results.json", "bbox")
 
 
 def adabn(results: Results, seed: int) -> float | None:

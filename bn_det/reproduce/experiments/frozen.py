@@ -44,9 +44,9 @@ def ap(results: Results, seed: int, kind: str) -> float | None:
     """Box AP with population statistics: PreciseBN's, or those that were frozen."""
     usual, frozen = trainings(results.setting, seed)
     if kind == "frozen":
-        return results.at(frozen.step, "results.json", "bbox", "AP")
+        return results.ap(frozen.step, "results.json", "bbox")
     step = precise_step(usual, SIZE)
-    return results.at(step, "precise.json", "results", "after", "bbox", "AP")
+    return results.ap(step, "precise.json", "results", "after", "bbox")
 
 
 def frozen_at_the_end(results: Results, seed: int) -> float | None:

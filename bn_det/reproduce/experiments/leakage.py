@@ -62,13 +62,13 @@ def population_ap(
     results: Results, seed: int, head: str, iteration: int, task: str
 ) -> float | None:
     """AP with population statistics, of "bbox" or "segm"."""
-    return results.metric(training(results.setting, seed, head), f"{task}/AP", iteration)
+    return results.ap_at(training(results.setting, seed, head), task, iteration)
 
 
 def batch_ap(results: Results, seed: int, head: str, iteration: int, task: str) -> float | None:
     """AP with the statistics of the RoIs of a test image."""
     step = batch_step(training(results.setting, seed, head), iteration)
-    return results.at(step, "results.json", task, "AP")
+    return results.ap(step, "results.json", task)
 
 
 def seconds(results: Results, seed: int, head: str) -> float | None:

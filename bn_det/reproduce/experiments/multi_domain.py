@@ -37,13 +37,13 @@ def plan(setting: Setting, seed: int) -> list[Step]:
 def ap(results: Results, seed: int, statistics: str, affine: str, population: str) -> float | None:
     """Box AP with PreciseBN."""
     step = population_step(training(results.setting, seed, statistics, affine), population)
-    return results.at(step, "precise.json", "results", "after", "bbox", "AP")
+    return results.ap(step, "precise.json", "results", "after", "bbox")
 
 
 def ema_ap(results: Results, seed: int, statistics: str, affine: str) -> float | None:
     """Box AP with the training's own EMAs, of the population choice that is consistent with it."""
     of = training(results.setting, seed, statistics, affine)
-    return results.at(of.step, "results.json", "bbox", "AP")
+    return results.ap(of.step, "results.json", "bbox")
 
 
 def consistency(affine: str) -> Callable[[Results, int], float | None]:

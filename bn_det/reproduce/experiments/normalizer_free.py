@@ -64,7 +64,7 @@ def ap(results: Results, seed: int, images: int, factor: float | None) -> float 
     of = training(results.setting, seed, images, factor)
     outcome = results.outcomes.get(of.name)
     diverged = outcome is not None and outcome.diverged_at is not None
-    return None if diverged else results.at(of.step, "results.json", "bbox", "AP")
+    return None if diverged else results.ap(of.step, "results.json", "bbox")
 
 
 def diverged_at(results: Results, seed: int, images: int, factor: float | None) -> float | None:

@@ -85,7 +85,7 @@ def plan(setting: Setting, seed: int) -> list[Step]:
 def ap(results: Results, seed: int, case: str, iteration: int, statistics: str) -> float | None:
     """Box AP of a checkpoint with its EMA, "before", or with PreciseBN, "after"."""
     step = precise_step(training(results.setting, seed, case), iteration)
-    return results.at(step, "precise.json", "results", statistics, "bbox", "AP")
+    return results.ap(step, "precise.json", "results", statistics, "bbox")
 
 
 def gain(results: Results, seed: int, case: str, iteration: int) -> float | None:
@@ -96,7 +96,7 @@ def gain(results: Results, seed: int, case: str, iteration: int) -> float | None
 
 def slow_ap(results: Results, seed: int, iteration: int) -> float | None:
     """Box AP with the EMA of the other momentum."""
-    return results.metric(slow_training(results.setting, seed), "bbox/AP", iteration)
+    return results.ap_at(slow_training(results.setting, seed), "bbox", iteration)
 
 
 def error(results: Results, seed: int, case: str, iteration: int) -> float | None:
@@ -117,7 +117,7 @@ def layer_errors(results: Results, seed: int, case: str, iteration: int) -> list
 def samples_ap(results: Results, seed: int, number: int) -> float | None:
     """Box AP of the base training's end with PreciseBN of so many batches."""
     step = samples_step(training(results.setting, seed, "base"), number)
-    return results.at(step, "precise.json", "results", "after", "bbox", "AP")
+    return results.ap(step, "precise.json", "results", "after", "bbox")
 
 
 def precise_early(results: Results, seed: int) -> float | None:

@@ -1,0 +1,297 @@
+"""The report of experiments: a page, pictures, and the numbers as JSON."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from html import escape
+from importlib import metadata
+from pathlib import Path
+from statistics import mean, stdev
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from tabulate import tabulate
+
+from ..checkpoint import write_aside
+from ..results import finite
+from .claims import Claim, Verdict, claims_of, judge
+from .registry import EXPERIMENTS
+from .results import Picture, Results, Table, Values
+from .runner import Failure
+from .steps import Step, shown
+
+RESULTS = "results.json"
+
+
+class Report(NamedTuple):
+    """What is shown of some experiments.
+
+    Attributes:
+        title: what the user asked for.
+        shows: tables and pictures by experiment.
+        ledger: the claims that were tested, with their verdicts.
+        steps: all of them, in their order.
+        failures: what went wrong.
+    """
+
+    title: str
+    results: Results
+    shows: dict[str, list[Table | Picture]]
+    ledger: list[tuple[Claim, Verdict]]
+    steps: Sequence[Step]
+    failures: Sequence[Failure]
+
+
+def make_report(
+    title: str,
+    names: Sequence[str],
+    results: Results,
+    steps: Sequence[Step],
+    failures: Sequence[Failure],
+) -> Report:
+    """Of the experiments that are named, as far as their steps have been done."""
+    shows = {name: EXPERIMENTS[name].show(results) for name in names}
+    ledger = []
+    for claim in claims_of(names):
+        effect = EXPERIMENTS[claim.experiment].EFFECTS[claim.name]
+        effects = [e for e in results.over_seeds(effect) if e is not None]
+        ledger.append((claim, judge(claim, effects)))
+    return Report(title, results, shows, ledger, steps, failures)
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """Write ``report.html``, ``results.json``, ``claims.md`` and the pictures into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for show in report.shows.values():
+        for picture in show:
+            if isinstance(picture, Picture):
+                with write_aside(folder / f"{picture.name}.png") as aside:
+                    picture.figure.savefig(aside, format="png", dpi=120)
+    for file, content in (
+        ("claims.md", ledger_markdown(report.ledger) + "\n"),
+        ("report.html", _page(report, folder)),
+        (RESULTS, json.dumps(finite(_as_dict(report)), indent=1)),
+    ):
+        with write_aside(folder / file) as aside:
+            Path(aside).write_text(content)
+
+
+def identity(title: str, results: Results) -> dict[str, Any]:
+    """What must be the same for a report to be written over another."""
+    setting = results.setting
+    return {
+        "experiment": title,
+        "data": setting.data,
+        "host": setting.host,
+        "num_gpus": setting.num_gpus,
+        "opts": list(setting.opts),
+    }
+
+
+def cell(values: Values, digits: int) -> str:
+    """Values by seed for people: a mean, and a standard deviation where there are several."""
+    known = [v for v in values if v is not None]
+    if not known:
+        return "-"
+    text = f"{mean(known):.{digits}f}"
+    return text if len(known) == 1 else f"{text} ± {stdev(known):.{digits}f}"
+
+
+def table_text(table: Table) -> str:
+    """For the terminal."""
+    rows = [[*row.label, *_cells(table, row.cells)] for row in table.rows]
+    headers = [*table.labels, *table.columns]
+    body = tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)
+    return f"{table.title}\n{body}"
+
+
+def ledger_markdown(ledger: Sequence[tuple[Claim, Verdict]]) -> str:
+    """The ledger as a table."""
+    rows = [
+        [claim.sentence, claim.name, _wanted(claim), effect_text(verdict), verdict.word or "-"]
+        for claim, verdict in ledger
+    ]
+    headers = ["claim", "name", "what counts", "found (95 % interval, seeds)", "verdict"]
+    return tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)
+
+
+def effect_text(verdict: Verdict) -> str:
+    """The mean effect, its interval, and the number of seeds."""
+    if not verdict.effects:
+        return "not measured"
+    digits = 3 if abs(verdict.mean) < 1 else 2
+    text = f"{verdict.mean:+.{digits}f}"
+    if verdict.low is None:
+        return f"{text} (one seed)"
+    return f"{text} [{verdict.low:.{digits}f}, {verdict.high:.{digits}f}] ({len(verdict.effects)})"
+
+
+def _wanted(claim: Claim) -> str:
+    return f"{'at most' if claim.at_most else 'at least'} {claim.smallest:g} {claim.unit}"
+
+
+def _cells(table: Table, cells: Sequence[Values]) -> list[str]:
+    return [cell(v, digits) for v, digits in zip(cells, table.digits, strict=True)]
+
+
+def _as_dict(report: Report) -> dict[str, Any]:
+    outcomes = report.results.outcomes
+    return {
+        **identity(report.title, report.results),
+        "seeds": list(report.results.seeds),
+        "versions": _versions(),
+        "claims": [
+            {**claim._asdict(), **verdict._asdict(), "verdict": verdict.word}
+            for claim, verdict in report.ledger
+        ],
+        "tables": {
+            name: [_table_dict(t) for t in show if isinstance(t, Table)]
+            for name, show in report.shows.items()
+        },
+        "steps": {
+            step.name: {"command": shown(step.command), **outcomes[step.name]._asdict()}
+            for step in report.steps
+            if step.name in outcomes
+        },
+        "failed": {failure.step.name: failure.reason for failure in report.failures},
+    }
+
+
+def _table_dict(table: Table) -> dict[str, Any]:
+    rows = [
+        {
+            **dict(zip(table.labels, row.label, strict=True)),
+            **{name: list(v) for name, v in zip(table.columns, row.cells, strict=True)},
+            "steps": [step.name for step in row.steps],
+        }
+        for row in table.rows
+    ]
+    return {"name": table.name, "title": table.title, "rows": rows}
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("bn_det", "torch", "torchvision", "detectron2", "timm"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+_STYLE = """
+body { font: 15px/1.5 sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em; color: #222 }
+table { border-collapse: collapse; margin: 1em 0 }
+th, td { border: 1px solid #ccc; padding: .25em .6em; text-align: left; vertical-align: top }
+th { background: #f2f2f2 } td.number { text-align: right; white-space: nowrap }
+td.seen { background: #dff0d8 } td.opposite { background: #f2dede }
+img { max-width: 100% } code, pre { font-size: 12px; white-space: pre-wrap } .note { color: #555 }
+.warning { background: #fcf8e3; padding: .5em 1em }
+"""
+
+
+def _page(report: Report, folder: Path) -> str:
+    setting, seeds = report.results.setting, list(report.results.seeds)
+    seconds = sum(o.seconds for o in report.results.outcomes.values())
+    versions = ", ".join(f"{name} {version}" for name, version in _versions().items())
+    parts = [
+        "<!DOCTYPE html><html lang='en'><head><meta charset='utf-8'>",
+        f"<title>bn_det: {escape(report.title)}</title><style>{_STYLE}</style></head><body>",
+        f"<h1>{escape(report.title)}: what the batch in BatchNorm does</h1>",
+        f"<p>Data: {setting.data}. Host: {setting.host}. Seeds: {seeds}. {escape(versions)}. "
+        f"The steps together took {timedelta(seconds=round(seconds))}, some at the same time.</p>",
+        *_warnings(report),
+        "<h2>The ledger of claims</h2>",
+        "<p>The claims, their metrics and the smallest effects that count were fixed before the "
+        "first run (docs/claims.md).</p>",
+        _ledger_html(report.ledger),
+    ]
+    for name, show in report.shows.items():
+        parts.append(f"<h2>{name}</h2><p>{_rich(_about(EXPERIMENTS[name]))}</p>")
+        for item in show:
+            is_table = isinstance(item, Table)
+            parts.append(_table_html(item) if is_table else _picture_html(item, folder))
+    return "\n".join([*parts, "</body></html>"])
+
+
+def _about(experiment: ModuleType) -> str:
+    return (experiment.__doc__ or "").strip().splitlines()[0]
+
+
+def _warnings(report: Report) -> list[str]:
+    found = []
+    if report.results.setting.opts:
+        opts = escape(" ".join(report.results.setting.opts))
+        found.append(
+            f"All commands had the options <code>{opts}</code>: these are not the settings that "
+            "the claims were written down for."
+        )
+    missing = len([s for s in report.steps if s.name not in report.results.outcomes])
+    if missing:
+        found.append(f"{missing} of {len(report.steps)} steps are missing.")
+    found += [
+        f"Failed: <code>{escape(f.step.name)}</code>: {escape(f.reason)}" for f in report.failures
+    ]
+    return [f"<p class='warning'>{text}</p>" for text in found]
+
+
+def _ledger_html(ledger: Sequence[tuple[Claim, Verdict]]) -> str:
+    rows = []
+    for claim, verdict in ledger:
+        word = verdict.word or "-"
+        rows.append(
+            f"<tr><td>{_rich(claim.sentence)}<br><span class='note'>{_rich(claim.source)}</span>"
+            f"</td><td>{_rich(claim.metric)}</td><td>{escape(_wanted(claim))}</td>"
+            f"<td class='number'>{escape(effect_text(verdict))}</td>"
+            f"<td class='{word.replace(' ', '-')}'>{word}</td></tr>"
+        )
+    headers = ("claim", "metric", "what counts", "found (95 % interval, seeds)", "verdict")
+    return _html(headers, rows)
+
+
+def _table_html(table: Table) -> str:
+    rows = []
+    for row in table.rows:
+        labels = "".join(f"<td>{escape(text)}</td>" for text in row.label)
+        cells = "".join(f"<td class='number'>{c}</td>" for c in _cells(table, row.cells))
+        commands = "\n".join(dict.fromkeys(shown(step.command) for step in row.steps))
+        details = f"<details><summary>commands</summary><pre>{escape(commands)}</pre></details>"
+        rows.append(f"<tr>{labels}{cells}<td>{_config(row.steps)}{details}</td></tr>")
+    note = f"<p class='note'>{_rich(table.note)}</p>" if table.note else ""
+    headers = (*table.labels, *table.columns, "config, and commands of the first seed")
+    return f"<h3>{escape(table.title)}</h3>{_html(headers, rows)}{note}"
+
+
+def _config(steps: Sequence[Step]) -> str:
+    command = steps[0].command
+    return f"<code>{escape(command[command.index('--config-file') + 1])}</code>"
+
+
+def _html(headers: Sequence[str], rows: Sequence[str]) -> str:
+    head = "".join(f"<th>{escape(h)}</th>" for h in headers)
+    return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+
+
+def _picture_html(picture: Picture, folder: Path) -> str:
+    data = base64.b64encode((folder / f"{picture.name}.png").read_bytes()).decode()
+    caption = escape(picture.caption)
+    return (
+        f"<figure><img alt='{caption}' src='data:image/png;base64,{data}'>"
+        f"<figcaption class='note'>{caption}</figcaption></figure>"
+    )
+
+
+def _rich(text: str) -> str:
+    """HTML of a text with *emphasis* and `code`."""
+    text = re.sub(r"\*(.+?)\*", r"<em>\1</em>", escape(text))
+    return re.sub(r"`(.+?)`", r"<code>\1</code>", text)
+
+
+def known_identity(folder: Path) -> Mapping[str, Any] | None:
+    """That of the report in a folder; None where there is none."""
+    path = folder / RESULTS
+    return json.loads(path.read_text()) if path.is_file() else None

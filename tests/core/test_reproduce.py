@@ -1,0 +1,440 @@
+"""The experiments: what is run, that it resumes, and what is made of the results."""
+
+import json
+import math
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bn_det.errors import InputError
+from bn_det.reproduce.claims import CLAIMS, Claim, judge
+from bn_det.reproduce.experiments import batch_size, multi_domain, normalizer_free, population
+from bn_det.reproduce.main import plan
+from bn_det.reproduce.published import scaled, what_changes
+from bn_det.reproduce.registry import EXPERIMENTS, SHAPES_ONLY
+from bn_det.reproduce.report import cell, make_report, write_report
+from bn_det.reproduce.results import Picture, Results, Table, average
+from bn_det.reproduce.runner import Outcome, Runner
+from bn_det.reproduce.steps import Setting, Step
+
+ROOT = Path(__file__).parents[2]
+NAMES = list(EXPERIMENTS)
+
+
+def claim(smallest=1.0, at_most=False):
+    return Claim("x", "population", "A sentence.", "a source", "a metric", smallest, "AP", at_most)
+
+
+# the ledger
+
+
+@pytest.mark.parametrize(
+    "effects, word",
+    [
+        ([], ""),
+        ([1.2], "seen"),
+        ([0.9], "not seen"),
+        ([-1.2], "opposite"),
+        ([1.5, 1.6, 1.7], "seen"),
+        ([0.2, 3.0, 1.9], "not seen"),  # the interval holds zero
+        ([0.5, 0.6, 0.7], "not seen"),  # too small
+        ([-1.5, -1.6, -1.7], "opposite"),
+    ],
+)
+def test_verdict(effects, word):
+    assert judge(claim(), effects).word == word
+
+
+@pytest.mark.parametrize(
+    "effects, word",
+    [([0.9], "seen"), ([1.1], "opposite"), ([0.1, 0.2, 0.3], "seen"), ([0.1, 0.9, 0.5], "not seen"),
+     ([3.0, 3.1, 3.2], "opposite"), ([-3.0, -3.1, -3.2], "seen")],
+)  # fmt: skip
+def test_verdict_of_at_most(effects, word):
+    assert judge(claim(at_most=True), effects).word == word
+
+
+@pytest.mark.parametrize("number", [2, 3, 5, 12, 30])
+def test_interval_covers_the_mean(number):
+    """In 95 % of many draws; 4000 of them know that to 1.1 % (three standard errors)."""
+    rng = np.random.default_rng(number)
+    draws = rng.normal(2.0, 3.0, (4000, number))
+    verdicts = [judge(claim(), row.tolist()) for row in draws]
+    assert np.mean([v.low <= 2.0 <= v.high for v in verdicts]) == pytest.approx(0.95, abs=0.011)
+
+
+def test_ledger_is_in_the_docs():
+    text = (ROOT / "docs" / "claims.md").read_text()
+    for c in CLAIMS:
+        sign = "at most" if c.at_most else "at least"
+        section = text.partition(f"### {c.name}\n")[2].partition("\n### ")[0]
+        for words in (c.sentence, c.source, c.metric, f"{sign} {c.smallest:g} {c.unit}"):
+            assert words in section, c.name
+
+
+def test_every_claim_has_an_effect():
+    names = [c.name for c in CLAIMS]
+    assert len(set(names)) == len(names)
+    for name, experiment in EXPERIMENTS.items():
+        assert set(experiment.EFFECTS) == {c.name for c in CLAIMS if c.experiment == name}
+
+
+# what is run
+
+
+@pytest.fixture
+def setting(tmp_path):
+    return Setting("shapes", "torchvision", tmp_path / "runs", ROOT)
+
+
+@pytest.mark.parametrize("data", ["shapes", "coco"])
+def test_plans(tmp_path, data):
+    """Names stand for one command each, and what a step needs or reads comes before it."""
+    setting = Setting(data, "torchvision", tmp_path / "runs", ROOT)
+    names = [n for n in NAMES if data == "shapes" or n not in SHAPES_ONLY]
+    steps = {}
+    for name in names:
+        for step in EXPERIMENTS[name].plan(setting, 1):
+            assert steps.setdefault(step.name, step) == step
+            assert all(needed in steps for needed in step.needs)
+            config = Path(step.command[step.command.index("--config-file") + 1])
+            assert config.is_file() and Path(step.command[0]).is_file()
+            read = [a for a in step.command if a.endswith(".pth") and "precise.pth" in a]
+            if "measure_loss" in step.command[0] and read:
+                assert Path(read[0]).parent.name == "precise"
+                assert Path(step.name).with_name("precise").as_posix() in step.needs
+    merged = plan(names, setting, [1, 2])
+    assert len({s.name for s in merged}) == len(merged) == 2 * len(steps)
+    separately = sum(len(EXPERIMENTS[n].plan(setting, 1)) for n in names)
+    assert len(steps) < separately, "experiments share trainings"
+
+
+def test_every_training_of_shapes_keeps_the_checkpoints_that_are_looked_at(setting):
+    """By the period and the length that its command and its config say."""
+    steps = {s.name: s for s in plan(NAMES, setting, [1])}
+    for step in steps.values():
+        files = [a for a in step.command if "/model_0" in a]
+        if files:
+            training = steps[step.needs[0]].command
+            period = int(training[training.index("SOLVER.CHECKPOINT_PERIOD") + 1])
+            iteration = int(Path(files[0]).stem.removeprefix("model_")) + 1
+            assert iteration % period == 0
+
+
+def test_fewer_gpus():
+    file = str(ROOT / "configs" / "leakage" / "head_BN.yaml")
+    assert scaled(file, (), 8) == ()
+    found = dict(
+        zip(*[iter(scaled(file, ("SOLVER.CHECKPOINT_PERIOD", "90000"), 2))] * 2, strict=True)
+    )
+    assert found == {
+        "SOLVER.IMS_PER_BATCH": "4",
+        "SOLVER.BASE_LR": "0.005",
+        "SOLVER.STEPS": "(840000, 1000000)",
+        "SOLVER.MAX_ITER": "1080000",
+        "SOLVER.WARMUP_ITERS": "4000",
+        "SOLVER.CHECKPOINT_PERIOD": "360000",
+        "TEST.EVAL_PERIOD": "0",
+        "SOLVER.FREEZE_BN_ITER": "0",
+    }
+    assert "4 images a step instead of 16; the learning rate is scaled by 0.25" in what_changes(2)
+
+
+# the runner
+
+
+def script(folder, text):
+    """A command that a step can be: it gets the folder and what follows."""
+    path = folder / "tool.py"
+    path.write_text(f"import sys, time, pathlib\n{text}\n")
+    return str(path)
+
+
+def test_runner_runs_each_step_once_and_in_order(tmp_path):
+    log = tmp_path / "log"
+    tool = script(tmp_path, f"open({str(log)!r}, 'a').write(sys.argv[1])")
+    a, b, c = (
+        Step("a", (tool, "a"), 1),
+        Step("a/b", (tool, "b"), 1, ("a",)),
+        Step("c", (tool, "c"), 1),
+    )
+    for _ in range(2):
+        runner = Runner([b._replace(name="a/b"), a, c][::-1], tmp_path / "runs", jobs=1)
+        assert runner.run() == [] and set(runner.outcomes) == {"a", "a/b", "c"}
+    assert sorted(log.read_text()) == ["a", "b", "c"]
+    assert log.read_text().index("a") < log.read_text().index("b")
+
+
+def test_runner_fills_its_jobs(tmp_path):
+    """Two steps of one process meet; one of two processes is alone."""
+    meet = "import os; me, other = sys.argv[1:3]; pathlib.Path(me).touch()\n"
+    meet += "end = time.time() + 30\nwhile other and not os.path.exists(other):\n"
+    meet += "    assert time.time() < end; time.sleep(0.05)"
+    tool = script(tmp_path, meet)
+    x, y = str(tmp_path / "x"), str(tmp_path / "y")
+    steps = [Step("x", (tool, x, y), 1), Step("y", (tool, y, x), 1)]
+    assert Runner(steps, tmp_path / "runs", jobs=2).run() == []
+    alone = script(
+        tmp_path,
+        "import os; open(sys.argv[1], 'x'); time.sleep(0.5); os.remove(sys.argv[1])",
+    )
+    steps = [Step(n, (alone, str(tmp_path / "z")), 1, processes=2) for n in ("p", "q")]
+    assert Runner(steps, tmp_path / "runs", jobs=2).run() == []
+
+
+def test_a_failure_leaves_out_what_needs_it(tmp_path, capsys):
+    tool = script(tmp_path, "sys.exit('error: no luck' if sys.argv[1] == 'a' else 0)")
+    a, b, c = (
+        Step("a", (tool, "a"), 1),
+        Step("b", (tool, "b"), 1, ("a",)),
+        Step("c", (tool, "c"), 1),
+    )
+    runner = Runner([a, b, c], tmp_path / "runs", jobs=1)
+    failures = runner.run()
+    assert [(f.step, f.reason) for f in failures] == [(a, "error: no luck")]
+    assert set(runner.outcomes) == {"c"}
+    assert "FAILED a" in capsys.readouterr().out
+    # Again only what is missing is tried.
+    assert [s.name for s in Runner([a, b, c], tmp_path / "runs", jobs=1).pending()] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "words, iteration",
+    [
+        ("FloatingPointError: Loss became infinite or NaN at iteration=124!", 124),
+        ("FloatingPointError: loss not finite at iteration 65: {'total_loss': nan}", 65),
+    ],
+)
+def test_a_training_that_diverges(tmp_path, words, iteration):
+    folder = tmp_path / "train_net.py"
+    folder.write_text(f"import sys; sys.exit({words!r})")
+    a, b = Step("a", (str(folder),), 1), Step("b", (str(folder),), 1, ("a",))
+    runner = Runner([a, b], tmp_path / "runs", jobs=1)
+    assert runner.run() == [] and runner.outcomes["a"].diverged_at == iteration
+    assert set(runner.outcomes) == {"a"} and runner.pending() == []
+    assert Runner([a, b], tmp_path / "runs", jobs=1).pending() == [], "it is known"
+
+
+def test_an_interrupted_training_is_resumed(tmp_path):
+    tool = tmp_path / "train_net.py"
+    # The first time it leaves a checkpoint and is killed.
+    tool.write_text(
+        "import os, sys, pathlib, signal\n"
+        "folder = pathlib.Path(sys.argv[-1])\n"
+        "if '--resume' in sys.argv: sys.exit(0)\n"
+        "(folder / 'last_checkpoint').touch()\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    runs = tmp_path / "runs"
+    step = Step("a", (str(tool), "OUTPUT_DIR", str(runs / "a")), 1)
+    assert len(Runner([step], runs, jobs=1).run()) == 1
+    other = step._replace(command=(str(tool), "SEED", "2", "OUTPUT_DIR", str(runs / "a")))
+    with pytest.raises(InputError, match="has another command"):
+        Runner([other], runs, jobs=1).run()
+    assert Runner([step], runs, jobs=1).run() == []
+    with pytest.raises(InputError, match="has another command"):
+        Runner([other], runs, jobs=1)
+
+
+def test_an_interruption_ends_what_runs(tmp_path):
+    tool = script(tmp_path, "pathlib.Path(sys.argv[1]).touch(); time.sleep(60)")
+    mark = tmp_path / "mark"
+    code = (
+        "import sys; from pathlib import Path; from bn_det.reproduce.runner import Runner\n"
+        "from bn_det.reproduce.steps import Step\n"
+        f"step = Step('a', ({tool!r}, {str(mark)!r}), 1)\n"
+        f"Runner([step], Path({str(tmp_path / 'runs')!r}), 1).run()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 60
+    while not mark.exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    process.send_signal(2)
+    assert "KeyboardInterrupt" in process.communicate(timeout=30)[1]
+    left = subprocess.run(["pgrep", "-f", tool], capture_output=True, text=True).stdout
+    assert not left and not (tmp_path / "runs" / "a" / "done.json").exists()
+
+
+# what is made of results
+
+
+def write_results(setting, steps, rng):
+    """Files as the commands write them, with numbers at random."""
+    for step in steps:
+        folder = setting.runs / step.name
+        folder.mkdir(parents=True, exist_ok=True)
+
+        def ap():
+            return {"bbox": {"AP": rng.uniform(10, 50)}, "segm": {"AP": rng.uniform(10, 50)}}
+
+        def estimates(names):
+            return {n: {"value": rng.uniform(0.2, 1), "low": 0.0, "high": 1.0} for n in names}
+
+        names = ("population", "batch", "batch - population")
+        layers = [
+            {
+                "name": f"{part}.{k}.norm",
+                "num_batches": 16,
+                **{key: rng.uniform(0.01, 0.1) for key in
+                   ("mean_error", "var_error", "mean_shift", "var_shift")},
+            }
+            for part in ("backbone.bottom_up", "backbone.fpn_lateral", "head")
+            for k in range(9)
+        ]  # fmt: skip
+        metrics = ("foreground accuracy", "accuracy", "loss")
+        files = {
+            "results.json": ap(),
+            "precise.json": {"layers": layers, "results": {"before": ap(), "after": ap()}},
+            "loss.json": estimates(names),
+            "leakage.json": {n: estimates(metrics) for n in names},
+        }
+        for file, content in files.items():
+            (folder / file).write_text(json.dumps(content))
+        lines = []
+        for iteration in range(14, 1500, 15):
+            line = {"iteration": iteration, "total_loss": rng.uniform(0.5, 2), "time": 0.25}
+            lines.append({**line, "bbox/AP": rng.uniform(10, 50), "segm/AP": rng.uniform(10, 50)})
+        (folder / "metrics.json").write_text("\n".join(map(json.dumps, lines)) + "\n")
+
+
+@pytest.fixture
+def results(setting):
+    steps = plan(NAMES, setting, [1, 2, 3])
+    write_results(setting, steps, random.Random(5))
+    return Results(setting, {s.name: Outcome(60.0, None) for s in steps}, [1, 2, 3])
+
+
+def read(results, name, *keys):
+    value = json.loads((results.setting.runs / "train" / name).read_text())
+    for key in keys:
+        value = value[key]
+    return value
+
+
+def test_effects_against_the_files(results):
+    """Some effects once more, from the files."""
+
+    def ap(statistics, affine, population):
+        name = f"retinanet-{statistics}-affine_{affine}-seed2/precise-{population}/precise.json"
+        return read(results, name, "results", "after", "bbox", "AP")
+
+    found = {
+        (s, p): ap(s, "shared", p)
+        for s in ("shared", "per_domain")
+        for p in ("shared", "per_domain")
+    }
+    expected = min(found["shared", "shared"], found["per_domain", "per_domain"]) - max(
+        found["shared", "per_domain"], found["per_domain", "shared"]
+    )
+    assert multi_domain.EFFECTS["consistent, shared affine"](results, 2) == pytest.approx(expected)
+
+    base = "retinanet-per_domain-affine_shared-seed2"
+    gains = []
+    for k in (90, 180, 270):
+        ap = read(results, f"{base}/precise-{k}/precise.json", "results")
+        gains.append(ap["after"]["bbox"]["AP"] - ap["before"]["bbox"]["AP"])
+    assert population.EFFECTS["precise early"](results, 2) == pytest.approx(sum(gains) / 3)
+
+    def error(name, points):
+        layers = [
+            of for k in points for of in read(results, f"{name}/precise-{k}/precise.json", "layers")
+        ]
+        return np.mean([[of["mean_shift"], of["var_shift"]] for of in layers])
+
+    points = range(90, 901, 90)
+    ratio = error("retinanet-lr_x4-seed2", points) / error(base, points) - 1
+    assert population.EFFECTS["EMA error, rate"](results, 2) == pytest.approx(ratio)
+    ratio = error("retinanet-batch_x4-seed2", (75, 150, 225)) / error(base, (270, 630, 900)) - 1
+    assert population.EFFECTS["EMA error, batch"](results, 2) == pytest.approx(ratio)
+
+    def loss(size, data, statistics):
+        return read(
+            results, f"retinanet-nbs_{size}-seed2/loss-{data}/loss.json", statistics, "value"
+        )
+
+    gap = {n: loss(n, "validation", "population") - loss(n, "validation", "batch") for n in (2, 16)}
+    expected = (gap[2] - gap[16]) / loss(16, "validation", "population")
+    assert batch_size.EFFECTS["small batch, population"](results, 2) == pytest.approx(expected)
+    gap = {n: loss(n, "validation", "population") - loss(n, "train", "population") for n in (4, 16)}
+    expected = (gap[16] - gap[4]) / loss(4, "validation", "population")
+    assert batch_size.EFFECTS["large batch"](results, 2) == pytest.approx(expected)
+
+    layers = read(results, "retinanet-nbs_2-seed2/precise/precise.json", "layers")[:9]
+    spread = [4 * (of["mean_error"] + of["var_error"]) / 2 for of in layers]
+    expected = sum(spread[6:]) / sum(spread[:3]) - 1
+    assert batch_size.EFFECTS["small batch, depth"](results, 2) == pytest.approx(expected)
+
+
+def test_a_training_that_diverged_counts_with_its_first_loss(results):
+    of = normalizer_free.training(results.setting, 1, 32, None)
+    results.outcomes[of.name] = Outcome(5.0, 40)
+    lines = [json.loads(x) for x in (results.setting.runs / of.name / "metrics.json").open()]
+    assert normalizer_free.final_loss(results, 1, 32, None) == lines[0]["total_loss"]
+    assert normalizer_free.ap(results, 1, 32, None) is None
+    usual = normalizer_free.training(results.setting, 1, 8, None)
+    lines = [json.loads(x) for x in (results.setting.runs / usual.name / "metrics.json").open()]
+    last = [line["total_loss"] for line in lines if line["iteration"] >= 0.9 * 1500]
+    assert normalizer_free.final_loss(results, 1, 8, None) == pytest.approx(average(last))
+
+
+def test_a_model_that_detects_nothing_has_ap_0(results):
+    of = multi_domain.population_step(
+        multi_domain.training(results.setting, 1, "shared", "shared"), "shared"
+    )
+    path = results.setting.runs / of.name / "precise.json"
+    content = json.loads(path.read_text())
+    content["results"]["after"]["bbox"]["AP"] = None
+    path.write_text(json.dumps(content))
+    assert multi_domain.ap(results, 1, "shared", "shared", "shared") == 0.0
+    del results.outcomes[of.name]
+    assert multi_domain.ap(results, 1, "shared", "shared", "shared") is None
+
+
+def test_report(results, tmp_path):
+    steps = plan(NAMES, results.setting, results.seeds)
+    report = make_report("all", NAMES, results, steps, [])
+    write_report(report, tmp_path / "report")
+    content = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert {c["name"] for c in content["claims"]} == {c.name for c in CLAIMS}
+    assert all(
+        len(c["effects"]) == 3 and c["low"] < c["mean"] < c["high"] for c in content["claims"]
+    )
+    assert set(content["steps"]) == {s.name for s in steps}
+    page = (tmp_path / "report" / "report.html").read_text()
+    pictures = [i for show in report.shows.values() for i in show if isinstance(i, Picture)]
+    assert page.count("data:image/png;base64,") == len(pictures) > 5
+    assert "src='http" not in page and "href=" not in page, "self-contained"
+    for show in report.shows.values():
+        for table in show:
+            if isinstance(table, Table):
+                for row in table.rows:
+                    assert len(row.cells) == len(table.columns) == len(table.digits)
+                    assert len(row.label) == len(table.labels)
+                    assert row.steps[0].command[1:] and row.steps[0].name in content["steps"]
+    for c in CLAIMS:
+        assert c.sentence in page.replace("&#x27;", "'")
+    for picture in pictures:
+        assert (tmp_path / "report" / f"{picture.name}.png").stat().st_size > 5000
+
+
+def test_a_report_with_nothing_done_says_so(setting, tmp_path):
+    results = Results(setting, {}, [1])
+    steps = plan(NAMES, setting, [1])
+    report = make_report("all", NAMES, results, steps, [])
+    assert all(verdict.word == "" for _, verdict in report.ledger)
+    write_report(report, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert f"{len(steps)} of {len(steps)} steps are missing" in page
+
+
+def test_cells():
+    assert cell([1.0, 2.0, 3.0], 1) == "2.0 ± 1.0"
+    assert cell([1.25, None], 2) == "1.25"
+    assert cell([None], 2) == cell([], 2) == "-"
+    assert average([]) is None and average([1.0, None]) is None
+    assert math.isclose(average([1.0, 2.0]), 1.5)
