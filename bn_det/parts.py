@@ -17,6 +17,7 @@ from .layers import (
     L1BatchNorm2d,
     RoILevelBatchNorm2d,
     SourceBatchNorm2d,
+    convert_batchnorm,
     norm_factory,
 )
 from .layers.norms import NormFactory
@@ -81,6 +82,15 @@ def _layer(cfg: CfgNode, part: str, num_levels: int | None) -> Callable[..., nn.
         kind = DomainBatchNorm2d if part in LEVEL_PARTS else RoILevelBatchNorm2d
         return partial(kind, num_domains=num_levels, **choices)
     return partial(BatchNorm2d, **choices)
+
+
+def convert_resnet(cfg: CfgNode, resnet: nn.Module, make: Callable[[int], nn.Module]) -> nn.Module:
+    """A stock ResNet with our layers (``convert_batchnorm``), and the momentum that is asked for."""
+    resnet = convert_batchnorm(resnet, make)
+    for module in resnet.modules():
+        if isinstance(module, BatchNorm2d):
+            module.momentum = cfg.SOLVER.BN_MOMENTUM
+    return resnet
 
 
 def is_per_level(cfg: CfgNode, part: str) -> bool:

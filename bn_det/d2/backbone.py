@@ -13,12 +13,11 @@ from ..errors import InputError
 from ..layers import (
     BASELINES,
     BATCH_NORMS,
-    convert_batchnorm,
     normalize_convolutions,
     normalize_pyramid,
 )
 from ..nf import STRIDES, NFBackbone, build_nf
-from ..parts import part_norm
+from ..parts import convert_resnet, part_norm
 from .norms import NORMS
 
 
@@ -84,7 +83,7 @@ def _build_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
         stock = cfg.clone()
         stock.defrost()
         stock.MODEL.RESNETS.NORM = "BN"
-        resnet = convert_batchnorm(build_resnet_backbone(stock, input_shape), make)
+        resnet = convert_resnet(cfg, build_resnet_backbone(stock, input_shape), make)
     else:
         resnet = build_resnet_backbone(cfg, input_shape)
     normalize_convolutions(resnet, node.WEIGHT_NORM)

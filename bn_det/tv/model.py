@@ -26,7 +26,7 @@ from ..layers import (
     normalize_pyramid,
 )
 from ..nf import NFBackbone, build_nf
-from ..parts import NF_BACKBONES, part_norm
+from ..parts import NF_BACKBONES, convert_resnet, part_norm
 from .config import NUM_LEVELS, RCNNS, check_cfg
 from .norms import NORMS
 from .rcnn import build_rcnn
@@ -112,7 +112,7 @@ def _build_resnet_fpn(cfg: CfgNode) -> BackboneWithFPN:
     body = getattr(resnet, f"resnet{node.DEPTH}")(norm_layer=nn.BatchNorm2d if ours else norm)
     _freeze(body, cfg.MODEL.BACKBONE.FREEZE_AT)
     if ours:  # in what is not frozen
-        convert_batchnorm(body, norm)
+        convert_resnet(cfg, body, norm)
     normalize_convolutions(body, node.WEIGHT_NORM)
     channels = {f: node.RES2_OUT_CHANNELS * 2**k for k, f in enumerate(_STAGES)}
     levels = {_STAGES[f]: f.replace("res", "p") for f in cfg.MODEL.FPN.IN_FEATURES}

@@ -1,0 +1,126 @@
+"""tools/reproduce.py, on tiny data."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bn_det.data.shapes import VARIANTS, Split, generate_shapes
+
+ROOT = Path(__file__).parents[2]
+QUICK = ("SOLVER.MAX_ITER", "2", "SOLVER.WARMUP_ITERS", "0", "TEST.PRECISE_BN.NUM_ITER", "1")
+HOST = ("--host", "torchvision")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder of data sets that are taken for the generated ones."""
+    root = tmp_path_factory.mktemp("datasets")
+    for variant in VARIANTS.values():
+        splits = {
+            name: Split(12 if name == "train" else 4, split.seed)
+            for name, split in variant.splits.items()
+        }
+        generate_shapes(root / variant.name, splits, variant)
+    return root
+
+
+def run(tiny, folder, *args):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "reproduce.py"), *args],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=folder,
+        env={**os.environ, "DETECTRON2_DATASETS": str(tiny), "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_an_experiment(tiny, tmp_path):
+    """The shortest, from nothing to its report; then once more, with nothing to do."""
+    done = run(tiny, tmp_path, "domain-shift", *HOST, *QUICK)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| domain-shift |           1 |              3 |" in done.stdout
+    folder = tmp_path / "output" / "reproduce"
+    report = folder / "domain-shift-shapes"
+    results = json.loads((report / "results.json").read_text())
+    assert results["host"] == "torchvision" and results["opts"] == list(QUICK)
+    assert len(results["steps"]) == 4 and not results["failed"]
+    assert [c["name"] for c in results["claims"]] == ["AdaBN"]
+    rows = results["tables"]["domain-shift"][0]["rows"]
+    assert all(row["box AP, its own statistics"] == [0.0] for row in rows), "after two steps"
+    page = (report / "report.html").read_text()
+    assert "these are not the settings that the claims were written down for" in page
+    assert "tools/recompute_statistics.py --host torchvision" in page
+    assert (report / "domain_shift.png").is_file() and "AdaBN" in (report / "claims.md").read_text()
+
+    runs = folder / "runs-shapes-torchvision"
+    before = {p: p.stat().st_mtime_ns for p in runs.rglob("*.pth")}
+    again = run(tiny, tmp_path, *QUICK, *HOST, "domain-shift")
+    assert again.returncode == 2, "KEY VALUE pairs come last"
+    again = run(tiny, tmp_path, *HOST, "domain-shift", *QUICK)
+    assert again.returncode == 0 and "0 of 4 steps are to be run" in again.stdout
+    assert {p: p.stat().st_mtime_ns for p in runs.rglob("*.pth")} == before
+
+    # The training is the base of another experiment.
+    other = run(tiny, tmp_path, "population", "--dry-run", *HOST, *QUICK)
+    assert "33 of 34 steps are to be run" in other.stdout
+    # Its report is not written over this one.
+    other = run(tiny, tmp_path, "frozen", *HOST, "--output", str(report), *QUICK)
+    assert other.returncode == 1 and "Traceback" not in other.stderr
+    assert "has a report with experiment 'domain-shift', and this is one with 'frozen'" in (
+        other.stderr
+    )
+    other = run(tiny, tmp_path, "domain-shift", *HOST, *QUICK, "SOLVER.BASE_LR", "0.1")
+    assert other.returncode == 1 and "has a report with opts" in other.stderr
+    where = ("--output", "elsewhere")
+    other = run(tiny, tmp_path, "domain-shift", *HOST, *where, *QUICK, "SOLVER.BASE_LR", "0.1")
+    assert (
+        other.returncode == 1 and "--runs: " in other.stderr and "another command" in other.stderr
+    )
+    assert "Traceback" not in other.stderr
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["multi-domain", "--data", "coco"], "--data: 'coco' is not accepted: there is no "),
+        (["correlated", "--data", "coco"], "is not accepted with correlated"),
+        (["leakage", "--data", "coco", "--num-gpus", "2", "--dry-run"], "Add --yes to run it so"),
+        (["leakage", "--num-gpus", "2"], "--num-gpus: 2 is not accepted with --data shapes"),
+        (["leakage", "--seeds", "0"], "--seeds: 0 is not accepted; use 1 or more"),
+        (["leakage", "SEED"], "SEED: has no value"),
+    ],
+)
+def test_bad_input(tiny, tmp_path, args, words):
+    done = run(tiny, tmp_path, *args, *(() if "SEED" in args else HOST))
+    assert done.returncode == 1 and words in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_coco_is_looked_for_in_its_folder(tmp_path):
+    """The error names the first thing that is missing, until nothing is."""
+    coco = tmp_path / "coco"
+    for name in ("annotations/instances_train2017.json", "train2017",
+                 "annotations/instances_val2017.json", "val2017"):  # fmt: skip
+        done = run(tmp_path, tmp_path, "leakage", "--data", "coco", *HOST)
+        assert f"there is no {coco / name}. COCO is looked for below {coco}" in done.stderr
+        (coco / name).parent.mkdir(parents=True, exist_ok=True)
+        (coco / name).touch() if name.endswith("json") else (coco / name).mkdir()
+    done = run(tmp_path, tmp_path, "leakage", "--data", "coco", *HOST)
+    assert "--num-gpus: 8 is not accepted: this machine has 0 GPUs" in done.stderr
+
+
+def test_fewer_gpus_on_coco(tmp_path):
+    """What is run on 4 GPUs with --yes; a dry run asks for no data."""
+    args = ("leakage", "--data", "coco", "--num-gpus", "4", "--yes", "--dry-run", *HOST)
+    done = run(tmp_path, tmp_path, *args)
+    assert done.returncode == 0, done.stderr
+    assert "8 images a step instead of 16; the learning rate is scaled by 0.5" in done.stdout
+    line = next(x for x in done.stdout.splitlines() if "head_SyncBN" in x)
+    for words in ("--num-gpus 4", "SOLVER.IMS_PER_BATCH 8", "SOLVER.BASE_LR 0.01",
+                  "SOLVER.MAX_ITER 540000", "SOLVER.CHECKPOINT_PERIOD 180000"):  # fmt: skip
+        assert words in line
