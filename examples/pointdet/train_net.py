@@ -52,6 +52,7 @@ class Trainer(TrainerBase):
         between_steps = [
             hooks.IterationTimer(),
             hooks.LRScheduler(self.optimizer, scheduler),
+            hooks.CallbackHook(after_step=Trainer.evaluate_and_save),
         ]
         if comm.is_main_process():
             writers = default_writers(cfg.OUTPUT_DIR, cfg.SOLVER.MAX_ITER)
@@ -71,17 +72,14 @@ class Trainer(TrainerBase):
         if comm.is_main_process():
             self.storage.put_scalars(total_loss=sum(values.values()), **values)
 
-    def after_step(self) -> None:
-        super().after_step()
-        done = self.iter + 1
-        if done == self.max_iter or (self.period > 0 and done % self.period == 0):
-            self.evaluate_and_save()
-
     def evaluate_and_save(self) -> None:
+        done = self.iter + 1
+        if done < self.max_iter and (self.period == 0 or done % self.period):
+            return
         results = evaluate(self.cfg, self.model)
         if comm.is_main_process():
             self.storage.put_scalars(**results.get("bbox", {}), smoothing_hint=False)
-            self.checkpointer.save(f"model_{self.iter + 1:06d}", iteration=self.iter)
+            self.checkpointer.save(f"model_{done:06d}", iteration=self.iter)
         comm.synchronize()
 
 
