@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from bn_det import BatchNorm2d, DomainBatchNorm2d, convert_batchnorm
+from bn_det import BatchNorm2d, DomainBatchNorm2d, convert_batchnorm, forward_levels
 from bn_det.errors import InputError
-from bn_det.layers import BATCH_NORMS, forward_levels, norm_factory
+from bn_det.layers import BATCH_NORMS, norm_factory
 
 OTHERS = {"GN": partial(nn.GroupNorm, 2)}
 CHOICES = {"statistics": "shared", "population": "per_domain", "affine": "per_domain"}
