@@ -85,7 +85,7 @@ def _layer(cfg: CfgNode, part: str, num_levels: int | None) -> Callable[..., nn.
 
 
 def convert_resnet(cfg: CfgNode, resnet: nn.Module, make: Callable[[int], nn.Module]) -> nn.Module:
-    """A stock ResNet with our layers (``convert_batchnorm``), and the momentum that is asked for."""
+    """A stock ResNet with our layers (``convert_batchnorm``), and the momentum of the config."""
     resnet = convert_batchnorm(resnet, make)
     for module in resnet.modules():
         if isinstance(module, BatchNorm2d):
