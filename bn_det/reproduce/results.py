@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from statistics import mean
 from typing import Any, NamedTuple
 
+import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .runner import Outcome
@@ -130,7 +133,7 @@ class Picture(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A curve: its values by seed at each x; drawn is the mean, and between the extremes a band."""
+    """A curve: its values by seed at each x. Drawn are their mean, least and greatest."""
 
     label: str
     xs: Sequence[float]
@@ -138,49 +141,74 @@ class Line(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """One set of axes."""
+    """One set of axes.
+
+    Attributes:
+        log: the axes that are logarithmic: "x", "y" or "xy".
+        groups: names for x = 0, 1, ..., between which there are no lines.
+    """
 
     title: str
     xlabel: str
     ylabel: str
     lines: list[Line]
-    log: str = ""  # "x", "y" or "xy"
+    log: str = ""
+    groups: Sequence[str] = ()
 
 
 def draw(panels: Sequence[Panel], shared_y: bool = False) -> Figure:
     """Panels beside each other; lines of the same label have the same colour."""
-    import matplotlib
-
     labels = list(dict.fromkeys(line.label for panel in panels for line in panel.lines))
     figure = Figure(figsize=(1 + 3.8 * len(panels), 3.6), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=shared_y)[0]
     for panel, axis in zip(panels, axes, strict=True):
-        for line in panel.lines:
+        for k, line in enumerate(panel.lines):
             colour = matplotlib.colormaps["tab10"](labels.index(line.label) % 10)
-            _draw_line(axis, line, colour)
+            if panel.groups:
+                _draw_points(axis, line, colour, shift=0.12 * (k - (len(panel.lines) - 1) / 2))
+            else:
+                _draw_line(axis, line, colour)
         axis.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
-        if "x" in panel.log:
-            axis.set_xscale("log", base=2)
-        if "y" in panel.log:
-            axis.set_yscale("log")
+        _scale(axis, panel)
         axis.grid(alpha=0.3)
-        if axis.lines:
+        if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
     return figure
 
 
-def _draw_line(axis: Any, line: Line, colour: Any) -> None:
-    points = [
-        (x, [v for v in values if v is not None])
-        for x, values in zip(line.xs, line.ys, strict=True)
-    ]
-    points = [(x, values) for x, values in points if values]
-    if not points:
-        return
-    xs = [x for x, _ in points]
-    axis.plot(
-        xs, [sum(v) / len(v) for _, v in points], "o-", markersize=3, color=colour, label=line.label
-    )
-    axis.fill_between(
-        xs, [min(v) for _, v in points], [max(v) for _, v in points], color=colour, alpha=0.2, lw=0
-    )
+def _scale(axis: Axes, panel: Panel) -> None:
+    if panel.groups:
+        axis.set_xticks(range(len(panel.groups)), panel.groups)
+        axis.set_xlim(-0.5, len(panel.groups) - 0.5)
+    if "x" in panel.log:
+        axis.set_xscale("log", base=2)
+        xs = sorted({x for line in panel.lines for x in line.xs})
+        axis.set_xticks(xs, [f"{x:g}" for x in xs])
+    if "y" in panel.log:
+        axis.set_yscale("log")
+
+
+def _points(line: Line) -> tuple[list[float], list[float], list[float], list[float]]:
+    """Where there are values: x, and their mean, least and greatest."""
+    found: tuple[list[float], ...] = ([], [], [], [])
+    for x, values in zip(line.xs, line.ys, strict=True):
+        known = [v for v in values if v is not None]
+        if known:
+            for column, value in zip(found, (x, mean(known), min(known), max(known)), strict=True):
+                column.append(value)
+    return found
+
+
+def _draw_line(axis: Axes, line: Line, colour: Any) -> None:
+    xs, means, low, high = _points(line)
+    if xs:
+        axis.plot(xs, means, "o-", markersize=3, color=colour, label=line.label)
+        axis.fill_between(xs, low, high, color=colour, alpha=0.2, lw=0)
+
+
+def _draw_points(axis: Axes, line: Line, colour: Any, shift: float) -> None:
+    xs, means, low, high = _points(line)
+    if xs:
+        xs = [x + shift for x in xs]
+        axis.plot(xs, means, "o", markersize=6, color=colour, label=line.label)
+        axis.vlines(xs, low, high, color=colour, alpha=0.6)

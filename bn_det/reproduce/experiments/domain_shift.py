@@ -54,7 +54,7 @@ def show(results: Results) -> list[Table | Picture]:
         Line(name, xs, [results.over_seeds(ap, domain, when) for domain in DOMAINS])
         for name, when in (("its own statistics", "before"), ("AdaBN", "after"))
     ]
-    panel = Panel("Domain shift", ", ".join(DOMAINS), "box AP", lines)
+    panel = Panel("Domain shift", "images", "box AP", lines, groups=DOMAINS)
     caption = "Box AP by night, in fog and by another sensor."
     return [
         Table("adabn", title, ("images",), columns, (1, 1), rows),

@@ -86,11 +86,12 @@ def show(results: Results) -> list[Table | Picture]:
             label = (row, statistics, population, affine)
             table.append(Row(label, cells, (of.step, population_step(of, population))))
             ys.append(values)
-        lines.append(Line(f"affine {affine}", [1, 2, 3, 4], ys))
+        lines.append(Line(f"affine {affine}", [0, 1, 2, 3], ys))
     labels = ("row of Table 5", "normalized in training", "population statistics", "affine")
     columns = ("box AP, PreciseBN", "box AP, EMA")
-    title = "Consistent choices are rows 1 and 4"
-    panel = Panel(title, "row of Table 5", "box AP", lines)
+    title = "Levels of the head: consistent first and last"
+    groups = [f"{s},\n{p}" for s, p in ROWS]
+    panel = Panel(title, "normalized in training, population", "box AP", lines, groups=groups)
     return [
         Table("table5", "Levels of a RetinaNet head (Table 5)", labels, columns, (1, 1), table),
         Picture("multi_domain", "Box AP of the four choices, with PreciseBN.", draw([panel])),
