@@ -136,7 +136,7 @@ def check_row(path, choices):
     assert path.stem == "-".join(choices)
     row = 1 + ROWS.index("-".join(choices[:2]))
     comment = path.read_text().split("_BASE_")[0].lower().replace("\n# ", " ")
-    assert f"row {row} of table 5" in comment
+    assert f"table 5, row {row}" in comment
     assert ("ours" in comment) == (choices[2] == "per_domain")
     assert ("precisebn" in comment) == (choices[1] == "per_domain")
 
