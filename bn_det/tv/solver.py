@@ -22,13 +22,15 @@ _NORM_TYPES = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> SGD:
     """SGD with momentum; parameters of normalization layers have a weight decay of their own."""
-    norms, others = [], []
+    # Each once: layers for each level may share theirs, and SGD would step as often as it stands.
+    norms: dict[nn.Parameter, None] = {}
+    others: dict[nn.Parameter, None] = {}
     for module in model.modules():
         group = norms if isinstance(module, _NORM_TYPES) else others
-        group += [p for p in module.parameters(recurse=False) if p.requires_grad]
+        group.update((p, None) for p in module.parameters(recurse=False) if p.requires_grad)
     groups = [
-        {"params": others, "weight_decay": cfg.SOLVER.WEIGHT_DECAY},
-        {"params": norms, "weight_decay": cfg.SOLVER.WEIGHT_DECAY_NORM},
+        {"params": list(others), "weight_decay": cfg.SOLVER.WEIGHT_DECAY},
+        {"params": list(norms), "weight_decay": cfg.SOLVER.WEIGHT_DECAY_NORM},
     ]
     groups = [group for group in groups if group["params"]]
     optimizer = SGD(groups, cfg.SOLVER.BASE_LR, cfg.SOLVER.MOMENTUM)
