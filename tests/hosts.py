@@ -11,7 +11,8 @@ detectron2 = pytest.param(
     "detectron2",
     marks=pytest.mark.skipif(not INSTALLED, reason="Detectron2 is not installed"),
 )
-HOSTS = ["torchvision", detectron2]
+torchvision = pytest.param("torchvision")
+HOSTS = [torchvision, detectron2]
 every_host = pytest.mark.parametrize("host", HOSTS)
 
 

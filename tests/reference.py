@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -94,15 +94,6 @@ def assert_close_by_scale(found: Tensor, expected: Tensor, where: str = "") -> N
     """To 1e-5 of the largest value: float32 has absolute errors in sums of thousands of terms."""
     error = (found - expected).abs().max() / expected.abs().max()
     assert error <= 1e-5, (where, error)
-
-
-def leaves(cfg: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """The dotted keys of a config, with their values."""
-    for key, value in cfg.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def values(xs: Sequence[Tensor]) -> Tensor:

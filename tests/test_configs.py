@@ -1,30 +1,18 @@
-"""Every config file builds and takes one training step, on both hosts."""
+"""The config files: what they say of themselves, and what differs between those that compare."""
 
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
-from bn_det.config import load_config
-from bn_det.errors import InputError
-from bn_det.tv import get_cfg
-from bn_det.tv.trainer import Trainer
-from hosts import INSTALLED
-from reference import EIGHT_CHOICES, TWO_SOURCES, leaves
+from bn_det.config_table import leaves
+from reference import EIGHT_CHOICES
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(p.relative_to(ROOT) for p in (ROOT / "configs").rglob("*.yaml"))
 MULTI_DOMAIN = ROOT / "configs" / "multi_domain"
-SMALL_IMAGES = ["INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MAX_SIZE_TRAIN", "64"]
 LEAKAGE = ROOT / "configs" / "leakage"
 HEADS = sorted(p.name for p in LEAKAGE.glob("head_*.yaml"))
-DETECTRON2_ONLY = {
-    "MODEL.META_ARCHITECTURE": "BNFCOS",
-    "MODEL.ROI_HEADS.NAME": "BNCascadeROIHeads",
-}
-"""What makes a config one that the torchvision host refuses."""
 
 
 def merged(path):
@@ -32,92 +20,6 @@ def merged(path):
     own = yaml.safe_load(path.read_text())
     inherited = merged(path.parent / own.pop("_BASE_")) if "_BASE_" in own else {}
     return {**inherited, **dict(leaves(own))}
-
-
-def asks_for(config):
-    """The keys of DETECTRON2_ONLY that it has."""
-    found = merged(ROOT / config)
-    return [key for key, value in DETECTRON2_ONLY.items() if found.get(key) == value]
-
-
-# What takes a step is what is run, and every base with it.
-RUN = [c for c in CONFIGS if not c.name.startswith("Base-")]
-ON_BOTH = [c for c in RUN if not asks_for(c)]
-
-
-@pytest.fixture
-def options(tiny_shapes, tmp_path):
-    return [
-        *tiny_shapes,
-        *("MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path), "SOLVER.MAX_ITER", "1"),
-        *("DATASETS.TEST", "()", "SOLVER.IMS_PER_BATCH", "2"),
-        *("TEST.PRECISE_BN.NUM_ITER", "2"),
-    ]
-
-
-def shrink(config):
-    """Options that make a config for COCO small. The others are, but for the R-CNNs' images."""
-    if config.name == "retinanet_sources.yaml":
-        return TWO_SOURCES
-    if "shapes" in config.parts:
-        rcnns = ("mask_rcnn", "rpn", "cascade")
-        is_rcnn = "leakage" in config.parts or config.name.startswith(rcnns)
-        return SMALL_IMAGES if is_rcnn else []
-    if config.parent.name not in ("heads", "leakage", "multi_domain", "population", "ways"):
-        return []
-    return [
-        *SMALL_IMAGES,
-        *("MODEL.RETINANET.GHOST_SIZE", "2"),  # a single image has one value at p7
-        *("DATALOADER.NUM_WORKERS", "0", "MODEL.WEIGHTS", ""),
-        *("MODEL.NF.PRETRAINED", "", "MODEL.NF.NAME", "test_nfnet"),
-        *("MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"),
-        *("MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16"),
-        *("MODEL.ROI_BOX_HEAD.CONV_DIM", "32", "MODEL.ROI_BOX_HEAD.FC_DIM", "32"),
-        *("MODEL.ROI_MASK_HEAD.CONV_DIM", "32"),
-    ]
-
-
-def takes_a_step(trainer):
-    """Whether training changes the weights."""
-    before = [p.clone() for p in trainer.model.parameters()]
-    trainer.train()
-    pairs = zip(before, trainer.model.parameters(), strict=True)
-    return any(not torch.equal(a, b) for a, b in pairs)
-
-
-@pytest.mark.parametrize("config", ON_BOTH, ids=str)
-def test_torchvision(config, options, tmp_path):
-    cfg = get_cfg()
-    load_config(cfg, str(ROOT / config), [*options, *shrink(config)], "torchvision")
-    trainer = Trainer(cfg)
-    assert takes_a_step(trainer)
-    assert (tmp_path / "model_final.pth").exists()
-
-
-@pytest.mark.parametrize("config", sorted(set(RUN) - set(ON_BOTH)), ids=str)
-def test_torchvision_refuses(config, options):
-    cfg = get_cfg()
-    load_config(cfg, str(ROOT / config), options, "torchvision")
-    (key,) = asks_for(config)
-    with pytest.raises(InputError, match=f"{key}: '{DETECTRON2_ONLY[key]}' is not accepted; use"):
-        Trainer(cfg)
-
-
-@pytest.mark.parametrize("config", RUN, ids=str)
-@pytest.mark.skipif(not INSTALLED, reason="Detectron2 is not installed")
-def test_detectron2(config, options, tmp_path):
-    import detectron2.config
-
-    from bn_det.d2 import register_datasets
-    from bn_det.d2.train import Trainer, add_bn_det_config
-
-    cfg = detectron2.config.get_cfg()
-    add_bn_det_config(cfg)
-    load_config(cfg, str(ROOT / config), [*options, *shrink(config)], "Detectron2")
-    register_datasets(cfg)
-    trainer = Trainer(cfg)
-    assert takes_a_step(trainer)
-    assert (tmp_path / "model_final.pth").exists()
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)

@@ -19,6 +19,7 @@ from torch import nn
 
 import bn_det.d2
 from bn_det.config import load_config
+from bn_det.config_table import leaves
 from bn_det.d2 import norms as d2_norms
 from bn_det.data.coco import builtin_sources, load_coco, registered_sources
 from bn_det.tv import build_model, get_cfg
@@ -26,7 +27,7 @@ from bn_det.tv import norms as tv_norms
 from bn_det.tv import solver as tv_solver
 from bn_det.tv.data import build_test_loader
 from bn_det.tv.evaluation import coco_metrics
-from reference import BASE, leaves
+from reference import BASE
 
 
 def both_cfgs(*opts):

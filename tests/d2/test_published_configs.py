@@ -9,8 +9,8 @@ from pathlib import Path
 import detectron2.config
 
 from bn_det.config import load_config
+from bn_det.config_table import leaves
 from bn_det.d2 import add_bn_det_config
-from reference import leaves
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ZOO = Path(detectron2.__file__).parent / "model_zoo" / "configs"
