@@ -37,6 +37,7 @@ class Row(NamedTuple):
     """
 
     path: str
+    reproduces: str
     hosts: str
     detector: dict[str, str]
     schedule: dict[str, str]
@@ -73,6 +74,7 @@ def _row(cells: dict[str, str]) -> Row:
     levels = [cell.split(" ") for cell in cells["levels"].split(", ") if cell]
     return Row(
         re.search(r"\[yaml\]\((.+?)\)", cells["config"])[1],
+        cells["reproduces"],
         cells["hosts"],
         detector,
         schedule,

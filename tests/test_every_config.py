@@ -317,3 +317,25 @@ def test_comments_name_the_host():
     for row in TABLE.values():
         said = "For Detectron2 only." in head_comment((CONFIGS / row.path).read_text())
         assert said == (row in ONE_HOST), row.path
+
+
+TABLE_5 = ["shared-shared", "shared-per_domain", "per_domain-shared", "per_domain-per_domain"]
+"""Its rows: statistics in training, and population statistics; the affine is shared."""
+
+
+def test_places_of_the_paper():
+    """A config that names a table of the paper has what is in that table."""
+    for row in TABLE.values():
+        if row.path.startswith("multi_domain"):
+            assert "Table 5, row " in row.reproduces, row.path
+            line = TABLE_5[int(row.reproduces[-1]) - 1]
+            affine = "per_domain" if row.reproduces.startswith("ours") else "shared"
+            assert row.levels["RETINANET"] == f"{line}-{affine}", row.path
+        elif "Table" in row.reproduces:
+            assert row.path.startswith("leakage"), row.path
+            assert {row.norms["ROI_BOX_HEAD"], row.norms["ROI_MASK_HEAD"]} <= {"BN", "SyncBN"}
+            is_table_3 = row["TEST.BN_STATISTICS"] == "batch"
+            assert is_table_3 == (row.reproduces == "Table 3"), row.path
+            assert row.choices.get("MODEL.ROI_BOX_HEAD.SHUFFLE", False) == (
+                row.reproduces == "Table 6 and Figure 9"
+            ), row.path
