@@ -59,8 +59,8 @@ of its bases; what a config reproduces is in the comment at its head.
 - *hosts*: "both" is Detectron2 and torchvision; with "other weights" the torchvision host needs
   `MODEL.WEIGHTS` of its own (or `""`) and `MODEL.RESNETS.STRIDE_IN_1X1 False`.
 - *detector*: `4conv1fc` is the box head, of 4 convolutions and 1 fully connected layer.
-- *schedule*: iterations x images of a batch, on how many GPUs that is the published setting;
-  learning rate, and where it falls to a tenth, or that it falls as a cosine.
+- *schedule*: iterations x images of a batch (and the GPUs that the published batch is spread
+  over); learning rate, and the iterations at which it falls to a tenth, or that it is a cosine.
 - *backbone*, *FPN*, *heads*: the `NORM` of each part. `FREEZE_AT 2` freezes stem and res2.
 - *levels*: where a head's normalization tells levels apart, its `BN.STATISTICS`, `BN.POPULATION`
   and `BN.AFFINE`.
@@ -136,14 +136,6 @@ def leaves(cfg: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + key, value
 
 
-def heads_of(cfg: CfgNode) -> dict[str, str]:
-    """The heads of a detector: from what the table calls each to its node of MODEL."""
-    if cfg.MODEL.META_ARCHITECTURE in DENSE:
-        return {"head": DENSE[cfg.MODEL.META_ARCHITECTURE]}
-    masks = {"mask": "ROI_MASK_HEAD"} if cfg.MODEL.MASK_ON else {}
-    return {"RPN": "RPN", "box": "ROI_BOX_HEAD", **masks}
-
-
 def _row(
     path: Path, folder: Path, get_cfg: Callable[[], CfgNode], check: Callable[[CfgNode], None]
 ) -> list[str]:
@@ -163,7 +155,7 @@ def _row(
         _schedule(cfg),
         _backbone(cfg),
         cfg.MODEL.FPN.NORM or "none",
-        ", ".join(f"{head} {cfg.MODEL[p].NORM or 'none'}" for head, p in heads_of(cfg).items()),
+        ", ".join(f"{head} {cfg.MODEL[p].NORM or 'none'}" for head, p in _heads(cfg).items()),
         _levels(cfg),
         ", ".join(f"`{key} {value}`" for key, value in _choices(cfg, default)),
     ]
@@ -228,6 +220,14 @@ def _backbone(cfg: CfgNode) -> str:
     return f"{norm}, FREEZE_AT {freeze_at}" if freeze_at else norm
 
 
+def _heads(cfg: CfgNode) -> dict[str, str]:
+    """The heads of a detector: from what the table calls each to its node of MODEL."""
+    if cfg.MODEL.META_ARCHITECTURE in DENSE:
+        return {"head": DENSE[cfg.MODEL.META_ARCHITECTURE]}
+    masks = {"mask": "ROI_MASK_HEAD"} if cfg.MODEL.MASK_ON else {}
+    return {"RPN": "RPN", "box": "ROI_BOX_HEAD", **masks}
+
+
 def _levels(cfg: CfgNode) -> str:
     """For each head that has the choice, what its levels share."""
     tell_apart = list(LEVEL_PARTS)
@@ -235,7 +235,7 @@ def _levels(cfg: CfgNode) -> str:
         tell_apart.append("ROI_BOX_HEAD")
     return ", ".join(
         f"{head} {'-'.join(cfg.MODEL[part].BN[key] for key in _SHARED)}"
-        for head, part in heads_of(cfg).items()
+        for head, part in _heads(cfg).items()
         if part in tell_apart and cfg.MODEL[part].NORM in BATCH_NORMS
     )
 
