@@ -19,7 +19,7 @@ from .parts import DENSE, LEVEL_PARTS, NF_BACKBONES
 PAPER = 'Rethinking "Batch" in BatchNorm'
 """Wu & Johnson, arXiv 2105.07576."""
 
-REFERENCE = r"((?:Tables?|Sec\.) \d+(?:, row \d+)?(?: and (?:Figure )?\d+)?)"
+REFERENCE = r"((?:Tables?|Sec\.) \d+(?:\.\d+)?(?:, row \d+)?(?: and (?:Figure )?\d+)?)"
 """What follows the paper's title, and a comma, in the comment at the head of a config."""
 
 BOTH, OTHER_WEIGHTS, DETECTRON2 = "both", "both, other weights", "Detectron2"

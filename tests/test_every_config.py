@@ -8,7 +8,7 @@ from torch import nn
 from bn_det import BatchNorm2d, DomainBatchNorm2d, SourceBatchNorm2d, image_sources
 from bn_det.agc import AdaptiveGradientClipping
 from bn_det.config_table import OTHER_WEIGHTS, head_comment
-from bn_det.data.coco import builtin_sources
+from bn_det.data import CategoryBatches, builtin_sources
 from bn_det.errors import InputError
 from bn_det.hooks import AverageStatistics, FreezeBN, PreciseBN, RenormSchedule, VirtualBatch
 from bn_det.parts import LEVEL_PARTS, PARTS
@@ -163,6 +163,7 @@ CHECKED = {
     *("TEST.BN_STATISTICS", "TEST.BN_STATISTICS_PARTS", "SOLVER.BN_STATISTICS"),
     *("SOLVER.UPDATE_POPULATION", "SOLVER.ACCUMULATE", "SOLVER.AGC.ENABLED"),
     *("SOLVER.VIRTUAL_IMAGES", "SOLVER.FREEZE_BN_ITER", "TEST.EVAL_PERIOD"),
+    *("SOLVER.BN_MOMENTUM", "DATALOADER.CATEGORIES_PER_BATCH"),
     *(f"SOLVER.BRN.{key}" for key in ("WARMUP_ITERS", "R_MAX_ITER", "D_MAX_ITER")),
     *(f"TEST.PRECISE_BN.{key}" for key in ("ENABLED", "NUM_ITER", "TOLERANCE", "IMS_PER_BATCH")),
 }
@@ -176,6 +177,7 @@ def check_choices(row, name, part):
         if isinstance(layer, BatchNorm2d):
             assert layer.ghost_size == (row[f"MODEL.{name}.GHOST_SIZE"] if is_ghost else None)
             assert layer.ghost_order == row[f"MODEL.{name}.GHOST_ORDER"]
+            assert layer.momentum == row["SOLVER.BN_MOMENTUM"]
             assert layer.update_population == row["SOLVER.UPDATE_POPULATION"]
             assert layer.eval_statistics == statistics(row, name, "TEST", "population")
             assert layer.train_statistics == statistics(row, name, "SOLVER", "batch")
@@ -219,8 +221,9 @@ def check_hooks(row, hooks):
     }
     (average,) = (h for h in hooks if isinstance(h, AverageStatistics))
     assert (row["TEST.EVAL_PERIOD"] or average.periods[0]) in average.periods
-    freeze = row["SOLVER.FREEZE_BN_ITER"]
-    assert [h.iteration for h in of_kind[FreezeBN]] == ([freeze] if freeze else [])
+    asked = row["SOLVER.FREEZE_BN_ITER"], row["TEST.PRECISE_BN.NUM_ITER"]
+    freeze = [(h.iteration, h.precise.num_iter) for h in of_kind[FreezeBN]]
+    assert freeze == ([asked] if row["SOLVER.FREEZE_BN_ITER"] else [])
     precise = [(h.num_iter, h.how["tolerance"]) for h in of_kind[PreciseBN]]
     asked = row["TEST.PRECISE_BN.NUM_ITER"], row["TEST.PRECISE_BN.TOLERANCE"]
     assert precise == ([asked] if row["TEST.PRECISE_BN.ENABLED"] else [])
@@ -242,11 +245,10 @@ def check_step(row, trainer, parts, monkeypatch):
         if isinstance(hook, PreciseBN):
             hook.num_iter = precise_passes(row)
     trainer.max_iter = 1
-    passes, clippings, call = [], [], AdaptiveGradientClipping.__call__
+    passes = []
     trainer.model.register_forward_pre_hook(lambda _, args: passes.append(args[0]))
-    monkeypatch.setattr(
-        AdaptiveGradientClipping, "__call__", lambda agc: clippings.append(call(agc))
-    )
+    clippings = spy(monkeypatch, AdaptiveGradientClipping, "__call__")
+    draws = spy(monkeypatch, CategoryBatches, "draw")
     before = {p: p.detach().clone() for p in trainer.model.parameters()}
     stepped = [p for group in trainer.optimizer.param_groups for p in group["params"]]
     assert len(stepped) == len(set(stepped))
@@ -254,12 +256,25 @@ def check_step(row, trainer, parts, monkeypatch):
     trainer.train()
     assert list(map(len, passes)) == list(images_of_passes(row))
     assert len(clippings) == row["SOLVER.AGC.ENABLED"]
+    assert {d.num_categories for d in draws} == {row["DATALOADER.CATEGORIES_PER_BATCH"]} - {0}
     moved = {p for p, value in before.items() if not torch.equal(p, value)}
     assert moved <= set(stepped) and all(p.sum().isfinite() for p in moved)
     for name, part in parts.items():
         assert not moved.isdisjoint(part.parameters()), name
     first, second = (x["image"] if isinstance(x, dict) else x for x in passes[0][:2])
     return [first, second[:, :, :-16]]
+
+
+def spy(monkeypatch, kind, method):
+    """A list that gets the object with each call of a method."""
+    calls, call = [], getattr(kind, method)
+
+    def note(self, *args):
+        calls.append(self)
+        return call(self, *args)
+
+    monkeypatch.setattr(kind, method, note)
+    return calls
 
 
 def images_of_passes(row):

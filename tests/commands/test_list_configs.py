@@ -80,6 +80,7 @@ def test_a_twin_in_python(list_configs, folder):
         (f"Shuffled ({PAPER}, Table 6 and Figure 9).", "Table 6 and Figure 9"),
         (f"BN: {PAPER}, Tables 3 and 6, in the latter", "Tables 3 and 6"),
         (f"PreciseBN ({PAPER}, Sec. 3), to", "Sec. 3"),
+        (f"Ours (after {PAPER}, Sec. 6.3).", "ours, after Sec. 6.3"),
     ],
 )
 def test_reference(comment, reference):
