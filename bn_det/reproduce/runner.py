@@ -98,6 +98,9 @@ class Runner:
                 for step in pending:
                     if step.name not in running and self._can_start(step, running):
                         running[step.name] = (step, self._start(step), time.monotonic())
+                if not running:
+                    missing = sorted({name for step in pending for name in step.needs})
+                    raise ValueError(f"no step makes what these need: {missing}")
                 time.sleep(0.2)
                 for name, (step, process, begin) in list(running.items()):
                     if process.poll() is not None:

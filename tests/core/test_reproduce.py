@@ -203,6 +203,11 @@ def test_a_failure_leaves_out_what_needs_it(tmp_path, capsys):
     assert [s.name for s in Runner([a, b, c], tmp_path / "runs", jobs=1).pending()] == ["a", "b"]
 
 
+def test_a_step_that_nothing_can_start(tmp_path):
+    with pytest.raises(ValueError, match=r"no step makes what these need: \['other'\]"):
+        Runner([Step("a", ("tool",), 1, ("other",))], tmp_path / "runs", jobs=1).run()
+
+
 @pytest.mark.parametrize(
     "words, iteration",
     [
