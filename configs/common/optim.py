@@ -27,7 +27,10 @@ def _train_batches(total_batch_size, num_workers):
 _PERIODS = ["${train.eval_period}", "${train.checkpointer.period}"]
 
 optimizer = L(build_optimizer)(
-    params=L(get_default_optimizer_params)(weight_decay_norm=0.0),  # the tool sets the model
+    params=L(get_default_optimizer_params)(
+        model=None,  # the tool sets it
+        weight_decay_norm=0.0,
+    ),
     model="${.params.model}",
     max_iter="${train.max_iter}",
     kind="torch.optim.SGD",
@@ -46,7 +49,7 @@ optimizer = L(build_optimizer)(
             d_max_iter=25000,
         ),
         freeze_bn=L(FreezeBN)(
-            iteration="???",  # to be set where it runs
+            iteration=0,  # to be set where it runs
             affine=False,
             precise="${..precise_bn}",
         ),
