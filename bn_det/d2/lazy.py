@@ -157,14 +157,15 @@ class StepHooks:
         max_iter: the number of iterations.
 
     Attributes:
+        hooks: as given.
         iter: the iteration in progress, counted from 0; -1 before the first one.
     """
 
     def __init__(self, hooks: Sequence[HookBase], model: nn.Module, max_iter: int) -> None:
         self.iter, self.max_iter, self.model = -1, max_iter, model
-        self._hooks = list(hooks)
+        self.hooks = list(hooks)
         self._autocast: dict[str, Any] = {"enabled": False}
-        for hook in self._hooks:
+        for hook in self.hooks:
             hook.trainer = self
 
     @property
@@ -180,7 +181,7 @@ class StepHooks:
             self._before_forward(module)
 
         self.model.register_forward_pre_hook(before_forward)
-        optimizer.register_step_post_hook(lambda *_: self._after_step())
+        optimizer.register_step_post_hook(self._after_step)
 
     def _before_forward(self, module: nn.Module) -> None:
         if module is not self.model or not module.training or not has_event_storage():
@@ -194,15 +195,15 @@ class StepHooks:
             "enabled": torch.is_autocast_enabled("cuda"),
             "dtype": torch.get_autocast_dtype("cuda"),
         }
-        for hook in self._hooks:
+        for hook in self.hooks:
             if is_first:
                 hook.before_train()
             hook.before_step()
 
-    def _after_step(self) -> None:
+    def _after_step(self, *_: Any) -> None:
         # What runs the model runs it as the iteration has.
         with torch.autocast("cuda", **self._autocast):
-            for hook in self._hooks:
+            for hook in self.hooks:
                 hook.after_step()
 
 

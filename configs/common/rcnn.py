@@ -1,7 +1,7 @@
 """Faster R-CNN and Mask R-CNN, R-50 FPN, with our heads.
 
-Norms are in model.backbone.norm, model.proposal_generator.head.norm,
-model.roi_heads.box_head.conv_norm and model.roi_heads.mask_head.conv_norm; here there are none.
+Norms are in model.backbone.norm, model.roi_heads.box_head.conv_norm and
+model.roi_heads.mask_head.conv_norm; here there are none.
 """
 
 from detectron2.config import LazyCall as L
@@ -12,10 +12,10 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.poolers import ROIPooler
-from detectron2.modeling.proposal_generator import RPN
+from detectron2.modeling.proposal_generator import RPN, StandardRPNHead
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers, StandardROIHeads
 
-from bn_det.d2 import BNFastRCNNConvFCHead, BNMaskRCNNConvUpsampleHead, BNRPNHead
+from bn_det.d2 import BNFastRCNNConvFCHead, BNMaskRCNNConvUpsampleHead
 from bn_det.d2.backbone import build_fpn
 from bn_det.d2.lazy import make_norm
 
@@ -46,18 +46,7 @@ faster_rcnn = L(GeneralizedRCNN)(
     ),
     proposal_generator=L(RPN)(
         in_features=["p2", "p3", "p4", "p5", "p6"],
-        head=L(BNRPNHead)(
-            in_channels="${...backbone.out_channels}",
-            num_anchors=3,
-            norm=L(make_norm)(
-                name="",
-                num_levels=5,
-                statistics="per_domain",
-                population="per_domain",
-                affine="shared",
-            ),
-            weight_norm="",
-        ),
+        head=L(StandardRPNHead)(in_channels="${...backbone.out_channels}", num_anchors=3),
         anchor_generator=L(DefaultAnchorGenerator)(
             sizes=[[32], [64], [128], [256], [512]],
             aspect_ratios=[0.5, 1.0, 2.0],
