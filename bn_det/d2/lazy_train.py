@@ -130,7 +130,7 @@ def _override(cfg: DictConfig, override: str) -> None:
 
 def _check_key(cfg: DictConfig, key: str) -> None:
     node: Any = cfg
-    for name in key.replace("[", ".").replace("]", "").split("."):
+    for name in key.split("."):
         if isinstance(node, DictConfig):
             known = [str(k) for k in node]
         else:

@@ -1,9 +1,7 @@
 """Small LazyConfig trainings, and what Detectron2's tools/lazyconfig_train_net.py does with one."""
 
-import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import instantiate
-from detectron2.data import build_detection_train_loader
 from detectron2.engine import SimpleTrainer, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset
 

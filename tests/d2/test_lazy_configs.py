@@ -1,10 +1,9 @@
-"""The LazyConfig files: the same as their YAML twins, and run as Detectron2's own tool runs them."""
+"""The LazyConfig files: as their YAML twins, and run as Detectron2's own tool runs them."""
 
 import pytest
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
-import ast
 import copy
 import json
 from functools import partial
@@ -19,7 +18,6 @@ from detectron2.utils.events import EventStorage
 from omegaconf import DictConfig, ListConfig
 from torch import nn
 
-from bn_det import update_bn_stats
 from bn_det.agc import AdaptiveGradientClipping
 from bn_det.config import load_config, uses_precise_bn
 from bn_det.d2 import add_bn_det_config, register_datasets
@@ -253,3 +251,120 @@ def test_the_same_losses(stem):
         with torch.no_grad(), EventStorage():
             losses.append(model(copy.deepcopy(inputs)))
     assert len(losses[0]) >= 2 and losses[0] == losses[1]
+
+
+class Batches:
+    """Always the same ones."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(copy.deepcopy(self.batches))
+
+
+YAML_TRAINING = [
+    *("SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "4", "SOLVER.STEPS", "(2,)"),
+    *("SOLVER.WARMUP_ITERS", "1", "SOLVER.CHECKPOINT_PERIOD", "2", "TEST.PRECISE_BN.NUM_ITER", "2"),
+    *("DATASETS.TRAIN", "('tiny_train',)", "DATASETS.TEST", "()"),
+]
+OWN = {
+    "ways/BRN": (
+        [
+            *("SOLVER.BRN.WARMUP_ITERS", "1", "SOLVER.BRN.R_MAX_ITER", "3"),
+            "SOLVER.BRN.D_MAX_ITER",
+            "4",
+        ],
+        {"renorm": {"warmup_iters": 1, "r_max_iter": 3, "d_max_iter": 4}},
+    ),
+    "ways/VirtualBN": (["SOLVER.VIRTUAL_IMAGES", "2"], {}),
+    "population/retinanet_frozen": (
+        ["SOLVER.FREEZE_BN_ITER", "2"],
+        {"freeze_bn": {"iteration": 2}},
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "stem",
+    ["ways/AGC", "ways/PreciseBN", "ways/no_update", "ways/accumulate", *OWN],
+)
+def test_the_same_training(stem, tmp_path):
+    """That of our trainer of YAML files from the same weights and images, up to rounding."""
+    opts, choices = OWN.get(stem, ([], {}))
+    out = tmp_path / "yaml"
+    cfg = yaml_config(stem, *SMALL, *YAML_TRAINING, *opts, "OUTPUT_DIR", str(out))
+    trainer = Trainer(cfg)
+    start = tmp_path / "start.pth"
+    torch.save({"model": trainer.model.state_dict()}, start)
+    times = cfg.SOLVER.ACCUMULATE
+    batches = [make_batch([2, 3]) for _ in range(4 * times)]
+    extra = Batches([make_batch([2, 2]) for _ in range(4)])
+    trainer._trainer._data_loader_iter_obj = iter(copy.deepcopy(batches))
+    for hook in trainer._hooks:
+        for with_data in (hook, getattr(hook, "precise", None)):
+            if hasattr(with_data, "data_loader"):
+                with_data.data_loader = extra
+    trainer.train()
+
+    lazy = shrink(lazy_config(stem))
+    for name, of_hook in choices.items():
+        lazy.optimizer.hook_nodes[name].update(of_hook)
+    for name in ("precise_bn", "virtual_batch"):
+        lazy.optimizer.hook_nodes[name].data_loader = extra
+    schedule = lazy.lr_multiplier.scheduler if times > 1 else lazy.lr_multiplier
+    schedule.scheduler.update(values=[1.0, 0.1], milestones=[2, 4])
+    schedule.warmup_length = 1 / 4
+    lazy.train.update(
+        max_iter=4 * times,
+        eval_period=2 * times,
+        output_dir=str(tmp_path / "lazy"),
+        init_checkpoint=str(start),
+    )
+    lazy.train.checkpointer.period = 2 * times
+    run_as_the_tool_does(lazy, batches=copy.deepcopy(batches), evaluate=False)
+    for yaml_name, name in (("model_0000001", f"model_{2 * times - 1:07}"), ("model_final",) * 2):
+        expected = torch.load(out / f"{yaml_name}.pth", weights_only=False)["model"]
+        found = torch.load(tmp_path / "lazy" / f"{name}.pth", weights_only=False)["model"]
+        for key, value in expected.items():
+            torch.testing.assert_close(
+                found[key], value, rtol=1e-5, atol=1e-8, msg=lambda m, k=key: f"{k}: {m}"
+            )
+    before = torch.load(start, weights_only=False)["model"]
+    assert any(not torch.equal(value, before[key]) for key, value in expected.items())
+
+
+def small_run(stem, folder, **train):
+    lazy = shrink(lazy_config(stem))
+    lazy.train.update(output_dir=str(folder), **train)
+    return lazy
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "stem",
+    [
+        *("heads/cascade_per_level", "heads/fcos_per_level", "heads/rpn_per_level"),
+        *("leakage/head_BN_shuffle", "multi_domain/shared-per_domain-shared"),
+    ],
+)
+def test_under_the_tool(stem, tmp_path):
+    """Two iterations and an evaluation on images, with nothing but what a user can override."""
+    lazy = small_run(stem, tmp_path, max_iter=2)
+    _, evaluated = run_as_the_tool_does(lazy)
+    keys = {key for line in metrics(tmp_path) for key in line}
+    assert {"bbox/AP", "total_loss"} <= keys
+    assert ("precise_bn/error" in keys) == ("precise_bn" in lazy.optimizer.hooks)
+    assert ("segm/AP" in keys) == ("mask_head" in lazy.model.get("roi_heads", {}))
+    saved = torch.load(tmp_path / "model_final.pth", weights_only=False)["model"]
+    assert all(torch.equal(saved[key], value) for key, value in evaluated[-1].items())
+    assert not (tmp_path / "config.yaml.pkl").exists()
+
+
+def test_every_config_can_be_saved(twins, tmp_path):
+    """As the tool does first: to YAML, and not only to a pickle."""
+    LazyConfig.save(twins[0], str(tmp_path / "config.yaml"))
+    assert not list(tmp_path.glob("*.pkl"))
