@@ -70,7 +70,7 @@ def test_losses_that_not_every_batch_has():
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
 def test_an_optimizer_that_accumulates(kind):
-    """Called with each batch, it does what a step with the mean gradient does, and nothing between."""
+    """Called with each batch, it does a step with the mean gradient, and nothing between."""
     model, x = make_model(lambda channels: nn.GroupNorm(2, channels)), make_images()
     large = copy.deepcopy(model)
     optimizers = [kind(m.parameters(), lr=0.1, weight_decay=0.1) for m in (model, large)]
