@@ -244,7 +244,7 @@ def test_the_same_losses(stem):
     lazy, cfg = shrink(lazy_config(stem)), yaml_config(stem, *SMALL)
     models = instantiate(lazy.model), build_model(cfg)
     models[0].load_state_dict(models[1].state_dict())
-    inputs = make_batch([2, 3], size=160)  # of 2 x 2 at p7, for GhostBN
+    inputs = make_batch([2, 3], size=160 if stem == "ways/GhostBN" else 96)  # 2 x 2 at p7, or 1
     losses = []
     for model in models:
         torch.manual_seed(1)  # samples of RoIs, and ghosts
@@ -361,10 +361,10 @@ def test_under_the_tool(stem, tmp_path):
     assert ("segm/AP" in keys) == ("mask_head" in lazy.model.get("roi_heads", {}))
     saved = torch.load(tmp_path / "model_final.pth", weights_only=False)["model"]
     assert all(torch.equal(saved[key], value) for key, value in evaluated[-1].items())
-    assert not (tmp_path / "config.yaml.pkl").exists()
 
 
-def test_every_config_can_be_saved(twins, tmp_path):
+def test_every_config_can_be_saved(tmp_path):
     """As the tool does first: to YAML, and not only to a pickle."""
-    LazyConfig.save(twins[0], str(tmp_path / "config.yaml"))
-    assert not list(tmp_path.glob("*.pkl"))
+    for k, stem in enumerate(STEMS):
+        LazyConfig.save(lazy_config(stem), str(tmp_path / f"{k}.yaml"))
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".yaml"] * len(STEMS)
