@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .errors import InputError
+
 
 def accumulate(
     model: nn.Module,
@@ -43,3 +45,47 @@ def accumulate(
         for name, value in losses.items():
             mean[name] = mean.get(name, 0) + value.detach() / len(batches)
     return mean
+
+
+class GradientAccumulation:
+    """Has an optimizer step with the mean gradient of several batches.
+
+    For training loops that step with each batch and cannot be changed; otherwise see
+    :func:`accumulate`. Each call of the optimizer's ``step`` hands over the gradients of a batch,
+    and the last of ``num_batches`` calls updates the parameters. In those before, parameters have
+    no gradient, with which torch's optimizers leave them and their state alone. What is to see the
+    mean gradient, such as ``AdaptiveGradientClipping``, is to be attached after this.
+
+    It takes the memory of one more gradient. What it has of a group that is not complete is in no
+    checkpoint: a resumed training begins a group.
+
+    Args:
+        num_batches: of a step.
+
+    Raises:
+        InputError: it is less than 1.
+    """
+
+    def __init__(self, num_batches: int) -> None:
+        if num_batches < 1:
+            raise InputError(f"num_batches: {num_batches!r} is not accepted; use 1 or more")
+        self.num_batches = num_batches
+        self._num_calls = 0
+        self._means: dict[Tensor, Tensor] = {}
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Have it called before each step of an optimizer."""
+        optimizer.register_step_pre_hook(self._before_step)
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    share = parameter.grad / self.num_batches
+                    self._means[parameter] = self._means.get(parameter, 0) + share
+                    parameter.grad = None
+        self._num_calls += 1
+        if self._num_calls % self.num_batches == 0:
+            for parameter, mean in self._means.items():
+                parameter.grad = mean
+            self._means = {}

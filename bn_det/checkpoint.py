@@ -130,16 +130,23 @@ def write_aside(path: str | os.PathLike) -> Iterator[str]:
 
 def check_start(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Raise InputError if there is nothing to resume, or no weights where they are needed."""
+    check_files(args, ("OUTPUT_DIR", cfg.OUTPUT_DIR), ("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS))
+
+
+def check_files(
+    args: argparse.Namespace, output: tuple[str, str], weights: tuple[str, str]
+) -> None:
+    """As :func:`check_start`, from the keys and the values of the folder and the weights."""
     if args.resume:
-        if not os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
+        key, folder = output
+        if not os.path.isfile(os.path.join(folder, "last_checkpoint")):
             raise InputError(
-                f"--resume: OUTPUT_DIR {cfg.OUTPUT_DIR} has nothing to resume (no file "
-                "last_checkpoint)"
+                f"--resume: {key} {folder} has nothing to resume (no file last_checkpoint)"
             )
         return
-    path = cfg.MODEL.WEIGHTS
+    key, path = weights
     if args.eval_only and not path:
-        raise InputError("MODEL.WEIGHTS: '' is not accepted; --eval-only needs a checkpoint")
+        raise InputError(f"{key}: '' is not accepted; --eval-only needs a checkpoint")
     # Detectron2 takes options after a question mark.
     if path and "://" not in path and not os.path.isfile(path.split("?")[0]):
-        raise InputError(f"MODEL.WEIGHTS: there is no file {path}")
+        raise InputError(f"{key}: there is no file {path}")

@@ -160,6 +160,11 @@ def load_config(cfg: CfgNode, config_file: str, opts: Sequence[str], host: str) 
     Raises:
         InputError: a file is missing or not a config, or a key or value is not accepted.
     """
+    if config_file.endswith(".py"):
+        raise InputError(
+            f"--config-file: {config_file} is not accepted: LazyConfig files are for "
+            "tools/train_net.py on Detectron2; use the .yaml twin"
+        )
     if config_file and not os.path.isfile(config_file):
         raise InputError(f"--config-file: there is no file {config_file}")
     try:
@@ -173,6 +178,9 @@ def load_config(cfg: CfgNode, config_file: str, opts: Sequence[str], host: str) 
         raise InputError(f"--config-file: {config_file} is not a config file: {reason}") from e
     except (KeyError, ValueError, AssertionError) as e:
         raise InputError(f"--config-file: {config_file}: {_reason(e, host)}") from e
+    for key in opts[::2]:
+        if "=" in key:
+            raise InputError(f"{key}: KEY=VALUE is for LazyConfig files; here it is KEY VALUE")
     if len(opts) % 2:
         raise InputError(f"{opts[-1]}: has no value; the end of the command is KEY VALUE pairs")
     for key, value in zip(opts[::2], opts[1::2], strict=True):

@@ -74,11 +74,23 @@ def resolve_device(cfg: CfgNode) -> None:
     Raises:
         InputError: it is not a device, or not one of this machine's.
     """
-    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
-        logger.warning("No CUDA device is available: MODEL.DEVICE cpu is used instead of cuda")
-        cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.DEVICE = usable_device("MODEL.DEVICE", cfg.MODEL.DEVICE)
+
+
+def usable_device(key: str, name: str) -> str:
+    """The device of a config, or the CPU where it is Detectron2's default and there is no GPU.
+
+    Args:
+        key: what the error calls the name.
+
+    Raises:
+        InputError: it is not a device, or not one of this machine's.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        logger.warning("No CUDA device is available: %s cpu is used instead of cuda", key)
+        name = "cpu"
     try:
-        device = torch.device(cfg.MODEL.DEVICE)
+        device = torch.device(name)
         if device.type != "cuda":
             torch.empty(0, device=device)
         elif (device.index or 0) >= torch.cuda.device_count():
@@ -86,7 +98,8 @@ def resolve_device(cfg: CfgNode) -> None:
             raise RuntimeError(f"this machine has {torch.cuda.device_count()} GPUs")
     except (RuntimeError, AssertionError) as e:
         reason = str(e).splitlines()[0]
-        raise InputError(f"MODEL.DEVICE: {cfg.MODEL.DEVICE!r} is not accepted: {reason}") from e
+        raise InputError(f"{key}: {name!r} is not accepted: {reason}") from e
+    return name
 
 
 def _check_weight_norm(cfg: CfgNode, part: str) -> None:

@@ -75,20 +75,45 @@ def build_nf(cfg: CfgNode, kind: type[Backbone] = NFBackbone) -> Backbone:
         InputError: the weights of MODEL.NF.PRETRAINED cannot be had, or are not this net's. For
             other values see :func:`check_nf`.
     """
-    timm, node = _timm(), cfg.MODEL.NF
-    arguments = {"num_classes": 0, "drop_path_rate": node.DROP_PATH_RATE}
+    node = cfg.MODEL.NF
+    return make_nf(
+        node.NAME, node.PRETRAINED, node.DROP_PATH_RATE, cfg.MODEL.BACKBONE.FREEZE_AT, kind
+    )
+
+
+def make_nf(
+    name: str,
+    pretrained: str,
+    drop_path_rate: float,
+    freeze_at: int,
+    kind: type[Backbone] = NFBackbone,
+    key: str = "MODEL.NF.PRETRAINED",
+) -> Backbone:
+    """A normalizer-free net of timm.
+
+    Args:
+        name: timm's.
+        pretrained: "timm" for the weights that timm has published, a file of the state dict of the
+            whole net, or "" for random ones.
+        drop_path_rate: of the last block; that of the others rises to it.
+        freeze_at, kind: as in :class:`NFBackbone` and :func:`build_nf`.
+        key: what errors call ``pretrained``.
+
+    Raises:
+        InputError: timm is not installed, or the weights cannot be had, or are not this net's.
+    """
+    timm = _timm()
+    arguments = {"num_classes": 0, "drop_path_rate": drop_path_rate}
     try:
-        net = timm.create_model(node.NAME, pretrained=node.PRETRAINED == "timm", **arguments)
+        net = timm.create_model(name, pretrained=pretrained == "timm", **arguments)
     except Exception as e:  # whatever a download raises: some of it is not even an OSError
-        if node.PRETRAINED != "timm":
+        if pretrained != "timm":
             raise
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise InputError(
-            f"MODEL.NF.PRETRAINED: timm's weights of {node.NAME} cannot be had: {reason}"
-        ) from e
-    if node.PRETRAINED not in ("", "timm"):
-        _load(net, node.PRETRAINED, node.NAME)
-    return kind(net, cfg.MODEL.BACKBONE.FREEZE_AT)
+        raise InputError(f"{key}: timm's weights of {name} cannot be had: {reason}") from e
+    if pretrained not in ("", "timm"):
+        _load(net, pretrained, name, key)
+    return kind(net, freeze_at)
 
 
 def check_nf(cfg: CfgNode) -> None:
@@ -177,7 +202,7 @@ def _check_pixels(cfg: CfgNode, pretrained: object) -> None:
         )
 
 
-def _load(net: nn.Module, path: str, name: str) -> None:
+def _load(net: nn.Module, path: str, name: str, key: str) -> None:
     """Load a file of the whole net's weights. All have to fit but the classifier's, not needed."""
     from timm.models import load_state_dict
 
@@ -192,6 +217,4 @@ def _load(net: nn.Module, path: str, name: str) -> None:
     except LOAD_ERRORS as e:
         reason = " ".join(str(e).split())[:200] or type(e).__name__
     if reason:
-        raise InputError(
-            f"MODEL.NF.PRETRAINED: {path} cannot be loaded as the weights of {name}: {reason}"
-        )
+        raise InputError(f"{key}: {path} cannot be loaded as the weights of {name}: {reason}")

@@ -15,7 +15,10 @@ def argument_parser() -> argparse.ArgumentParser:
     """Detectron2's flags, which are known without it."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="Example: train_net.py --config-file configs/quick_start.yaml SOLVER.BASE_LR 0.01",
+        epilog="Example: train_net.py --config-file configs/quick_start.yaml SOLVER.BASE_LR 0.01\n"
+        "With Detectron2 also LazyConfig files, and KEY=VALUE at the end: train_net.py "
+        "--config-file configs/ways/GN.py optimizer.lr=0.005\n"
+        "To load such a file (.py) is to run its code: take care whose it is.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(

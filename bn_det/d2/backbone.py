@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
@@ -16,7 +18,7 @@ from ..layers import (
     normalize_convolutions,
     normalize_pyramid,
 )
-from ..nf import STRIDES, NFBackbone, build_nf
+from ..nf import STRIDES, NFBackbone, build_nf, make_nf
 from ..parts import convert_resnet, part_norm
 from .norms import NORMS
 
@@ -91,7 +93,7 @@ def _build_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
 
 
 def _build_fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module) -> FPN:
-    fpn = FPN(
+    return build_fpn(
         bottom_up=bottom_up,
         in_features=cfg.MODEL.FPN.IN_FEATURES,
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
@@ -99,12 +101,34 @@ def _build_fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module) -> FPN:
         norm=part_norm(cfg, "FPN", NORMS) or "",
         top_block=top_block,
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+        weight_norm=cfg.MODEL.FPN.WEIGHT_NORM,
     )
+
+
+def build_fpn(*, bottom_up: Backbone, weight_norm: str = "", **kwargs: Any) -> FPN:
+    """Detectron2's FPN, whose convolutions may have normalized weights.
+
+    Args:
+        bottom_up: of Detectron2, or of :func:`build_nf_bottom_up`.
+        weight_norm: a name for :func:`bn_det.normalize_weight`.
+        kwargs: as of ``FPN``.
+    """
+    fpn = FPN(bottom_up=bottom_up, **kwargs)
     normalize_pyramid(
         fpn.lateral_convs,
         fpn.output_convs,
         fpn.top_block,
-        cfg.MODEL.FPN.WEIGHT_NORM,
+        weight_norm,
         after_relu=not isinstance(bottom_up, NFBackbone),
     )
     return fpn
+
+
+def build_nf_bottom_up(
+    name: str = "nf_resnet50",
+    pretrained: str = "",
+    drop_path_rate: float = 0.0,
+    freeze_at: int = 0,
+) -> NFBackbone:
+    """A normalizer-free net in place of a ResNet; arguments and errors as of ``make_nf``."""
+    return make_nf(name, pretrained, drop_path_rate, freeze_at, _NFBackbone, key="pretrained")

@@ -40,7 +40,20 @@ class Checkpointer(CheckpointerMixin, DetectionCheckpointer):
     """Detectron2's checkpointer with :class:`CheckpointerMixin`."""
 
 
-class Trainer(DefaultTrainer):
+class EvaluatesOnSuccess:
+    """What Detectron2's trainers lack; put it before one of them in the bases.
+
+    EvalHook takes a failure in the last iteration for the end of the training, and its evaluation
+    would wait for the other processes, which are not there.
+    """
+
+    def after_train(self) -> None:
+        if self.iter < self.max_iter:  # a failure
+            self._hooks = [h for h in self._hooks if not isinstance(h, EvalHook)]
+        super().after_train()
+
+
+class Trainer(EvaluatesOnSuccess, DefaultTrainer):
     """DefaultTrainer with COCO evaluation, and with checkpoints that survive any interruption.
 
     It trains in processes on the CPU, too.
@@ -94,13 +107,6 @@ class Trainer(DefaultTrainer):
         super().train()
         return getattr(self, "_last_eval_results", {})
 
-    def after_train(self) -> None:
-        if self.iter < self.max_iter:
-            # A failure. EvalHook takes one in the last iteration for the end of the training, and
-            # its evaluation would wait for the other processes, which are not there.
-            self._hooks = [h for h in self._hooks if not isinstance(h, EvalHook)]
-        super().after_train()
-
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
         optimizer = super().build_optimizer(cfg, model)
@@ -110,7 +116,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        with _readable(cfg.DATASETS.TRAIN):
+        with readable_datasets("DATASETS.TRAIN", cfg.DATASETS.TRAIN):
             loader = build_train_loader(cfg)
         for name in cfg.DATASETS.TRAIN:
             check_num_classes(
@@ -128,7 +134,12 @@ class Trainer(DefaultTrainer):
 
 def main(args: argparse.Namespace) -> None:
     """Train and evaluate, or only evaluate, as the flags of ``tools/train_net.py`` say."""
-    start(_run, args, setup(args))
+    if args.config_file.endswith(".py"):
+        from .lazy_train import main as lazy_main  # which builds on this module
+
+        lazy_main(args)
+    else:
+        start(_run, args, setup(args))
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -171,10 +182,15 @@ def load_model(cfg: CfgNode, resume: bool) -> nn.Module:
 
 def set_up_process(args: argparse.Namespace, cfg: CfgNode) -> None:
     """What each of the processes of a command does first: its group, data sets, log and seed."""
+    register_datasets(cfg)
+    set_up_group_and_log(args, cfg, cfg.OUTPUT_DIR)
+
+
+def set_up_group_and_log(args: argparse.Namespace, cfg: CfgNode, output_dir: str) -> None:
+    """As :func:`set_up_process`, but for the data sets, of either kind of config."""
     if dist.is_initialized():
         comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
-    register_datasets(cfg)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="bn_det")
+    setup_logger(output_dir, distributed_rank=comm.get_rank(), name="bn_det")
     default_setup(cfg, args)
 
 
@@ -192,7 +208,7 @@ def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
 
 
 @contextmanager
-def _readable(names: Sequence[str]) -> Iterator[None]:
+def readable_datasets(key: str, names: Sequence[str]) -> Iterator[None]:
     """Turn what Detectron2's loaders raise for a missing or broken file into an InputError."""
     try:
         yield
@@ -200,4 +216,4 @@ def _readable(names: Sequence[str]) -> Iterator[None]:
         raise
     except (AssertionError, KeyError, OSError, TypeError, ValueError) as e:
         reason = " ".join(str(e).split())
-        raise InputError(f"DATASETS.TRAIN: {names!r} cannot be loaded: {reason}") from e
+        raise InputError(f"{key}: {names!r} cannot be loaded: {reason}") from e

@@ -130,6 +130,7 @@ def test_auto_says_what_it_took_and_why(options, tmp_path):
         (["MODEL.RETINANET.BM", "1"], ["MODEL.RETINANET.BM", "Non-existent", "host"]),
         (["SOLVER.MAX_ITER", "many"], ["SOLVER.MAX_ITER: 'many'", "Type mismatch"]),
         (["SOLVER.MAX_ITER"], ["SOLVER.MAX_ITER", "no value"]),
+        (["train.max_iter=3"], ["train.max_iter=3: KEY=VALUE is for LazyConfig files"]),
         (["DATASETS.TRAIN", "('shape_train',)"], ["DATASETS.TRAIN: 'shape_train'", "shapes_train"]),
         (["DATASETS.TEST", "('coco_2017_vla',)"], ["DATASETS.TEST", "coco_2017_val"]),
         (["DATASETS.REGISTER_COCO", "[['a', 'b']]"], ["REGISTER_COCO: ['a', 'b']", "JSON file"]),
@@ -220,6 +221,9 @@ def test_what_the_torchvision_host_refuses(monkeypatch, options):
 
     found = message(*options, "MODEL.KEYPOINT_ON", "True")
     assert "MODEL.KEYPOINT_ON" in found and "torchvision host does not know" in found
+    lazy = str(ROOT / "configs" / "ways" / "GN.py")
+    found = fails(monkeypatch, "torchvision", "train.max_iter=3", config=lazy)
+    assert f"{lazy} is not accepted: LazyConfig files are for tools/train_net.py on Det" in found
     found = message(*options, "MODEL.WEIGHTS", "detectron2://ImageNetPretrained/MSRA/R-50.pkl")
     assert "MODEL.WEIGHTS: 'detectron2://" in found and "cannot be resolved" in found
 

@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bn_det import BatchNorm2d
-from bn_det.accumulate import accumulate
+from bn_det.accumulate import GradientAccumulation, accumulate
+from bn_det.errors import InputError
 from ranks import run_ranks
 
 
@@ -65,6 +66,32 @@ def test_losses_that_not_every_batch_has():
 
     losses = accumulate(model, given, some)
     assert {name: value.item() for name, value in losses.items()} == {"a": 4.0, "b": 2.0}
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_an_optimizer_that_accumulates(kind):
+    """Called with each batch, it does a step with the mean gradient, and nothing between."""
+    model, x = make_model(lambda channels: nn.GroupNorm(2, channels)), make_images()
+    large = copy.deepcopy(model)
+    optimizers = [kind(m.parameters(), lr=0.1, weight_decay=0.1) for m in (model, large)]
+    GradientAccumulation(2).attach(optimizers[0])
+    for k in range(4):
+        before = copy.deepcopy(model.state_dict())
+        optimizers[0].zero_grad()
+        sum(losses_of(model, x[2 * k : 2 * k + 2]).values()).backward()
+        optimizers[0].step()
+        if k % 2 == 0:
+            assert all(torch.equal(v, before[name]) for name, v in model.state_dict().items())
+            continue
+        optimizers[1].zero_grad()
+        sum(losses_of(large, x[2 * k - 2 : 2 * k + 2]).values()).backward()
+        optimizers[1].step()
+        torch.testing.assert_close(model.state_dict(), large.state_dict(), rtol=0, atol=1e-12)
+
+
+def test_a_step_of_no_batches():
+    with pytest.raises(InputError, match="num_batches: 0 is not accepted; use 1 or more"):
+        GradientAccumulation(0)
 
 
 def in_parallel(rank):

@@ -1,0 +1,10 @@
+"""Row 4 of Table 5 of Wu & Johnson, Rethinking "Batch" in BatchNorm, on COCO: in training each
+level is normalized by itself; population statistics per level. They are recomputed by PreciseBN,
+level by level.
+"""
+
+from ..common.multi_domain import dataloader, lr_multiplier, model, optimizer, train
+
+model.head.norm.update(statistics="per_domain", population="per_domain", affine="shared")
+optimizer.hooks = ["precise_bn", "average"]
+train.output_dir = "output/multi_domain/per_domain-per_domain-shared"
