@@ -8,7 +8,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def reproduce(args: argparse.Namespace, root: Path) -> None:
     folder = Path(args.output or f"output/reproduce/{args.experiment}-{args.data}")
     _check_folder(folder, args.experiment, Results(setting, {}, seeds))
     jobs = args.jobs or default_jobs()
-    with _alone(setting.runs):
+    with nullcontext() if args.dry_run else _alone(setting.runs):
         runner = Runner(steps, setting.runs, jobs)
         print(_overview(names, setting, seeds, runner))
         if args.dry_run:
