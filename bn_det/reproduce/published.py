@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from ast import literal_eval
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
 from fvcore.common.config import CfgNode
 
 from ..data.coco import builtin_sources, datasets_root
@@ -34,7 +34,7 @@ def scaled(file: str, opts: Sequence[str], num_gpus: int) -> tuple[str, ...]:
     if num_gpus == NUM_GPUS:
         return ()
     factor, values = num_gpus / NUM_GPUS, {**_DEFAULTS, **_values(file)}
-    values.update((k, yaml.safe_load(v)) for k, v in zip(opts[::2], opts[1::2], strict=True))
+    values.update(zip(opts[::2], map(_decoded, opts[1::2]), strict=True))
     changed: dict[str, Any] = {
         "SOLVER.IMS_PER_BATCH": round(values["SOLVER.IMS_PER_BATCH"] * factor),
         "SOLVER.BASE_LR": values["SOLVER.BASE_LR"] * factor,
@@ -51,11 +51,16 @@ def _values(file: str) -> dict[str, Any]:
     node = CfgNode.load_yaml_with_base(file)
     found = {}
     for part in ("SOLVER", "TEST"):
-        found.update({f"{part}.{key}": value for key, value in node.get(part, {}).items()})
-    steps = found.get("SOLVER.STEPS")
-    if isinstance(steps, str):
-        found["SOLVER.STEPS"] = tuple(int(s) for s in steps.strip("()").split(",") if s.strip())
+        found.update({f"{part}.{key}": _decoded(v) for key, v in node.get(part, {}).items()})
     return found
+
+
+def _decoded(value: Any) -> Any:
+    """As yacs reads what YAML has left a text, a tuple for example."""
+    try:
+        return literal_eval(value) if isinstance(value, str) else value
+    except (SyntaxError, ValueError):
+        return value
 
 
 def what_changes(num_gpus: int) -> str:

@@ -66,9 +66,9 @@ class Results:
         return [found[iteration] for iteration in sorted(found)]
 
     def ap_at(self, training: Training, task: str, iteration: int) -> float | None:
-        """AP of an iteration, counted from 1, as :meth:`ap`."""
+        """AP of an iteration of the published setting, as :meth:`ap`."""
         for line in self.metrics(training):
-            if line["iteration"] == iteration - 1 and f"{task}/AP" in line:
+            if line["iteration"] == training.iteration(iteration) - 1 and f"{task}/AP" in line:
                 value = line[f"{task}/AP"]
                 return 0.0 if math.isnan(value) else value
         return None

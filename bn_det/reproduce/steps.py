@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from .published import scaled
+from .published import NUM_GPUS, scaled
 
 T = TypeVar("T")
 
@@ -93,10 +93,18 @@ class Training(NamedTuple):
     def name(self) -> str:
         return self.step.name
 
+    def iteration(self, published: int) -> int:
+        """That of a number of iterations of the published setting; both are counted from 1."""
+        if self.setting.data == "shapes":
+            return published
+        return round(published * NUM_GPUS / self.setting.num_gpus)
+
     def checkpoint(self, iteration: int | None = None) -> str:
-        """The file of an iteration, counted from 1, or of the end."""
-        name = CHECKPOINT if iteration is None else f"model_{iteration - 1:07d}.pth"
-        return os.path.join(self.setting.folder(self.name), name)
+        """The file of an iteration of the published setting, or of the end."""
+        file = CHECKPOINT
+        if iteration is not None:
+            file = f"model_{self.iteration(iteration) - 1:07d}.pth"
+        return os.path.join(self.setting.folder(self.name), file)
 
 
 def train(
@@ -130,21 +138,42 @@ def train(
     return Training(step, setting, file, texts)
 
 
-def evaluate(training: Training, name: str, seconds: float, opts: Sequence[object] = (), *,
-             weights: str | None = None) -> Step:  # fmt: skip
+def evaluate(
+    training: Training,
+    name: str,
+    seconds: float,
+    opts: Sequence[object] = (),
+    *,
+    weights: str | None = None,
+) -> Step:
     """An evaluation of a training's checkpoint, by other options: AP in results.json."""
     return _measure(training, "train_net", name, seconds, ("--eval-only",), opts, weights)
 
 
-def leakage(training: Training, name: str, seconds: float, images: int, opts: Sequence[object] = (),
-            *, weights: str | None = None) -> Step:  # fmt: skip
+def leakage(
+    training: Training,
+    name: str,
+    seconds: float,
+    images: int,
+    opts: Sequence[object] = (),
+    *,
+    weights: str | None = None,
+) -> Step:
     """What the box head reads from a batch of so many images: leakage.json."""
     flags = ("--images-per-batch", str(images))
     return _measure(training, "measure_leakage", name, seconds, flags, opts, weights)
 
 
-def loss(training: Training, name: str, seconds: float, images: int, opts: Sequence[object] = (), *,
-         weights: str | None = None, needs: Sequence[str] = ()) -> Step:  # fmt: skip
+def loss(
+    training: Training,
+    name: str,
+    seconds: float,
+    images: int,
+    opts: Sequence[object] = (),
+    *,
+    weights: str | None = None,
+    needs: Sequence[str] = (),
+) -> Step:
     """The loss with either statistics, those of batches of so many images: loss.json."""
     flags = ("--images-per-batch", str(images))
     return _measure(training, "measure_loss", name, seconds, flags, opts, weights, needs)

@@ -6,10 +6,12 @@ import random
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fvcore.common.config import CfgNode
 
 from bn_det.errors import InputError
 from bn_det.reproduce.claims import CLAIMS, Claim, judge
@@ -114,16 +116,25 @@ def test_plans(tmp_path, data):
     assert len(steps) < separately, "experiments share trainings"
 
 
-def test_every_training_of_shapes_keeps_the_checkpoints_that_are_looked_at(setting):
-    """By the period and the length that its command and its config say."""
-    steps = {s.name: s for s in plan(NAMES, setting, [1])}
+@pytest.mark.parametrize("data, num_gpus", [("shapes", 8), ("coco", 8), ("coco", 4)])
+def test_trainings_keep_the_checkpoints_that_are_looked_at(tmp_path, data, num_gpus):
+    """By the period and the length that their commands and configs say."""
+    setting = Setting(data, "torchvision", tmp_path / "runs", ROOT, num_gpus)
+    names = [n for n in NAMES if data == "shapes" or n not in SHAPES_ONLY]
+    steps = {s.name: s for s in plan(names, setting, [1])}
+    looked_at = 0
     for step in steps.values():
         files = [a for a in step.command if "/model_0" in a]
         if files:
-            training = steps[step.needs[0]].command
-            period = int(training[training.index("SOLVER.CHECKPOINT_PERIOD") + 1])
+            of = steps[step.needs[0]].command
+            opts = dict(pairwise(of))  # the last value of a key counts
+            file = of[of.index("--config-file") + 1]
+            solver = CfgNode.load_yaml_with_base(file)["SOLVER"]
+            end = int(opts.get("SOLVER.MAX_ITER", solver["MAX_ITER"]))
             iteration = int(Path(files[0]).stem.removeprefix("model_")) + 1
-            assert iteration % period == 0
+            assert iteration % int(opts["SOLVER.CHECKPOINT_PERIOD"]) == 0 and iteration <= end
+            looked_at += 1
+    assert looked_at > 30
 
 
 def test_fewer_gpus():
