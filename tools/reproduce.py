@@ -14,13 +14,17 @@ import argparse
 from pathlib import Path
 
 from bn_det.command import run
-from bn_det.reproduce.main import TIMES, reproduce
+from bn_det.reproduce.main import reproduce, times
 from bn_det.reproduce.registry import EXPERIMENTS
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=TIMES, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        epilog=times(ROOT),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "experiment",
@@ -84,7 +88,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     # Options may stand before and after EXPERIMENT.
-    reproduce(argument_parser().parse_intermixed_args(), Path(__file__).resolve().parents[1])
+    reproduce(argument_parser().parse_intermixed_args(), ROOT)
 
 
 if __name__ == "__main__":

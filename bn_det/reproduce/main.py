@@ -33,8 +33,6 @@ from .results import Results, Table
 from .runner import Runner
 from .steps import Setting, Step, shown
 
-TIMES = """About how long it takes on shapes, on two CPU cores, with one seed: (to be measured)."""
-
 
 def reproduce(args: argparse.Namespace, root: Path) -> None:
     """Run experiments and report them.
@@ -88,6 +86,18 @@ def estimate(steps: Iterable[Step], jobs: int) -> timedelta:
     """About how long steps take on two CPU cores."""
     seconds = sum(step.seconds * min(step.processes, jobs) / jobs for step in steps)
     return timedelta(seconds=round(seconds))
+
+
+def times(root: Path) -> str:
+    """For the command's help: about how long each experiment takes on shapes."""
+    setting = Setting("shapes", "detectron2", Path("runs"), root)
+    rows = [[name, estimate(plan([name], setting, [1]), 2)] for name in EXPERIMENTS]
+    rows.append(["all", estimate(plan(list(EXPERIMENTS), setting, [1]), 2)])
+    return (
+        "About how long it takes on shapes with one seed, on two CPU cores and Detectron2 (all of "
+        "them\nless than together, as they share trainings); N seeds take N times as long:\n\n"
+        f"{tabulate(rows, tablefmt='plain')}"
+    )
 
 
 def default_jobs() -> int:
