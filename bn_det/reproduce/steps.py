@@ -23,7 +23,7 @@ class Step(NamedTuple):
         name: of the folder, below that of all runs; "train/NAME" for a training, and for a
             measurement of its checkpoint below that. Steps of the same name are the same.
         command: the tool, and its arguments.
-        seconds: about how long it takes on two CPU cores, alone.
+        seconds: about how long it takes on two CPU cores; of one process, beside another one.
         needs: names of the steps that have to be done before.
         processes: how many it starts.
     """

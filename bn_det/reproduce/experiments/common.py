@@ -17,7 +17,7 @@ def base_training(setting: Setting, seed: int) -> Training:
     period = setting.pick(90, 27000)
     opts = ("TEST.PRECISE_BN.ENABLED", False, "SOLVER.CHECKPOINT_PERIOD", period)
     config = ("multi_domain", "per_domain-per_domain-shared")
-    return train(setting, f"{DETECTOR}-per_domain-affine_shared", config, seed, 260, opts)
+    return train(setting, f"{DETECTOR}-per_domain-affine_shared", config, seed, 460, opts)
 
 
 def precise_batches(setting: Setting) -> tuple[object, ...]:
@@ -31,4 +31,4 @@ def precise_of(
     """PreciseBN of a checkpoint, and AP before and after."""
     opts = precise_batches(training.setting)
     weights = training.checkpoint(iteration)
-    return recompute(training, name, 38, flags, opts, weights=weights)
+    return recompute(training, name, 31, flags, opts, weights=weights)

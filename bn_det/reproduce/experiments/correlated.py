@@ -11,12 +11,12 @@ BATCHES = {"random": 4, "pairs": 4, "random_ghost": 2, "pairs_across": 2}
 
 
 def training(setting: Setting, seed: int, batches: str) -> Training:
-    return train(setting, f"correlated-{batches}", ("correlated", batches), seed, 190)
+    return train(setting, f"correlated-{batches}", ("correlated", batches), seed, 360)
 
 
 def loss_step(of: Training, batches: str) -> Step:
     """The loss on validation images, in batches as those of the training."""
-    return steps.loss(of, "loss", 25, BATCHES[batches])
+    return steps.loss(of, "loss", 15, BATCHES[batches])
 
 
 def plan(setting: Setting, seed: int) -> list[Step]:

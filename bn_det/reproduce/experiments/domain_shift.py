@@ -12,7 +12,7 @@ DOMAINS = ("night", "fog", "sensor")
 def adabn_step(of: Training, domain: str) -> Step:
     flags = ("--adabn", "--dataset", f"shapes_{domain}_val")
     opts = ("TEST.PRECISE_BN.IMS_PER_BATCH", 32)
-    return recompute(of, f"adabn-{domain}", 35, flags, opts)
+    return recompute(of, f"adabn-{domain}", 26, flags, opts)
 
 
 def plan(setting: Setting, seed: int) -> list[Step]:

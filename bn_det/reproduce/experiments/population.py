@@ -26,7 +26,7 @@ def training(setting: Setting, seed: int, case: str) -> Training:
     if case == "learning rate x4":
         every = setting.pick(90, 27000)
         opts += ("SOLVER.CHECKPOINT_PERIOD", every)
-        return train(setting, f"{DETECTOR}-lr_x4", config, seed, 260, opts)
+        return train(setting, f"{DETECTOR}-lr_x4", config, seed, 460, opts)
     opts += setting.pick(
         (
             *("SOLVER.IMS_PER_BATCH", 32, "SOLVER.MAX_ITER", 225, "SOLVER.WARMUP_ITERS", 13),
@@ -37,7 +37,7 @@ def training(setting: Setting, seed: int, case: str) -> Training:
             *("SOLVER.STEPS", "(52500,62500)", "SOLVER.CHECKPOINT_PERIOD", 22500),
         ),
     )
-    return train(setting, f"{DETECTOR}-batch_x4", config, seed, 240, opts)
+    return train(setting, f"{DETECTOR}-batch_x4", config, seed, 410, opts)
 
 
 def slow_training(setting: Setting, seed: int) -> Training:
@@ -46,7 +46,7 @@ def slow_training(setting: Setting, seed: int) -> Training:
     config = ("multi_domain", "per_domain-per_domain-shared")
     opts = ("TEST.PRECISE_BN.ENABLED", False, "SOLVER.BN_MOMENTUM", SLOW)
     opts += ("TEST.EVAL_PERIOD", every, "SOLVER.CHECKPOINT_PERIOD", 10 * every)
-    return train(setting, f"{DETECTOR}-momentum_{SLOW}", config, seed, 330, opts)
+    return train(setting, f"{DETECTOR}-momentum_{SLOW}", config, seed, 490, opts)
 
 
 def checkpoints(setting: Setting, case: str) -> list[int]:
@@ -68,7 +68,7 @@ def precise_step(of: Training, iteration: int) -> Step:
 def samples_step(of: Training, number: int) -> Step:
     opts = of.setting.pick(("TEST.PRECISE_BN.IMS_PER_BATCH", 32), ())
     flags = ("--num-iters", number)
-    return recompute(of, f"precise-of_{number}_batches", 26 + number, flags, opts)
+    return recompute(of, f"precise-of_{number}_batches", 19 + 0.65 * number, flags, opts)
 
 
 def plan(setting: Setting, seed: int) -> list[Step]:
