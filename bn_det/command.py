@@ -19,15 +19,20 @@ from .errors import InputError, one_line
 from .launch import RankError, launch
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """--config-file, --host, and KEY VALUE pairs at the end of the command."""
-    parser.add_argument("--config-file", default="", metavar="FILE", help="path to a config file")
+def add_host_argument(parser: argparse.ArgumentParser) -> None:
+    """--host."""
     parser.add_argument(
         "--host",
         choices=["auto", "detectron2", "torchvision"],
         default="auto",
         help="whose detectors and trainer to use; auto takes Detectron2 where it is installed",
     )
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """--config-file, --host, and KEY VALUE pairs at the end of the command."""
+    parser.add_argument("--config-file", default="", metavar="FILE", help="path to a config file")
+    add_host_argument(parser)
     parser.add_argument(
         "opts",
         nargs=argparse.REMAINDER,

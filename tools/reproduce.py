@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from bn_det.command import run
+from bn_det.command import add_host_argument, run
 from bn_det.reproduce.main import reproduce, times
 from bn_det.reproduce.registry import EXPERIMENTS
 
@@ -50,12 +50,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--yes", action="store_true", help="agree to what another number of GPUs changes"
     )
-    parser.add_argument(
-        "--host",
-        choices=["auto", "detectron2", "torchvision"],
-        default="auto",
-        help="whose detectors and trainer to use; auto takes Detectron2 where it is installed",
-    )
+    add_host_argument(parser)
     parser.add_argument(
         "--output",
         metavar="DIR",
