@@ -67,8 +67,10 @@ class Results:
 
     def ap_at(self, training: Training, task: str, iteration: int) -> float | None:
         """AP of an iteration of the published setting, as :meth:`ap`."""
+        done = training.iteration(iteration)
         for line in self.metrics(training):
-            if line["iteration"] == training.iteration(iteration) - 1 and f"{task}/AP" in line:
+            # Counted from 0; but Detectron2's evaluation at the end has the number of iterations.
+            if line["iteration"] in (done - 1, done) and f"{task}/AP" in line:
                 value = line[f"{task}/AP"]
                 return 0.0 if math.isnan(value) else value
         return None

@@ -411,6 +411,19 @@ def test_a_model_that_detects_nothing_has_ap_0(results):
     assert multi_domain.ap(results, 1, "shared", "shared", "shared") is None
 
 
+def test_ap_over_a_training(results):
+    """At the end Detectron2 evaluates after the last iteration, torchvision in it."""
+    of = population.slow_training(results.setting, 1)
+    path = results.setting.runs / of.name / "metrics.json"
+    lines = [{"iteration": 89, "bbox/AP": 12.5, "time": 1.0}, {"iteration": 899, "time": 1.0}]
+    for last in (899, 900):
+        end = {"iteration": last, "bbox/AP": math.nan if last == 899 else 30.5}
+        path.write_text("".join(json.dumps(line) + "\n" for line in (*lines, end)))
+        assert results.ap_at(of, "bbox", 90) == 12.5
+        assert results.ap_at(of, "bbox", 180) is None
+        assert results.ap_at(of, "bbox", 900) == (0.0 if last == 899 else 30.5)
+
+
 def test_report(results, tmp_path):
     steps = plan(NAMES, results.setting, results.seeds)
     report = make_report("all", NAMES, results, steps, [])
