@@ -34,7 +34,7 @@ def training(setting: Setting, seed: int, images: int, factor: float | None) -> 
             ],
         )
     clip = "no_agc" if factor is None else f"agc_{factor:g}"
-    return train(setting, f"nf-batch_{images}-{clip}", ("ways", "NF"), seed, 150, opts)
+    return train(setting, f"nf-batch_{images}-{clip}", ("ways", "NF"), seed, 240, opts)
 
 
 def plan(setting: Setting, seed: int) -> list[Step]:
