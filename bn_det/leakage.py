@@ -11,31 +11,22 @@ new images, it gives as a hint.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+from .bootstrap import Estimate, by_statistics
 from .checkpoint import write_aside
 from .errors import choose
-from .layers import BatchNorm2d
-from .layers.batch_norm import STATISTICS, evaluated_with
-from .progress import with_progress
-
-logger = logging.getLogger(__name__)
 
 METRICS = ("foreground accuracy", "accuracy", "loss")
 """Of the classification of RoIs, background a class: percent, percent, mean cross entropy."""
-
-NUM_RESAMPLES = 2000
-"""For the confidence intervals."""
 
 
 class RoIBatch(NamedTuple):
@@ -52,14 +43,6 @@ class RoIBatch(NamedTuple):
     background: int
 
 
-class Estimate(NamedTuple):
-    """A value with the ends of its 95 % confidence interval."""
-
-    value: float
-    low: float
-    high: float
-
-
 def check_architecture(cfg: CfgNode) -> None:
     """Raise InputError unless the config's detector has a box head that RoIs are sampled for."""
     accepted = ["GeneralizedRCNN", "BNGeneralizedRCNN"]
@@ -67,7 +50,6 @@ def check_architecture(cfg: CfgNode) -> None:
     choose("MODEL.ROI_HEADS.NAME", cfg.MODEL.ROI_HEADS.NAME, ["StandardROIHeads"])
 
 
-@torch.no_grad()
 def measure_leakage(
     batches: Iterable[RoIBatch],
     num_batches: int,
@@ -88,14 +70,11 @@ def measure_leakage(
         bootstrapped over batches, and the same resamples serve all: RoIs of a batch are not
         independent, and differences are paired.
     """
-    has_batch = any(isinstance(m, BatchNorm2d) for m in head.modules())
-    counts = {s: [] for s in (STATISTICS if has_batch else STATISTICS[:1])}
     message = "Classified the RoIs of %d/%d batches"
-    for batch in with_progress(batches, num_batches, logger, message):
-        for statistics, rows in counts.items():
-            with evaluated_with(head, statistics):
-                rows.append(_count(classify(batch.features), batch))
-    return _estimates({s: np.array(rows) for s, rows in counts.items()})
+    found = by_statistics(
+        batches, num_batches, head, message, lambda b: _count(classify(b.features), b), _metrics
+    )
+    return {s: dict(zip(METRICS, estimates, strict=True)) for s, estimates in found.items()}
 
 
 def leakage_table(results: dict[str, dict[str, Estimate]]) -> str:
@@ -126,20 +105,6 @@ def _count(logits: Tensor, batch: RoIBatch) -> list[float]:
     return [float(c) for c in counts]
 
 
-def _estimates(counts: dict[str, np.ndarray]) -> dict[str, dict[str, Estimate]]:
-    num_batches = len(counts["population"])
-    resamples = np.random.default_rng(0).integers(num_batches, size=(NUM_RESAMPLES, num_batches))
-    # The first row is the data itself.
-    chosen = np.concatenate([np.arange(num_batches)[None], resamples])
-    metrics = {s: _metrics(rows[chosen].sum(1)) for s, rows in counts.items()}
-    if "batch" in metrics:
-        metrics["batch - population"] = metrics["batch"] - metrics["population"]
-    return {
-        s: {name: _estimate(values[:, i]) for i, name in enumerate(METRICS)}
-        for s, values in metrics.items()
-    }
-
-
 def _metrics(sums: np.ndarray) -> np.ndarray:
     """From (resamples, 5) summed counts to (resamples, 3) metrics; NaN of nothing."""
     foreground, foreground_right, rois, right, loss = sums.T
@@ -147,8 +112,3 @@ def _metrics(sums: np.ndarray) -> np.ndarray:
         return np.stack(
             [100 * foreground_right / foreground, 100 * right / rois, loss / rois], axis=1
         )
-
-
-def _estimate(values: np.ndarray) -> Estimate:
-    low, high = np.nanpercentile(values[1:], [2.5, 97.5])
-    return Estimate(float(values[0]), float(low), float(high))

@@ -9,26 +9,19 @@ batches as training has them. For a dense detector they are here, in terms of it
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from tabulate import tabulate
 from torch import nn
 from yacs.config import CfgNode
 
+from .bootstrap import Estimate, by_statistics
 from .checkpoint import write_aside
 from .errors import choose
-from .layers import BatchNorm2d
-from .layers.batch_norm import STATISTICS, evaluated_with
-from .leakage import NUM_RESAMPLES, Estimate
 from .parts import DENSE
-from .progress import with_progress
-
-logger = logging.getLogger(__name__)
 
 
 class WeightedLoss(NamedTuple):
@@ -43,7 +36,6 @@ def check_dense(cfg: CfgNode) -> None:
     choose("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, DENSE)
 
 
-@torch.no_grad()
 def measure_loss(
     batches: Iterable[Any],
     num_batches: int,
@@ -63,27 +55,19 @@ def measure_loss(
         model without batch statistics. Means over the units of all batches, with intervals that
         are bootstrapped over batches; the same resamples serve all.
     """
-    has_batch = any(isinstance(m, BatchNorm2d) for m in model.modules())
-    found = {s: [] for s in (STATISTICS if has_batch else STATISTICS[:1])}
-    for batch in with_progress(batches, num_batches, logger, "Losses of %d/%d batches"):
-        for statistics, losses in found.items():
-            with evaluated_with(model, statistics):
-                losses.append(loss_of(batch))
-    return _estimates({s: np.array(losses, dtype=float) for s, losses in found.items()})
+    message = "Losses of %d/%d batches"
+    found = by_statistics(
+        batches, num_batches, model, message, lambda b: _sums(loss_of(b)), _mean_loss
+    )
+    return {statistics: estimate for statistics, (estimate,) in found.items()}
 
 
-def _estimates(found: dict[str, np.ndarray]) -> dict[str, Estimate]:
-    number = len(found["population"])
-    resamples = np.random.default_rng(0).integers(number, size=(NUM_RESAMPLES, number))
-    chosen = np.concatenate([np.arange(number)[None], resamples])  # first the data itself
-    means = {}
-    for statistics, rows in found.items():
-        loss, weight = rows[chosen].transpose(2, 0, 1)
-        means[statistics] = (loss * weight).sum(1) / weight.sum(1)
-    if "batch" in means:
-        means["batch - population"] = means["batch"] - means["population"]
-    ends = {s: np.percentile(values[1:], [2.5, 97.5]) for s, values in means.items()}
-    return {s: Estimate(float(v[0]), *(float(e) for e in ends[s])) for s, v in means.items()}
+def _sums(of_batch: WeightedLoss) -> tuple[float, float]:
+    return of_batch.loss * of_batch.weight, of_batch.weight
+
+
+def _mean_loss(sums: np.ndarray) -> np.ndarray:
+    return sums[:, :1] / sums[:, 1:]
 
 
 def loss_table(results: dict[str, Estimate]) -> str:

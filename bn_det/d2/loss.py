@@ -10,8 +10,8 @@ from detectron2.data import get_detection_dataset_dicts
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils.events import EventStorage
 
+from ..bootstrap import Estimate
 from ..data.category_batches import whole_batches
-from ..leakage import Estimate
 from ..loss import WeightedLoss, check_dense, measure_loss
 from .leakage import annotated_loader
 from .train import load_model, setup

@@ -8,8 +8,8 @@ from itertools import chain
 from fvcore.common.config import CfgNode
 from torch import nn
 
+from ..bootstrap import Estimate
 from ..data.category_batches import whole_batches
-from ..leakage import Estimate
 from ..loss import WeightedLoss, check_dense, measure_loss
 from .data import build_test_loader, has_objects
 from .train import load_model, setup

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from bn_det import BatchNorm2d
+from bn_det.bootstrap import Estimate
 from bn_det.leakage import (
     METRICS,
-    Estimate,
     RoIBatch,
     leakage_table,
     measure_leakage,
