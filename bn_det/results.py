@@ -39,6 +39,18 @@ def save_results(results: Mapping[str, Mapping], folder: str | Path) -> None:
         Path(aside).write_text(json.dumps(finite(results), indent=1))
 
 
+def read_metrics(folder: str | Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics.json, one an iteration, in their order.
+
+    Of an iteration that was repeated after an interruption, the last line counts.
+    """
+    found: dict[int, dict[str, float]] = {}
+    for text in (Path(folder) / "metrics.json").read_text().splitlines():
+        line = json.loads(text)
+        found.setdefault(line["iteration"], {}).update(line)
+    return [found[iteration] for iteration in sorted(found)]
+
+
 def finite(value: Any) -> Any:
     """What JSON can hold: None for numbers that are not finite, at any depth."""
     if isinstance(value, Mapping):

@@ -8,7 +8,6 @@ the same label have the same colour.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import matplotlib
@@ -17,6 +16,7 @@ from matplotlib.figure import Figure
 from bn_det.checkpoint import write_aside
 from bn_det.command import run
 from bn_det.errors import InputError, nearest
+from bn_det.results import read_metrics
 
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -25,14 +25,14 @@ def read_metric(folder: str, metric: str) -> tuple[list[int], list[float]]:
     """Iterations, counted from 1, and values; of an iteration that was repeated, the last."""
     path = Path(folder) / "metrics.json"
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        found = {line["iteration"] + 1: line[metric] for line in lines if metric in line}
+        lines = read_metrics(folder)
+        found = [(line["iteration"] + 1, line[metric]) for line in lines if metric in line]
         known = {name for line in lines for name in line}
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise InputError(f"{path}: is not the metrics.json of a run: {e}") from e
     if not found:
         raise InputError(f"--metric: {path} has no {metric!r}; {nearest(metric, known)}")
-    return [list(column) for column in zip(*sorted(found.items()), strict=True)]
+    return [list(column) for column in zip(*found, strict=True)]
 
 
 def parse_run(text: str) -> tuple[str, str, str]:

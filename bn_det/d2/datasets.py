@@ -64,7 +64,7 @@ class _CategorySampler(Sampler):
         self.batches = batches
 
     def __iter__(self) -> Iterator[int]:
-        return self.batches.orders(0, [comm.get_rank()])
+        return self.batches.orders([comm.get_rank()])
 
 
 def _load_with_source(load: Callable[[], list[dict]], source: int) -> list[dict]:

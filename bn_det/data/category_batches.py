@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import count
 
 import numpy as np
 
@@ -63,13 +64,9 @@ class CategoryBatches:
         of_each = [rng.choice(self.images[c], self.num_each, replace=False) for c in categories]
         return np.stack(of_each, axis=1).flatten().tolist()
 
-    def orders(self, first: int, ranks: Sequence[int]) -> Iterator[int]:
-        """Indices without end: batch by batch from one on, in a batch those of several ranks."""
-        number = first
-        while True:
-            for rank in ranks:
-                yield from self.draw(number, rank)
-            number += 1
+    def orders(self, ranks: Sequence[int]) -> Iterator[int]:
+        """Indices without end: batch by batch, in a batch those of several ranks."""
+        return (k for number in count() for rank in ranks for k in self.draw(number, rank))
 
 
 def category_of(record: dict) -> int | None:

@@ -50,7 +50,7 @@ def reproduce(args: argparse.Namespace, root: Path) -> None:
     seeds = range(1, args.seeds + 1)
     steps = plan(names, setting, seeds)
     folder = Path(args.output or f"output/reproduce/{args.experiment}-{args.data}")
-    _check_folder(folder, args.experiment, Results(setting, {}, seeds))
+    _check_folder(folder, args.experiment, setting)
     jobs = args.jobs or default_jobs()
     with nullcontext() if args.dry_run else _alone(setting.runs):
         runner = Runner(steps, setting.runs, jobs)
@@ -162,8 +162,8 @@ def _setting(args: argparse.Namespace, root: Path) -> Setting:
     return Setting(args.data, host, runs, root, num_gpus, tuple(args.opts))
 
 
-def _check_folder(folder: Path, title: str, results: Results) -> None:
-    found, ours = known_identity(folder), identity(title, results)
+def _check_folder(folder: Path, title: str, setting: Setting) -> None:
+    found, ours = known_identity(folder), identity(title, setting)
     for key, value in ours.items():
         if found is not None and found.get(key) != value:
             raise InputError(

@@ -22,7 +22,7 @@ from .claims import Claim, Verdict, claims_of, judge
 from .registry import EXPERIMENTS
 from .results import Picture, Results, Table, Values
 from .runner import Failure
-from .steps import Step, shown
+from .steps import Setting, Step, shown
 
 RESULTS = "results.json"
 
@@ -80,9 +80,8 @@ def write_report(report: Report, folder: Path) -> None:
             Path(aside).write_text(content)
 
 
-def identity(title: str, results: Results) -> dict[str, Any]:
+def identity(title: str, setting: Setting) -> dict[str, Any]:
     """What must be the same for a report to be written over another."""
-    setting = results.setting
     return {
         "experiment": title,
         "data": setting.data,
@@ -141,7 +140,7 @@ def _cells(table: Table, cells: Sequence[Values]) -> list[str]:
 def _as_dict(report: Report) -> dict[str, Any]:
     outcomes = report.results.outcomes
     return {
-        **identity(report.title, report.results),
+        **identity(report.title, report.results.setting),
         "seeds": list(report.results.seeds),
         "versions": _versions(),
         "claims": [

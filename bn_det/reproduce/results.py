@@ -12,6 +12,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..results import read_metrics
 from .runner import Outcome
 from .steps import Setting, Step, Training
 
@@ -47,23 +48,20 @@ class Results:
 
     def ap(self, step: Step, file: str, *keys: str) -> float | None:
         """AP in a step's file, of "bbox" or "segm"; 0 for a model that detects nothing."""
-        if self.json(step, file) is None:
+        value = self.json(step, file)
+        if value is None:
             return None
-        return self.at(step, file, *keys, "AP") or 0.0
+        for key in keys:
+            value = value[key]
+        return value["AP"] or 0.0
 
     def metrics(self, training: Training) -> list[dict[str, float]]:
         """The lines of a training's metrics.json, also of one that has diverged, in their order."""
         if training.name not in self.outcomes:
             return []
-        path = self.setting.runs / training.name / "metrics.json"
-        if not path.is_file():
-            return []
-        # Of an iteration that was repeated after an interruption, the last line counts.
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        found: dict[int, dict] = {}
-        for line in lines:
-            found[line["iteration"]] = {**found.get(line["iteration"], {}), **line}
-        return [found[iteration] for iteration in sorted(found)]
+        folder = self.setting.runs / training.name
+        # One that diverges at once has written none.
+        return read_metrics(folder) if (folder / "metrics.json").is_file() else []
 
     def ap_at(self, training: Training, task: str, iteration: int) -> float | None:
         """AP of an iteration of the published setting, as :meth:`ap`."""
@@ -83,6 +81,11 @@ class Results:
 def difference(a: float | None, b: float | None) -> float | None:
     """a - b, where both are known."""
     return None if a is None or b is None else a - b
+
+
+def ratio(a: float | None, b: float | None) -> float | None:
+    """a / b, where both are known."""
+    return None if a is None or b is None else a / b
 
 
 def average(values: Sequence[float | None]) -> float | None:
@@ -140,6 +143,12 @@ class Line(NamedTuple):
     label: str
     xs: Sequence[float]
     ys: Sequence[Values]
+
+
+def by_layer(label: str, of_seeds: Sequence[Sequence[float]]) -> Line:
+    """A curve over layers, of the values of all layers by seed; those that all seeds have."""
+    columns = list(zip(*of_seeds, strict=False))
+    return Line(label, range(len(columns)), columns)
 
 
 class Panel(NamedTuple):

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 from ..checkpoint import write_aside
 from ..errors import InputError
-from .steps import Step, executed, shown
+from .steps import Step, shown
 
 LOG = "reproduce.log"
 DONE = "done.json"
@@ -138,7 +139,7 @@ class Runner:
         tool, *arguments = step.command
         with open(folder / LOG, "a" if resume else "w") as log:
             return subprocess.Popen(
-                executed([tool, *resume, *arguments]),
+                [sys.executable, tool, *resume, *arguments],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,

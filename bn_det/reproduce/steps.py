@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -150,22 +149,9 @@ def evaluate(
     return _measure(training, "train_net", name, seconds, ("--eval-only",), opts, weights)
 
 
-def leakage(
+def measure(
     training: Training,
-    name: str,
-    seconds: float,
-    images: int,
-    opts: Sequence[object] = (),
-    *,
-    weights: str | None = None,
-) -> Step:
-    """What the box head reads from a batch of so many images: leakage.json."""
-    flags = ("--images-per-batch", str(images))
-    return _measure(training, "measure_leakage", name, seconds, flags, opts, weights)
-
-
-def loss(
-    training: Training,
+    what: str,
     name: str,
     seconds: float,
     images: int,
@@ -174,9 +160,9 @@ def loss(
     weights: str | None = None,
     needs: Sequence[str] = (),
 ) -> Step:
-    """The loss with either statistics, those of batches of so many images: loss.json."""
+    """The "leakage" or the "loss" by batches of so many images: leakage.json or loss.json."""
     flags = ("--images-per-batch", str(images))
-    return _measure(training, "measure_loss", name, seconds, flags, opts, weights, needs)
+    return _measure(training, f"measure_{what}", name, seconds, flags, opts, weights, needs)
 
 
 def _measure(
@@ -228,8 +214,3 @@ def precise(setting: Setting, step: Step) -> str:
 def shown(command: Sequence[str]) -> str:
     """A command as a user types it."""
     return shlex.join(["python", *command])
-
-
-def executed(command: Sequence[str]) -> list[str]:
-    """A command as it is run."""
-    return [sys.executable, *command]

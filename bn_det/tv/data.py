@@ -130,7 +130,7 @@ class _CategorySampler(Sampler):
         self.batches, self.ranks, self.num_samples = batches, ranks, num_samples
 
     def __iter__(self) -> Iterator[int]:
-        return islice(self.batches.orders(0, self.ranks), self.num_samples)
+        return islice(self.batches.orders(self.ranks), self.num_samples)
 
     def __len__(self) -> int:
         return self.num_samples

@@ -6,7 +6,18 @@ import math
 from statistics import mean
 
 from .. import steps
-from ..results import Line, Panel, Picture, Results, Row, Table, difference, draw
+from ..results import (
+    Line,
+    Panel,
+    Picture,
+    Results,
+    Row,
+    Table,
+    by_layer,
+    difference,
+    draw,
+    ratio,
+)
 from ..steps import Setting, Step, Training, precise, recompute, train
 
 IMAGES = 640
@@ -44,9 +55,9 @@ def loss_step(of: Training, size: int, data: str, weights: Step | None) -> Step:
     opts = ("DATASETS.TEST", f"('{train_set}',)") if data == "train" else ()
     name = f"loss-{data}"
     if weights is None:
-        return steps.loss(of, name, 25, size, opts)
+        return steps.measure(of, "loss", name, 25, size, opts)
     file = precise(setting, weights)
-    return steps.loss(of, name, 25, size, opts, weights=file, needs=[weights.name])
+    return steps.measure(of, "loss", name, 25, size, opts, weights=file, needs=[weights.name])
 
 
 def plan(setting: Setting, seed: int) -> list[Step]:
@@ -95,8 +106,7 @@ def small_batch_population(results: Results, seed: int) -> float | None:
         found = [losses(results, seed, size, "validation", s) for s in ("population", "batch")]
         gaps.append(difference(*found))
     base = losses(results, seed, sizes_[-1], "validation", "population")
-    found = difference(*gaps)
-    return None if found is None else found / base
+    return ratio(difference(*gaps), base)
 
 
 def small_batch_depth(results: Results, seed: int) -> float | None:
@@ -109,7 +119,7 @@ def batch_at_test(results: Results, seed: int) -> float | None:
     size = sizes(results.setting)[0]
     population = losses(results, seed, size, "validation", "population")
     found = difference(population, losses(results, seed, size, "validation", "batch"))
-    return None if found is None else found / population
+    return ratio(found, population)
 
 
 def large_batch(results: Results, seed: int) -> float | None:
@@ -120,8 +130,7 @@ def large_batch(results: Results, seed: int) -> float | None:
         ]
         gaps.append(difference(*found))
     base = losses(results, seed, sizes_[1], "validation", "population")
-    found = difference(*gaps)
-    return None if found is None else found / base
+    return ratio(difference(*gaps), base)
 
 
 EFFECTS = {
@@ -163,9 +172,7 @@ def _panels(results: Results) -> list[Panel]:
     ]
     for size in xs:
         found = [spread(results, seed, size) for seed in results.seeds]
-        number = min(map(len, found))
-        columns = [[of[k] for of in found] for k in range(number)]
-        depth.append(Line(f"batches of {size}", list(range(number)), columns))
+        depth.append(by_layer(f"batches of {size}", found))
     return [
         Panel("Loss", "images normalized together", "loss", lines, "x"),
         Panel("How batches vary", "layer of the backbone", "standard deviation", depth, "y"),

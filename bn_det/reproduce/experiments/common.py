@@ -8,6 +8,9 @@ from ..steps import Setting, Step, Training, recompute, train
 
 DETECTOR = "retinanet"
 
+BASE = ("multi_domain", "per_domain-per_domain-shared")
+"""The config of the base training, row 4 of Table 5."""
+
 
 def base_training(setting: Setting, seed: int) -> Training:
     """RetinaNet whose levels are normalized each by itself, with EMAs, and checkpoints all along.
@@ -16,8 +19,7 @@ def base_training(setting: Setting, seed: int) -> Training:
     """
     period = setting.pick(90, 27000)
     opts = ("TEST.PRECISE_BN.ENABLED", False, "SOLVER.CHECKPOINT_PERIOD", period)
-    config = ("multi_domain", "per_domain-per_domain-shared")
-    return train(setting, f"{DETECTOR}-per_domain-affine_shared", config, seed, 460, opts)
+    return train(setting, f"{DETECTOR}-per_domain-affine_shared", BASE, seed, 460, opts)
 
 
 def precise_batches(setting: Setting) -> tuple[object, ...]:

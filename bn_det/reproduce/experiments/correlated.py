@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .. import steps
-from ..results import Picture, Results, Row, Table, difference
+from ..results import Picture, Results, Row, Table, difference, ratio
 from ..steps import Setting, Step, Training, train
 
 BATCHES = {"random": 4, "pairs": 4, "random_ghost": 2, "pairs_across": 2}
@@ -16,7 +16,7 @@ def training(setting: Setting, seed: int, batches: str) -> Training:
 
 def loss_step(of: Training, batches: str) -> Step:
     """The loss on validation images, in batches as those of the training."""
-    return steps.loss(of, "loss", 15, BATCHES[batches])
+    return steps.measure(of, "loss", "loss", 15, BATCHES[batches])
 
 
 def plan(setting: Setting, seed: int) -> list[Step]:
@@ -47,7 +47,7 @@ def gap(results: Results, seed: int, batches: str) -> float | None:
 def _more_than(results: Results, seed: int, batches: str, usual: str) -> float | None:
     """By how much the gap is larger than that of any images, relative to their loss."""
     found = difference(gap(results, seed, batches), gap(results, seed, usual))
-    return None if found is None else found / losses(results, seed, usual, "population")
+    return ratio(found, losses(results, seed, usual, "population"))
 
 
 def pairs_leak(results: Results, seed: int) -> float | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from ..results import Picture, Results, Row, Table, difference
+from ..results import Picture, Results, Row, Table, difference, ratio
 from ..steps import Setting, Step, Training, train
 from .batch_size import CURVES, SETS, loss_step, precise_step
 from .batch_size import training as of_size
 
 SIZE = 2
 """Images in a normalization batch."""
+
+KINDS = ("usual", "frozen")
 
 
 def trainings(setting: Setting, seed: int) -> tuple[Training, Training]:
@@ -22,46 +24,48 @@ def trainings(setting: Setting, seed: int) -> tuple[Training, Training]:
     return usual, train(setting, name, ("ways", "BN"), seed, 0, opts)
 
 
-def plan(setting: Setting, seed: int) -> list[Step]:
+def measured(setting: Setting, seed: int, kind: str) -> tuple[Training, Step | None]:
+    """The "usual" training with PreciseBN's step, or the "frozen" one, which has had PreciseBN."""
     usual, frozen = trainings(setting, seed)
-    weights = precise_step(usual, SIZE)
-    found = [usual.step, weights, *(loss_step(usual, SIZE, data, weights) for data in SETS)]
-    return [*found, frozen.step, *(loss_step(frozen, SIZE, data, None) for data in SETS)]
+    return (usual, precise_step(usual, SIZE)) if kind == "usual" else (frozen, None)
+
+
+def plan(setting: Setting, seed: int) -> list[Step]:
+    found = []
+    for kind in KINDS:
+        of, weights = measured(setting, seed, kind)
+        found += [of.step, *([weights] if weights else [])]
+        found += [loss_step(of, SIZE, data, weights) for data in SETS]
+    return found
 
 
 def losses(results: Results, seed: int, kind: str, data: str, statistics: str) -> float | None:
     """The loss on either set, of the "usual" training (PreciseBN) or the "frozen" one."""
-    usual, frozen = trainings(results.setting, seed)
-    step = (
-        loss_step(usual, SIZE, data, precise_step(usual, SIZE))
-        if kind == "usual"
-        else loss_step(frozen, SIZE, data, None)
-    )
-    return results.at(step, "loss.json", statistics, "value")
+    of, weights = measured(results.setting, seed, kind)
+    return results.at(loss_step(of, SIZE, data, weights), "loss.json", statistics, "value")
 
 
 def ap(results: Results, seed: int, kind: str) -> float | None:
     """Box AP with population statistics: PreciseBN's, or those that were frozen."""
-    usual, frozen = trainings(results.setting, seed)
-    if kind == "frozen":
-        return results.ap(frozen.step, "results.json", "bbox")
-    step = precise_step(usual, SIZE)
-    return results.ap(step, "precise.json", "results", "after", "bbox")
+    of, weights = measured(results.setting, seed, kind)
+    if weights is None:
+        return results.ap(of.step, "results.json", "bbox")
+    return results.ap(weights, "precise.json", "results", "after", "bbox")
 
 
 def frozen_at_the_end(results: Results, seed: int) -> float | None:
     usual = losses(results, seed, "usual", "validation", "population")
     found = difference(usual, losses(results, seed, "frozen", "validation", "population"))
-    return None if found is None else found / usual
+    return ratio(found, usual)
 
 
 EFFECTS = {"frozen at the end": frozen_at_the_end}
 
 
 def show(results: Results) -> list[Table | Picture]:
-    rows, of_seed = [], trainings(results.setting, results.seeds[0])
-    for kind, of in zip(("usual", "frozen"), of_seed, strict=True):
-        weights = precise_step(of, SIZE) if kind == "usual" else None
+    rows = []
+    for kind in KINDS:
+        of, weights = measured(results.setting, results.seeds[0], kind)
         steps = [of.step, *(loss_step(of, SIZE, data, weights) for data in SETS)]
         cells = [results.over_seeds(losses, kind, *of_curve) for of_curve in CURVES.values()]
         rows.append(Row((kind,), (*cells, results.over_seeds(ap, kind)), tuple(steps)))

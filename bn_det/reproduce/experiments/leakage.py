@@ -34,7 +34,7 @@ def iterations(setting: Setting) -> list[int]:
 def leak_step(of: Training, iteration: int) -> Step:
     images = of.setting.pick(1, 2)
     weights = of.checkpoint(iteration)
-    return steps.leakage(of, f"leakage-{iteration}", 20, images, weights=weights)
+    return steps.measure(of, "leakage", f"leakage-{iteration}", 20, images, weights=weights)
 
 
 def batch_step(of: Training, iteration: int) -> Step:

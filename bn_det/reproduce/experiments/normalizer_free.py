@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from statistics import mean
 
-from ..results import Line, Panel, Picture, Results, Row, Table, difference, draw
+from ..results import Line, Panel, Picture, Results, Row, Table, difference, draw, ratio
 from ..steps import Setting, Step, Training, train
 
 FACTORS = (None, 0.16, 0.04, 0.01)
@@ -80,8 +80,7 @@ def larger_batches(results: Results, seed: int) -> float | None:
         )
         for factor in (None, DEFAULT)
     ]
-    found = difference(*costs)
-    return None if found is None else found / final_loss(results, seed, usual, None)
+    return ratio(difference(*costs), final_loss(results, seed, usual, None))
 
 
 def clip_factor(results: Results, seed: int) -> float | None:

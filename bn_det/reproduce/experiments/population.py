@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from ..results import Line, Panel, Picture, Results, Row, Table, average, difference, draw
+from ..results import (
+    Line,
+    Panel,
+    Picture,
+    Results,
+    Row,
+    Table,
+    average,
+    by_layer,
+    difference,
+    draw,
+    ratio,
+)
 from ..steps import Setting, Step, Training, recompute, train
-from .common import DETECTOR, base_training, precise_of
+from .common import BASE, DETECTOR, base_training, precise_of
 
 CASES = ("base", "learning rate x4", "SGD batch x4")
 """Whose EMA is compared with PreciseBN: with learning rate and batch as published, with four times
@@ -20,13 +32,12 @@ SAMPLES = (1, 2, 4, 8, 16, 32, 64)
 def training(setting: Setting, seed: int, case: str) -> Training:
     if case == "base":
         return base_training(setting, seed)
-    config = ("multi_domain", "per_domain-per_domain-shared")
     lr = setting.pick(0.08, 0.04)
     opts = ("TEST.PRECISE_BN.ENABLED", False, "SOLVER.BASE_LR", lr)
     if case == "learning rate x4":
         every = setting.pick(90, 27000)
         opts += ("SOLVER.CHECKPOINT_PERIOD", every)
-        return train(setting, f"{DETECTOR}-lr_x4", config, seed, 460, opts)
+        return train(setting, f"{DETECTOR}-lr_x4", BASE, seed, 460, opts)
     opts += setting.pick(
         (
             *("SOLVER.IMS_PER_BATCH", 32, "SOLVER.MAX_ITER", 225, "SOLVER.WARMUP_ITERS", 13),
@@ -37,16 +48,15 @@ def training(setting: Setting, seed: int, case: str) -> Training:
             *("SOLVER.STEPS", "(52500,62500)", "SOLVER.CHECKPOINT_PERIOD", 22500),
         ),
     )
-    return train(setting, f"{DETECTOR}-batch_x4", config, seed, 410, opts)
+    return train(setting, f"{DETECTOR}-batch_x4", BASE, seed, 410, opts)
 
 
 def slow_training(setting: Setting, seed: int) -> Training:
     """With the weights of the base training, and another EMA, which is evaluated all along."""
     every = setting.pick(90, 27000)
-    config = ("multi_domain", "per_domain-per_domain-shared")
     opts = ("TEST.PRECISE_BN.ENABLED", False, "SOLVER.BN_MOMENTUM", SLOW)
     opts += ("TEST.EVAL_PERIOD", every, "SOLVER.CHECKPOINT_PERIOD", 10 * every)
-    return train(setting, f"{DETECTOR}-momentum_{SLOW}", config, seed, 490, opts)
+    return train(setting, f"{DETECTOR}-momentum_{SLOW}", BASE, seed, 490, opts)
 
 
 def checkpoints(setting: Setting, case: str) -> list[int]:
@@ -154,7 +164,7 @@ def error_with_rate(results: Results, seed: int) -> float | None:
     points = checkpoints(results.setting, "base")
     ours = average([error(results, seed, "learning rate x4", c) for c in points])
     base = average([error(results, seed, "base", c) for c in points])
-    return None if ours is None or base is None else ours / base - 1
+    return difference(ratio(ours, base), 1.0)
 
 
 def error_with_batch(results: Results, seed: int) -> float | None:
@@ -169,7 +179,7 @@ def error_with_batch(results: Results, seed: int) -> float | None:
     ]
     ours = average([error(results, seed, case, c) for c in points])
     base = average([error(results, seed, "base", c) for c in nearest])
-    return None if ours is None or base is None else ours / base - 1
+    return difference(ratio(ours, base), 1.0)
 
 
 def a_thousand_samples(results: Results, seed: int) -> float | None:
@@ -205,12 +215,11 @@ def show(results: Results) -> list[Table | Picture]:
     labels = ("training", "iterations")
     title = "EMA against PreciseBN, the same weights"
     table = Table("ema_precise", title, labels, columns, (1, 1, 1, 3), rows, _ERROR)
-    caption = "AP over training with either kind of population statistics. " + _ERROR
     return [
         table,
         _samples_table(results),
         Picture("population", "Box AP over the trainings.", draw(_ap_panels(results), True)),
-        Picture("population_error", caption, draw(_error_panels(results))),
+        Picture("population_error", _ERROR, draw(_error_panels(results))),
     ]
 
 
@@ -254,9 +263,7 @@ def _error_panels(results: Results) -> list[Panel]:
         ys = [results.over_seeds(error, case, c) for c in points]
         over.append(Line(case, xs, ys))
         of_layers = [layer_errors(results, s, case, points[-2]) for s in results.seeds]
-        number = min(map(len, of_layers))
-        columns = [[of[k] for of in of_layers] for k in range(number)]
-        depth.append(Line(case, list(range(number)), columns))
+        depth.append(by_layer(case, of_layers))
     images, ys = setting.pick(32, 16), [results.over_seeds(samples_ap, n) for n in SAMPLES]
     samples = Line("base", [images * n for n in SAMPLES], ys)
     return [
