@@ -6,6 +6,7 @@ import argparse
 import fcntl
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -59,7 +60,8 @@ def reproduce(args: argparse.Namespace, root: Path) -> None:
             print("\n".join(shown(step.command) for step in runner.pending()))
             return
         try:
-            failures = runner.run()
+            with _terminated_as_interrupted():
+                failures = runner.run()
         except KeyboardInterrupt:
             sys.exit("interrupted: the same command goes on where this one was")
     results = Results(setting, runner.outcomes, seeds)
@@ -70,6 +72,20 @@ def reproduce(args: argparse.Namespace, root: Path) -> None:
     if failures:
         logs = "\n".join(f"  {setting.runs / f.step.name}: {f.reason}" for f in failures)
         sys.exit(f"error: {len(failures)} steps have failed; the same command tries again:\n{logs}")
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM, which batch systems send, does what Ctrl-C does, so that no step is left behind."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def plan(names: Sequence[str], setting: Setting, seeds: Iterable[int]) -> list[Step]:

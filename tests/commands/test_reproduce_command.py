@@ -1,9 +1,12 @@
 """tools/reproduce.py, on tiny data."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -28,15 +31,34 @@ def tiny(tmp_path_factory):
     return root
 
 
-def run(tiny, folder, *args):
-    return subprocess.run(
+def start(tiny, folder, *args):
+    return subprocess.Popen(
         [sys.executable, str(ROOT / "tools" / "reproduce.py"), *args],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
         cwd=folder,
         env={**os.environ, "DETECTRON2_DATASETS": str(tiny), "OMP_NUM_THREADS": "1"},
     )
+
+
+def run(tiny, folder, *args):
+    process = start(tiny, folder, *args)
+    try:
+        output = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, *output)
+
+
+def working_in(folder):
+    """The processes whose working directory is a folder."""
+    found = []
+    for link in Path("/proc").glob("[0-9]*/cwd"):
+        with contextlib.suppress(OSError):  # not ours, or ended
+            found += [int(link.parent.name)] if link.readlink() == folder else []
+    return found
 
 
 def test_an_experiment(tiny, tmp_path):
@@ -82,6 +104,25 @@ def test_an_experiment(tiny, tmp_path):
         other.returncode == 1 and "--runs: " in other.stderr and "another command" in other.stderr
     )
     assert "Traceback" not in other.stderr
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes by /proc")
+def test_a_termination_ends_what_runs(tiny, tmp_path):
+    process = start(tiny, tmp_path, "domain-shift", *HOST, "SOLVER.MAX_ITER", "100000")
+    try:
+        begin = time.monotonic()
+        logs = tmp_path / "output" / "reproduce" / "runs-shapes-torchvision"
+        while not any("eta" in p.read_text().lower() for p in logs.rglob("reproduce.log")):
+            assert process.poll() is None and time.monotonic() < begin + 120
+            time.sleep(0.2)
+        assert len(working_in(tmp_path)) > 1, "the command and the training"
+        process.terminate()
+        assert "interrupted: the same command goes on" in process.communicate(timeout=60)[1]
+        assert process.returncode == 1 and not working_in(tmp_path)
+    finally:
+        process.kill()
+        for left in working_in(tmp_path):
+            os.kill(left, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
