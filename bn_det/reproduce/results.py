@@ -138,11 +138,18 @@ class Picture(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A curve: its values by seed at each x. Drawn are their mean, least and greatest."""
+    """A curve: its values by seed at each x. Drawn are their mean, least and greatest.
+
+    Attributes:
+        group: curves of one have the same colour; by default the label.
+        dashed: to tell it from another of its group.
+    """
 
     label: str
     xs: Sequence[float]
     ys: Sequence[Values]
+    group: str = ""
+    dashed: bool = False
 
 
 def by_layer(label: str, of_seeds: Sequence[Sequence[float]]) -> Line:
@@ -168,13 +175,14 @@ class Panel(NamedTuple):
 
 
 def draw(panels: Sequence[Panel], shared_y: bool = False) -> Figure:
-    """Panels beside each other; lines of the same label have the same colour."""
-    labels = list(dict.fromkeys(line.label for panel in panels for line in panel.lines))
+    """Panels beside each other; lines of the same group have the same colour."""
+    groups = list(dict.fromkeys(line.group or line.label for p in panels for line in p.lines))
     figure = Figure(figsize=(1 + 3.8 * len(panels), 3.6), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=shared_y)[0]
     for panel, axis in zip(panels, axes, strict=True):
         for k, line in enumerate(panel.lines):
-            colour = matplotlib.colormaps["tab10"](labels.index(line.label) % 10)
+            index = groups.index(line.group or line.label)
+            colour = matplotlib.colormaps["tab10"](index % 10)
             if panel.groups:
                 _draw_points(axis, line, colour, shift=0.12 * (k - (len(panel.lines) - 1) / 2))
             else:
@@ -213,7 +221,8 @@ def _points(line: Line) -> tuple[list[float], list[float], list[float], list[flo
 def _draw_line(axis: Axes, line: Line, colour: Any) -> None:
     xs, means, low, high = _points(line)
     if xs:
-        axis.plot(xs, means, "o-", markersize=3, color=colour, label=line.label)
+        style = "o--" if line.dashed else "o-"
+        axis.plot(xs, means, style, markersize=3, color=colour, label=line.label)
         axis.fill_between(xs, low, high, color=colour, alpha=0.2, lw=0)
 
 

@@ -167,8 +167,14 @@ def show(results: Results) -> list[Table | Picture]:
 def _panels(results: Results) -> list[Panel]:
     xs, depth = sizes(results.setting), []
     lines = [
-        Line(name, xs, [results.over_seeds(losses, size, *of_curve) for size in xs])
-        for name, of_curve in CURVES.items()
+        Line(
+            name,
+            xs,
+            [results.over_seeds(losses, size, data, statistics) for size in xs],
+            data,
+            statistics == "batch",
+        )
+        for name, (data, statistics) in CURVES.items()
     ]
     for size in xs:
         found = [spread(results, seed, size) for seed in results.seeds]

@@ -141,7 +141,7 @@ def _panels(results: Results) -> list[Panel]:
     for head in HEADS:
         for name, of in (("population", population_ap), ("batch", batch_ap)):
             ys = [results.over_seeds(of, head, x, "segm") for x in xs]
-            lines["mask AP"].append(Line(f"{head}, {name}", xs, ys))
+            lines["mask AP"].append(Line(f"{head}, {name}", xs, ys, head, name == "batch"))
         ys = [results.over_seeds(leak, head, x, FOREGROUND) for x in xs]
         lines[FOREGROUND].append(Line(head, xs, ys))
     title = "What the box head reads from its batch"
