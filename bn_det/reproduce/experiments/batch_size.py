@@ -34,14 +34,14 @@ def sizes(setting: Setting) -> tuple[int, ...]:
 def training(setting: Setting, seed: int, size: int) -> Training:
     names = setting.pick({s: f"NBS_{s}" for s in (2, 4, 8, 16)}, {2: "BN", 16: "SyncBN"})
     config = (setting.pick("batch_size", "ways"), names[size])
-    return train(setting, f"retinanet-nbs_{size}", config, seed, 300, processes=2)
+    return train(setting, f"retinanet-nbs_{size}", config, seed, 280, processes=2)
 
 
 def precise_step(of: Training, size: int) -> Step:
     """Population statistics of the model with normalization batches as in training."""
     number = of.setting.pick(IMAGES // size, 200)
     opts = ("TEST.PRECISE_BN.IMS_PER_BATCH", size, "TEST.PRECISE_BN.NUM_ITER", number)
-    return recompute(of, "precise", 45, (), opts)
+    return recompute(of, "precise", 35, (), opts)
 
 
 def loss_step(of: Training, size: int, data: str, weights: Step | None) -> Step:
@@ -55,9 +55,9 @@ def loss_step(of: Training, size: int, data: str, weights: Step | None) -> Step:
     opts = ("DATASETS.TEST", f"('{train_set}',)") if data == "train" else ()
     name = f"loss-{data}"
     if weights is None:
-        return steps.measure(of, "loss", name, 25, size, opts)
+        return steps.measure(of, "loss", name, 14, size, opts)
     file = precise(setting, weights)
-    return steps.measure(of, "loss", name, 25, size, opts, weights=file, needs=[weights.name])
+    return steps.measure(of, "loss", name, 14, size, opts, weights=file, needs=[weights.name])
 
 
 def plan(setting: Setting, seed: int) -> list[Step]:

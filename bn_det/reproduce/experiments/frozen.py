@@ -19,7 +19,7 @@ def trainings(setting: Setting, seed: int) -> tuple[Training, Training]:
     name = f"{usual.name.removeprefix('train/').removesuffix(f'-seed{seed}')}-frozen"
     if setting.data == "shapes":
         config = ("batch_size", f"NBS_{SIZE}_frozen")
-        return usual, train(setting, name, config, seed, 310, processes=2)
+        return usual, train(setting, name, config, seed, 280, processes=2)
     opts = ("SOLVER.FREEZE_BN_ITER", 72000)
     return usual, train(setting, name, ("ways", "BN"), seed, 0, opts)
 

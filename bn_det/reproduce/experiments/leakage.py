@@ -34,12 +34,12 @@ def iterations(setting: Setting) -> list[int]:
 def leak_step(of: Training, iteration: int) -> Step:
     images = of.setting.pick(1, 2)
     weights = of.checkpoint(iteration)
-    return steps.measure(of, "leakage", f"leakage-{iteration}", 20, images, weights=weights)
+    return steps.measure(of, "leakage", f"leakage-{iteration}", 15, images, weights=weights)
 
 
 def batch_step(of: Training, iteration: int) -> Step:
     """AP with the statistics of the RoIs of each test image."""
-    return steps.evaluate(of, f"batch-{iteration}", 28, BATCH, weights=of.checkpoint(iteration))
+    return steps.evaluate(of, f"batch-{iteration}", 19, BATCH, weights=of.checkpoint(iteration))
 
 
 def plan(setting: Setting, seed: int) -> list[Step]:
