@@ -33,7 +33,15 @@ setup(
     ],
     extras_require={
         "nf": ["timm>=1.0"],
-        "test": ["pytest", "ruff", "timm>=1.0", "onnx", "onnxscript", "onnxruntime"],
+        "test": [
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "timm>=1.0",
+            "onnx",
+            "onnxscript",
+            "onnxruntime",
+        ],
         # Not on PyPI; see the README for how to install it.
         "detectron2": [
             "detectron2 @ git+https://github.com/facebookresearch/detectron2.git",

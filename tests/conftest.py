@@ -1,11 +1,18 @@
 """Shared by all tests. Its presence puts this folder on sys.path, for reference.py."""
 
 import logging
+import os
 
 import pytest
 import torch
 
 from bn_det.data.shapes import Split, generate_shapes
+
+# Workers, and the commands that their tests run, share the cores; the models are small.
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+_THREADS = max(1, min(2, len(os.sched_getaffinity(0)) // _WORKERS))
+os.environ["OMP_NUM_THREADS"] = str(_THREADS)
+torch.set_num_threads(_THREADS)
 
 
 @pytest.fixture(autouse=True)

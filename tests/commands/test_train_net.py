@@ -37,10 +37,7 @@ def command(host, *args):
 
 
 def run(host, *args, timeout=300):
-    env = {**os.environ, "OMP_NUM_THREADS": "2"}
-    return subprocess.run(
-        command(host, *args), capture_output=True, text=True, timeout=timeout, env=env
-    )
+    return subprocess.run(command(host, *args), capture_output=True, text=True, timeout=timeout)
 
 
 def last_table(done):
