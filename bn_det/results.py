@@ -1,4 +1,4 @@
-"""Results of an evaluation for people to read."""
+"""Results of trainings and evaluations: tables for people, and files."""
 
 from __future__ import annotations
 
