@@ -19,7 +19,7 @@ def base_training(setting: Setting, seed: int) -> Training:
     """
     period = setting.pick(90, 27000)
     opts = ("TEST.PRECISE_BN.ENABLED", False, "SOLVER.CHECKPOINT_PERIOD", period)
-    return train(setting, f"{DETECTOR}-per_domain-affine_shared", BASE, seed, 460, opts)
+    return train(setting, f"{DETECTOR}-per_domain-affine_shared", BASE, seed, 430, opts)
 
 
 def precise_batches(setting: Setting) -> tuple[object, ...]:

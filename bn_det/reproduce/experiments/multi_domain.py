@@ -18,7 +18,7 @@ def training(setting: Setting, seed: int, statistics: str, affine: str) -> Train
     opts = ("MODEL.RETINANET.BN.AFFINE", affine, "TEST.PRECISE_BN.ENABLED", False)
     name = f"{DETECTOR}-{statistics}-affine_{affine}"
     config = ("multi_domain", f"{statistics}-{statistics}-shared")
-    return train(setting, name, config, seed, 460, opts)
+    return train(setting, name, config, seed, 430, opts)
 
 
 def population_step(of: Training, population: str) -> Step:

@@ -37,7 +37,7 @@ def training(setting: Setting, seed: int, case: str) -> Training:
     if case == "learning rate x4":
         every = setting.pick(90, 27000)
         opts += ("SOLVER.CHECKPOINT_PERIOD", every)
-        return train(setting, f"{DETECTOR}-lr_x4", BASE, seed, 460, opts)
+        return train(setting, f"{DETECTOR}-lr_x4", BASE, seed, 430, opts)
     opts += setting.pick(
         (
             *("SOLVER.IMS_PER_BATCH", 32, "SOLVER.MAX_ITER", 225, "SOLVER.WARMUP_ITERS", 13),
