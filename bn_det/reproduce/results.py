@@ -39,8 +39,8 @@ class Results:
             return None
         return json.loads((self.setting.runs / step.name / file).read_text())
 
-    def at(self, step: Step, file: str, *keys: str) -> float | None:
-        """A number in a step's file, by the keys that lead to it."""
+    def at(self, step: Step, file: str, *keys: str) -> Any:
+        """What a step's file has under keys; None if the step has not been done."""
         value = self.json(step, file)
         for key in keys:
             value = None if value is None else value[key]
@@ -48,12 +48,8 @@ class Results:
 
     def ap(self, step: Step, file: str, *keys: str) -> float | None:
         """AP in a step's file, of "bbox" or "segm"; 0 for a model that detects nothing."""
-        value = self.json(step, file)
-        if value is None:
-            return None
-        for key in keys:
-            value = value[key]
-        return value["AP"] or 0.0
+        metrics = self.at(step, file, *keys)
+        return None if metrics is None else metrics["AP"] or 0.0
 
     def metrics(self, training: Training) -> list[dict[str, float]]:
         """The lines of a training's metrics.json, also of one that has diverged, in their order."""

@@ -31,25 +31,18 @@ def tiny(tmp_path_factory):
     return root
 
 
-def start(tiny, folder, *args):
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "tools" / "reproduce.py"), *args],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=folder,
-        env={**os.environ, "DETECTRON2_DATASETS": str(tiny), "OMP_NUM_THREADS": "1"},
-    )
+def command(tiny, folder, *args):
+    """How it is started, as subprocess takes it."""
+    return {
+        "args": [sys.executable, str(ROOT / "tools" / "reproduce.py"), *args],
+        "text": True,
+        "cwd": folder,
+        "env": {**os.environ, "DETECTRON2_DATASETS": str(tiny), "OMP_NUM_THREADS": "1"},
+    }
 
 
 def run(tiny, folder, *args):
-    process = start(tiny, folder, *args)
-    try:
-        output = process.communicate(timeout=300)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
-    return subprocess.CompletedProcess(process.args, process.returncode, *output)
+    return subprocess.run(**command(tiny, folder, *args), capture_output=True, timeout=300)
 
 
 def working_in(folder):
@@ -108,7 +101,8 @@ def test_an_experiment(tiny, tmp_path):
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes by /proc")
 def test_a_termination_ends_what_runs(tiny, tmp_path):
-    process = start(tiny, tmp_path, "domain-shift", *HOST, "SOLVER.MAX_ITER", "100000")
+    how = command(tiny, tmp_path, "domain-shift", *HOST, "SOLVER.MAX_ITER", "100000")
+    process = subprocess.Popen(**how, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         begin = time.monotonic()
         logs = tmp_path / "output" / "reproduce" / "runs-shapes-torchvision"

@@ -22,13 +22,10 @@ def training(setting: Setting, seed: int, images: int, factor: float | None) -> 
     opts: list[object] = ["SOLVER.AGC.ENABLED", factor is not None]
     if factor is not None:
         opts += ["SOLVER.AGC.CLIP_FACTOR", factor]
-    if setting.data == "shapes":
-        # Without clipping the usual batch diverges at twice the rate.
-        opts += ["SOLVER.BASE_LR", 0.005 if is_large else 0.00125]
     if is_large:
         opts += setting.pick(
             [
-                *("SOLVER.IMS_PER_BATCH", images),
+                *("SOLVER.BASE_LR", 0.005, "SOLVER.IMS_PER_BATCH", images),
                 *("SOLVER.MAX_ITER", 75, "SOLVER.WARMUP_ITERS", 13),
             ],
             [
@@ -36,6 +33,8 @@ def training(setting: Setting, seed: int, images: int, factor: float | None) -> 
                 *("SOLVER.MAX_ITER", 22500, "SOLVER.STEPS", "(15000,20000)"),
             ],
         )
+    else:  # at twice the rate it diverges without clipping
+        opts += setting.pick(["SOLVER.BASE_LR", 0.00125], [])
     clip = "no_agc" if factor is None else f"agc_{factor:g}"
     return train(setting, f"nf-batch_{images}-{clip}", ("ways", "NF"), seed, 240, opts)
 
