@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from ..results import read_metrics
 from .runner import Outcome
@@ -201,6 +202,15 @@ def _scale(axis: Axes, panel: Panel) -> None:
         axis.set_xticks(xs, [f"{x:g}" for x in xs])
     if "y" in panel.log:
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(_PlainNumbers())
+        axis.yaxis.set_minor_formatter(_PlainNumbers())
+
+
+class _PlainNumbers(LogFormatter):
+    """0.2 for 2 x 10^-1, at those ticks that matplotlib labels."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
 
 
 def _points(line: Line) -> tuple[list[float], list[float], list[float], list[float]]:

@@ -4,15 +4,13 @@ import ast
 import importlib.util
 import json
 import logging
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from waiting import wait_for
 
 from bn_det.command import run as run_command
 from hosts import INSTALLED, every_host
@@ -73,11 +71,11 @@ def test_trains_evaluates_and_continues_after_a_kill(host, options, tmp_path):
     process = subprocess.Popen(
         command(host, *long), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 240
-    while not (out / "model_0000005.pth").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait(60)
+    try:
+        wait_for((out / "model_0000005.pth").exists, 240)
+    finally:
+        process.kill()
+        process.wait(60)
     last = (out / "last_checkpoint").read_text()
     done = torch.load(out / last, weights_only=True)["iteration"] + 1
     assert done >= 3

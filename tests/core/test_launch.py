@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from waiting import wait_for
 
 from bn_det.errors import InputError
 from bn_det.launch import RankError, _raise_first, launch, world_size
@@ -133,21 +134,17 @@ def test_no_rank_survives_its_parent(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("\n".join(lines))
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
+
+    def ranks():
+        return [p.name for p in tmp_path.iterdir() if p.name.isdigit()]
+
     process = subprocess.Popen([sys.executable, str(script)], env=env)
     try:
-        pids = wait_for(lambda: [p for p in tmp_path.iterdir() if p.name.isdigit()], 2)
+        wait_for(lambda: len(ranks()) == 2)
     finally:
         process.kill()
         process.wait()
-    wait_for(lambda: [p for p in pids if not Path(f"/proc/{p.name}").exists()], 2)
-
-
-def wait_for(things, number):
-    deadline = time.monotonic() + 60
-    while len(things()) < number:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return things()
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks()))
 
 
 def free_port():

@@ -3,15 +3,16 @@
 import json
 import math
 import random
+import signal
 import subprocess
 import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 from fvcore.common.config import CfgNode
+from waiting import wait_for
 
 from bn_det.errors import InputError
 from bn_det.reproduce.claims import CLAIMS, Claim, judge
@@ -267,11 +268,12 @@ def test_an_interruption_ends_what_runs(tmp_path):
         f"Runner([step], Path({str(tmp_path / 'runs')!r}), 1).run()"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
-    end = time.monotonic() + 60
-    while not mark.exists() and time.monotonic() < end:
-        time.sleep(0.1)
-    process.send_signal(2)
-    assert "KeyboardInterrupt" in process.communicate(timeout=30)[1]
+    try:
+        wait_for(mark.exists)
+    finally:
+        process.send_signal(signal.SIGINT)
+        error = process.communicate(timeout=30)[1]
+    assert "KeyboardInterrupt" in error
     left = subprocess.run(["pgrep", "-f", tool], capture_output=True, text=True).stdout
     assert not left and not (tmp_path / "runs" / "a" / "done.json").exists()
 

@@ -2,12 +2,11 @@ import colorsys
 import json
 import multiprocessing
 import os
-import signal
-import time
 
 import cv2
 import numpy as np
 import pytest
+from waiting import wait_for
 
 from bn_det.data import shapes
 from bn_det.data.coco import CocoSource, load_coco, prepare
@@ -210,11 +209,11 @@ def test_a_killed_generation_is_not_taken_for_a_finished_one(tmp_path):
     many = {"train": Split(100000, 0)}
     process = context.Process(target=shapes.generate_shapes, args=(root, many))
     process.start()
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".shapes-*/train/*.png")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join(60)
+    try:
+        wait_for(lambda: list(tmp_path.glob(".shapes-*/train/*.png")))
+    finally:
+        process.kill()
+        process.join(60)
     assert not root.exists()
     shapes.generate_shapes(root, SMALL)
     assert len(list((root / "train").iterdir())) == 5

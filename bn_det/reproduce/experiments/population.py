@@ -268,6 +268,6 @@ def _error_panels(results: Results) -> list[Panel]:
     samples = Line("base", [images * n for n in SAMPLES], ys)
     return [
         Panel("Error of the EMA", "part of the training", "error", over, "y"),
-        Panel("before the end, by depth", "layer, from the input on", "error", depth, "y"),
+        Panel("The same before the end, by depth", "layer, from the input on", "error", depth, "y"),
         Panel("Samples of PreciseBN", "images", "box AP", [samples], "x"),
     ]
