@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import importlib.util
 import os
 import signal
 import sys
@@ -18,13 +17,12 @@ from tabulate import tabulate
 
 from ..command import choose_host
 from ..errors import InputError
+from .checks import check_arguments, check_folder, check_host, make_folder
 from .claims import claims_of
-from .published import NUM_GPUS, check_coco, what_changes
+from .published import NUM_GPUS
 from .registry import EXPERIMENTS, SHAPES_ONLY
 from .report import (
     Report,
-    identity,
-    known_identity,
     ledger_markdown,
     make_report,
     table_text,
@@ -46,16 +44,19 @@ def reproduce(args: argparse.Namespace, root: Path) -> None:
         InputError: something is not accepted, or is missing.
     """
     names = _names(args)
-    _check(args, names)
+    check_arguments(args, names)
     setting = _setting(args, root)
+    check_host(setting)
     seeds = range(1, args.seeds + 1)
     steps = plan(names, setting, seeds)
     folder = Path(args.output or f"output/reproduce/{args.experiment}-{args.data}")
-    _check_folder(folder, args.experiment, setting)
+    check_folder(folder, args.experiment, setting, seeds)
+    if not args.dry_run:
+        make_folder("--output", folder)
     jobs = args.jobs or default_jobs()
     with nullcontext() if args.dry_run else _alone(setting.runs):
         runner = Runner(steps, setting.runs, jobs)
-        print(_overview(names, setting, seeds, runner))
+        print(_overview(names, setting, seeds, runner), flush=True)
         if args.dry_run:
             print("\n".join(shown(step.command) for step in runner.pending()))
             return
@@ -127,72 +128,18 @@ def _names(args: argparse.Namespace) -> list[str]:
     return [name for name in EXPERIMENTS if args.data == "shapes" or name not in SHAPES_ONLY]
 
 
-def _check(args: argparse.Namespace, names: Sequence[str]) -> None:
-    for flag, value in (
-        ("--seeds", args.seeds),
-        ("--num-gpus", args.num_gpus),
-        ("--jobs", args.jobs),
-    ):
-        if value is not None and value < 1:
-            raise InputError(f"{flag}: {value} is not accepted; use 1 or more")
-    if len(args.opts) % 2:
-        raise InputError(
-            f"{args.opts[-1]}: has no value; the end of the command is KEY VALUE pairs"
-        )
-    if "normalizer-free" in names and importlib.util.find_spec("timm") is None:
-        raise InputError(
-            "EXPERIMENT: 'normalizer-free' needs timm's nets, which are not installed; use "
-            "pip install -e '.[nf]'"
-        )
-    if args.data == "shapes":
-        if args.num_gpus is not None:
-            raise InputError(
-                f"--num-gpus: {args.num_gpus} is not accepted with --data shapes, whose trainings "
-                "are of one or two processes as the experiment says; leave it out"
-            )
-        return
-    if args.experiment in SHAPES_ONLY:
-        raise InputError(
-            f"--data: 'coco' is not accepted with {args.experiment}, for which COCO has no images "
-            "(of other appearances; or of one category each); use --data shapes"
-        )
-    if not args.dry_run:
-        check_coco()
-    if (args.num_gpus or NUM_GPUS) != NUM_GPUS:
-        changes = what_changes(args.num_gpus)
-        if not args.yes:
-            raise InputError(f"{changes}. Add --yes to run it so")
-        print(changes)
-
-
 def _setting(args: argparse.Namespace, root: Path) -> Setting:
     host = choose_host(args.host)
     runs = Path(args.runs or f"output/reproduce/runs-{args.data}-{host}")
-    num_gpus = args.num_gpus or NUM_GPUS
-    if args.data == "coco" and not args.dry_run and torch.cuda.device_count() < num_gpus:
-        raise InputError(
-            f"--num-gpus: {num_gpus} is not accepted: this machine has "
-            f"{torch.cuda.device_count()} GPUs; use as many (the published setting is {NUM_GPUS}), "
-            "or --data shapes"
-        )
-    return Setting(args.data, host, runs, root, num_gpus, tuple(args.opts))
-
-
-def _check_folder(folder: Path, title: str, setting: Setting) -> None:
-    found, ours = known_identity(folder), identity(title, setting)
-    for key, value in ours.items():
-        if found is not None and found.get(key) != value:
-            raise InputError(
-                f"--output: {folder} has a report with {key} {found.get(key)!r}, and this is one "
-                f"with {value!r}; use another folder"
-            )
+    return Setting(args.data, host, runs, root, args.num_gpus or NUM_GPUS, tuple(args.opts))
 
 
 @contextmanager
 def _alone(runs: Path) -> Iterator[None]:
     """Keep other commands out of a folder of runs."""
-    runs.mkdir(parents=True, exist_ok=True)
+    make_folder("--runs", runs)
     with open(runs / ".lock", "w") as lock:
+        os.set_inheritable(lock.fileno(), True)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
@@ -218,7 +165,7 @@ def _overview(names: Sequence[str], setting: Setting, seeds: range, runner: Runn
     return (
         f"{table}\n{len(left)} of {len(runner.steps)} steps are to be run"
         f"{time if setting.data == 'shapes' else ''}, {runner.jobs} processes at a time; "
-        f"{len(claims_of(names))} claims are tested"
+        f"{len(claims_of(names, setting.data))} claims are tested"
     )
 
 

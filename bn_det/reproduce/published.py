@@ -1,17 +1,13 @@
-"""The published setting on COCO, and what fewer GPUs change of it."""
+"""The published setting on COCO, and what another number of GPUs changes of it."""
 
 from __future__ import annotations
 
 from ast import literal_eval
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from fvcore.common.config import CfgNode
-
-from ..data.coco import builtin_sources, datasets_root
-from ..errors import InputError
 
 NUM_GPUS = 8
 
@@ -38,11 +34,21 @@ def scaled(file: str, opts: Sequence[str], num_gpus: int) -> tuple[str, ...]:
     changed: dict[str, Any] = {
         "SOLVER.IMS_PER_BATCH": round(values["SOLVER.IMS_PER_BATCH"] * factor),
         "SOLVER.BASE_LR": values["SOLVER.BASE_LR"] * factor,
-        "SOLVER.STEPS": tuple(round(s / factor) for s in values["SOLVER.STEPS"]),
+        "SOLVER.STEPS": tuple(scaled_iterations(s, num_gpus) for s in values["SOLVER.STEPS"]),
     }
     for key in ("SOLVER.MAX_ITER", *_DEFAULTS):
-        changed[key] = round(values[key] / factor)
+        changed[key] = scaled_iterations(values[key], num_gpus)
     return tuple(text for key, value in changed.items() for text in (key, str(value)))
+
+
+def scaled_iterations(published: int, num_gpus: int) -> int:
+    """A number of iterations on 8 GPUs, on another number of them.
+
+    Multiples of 4500, as periods and what is looked at are, stay multiples of the same number, so
+    that the checkpoints that are looked at are among those that are saved.
+    """
+    many, rest = divmod(published, 4500)
+    return many * (4500 * NUM_GPUS // num_gpus) + round(rest * NUM_GPUS / num_gpus)
 
 
 @cache
@@ -67,25 +73,9 @@ def what_changes(num_gpus: int) -> str:
     """For a user to agree to."""
     factor = num_gpus / NUM_GPUS
     return (
-        f"--num-gpus: the published setting is {NUM_GPUS} GPUs with 2 images each. With "
+        f"the published setting is {NUM_GPUS} GPUs with 2 images each. With "
         f"{num_gpus}: {2 * num_gpus} images a step instead of 16; the learning rate is scaled by "
         f"{factor:g}, and iterations, steps and periods by {1 / factor:g}. BN stays "
         f"one of 2 images, but the batches of SyncBN and of shuffling are of {2 * num_gpus} images "
         "instead of 16"
     )
-
-
-def check_coco() -> None:
-    """Raise InputError unless COCO is where Detectron2 looks for it."""
-    for name, source in builtin_sources().items():
-        if not name.startswith("coco_"):
-            continue
-        for path in (source.json_file, source.image_root):
-            if not Path(path).exists():
-                raise InputError(
-                    f"--data: 'coco' is not accepted: there is no {path}. COCO is looked for below "
-                    f"{datasets_root() / 'coco'} (the environment variable DETECTRON2_DATASETS "
-                    "names the folder above it), as annotations/instances_train2017.json, "
-                    "annotations/instances_val2017.json, train2017/*.jpg and val2017/*.jpg; or use "
-                    "--data shapes, which is generated"
-                )

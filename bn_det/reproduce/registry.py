@@ -26,3 +26,6 @@ EXPERIMENTS = {
 
 SHAPES_ONLY = ("domain-shift", "correlated")
 """Those whose data COCO does not have."""
+
+SEVERAL_GPUS = ("leakage", "batch-size")
+"""Those that on COCO compare the batch of a GPU with that of all."""

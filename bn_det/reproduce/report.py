@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 from tabulate import tabulate
 
 from ..checkpoint import write_aside
+from ..errors import InputError
 from ..results import finite
 from .claims import Claim, Verdict, claims_of, judge
+from .published import NUM_GPUS, what_changes
 from .registry import EXPERIMENTS
 from .results import Picture, Results, Table, Values
 from .runner import Failure
@@ -56,7 +58,7 @@ def make_report(
     """Of the experiments that are named, as far as their steps have been done."""
     shows = {name: EXPERIMENTS[name].show(results) for name in names}
     ledger = []
-    for claim in claims_of(names):
+    for claim in claims_of(names, results.setting.data):
         effect = EXPERIMENTS[claim.experiment].EFFECTS[claim.name]
         effects = [e for e in results.over_seeds(effect) if e is not None]
         ledger.append((claim, judge(claim, effects)))
@@ -202,7 +204,8 @@ def _page(report: Report, folder: Path) -> str:
         f"<title>bn_det: {escape(report.title)}</title><style>{_STYLE}</style></head><body>",
         f"<h1>{escape(report.title)}: what the batch in BatchNorm does</h1>",
         f"<p>Data: {setting.data}. Host: {setting.host}. Seeds: {seeds}. {escape(versions)}. "
-        f"The steps together took {timedelta(seconds=round(seconds))}, some at the same time.</p>",
+        f"The steps together took {timedelta(seconds=round(seconds))}, some at the same time "
+        "(of a training that was resumed, the last part counts).</p>",
         *_warnings(report),
         "<h2>The ledger of claims</h2>",
         "<p>The claims, their metrics and the smallest effects that count were fixed before the "
@@ -222,13 +225,15 @@ def _about(experiment: ModuleType) -> str:
 
 
 def _warnings(report: Report) -> list[str]:
-    found = []
-    if report.results.setting.opts:
-        opts = escape(" ".join(report.results.setting.opts))
+    found, setting = [], report.results.setting
+    if setting.opts:
+        opts = escape(" ".join(setting.opts))
         found.append(
             f"All commands had the options <code>{opts}</code>: these are not the settings that "
             "the claims were written down for."
         )
+    if setting.data == "coco" and setting.num_gpus != NUM_GPUS:
+        found.append(escape(f"{setting.num_gpus} GPUs: {what_changes(setting.num_gpus)}."))
     missing = len([s for s in report.steps if s.name not in report.results.outcomes])
     if missing:
         found.append(f"{missing} of {len(report.steps)} steps are missing.")
@@ -291,6 +296,18 @@ def _rich(text: str) -> str:
 
 
 def known_identity(folder: Path) -> Mapping[str, Any] | None:
-    """That of the report in a folder; None where there is none."""
+    """That of the report in a folder, and its seeds; None where there is none.
+
+    Raises:
+        InputError: there is a file of that name which is none of a report.
+    """
     path = folder / RESULTS
-    return json.loads(path.read_text()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not {"experiment", "seeds"} <= found.keys():
+        raise InputError(f"--output: {path} is not of a report; use another folder")
+    return found

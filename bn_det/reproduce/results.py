@@ -48,9 +48,11 @@ class Results:
         return value
 
     def ap(self, step: Step, file: str, *keys: str) -> float | None:
-        """AP in a step's file, of "bbox" or "segm"; 0 for a model that detects nothing."""
-        metrics = self.at(step, file, *keys)
-        return None if metrics is None else metrics["AP"] or 0.0
+        """AP in a step's file, by keys that end with "bbox" or "segm"; 0 without detections."""
+        *where, task = keys
+        metrics = self.at(step, file, *where)
+        # Detectron2 has no masks where there are no detections.
+        return None if metrics is None else metrics.get(task, {}).get("AP") or 0.0
 
     def metrics(self, training: Training) -> list[dict[str, float]]:
         """The lines of a training's metrics.json, also of one that has diverged, in their order."""
@@ -65,8 +67,8 @@ class Results:
         done = training.iteration(iteration)
         for line in self.metrics(training):
             # Counted from 0; but Detectron2's evaluation at the end has the number of iterations.
-            if line["iteration"] in (done - 1, done) and f"{task}/AP" in line:
-                value = line[f"{task}/AP"]
+            if line["iteration"] in (done - 1, done) and "bbox/AP" in line:
+                value = line.get(f"{task}/AP", math.nan)
                 return 0.0 if math.isnan(value) else value
         return None
 

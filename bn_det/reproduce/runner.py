@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -30,8 +31,8 @@ class Outcome(NamedTuple):
     """How a step ended.
 
     Attributes:
-        seconds: that it took, alone or beside others; of a training that was interrupted, its
-            parts together.
+        seconds: that it took, alone or beside others; of a training that was resumed, the last
+            part.
         diverged_at: the iteration at which a training's loss was not finite; None if it was.
     """
 
@@ -130,6 +131,8 @@ class Runner:
         if step.is_training and begun.is_file() and (folder / "last_checkpoint").is_file():
             _check_command(step, json.loads(begun.read_text()), folder)
             resume = ("--resume",)
+        else:  # lines are appended to it
+            (folder / "metrics.json").unlink(missing_ok=True)
         with write_aside(begun) as aside:
             Path(aside).write_text(json.dumps(step.command))
         print(f"{'resumes' if resume else 'starts'} {step.name}", flush=True)
@@ -144,15 +147,18 @@ class Runner:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 env=environment,
+                # The lock on the folder of runs lasts as long as what runs in it.
+                close_fds=False,
             )
 
     def _finish(self, step: Step, code: int, seconds: float) -> None:
         folder = self.runs / step.name
         diverged = _DIVERGED.search((folder / LOG).read_text(errors="replace")) if code else None
         if code and not (step.is_training and diverged):
-            reason = _last_line(folder / LOG)
+            how = f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
+            reason = f"{how}: {_last_line(folder / LOG)}"
             self.failures.append(Failure(step, reason))
-            print(f"FAILED {step.name} (exit code {code}): {reason}", flush=True)
+            print(f"FAILED {step.name}: {reason}", flush=True)
             return
         outcome = Outcome(round(seconds, 1), int(diverged[1]) if diverged else None)
         content = {"command": step.command, **outcome._asdict()}
@@ -187,7 +193,7 @@ def _check_command(step: Step, found: Sequence[str], folder: Path) -> None:
     if tuple(found) != step.command:
         raise InputError(
             f"--runs: {folder} has another command: {shown(found)}, and not {shown(step.command)}; "
-            "use another folder"
+            "use another folder (or, if only paths differ, the same working directory)"
         )
 
 

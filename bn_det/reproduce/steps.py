@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from .published import NUM_GPUS, scaled
+import torch
+
+from .published import scaled, scaled_iterations
 
 T = TypeVar("T")
 
@@ -22,7 +24,8 @@ class Step(NamedTuple):
         name: of the folder, below that of all runs; "train/NAME" for a training, and for a
             measurement of its checkpoint below that. Steps of the same name are the same.
         command: the tool, and its arguments.
-        seconds: about how long it takes on two CPU cores; of one process, beside another one.
+        seconds: about how long it takes on two CPU cores; of one process, beside another one. 0
+            if it is not known, as on COCO.
         needs: names of the steps that have to be done before.
         processes: how many it starts.
     """
@@ -96,7 +99,7 @@ class Training(NamedTuple):
         """That of a number of iterations of the published setting; both are counted from 1."""
         if self.setting.data == "shapes":
             return published
-        return round(published * NUM_GPUS / self.setting.num_gpus)
+        return scaled_iterations(published, self.setting.num_gpus)
 
     def checkpoint(self, iteration: int | None = None) -> str:
         """The file of an iteration of the published setting, or of the end."""
@@ -128,13 +131,19 @@ def train(
     processes = setting.pick(processes, setting.num_gpus)
     if setting.data == "coco":
         texts = (*texts, *scaled(file, texts, setting.num_gpus))
-    flags = ("--num-gpus", str(processes)) if processes > 1 else ()
+    elif 0 < torch.cuda.device_count() < processes:
+        texts = (*texts, "MODEL.DEVICE", "cpu")  # there are GPUs, but not one for each
     own = ("SEED", str(seed), "OUTPUT_DIR", setting.folder(name))
     command = (
-        *setting.tool("train_net"), "--config-file", file, *flags, *texts, *setting.opts, *own,
+        *setting.tool("train_net"), "--config-file", file, *_num_gpus(processes), *texts,
+        *setting.opts, *own,
     )  # fmt: skip
-    step = Step(name, command, seconds, processes=processes)
+    step = Step(name, command, setting.pick(seconds, 0), processes=processes)
     return Training(step, setting, file, texts)
+
+
+def _num_gpus(processes: int) -> tuple[str, ...]:
+    return ("--num-gpus", str(processes)) if processes > 1 else ()
 
 
 def evaluate(
@@ -146,7 +155,10 @@ def evaluate(
     weights: str | None = None,
 ) -> Step:
     """An evaluation of a training's checkpoint, by other options: AP in results.json."""
-    return _measure(training, "train_net", name, seconds, ("--eval-only",), opts, weights)
+    processes = training.setting.pick(1, training.setting.num_gpus)
+    flags = ("--eval-only", *_num_gpus(processes))
+    step = _measure(training, "train_net", name, seconds, flags, opts, weights)
+    return step._replace(processes=processes)
 
 
 def measure(
@@ -182,7 +194,7 @@ def _measure(
         *setting.tool(tool), "--config-file", training.config, *flags, *training.opts,
         *map(str, opts), *setting.opts, *own,
     )  # fmt: skip
-    return Step(name, command, seconds, (training.name, *needs))
+    return Step(name, command, setting.pick(seconds, 0), (training.name, *needs))
 
 
 def recompute(
@@ -203,7 +215,7 @@ def recompute(
         "--output", os.path.join(folder, "precise.pth"), "--evaluate", *map(str, flags),
         *training.opts, *map(str, opts), *setting.opts, "OUTPUT_DIR", folder,
     )  # fmt: skip
-    return Step(name, command, seconds, (training.name,))
+    return Step(name, command, setting.pick(seconds, 0), (training.name,))
 
 
 def precise(setting: Setting, step: Step) -> str:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from waiting import wait_for
 
 from hosts import detectron2, every_host
 from reference import BASE, norm_opts
+from waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 TRAIN_NET = str(ROOT / "tools" / "train_net.py")

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from waiting import wait_for
 
 from bn_det.data.shapes import VARIANTS, Split, generate_shapes
+from waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 QUICK = ("SOLVER.MAX_ITER", "2", "SOLVER.WARMUP_ITERS", "0", "TEST.PRECISE_BN.NUM_ITER", "1")
@@ -120,6 +120,23 @@ def test_a_termination_ends_what_runs(tiny, tmp_path):
             os.kill(left, signal.SIGKILL)
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes by /proc")
+def test_a_kill_leaves_no_second_writer(tiny, tmp_path):
+    """What the killed command had started may go on, and keeps others out of its folder."""
+    how = command(tiny, tmp_path, "domain-shift", *HOST, "SOLVER.MAX_ITER", "100000")
+    process = subprocess.Popen(**how, stdout=subprocess.PIPE)
+    try:
+        wait_for(lambda: len(working_in(tmp_path)) > 1)
+        process.kill()
+        process.communicate()
+        again = run(tiny, tmp_path, "domain-shift", *HOST, "SOLVER.MAX_ITER", "100000")
+        assert working_in(tmp_path) and "another command is at work in" in again.stderr
+    finally:
+        process.kill()
+        for left in working_in(tmp_path):
+            os.kill(left, signal.SIGKILL)
+
+
 @pytest.mark.parametrize(
     "args, words",
     [
@@ -129,10 +146,19 @@ def test_a_termination_ends_what_runs(tiny, tmp_path):
         (["leakage", "--num-gpus", "2"], "--num-gpus: 2 is not accepted with --data shapes"),
         (["leakage", "--seeds", "0"], "--seeds: 0 is not accepted; use 1 or more"),
         (["leakage", "SEED"], "SEED: has no value"),
+        (["leakage", "SEED", "7"], "SEED: is not accepted; --seeds and --runs say it"),
+        (["leakage", "--output", "file"], "--output: file cannot be made: File exists"),
+        (["leakage", "--runs", "file/runs"], "--runs: file/runs cannot be made: Not a directory"),
+        (
+            ["leakage", "--data", "coco", "--dry-run"],
+            "--host: 'torchvision' is not accepted with --data coco, whose trainings begin with "
+            "Detectron2's ResNet-50",
+        ),
     ],
 )
 def test_bad_input(tiny, tmp_path, args, words):
-    done = run(tiny, tmp_path, *args, *(() if "SEED" in args else HOST))
+    (tmp_path / "file").touch()
+    done = run(tiny, tmp_path, *HOST, *args)
     assert done.returncode == 1 and words in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
 
@@ -153,10 +179,11 @@ def test_coco_is_looked_for_in_its_folder(tmp_path):
 def test_fewer_gpus_on_coco(tmp_path):
     """What is run on 4 GPUs with --yes; a dry run asks for no data."""
     args = ("leakage", "--data", "coco", "--num-gpus", "4", "--yes", "--dry-run", *HOST)
-    done = run(tmp_path, tmp_path, *args)
+    done = run(tmp_path, tmp_path, *args, "MODEL.WEIGHTS", "r50.pth")
     assert done.returncode == 0, done.stderr
     assert "8 images a step instead of 16; the learning rate is scaled by 0.5" in done.stdout
     line = next(x for x in done.stdout.splitlines() if "head_SyncBN" in x)
     for words in ("--num-gpus 4", "SOLVER.IMS_PER_BATCH 8", "SOLVER.BASE_LR 0.01",
-                  "SOLVER.MAX_ITER 540000", "SOLVER.CHECKPOINT_PERIOD 180000"):  # fmt: skip
+                  "SOLVER.MAX_ITER 540000", "SOLVER.CHECKPOINT_PERIOD 18000",
+                  "TEST.EVAL_PERIOD 180000"):  # fmt: skip
         assert words in line

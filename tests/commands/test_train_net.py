@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from waiting import wait_for
 
 from bn_det.command import run as run_command
 from hosts import INSTALLED, every_host
 from reference import BASE
+from waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 TRAIN_NET = ROOT / "tools" / "train_net.py"

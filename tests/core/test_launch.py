@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from waiting import wait_for
 
 from bn_det.errors import InputError
 from bn_det.launch import RankError, _raise_first, launch, world_size
+from waiting import wait_for
 
 
 @pytest.fixture(autouse=True)

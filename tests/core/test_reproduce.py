@@ -11,19 +11,30 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from fvcore.common.config import CfgNode
-from waiting import wait_for
 
 from bn_det.errors import InputError
-from bn_det.reproduce.claims import CLAIMS, Claim, judge
-from bn_det.reproduce.experiments import batch_size, multi_domain, normalizer_free, population
+from bn_det.reproduce.checks import check_folder
+from bn_det.reproduce.claims import CLAIMS, Claim, claims_of, judge
+from bn_det.reproduce.experiments import (
+    batch_size,
+    correlated,
+    domain_shift,
+    frozen,
+    leakage,
+    multi_domain,
+    normalizer_free,
+    population,
+)
 from bn_det.reproduce.main import plan
-from bn_det.reproduce.published import scaled, what_changes
+from bn_det.reproduce.published import scaled, scaled_iterations, what_changes
 from bn_det.reproduce.registry import EXPERIMENTS, SHAPES_ONLY
 from bn_det.reproduce.report import cell, make_report, write_report
 from bn_det.reproduce.results import Picture, Results, Table, average
 from bn_det.reproduce.runner import Outcome, Runner
 from bn_det.reproduce.steps import Setting, Step
+from waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 NAMES = list(EXPERIMENTS)
@@ -117,7 +128,7 @@ def test_plans(tmp_path, data):
     assert len(steps) < separately, "experiments share trainings"
 
 
-@pytest.mark.parametrize("data, num_gpus", [("shapes", 8), ("coco", 8), ("coco", 4)])
+@pytest.mark.parametrize("data, num_gpus", [("shapes", 8), *(("coco", n) for n in range(2, 17))])
 def test_trainings_keep_the_checkpoints_that_are_looked_at(tmp_path, data, num_gpus):
     """By the period and the length that their commands and configs say."""
     setting = Setting(data, "torchvision", tmp_path / "runs", ROOT, num_gpus)
@@ -155,6 +166,52 @@ def test_fewer_gpus():
         "SOLVER.FREEZE_BN_ITER": "0",
     }
     assert "4 images a step instead of 16; the learning rate is scaled by 0.25" in what_changes(2)
+
+
+@pytest.mark.parametrize("num_gpus", range(1, 17))
+def test_iterations_on_other_numbers_of_gpus(num_gpus):
+    """Within 1 % of the same epochs; multiples of a period are of its scaled one."""
+    for published in (1, 1000, 5000, 60000, 67500, 210000, 270000):
+        exact = published * 8 / num_gpus
+        assert scaled_iterations(published, num_gpus) == pytest.approx(exact, rel=0.01, abs=1)
+    for period in (4500, 9000, 22500, 27000, 90000):
+        once = scaled_iterations(period, num_gpus)
+        assert all(scaled_iterations(k * period, num_gpus) == k * once for k in range(11))
+
+
+@pytest.mark.parametrize("data, num_gpus", [("shapes", 8), ("coco", 8), ("coco", 2)])
+def test_precise_bn_has_as_many_images_in_all_that_is_compared(tmp_path, data, num_gpus):
+    setting, found = Setting(data, "torchvision", tmp_path, ROOT, num_gpus), {}
+    for name in ("multi-domain", "population", "batch-size"):
+        for step in EXPERIMENTS[name].plan(setting, 1):
+            if "recompute" in step.command[0] and "--num-iters" not in step.command:
+                opts = dict(pairwise(step.command))
+                keys = (f"TEST.PRECISE_BN.{key}" for key in ("IMS_PER_BATCH", "NUM_ITER"))
+                found.setdefault(name, set()).add(math.prod(int(opts[key]) for key in keys))
+    images = {640 if data == "shapes" else 3200}
+    assert found == {"multi-domain": images, "population": images, "batch-size": images}
+    training = population.training(setting, 1, "base")
+    for n in (32, 1024, 2048):
+        opts = dict(pairwise(population.samples_step(training, n).command))
+        assert int(opts["--num-iters"]) * int(opts["TEST.PRECISE_BN.IMS_PER_BATCH"]) == n
+
+
+@pytest.mark.parametrize("num_gpus, sizes", [(8, (2, 16)), (4, (2, 8))])
+def test_batch_sizes_on_coco_are_those_of_a_gpu_and_of_all(tmp_path, num_gpus, sizes):
+    setting = Setting("coco", "detectron2", tmp_path, ROOT, num_gpus)
+    assert batch_size.sizes(setting) == sizes
+    configs = [batch_size.training(setting, 1, size).config for size in sizes]
+    assert [Path(config).name for config in configs] == ["BN.yaml", "SyncBN.yaml"]
+    names = {claim.name for claim in claims_of(["batch-size"], "coco")}
+    assert names == {"small batch, population", "batch at test"}
+
+
+@pytest.mark.parametrize("here, on_cpu", [(0, False), (1, True), (2, False)])
+def test_two_processes_where_there_is_one_gpu(setting, monkeypatch, here, on_cpu):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: here)
+    for step in plan(["leakage"], setting, [1]):
+        assert (("MODEL.DEVICE", "cpu") in pairwise(step.command)) == on_cpu
+    assert not any("cpu" in step.command for step in plan(["multi-domain"], setting, [1]))
 
 
 # the runner
@@ -208,7 +265,7 @@ def test_a_failure_leaves_out_what_needs_it(tmp_path, capsys):
     )
     runner = Runner([a, b, c], tmp_path / "runs", jobs=1)
     failures = runner.run()
-    assert [(f.step, f.reason) for f in failures] == [(a, "error: no luck")]
+    assert [(f.step, f.reason) for f in failures] == [(a, "exit code 1: error: no luck")]
     assert set(runner.outcomes) == {"c"}
     assert "FAILED a" in capsys.readouterr().out
     # Again only what is missing is tried.
@@ -249,11 +306,17 @@ def test_an_interrupted_training_is_resumed(tmp_path):
     )
     runs = tmp_path / "runs"
     step = Step("a", (str(tool), "OUTPUT_DIR", str(runs / "a")), 1)
-    assert len(Runner([step], runs, jobs=1).run()) == 1
+    (runs / "a").mkdir(parents=True)
+    (runs / "a" / "metrics.json").write_text("of a run without a checkpoint")
+    (failure,) = Runner([step], runs, jobs=1).run()
+    assert failure.reason == "killed by SIGKILL: no output"
+    assert not (runs / "a" / "metrics.json").exists()
+    (runs / "a" / "metrics.json").touch()
     other = step._replace(command=(str(tool), "SEED", "2", "OUTPUT_DIR", str(runs / "a")))
     with pytest.raises(InputError, match="has another command"):
         Runner([other], runs, jobs=1).run()
     assert Runner([step], runs, jobs=1).run() == []
+    assert (runs / "a" / "metrics.json").exists(), "lines are appended to it"
     with pytest.raises(InputError, match="has another command"):
         Runner([other], runs, jobs=1)
 
@@ -388,6 +451,63 @@ def test_effects_against_the_files(results):
     assert batch_size.EFFECTS["small batch, depth"](results, 2) == pytest.approx(expected)
 
 
+def test_more_effects_against_the_files(results):
+    train = results.setting.runs / "train"
+
+    def leak(head):
+        found = read(results, f"mask_rcnn-{head}-seed2/leakage-1500/leakage.json")
+        return found["batch - population"]["foreground accuracy"]["value"]
+
+    effects = leakage.EFFECTS
+    assert effects["leak"](results, 2) == leak("BN")
+    assert effects["shuffling"](results, 2) == pytest.approx(leak("BN") - leak("BN_shuffle"))
+    assert effects["SyncBN"](results, 2) == pytest.approx(leak("BN") - leak("SyncBN"))
+    lines = (train / "mask_rcnn-BN-seed2" / "metrics.json").read_text().splitlines()
+    (end,) = [x["segm/AP"] for x in map(json.loads, lines) if x["iteration"] == 1499]
+    batch = read(results, "mask_rcnn-BN-seed2/batch-1500/results.json", "segm", "AP")
+    assert effects["leak, mask AP"](results, 2) == pytest.approx(batch - end)
+
+    def loss(name, statistics):
+        return read(results, f"{name}/loss.json", statistics, "value")
+
+    usual = loss("retinanet-nbs_2-seed2/loss-validation", "population")
+    frozen_ = loss("retinanet-nbs_2-frozen-seed2/loss-validation", "population")
+    expected = (usual - frozen_) / usual
+    assert frozen.EFFECTS["frozen at the end"](results, 2) == pytest.approx(expected)
+
+    def gap(batches):
+        name = f"correlated-{batches}-seed2/loss"
+        return loss(name, "population") - loss(name, "batch")
+
+    pairs = (gap("pairs") - gap("random")) / loss("correlated-random-seed2/loss", "population")
+    assert correlated.EFFECTS["pairs leak"](results, 2) == pytest.approx(pairs)
+    twos = loss("correlated-random_ghost-seed2/loss", "population")
+    twos = (gap("pairs_across") - gap("random_ghost")) / twos
+    found = correlated.EFFECTS["groups across categories"](results, 2)
+    assert found == pytest.approx(pairs - twos)
+
+    gains = []
+    for domain in ("night", "fog", "sensor"):
+        name = f"retinanet-per_domain-affine_shared-seed2/adabn-{domain}/precise.json"
+        ap = read(results, name, "results")
+        gains.append(ap["after"]["bbox"]["AP"] - ap["before"]["bbox"]["AP"])
+    assert domain_shift.EFFECTS["AdaBN"](results, 2) == pytest.approx(sum(gains) / 3)
+
+    def end_of(images, clip):
+        lines = (train / f"nf-batch_{images}-{clip}-seed2" / "metrics.json").read_text()
+        lines = [json.loads(line) for line in lines.splitlines()]
+        return np.mean([x["total_loss"] for x in lines if x["iteration"] >= 0.9 * 1500])
+
+    factors = {0.16: "agc_0.16", 0.04: "agc_0.04", 0.01: "agc_0.01"}
+    gap = end_of(32, "no_agc") - end_of(8, "no_agc")
+    gap -= end_of(32, "agc_0.01") - end_of(8, "agc_0.01")
+    effects = normalizer_free.EFFECTS
+    assert effects["AGC, large batch"](results, 2) == pytest.approx(gap / end_of(8, "no_agc"))
+    best = {n: min(factors, key=lambda f: end_of(n, factors[f])) for n in (8, 32)}
+    expected = math.log2(best[8] / best[32])
+    assert effects["AGC, clip factor"](results, 2) == pytest.approx(expected, abs=1e-9)
+
+
 def test_a_training_that_diverged_counts_with_its_first_loss(results):
     of = normalizer_free.training(results.setting, 1, 32, None)
     results.outcomes[of.name] = Outcome(5.0, 40)
@@ -411,6 +531,15 @@ def test_a_model_that_detects_nothing_has_ap_0(results):
     assert multi_domain.ap(results, 1, "shared", "shared", "shared") == 0.0
     del results.outcomes[of.name]
     assert multi_domain.ap(results, 1, "shared", "shared", "shared") is None
+
+    # Detectron2 has no masks of a model that detects nothing.
+    of = leakage.batch_step(leakage.training(results.setting, 1, "BN"), 1500)
+    (results.setting.runs / of.name / "results.json").write_text('{"bbox": {"AP": null}}')
+    assert leakage.batch_ap(results, 1, "BN", 1500, "segm") == 0.0
+    of = leakage.training(results.setting, 1, "BN")
+    lines = '{"iteration": 499, "bbox/AP": NaN}\n'
+    (results.setting.runs / of.name / "metrics.json").write_text(lines)
+    assert leakage.population_ap(results, 1, "BN", 500, "segm") == 0.0
 
 
 def test_ap_over_a_training(results):
@@ -447,6 +576,10 @@ def test_report(results, tmp_path):
                     assert len(row.cells) == len(table.columns) == len(table.digits)
                     assert len(row.label) == len(table.labels)
                     assert row.steps[0].command[1:] and row.steps[0].name in content["steps"]
+                    # What its commands read is made by commands that are shown.
+                    folders = {str(results.setting.runs / s.name) for s in row.steps}
+                    read = {a for s in row.steps for a in s.command if a.endswith(".pth")}
+                    assert {str(Path(a).parent) for a in read} <= folders
     for c in CLAIMS:
         assert c.sentence in page.replace("&#x27;", "'")
     for picture in pictures:
@@ -461,6 +594,43 @@ def test_a_report_with_nothing_done_says_so(setting, tmp_path):
     write_report(report, tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert f"{len(steps)} of {len(steps)} steps are missing" in page
+
+
+@pytest.mark.parametrize("data", ["shapes", "coco"])
+def test_reports_of_either_data(tmp_path, data):
+    """Each experiment on COCO, too, and its claims."""
+    setting = Setting(data, "detectron2", tmp_path / "runs", ROOT, 4)
+    names = [n for n in NAMES if data == "shapes" or n not in SHAPES_ONLY]
+    steps = plan(names, setting, [1])
+    write_results(setting, steps, random.Random(3))
+    results = Results(setting, {s.name: Outcome(60.0, None) for s in steps}, [1])
+    for step in steps:  # as often as they are looked at
+        if step.is_training:
+            every = 15 if data == "shapes" else 9000
+            lines = [
+                json.dumps({"iteration": k - 1, "bbox/AP": 1.0, "segm/AP": 1.0, "total_loss": 1.0})
+                for k in range(every, 600001 if data == "coco" else 1501, every)
+            ]
+            (setting.runs / step.name / "metrics.json").write_text("\n".join(lines) + "\n")
+    report = make_report("all", names, results, steps, [])
+    assert all(verdict.word for _, verdict in report.ledger)
+    write_report(report, tmp_path / "report")
+    warned = "4 GPUs: the published setting is 8" in (tmp_path / "report/report.html").read_text()
+    assert warned == (data == "coco")
+
+
+def test_a_report_is_not_written_over_what_is_none(setting, tmp_path):
+    check_folder(tmp_path, "all", setting, [1])
+    steps = plan(["frozen"], setting, [1, 2])
+    report = make_report("frozen", ["frozen"], Results(setting, {}, [1, 2]), steps, [])
+    write_report(report, tmp_path)
+    check_folder(tmp_path, "frozen", setting, [1, 2, 3])
+    with pytest.raises(InputError, match="has a report of 2 seeds, and this is one of 1"):
+        check_folder(tmp_path, "frozen", setting, [1])
+    for content in ("{", "[]", '{"bbox": {"AP": 30.0}}'):
+        (tmp_path / "results.json").write_text(content)
+        with pytest.raises(InputError, match=r"results.json is not of a report"):
+            check_folder(tmp_path, "all", setting, [1])
 
 
 def test_cells():

@@ -6,7 +6,6 @@ import os
 import cv2
 import numpy as np
 import pytest
-from waiting import wait_for
 
 from bn_det.data import shapes
 from bn_det.data.coco import CocoSource, load_coco, prepare
@@ -21,6 +20,7 @@ from bn_det.data.shapes import (
     draw_image,
 )
 from bn_det.errors import InputError
+from waiting import wait_for
 
 SMALL = {"train": Split(5, 0), "val": Split(3, 1)}
 each_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)

@@ -20,26 +20,26 @@ from ..results import (
 )
 from ..steps import Setting, Step, Training, precise, recompute, train
 
-IMAGES = 640
-"""On shapes, for PreciseBN."""
-
 SETS = ("train", "validation")
 
 
 def sizes(setting: Setting) -> tuple[int, ...]:
     """Images in a normalization batch. On COCO those of a GPU, and of all."""
-    return setting.pick((2, 4, 8, 16), (2, 16))
+    return setting.pick((2, 4, 8, 16), (2, 2 * setting.num_gpus))
 
 
 def training(setting: Setting, seed: int, size: int) -> Training:
-    names = setting.pick({s: f"NBS_{s}" for s in (2, 4, 8, 16)}, {2: "BN", 16: "SyncBN"})
-    config = (setting.pick("batch_size", "ways"), names[size])
+    on_coco = ("ways", "BN" if size == sizes(setting)[0] else "SyncBN")
+    config = setting.pick(("batch_size", f"NBS_{size}"), on_coco)
     return train(setting, f"retinanet-nbs_{size}", config, seed, 280, processes=2)
 
 
 def precise_step(of: Training, size: int) -> Step:
-    """Population statistics of the model with normalization batches as in training."""
-    number = of.setting.pick(IMAGES // size, 200)
+    """Population statistics of the model with normalization batches as in training.
+
+    All sizes' from as many images.
+    """
+    number = of.setting.pick(640, 3200) // size
     opts = ("TEST.PRECISE_BN.IMS_PER_BATCH", size, "TEST.PRECISE_BN.NUM_ITER", number)
     return recompute(of, "precise", 35, (), opts)
 
@@ -179,7 +179,8 @@ def _panels(results: Results) -> list[Panel]:
     for size in xs:
         found = [spread(results, seed, size) for seed in results.seeds]
         depth.append(by_layer(f"batches of {size}", found))
-    return [
-        Panel("Loss", "images normalized together", "loss", lines, "x"),
-        Panel("How batches vary", "layer of the backbone", "standard deviation", depth, "y"),
-    ]
+    loss = Panel("Loss", "images normalized together", "loss", lines, "x")
+    if not any(line.ys for line in depth):  # no BN in the backbone, or nothing done
+        return [loss]
+    vary = Panel("How batches vary", "layer of the backbone", "standard deviation", depth, "y")
+    return [loss, vary]

@@ -66,7 +66,8 @@ def show(results: Results) -> list[Table | Picture]:
     rows = []
     for kind in KINDS:
         of, weights = measured(results.setting, results.seeds[0], kind)
-        steps = [of.step, *(loss_step(of, SIZE, data, weights) for data in SETS)]
+        steps = [of.step, *([weights] if weights else [])]
+        steps += [loss_step(of, SIZE, data, weights) for data in SETS]
         cells = [results.over_seeds(losses, kind, *of_curve) for of_curve in CURVES.values()]
         rows.append(Row((kind,), (*cells, results.over_seeds(ap, kind)), tuple(steps)))
     columns = (*(f"loss, {name}" for name in CURVES), "box AP, population")

@@ -23,7 +23,8 @@ def period(setting: Setting) -> int:
 
 def training(setting: Setting, seed: int, head: str) -> Training:
     every = period(setting)
-    opts = ("SOLVER.CHECKPOINT_PERIOD", every, "TEST.EVAL_PERIOD", every)
+    # On COCO more often than is looked at, to resume from.
+    opts = ("SOLVER.CHECKPOINT_PERIOD", setting.pick(every, 9000), "TEST.EVAL_PERIOD", every)
     return train(setting, f"mask_rcnn-{head}", ("leakage", f"head_{head}"), seed, 400, opts, 2)
 
 

@@ -25,8 +25,8 @@ the learning rate, and with four times both, for the same epochs."""
 SLOW = 0.01
 """The other momentum of the EMA; by default it is 0.1."""
 
-SAMPLES = (1, 2, 4, 8, 16, 32, 64)
-"""Batches of 32 (on COCO of 16) images."""
+SAMPLES = (32, 64, 128, 256, 512, 1024, 2048)
+"""Images that PreciseBN has."""
 
 
 def training(setting: Setting, seed: int, case: str) -> Training:
@@ -35,8 +35,7 @@ def training(setting: Setting, seed: int, case: str) -> Training:
     lr = setting.pick(0.08, 0.04)
     opts = ("TEST.PRECISE_BN.ENABLED", False, "SOLVER.BASE_LR", lr)
     if case == "learning rate x4":
-        every = setting.pick(90, 27000)
-        opts += ("SOLVER.CHECKPOINT_PERIOD", every)
+        opts += ("SOLVER.CHECKPOINT_PERIOD", setting.pick(90, 9000))
         return train(setting, f"{DETECTOR}-lr_x4", BASE, seed, 430, opts)
     opts += setting.pick(
         (
@@ -45,7 +44,7 @@ def training(setting: Setting, seed: int, case: str) -> Training:
         ),
         (
             *("SOLVER.IMS_PER_BATCH", 64, "SOLVER.MAX_ITER", 67500),
-            *("SOLVER.STEPS", "(52500,62500)", "SOLVER.CHECKPOINT_PERIOD", 22500),
+            *("SOLVER.STEPS", "(52500,62500)", "SOLVER.CHECKPOINT_PERIOD", 4500),
         ),
     )
     return train(setting, f"{DETECTOR}-batch_x4", BASE, seed, 410, opts)
@@ -55,7 +54,7 @@ def slow_training(setting: Setting, seed: int) -> Training:
     """With the weights of the base training, and another EMA, which is evaluated all along."""
     every = setting.pick(90, 27000)
     opts = ("TEST.PRECISE_BN.ENABLED", False, "SOLVER.BN_MOMENTUM", SLOW)
-    opts += ("TEST.EVAL_PERIOD", every, "SOLVER.CHECKPOINT_PERIOD", 10 * every)
+    opts += ("TEST.EVAL_PERIOD", every, "SOLVER.CHECKPOINT_PERIOD", setting.pick(900, 9000))
     return train(setting, f"{DETECTOR}-momentum_{SLOW}", BASE, seed, 490, opts)
 
 
@@ -75,8 +74,9 @@ def precise_step(of: Training, iteration: int) -> Step:
     return precise_of(of, f"precise-{iteration}", iteration=iteration)
 
 
-def samples_step(of: Training, number: int) -> Step:
-    opts = of.setting.pick(("TEST.PRECISE_BN.IMS_PER_BATCH", 32), ())
+def samples_step(of: Training, images: int) -> Step:
+    batch = of.setting.pick(32, 16)
+    number, opts = images // batch, ("TEST.PRECISE_BN.IMS_PER_BATCH", batch)
     flags = ("--num-iters", number)
     return recompute(of, f"precise-of_{number}_batches", 19 + 0.65 * number, flags, opts)
 
@@ -88,7 +88,7 @@ def plan(setting: Setting, seed: int) -> list[Step]:
         steps.append(of.step)
         steps += [precise_step(of, iteration) for iteration in checkpoints(setting, case)]
     base = training(setting, seed, "base")
-    steps += [samples_step(base, number) for number in SAMPLES]
+    steps += [samples_step(base, images) for images in SAMPLES]
     return [*steps, slow_training(setting, seed).step]
 
 
@@ -124,9 +124,9 @@ def layer_errors(results: Results, seed: int, case: str, iteration: int) -> list
     return [(of["mean_shift"] + of["var_shift"]) / 2 for of in report["layers"]]
 
 
-def samples_ap(results: Results, seed: int, number: int) -> float | None:
-    """Box AP of the base training's end with PreciseBN of so many batches."""
-    step = samples_step(training(results.setting, seed, "base"), number)
+def samples_ap(results: Results, seed: int, images: int) -> float | None:
+    """Box AP of the base training's end with PreciseBN of so many images."""
+    step = samples_step(training(results.setting, seed, "base"), images)
     return results.ap(step, "precise.json", "results", "after", "bbox")
 
 
@@ -183,7 +183,7 @@ def error_with_batch(results: Results, seed: int) -> float | None:
 
 
 def a_thousand_samples(results: Results, seed: int) -> float | None:
-    return difference(samples_ap(results, seed, 64), samples_ap(results, seed, 32))
+    return difference(samples_ap(results, seed, 2048), samples_ap(results, seed, 1024))
 
 
 EFFECTS = {
@@ -210,11 +210,13 @@ def show(results: Results) -> list[Table | Picture]:
                 results.over_seeds(error, case, point),
             )
             steps = (of.step, precise_step(of, point))
+            if case == "base":
+                steps += (slow_training(setting, seed).step,)
             rows.append(Row((case, str(point)), cells, steps))
     columns = ("box AP, EMA", "box AP, PreciseBN", f"box AP, EMA, momentum {SLOW}", "EMA's error")
     labels = ("training", "iterations")
     title = "EMA against PreciseBN, the same weights"
-    table = Table("ema_precise", title, labels, columns, (1, 1, 1, 3), rows, _ERROR)
+    table = Table("ema_precise", title, labels, columns, (1, 1, 1, 3), rows, _NOTE + _ERROR)
     return [
         table,
         _samples_table(results),
@@ -222,6 +224,10 @@ def show(results: Results) -> list[Table | Picture]:
         Picture("population_error", _ERROR, draw(_error_panels(results))),
     ]
 
+
+_NOTE = (
+    "The other momentum's EMA is of a training of its own, which on a CPU has the same weights. "
+)
 
 _ERROR = (
     "The error of an EMA is its shift from PreciseBN's statistics: of means, in standard "
@@ -231,9 +237,8 @@ _ERROR = (
 
 def _samples_table(results: Results) -> Table:
     of = training(results.setting, results.seeds[0], "base")
-    images = results.setting.pick(32, 16)
     rows = [
-        Row((str(images * n),), (results.over_seeds(samples_ap, n),), (samples_step(of, n),))
+        Row((str(n),), (results.over_seeds(samples_ap, n),), (of.step, samples_step(of, n)))
         for n in SAMPLES
     ]
     title = "Samples that PreciseBN takes, at the end of the base training"
@@ -264,8 +269,8 @@ def _error_panels(results: Results) -> list[Panel]:
         over.append(Line(case, xs, ys))
         of_layers = [layer_errors(results, s, case, points[-2]) for s in results.seeds]
         depth.append(by_layer(case, of_layers))
-    images, ys = setting.pick(32, 16), [results.over_seeds(samples_ap, n) for n in SAMPLES]
-    samples = Line("base", [images * n for n in SAMPLES], ys)
+    ys = [results.over_seeds(samples_ap, n) for n in SAMPLES]
+    samples = Line("base", SAMPLES, ys)
     return [
         Panel("Error of the EMA", "part of the training", "error", over, "y"),
         Panel("The same before the end, by depth", "layer, from the input on", "error", depth, "y"),

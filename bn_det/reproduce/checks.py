@@ -1,0 +1,136 @@
+"""What is checked before anything is run. All raise InputError."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..data.coco import builtin_sources, datasets_root
+from ..errors import InputError
+from .published import NUM_GPUS, what_changes
+from .registry import SEVERAL_GPUS, SHAPES_ONLY
+from .report import identity, known_identity
+from .steps import Setting
+
+
+def check_arguments(args: argparse.Namespace, names: Sequence[str]) -> None:
+    """The command's arguments, for the experiments that they name."""
+    for flag, value in (
+        ("--seeds", args.seeds),
+        ("--num-gpus", args.num_gpus),
+        ("--jobs", args.jobs),
+    ):
+        if value is not None and value < 1:
+            raise InputError(f"{flag}: {value} is not accepted; use 1 or more")
+    if len(args.opts) % 2:
+        raise InputError(
+            f"{args.opts[-1]}: has no value; the end of the command is KEY VALUE pairs"
+        )
+    if "normalizer-free" in names and importlib.util.find_spec("timm") is None:
+        raise InputError(
+            "EXPERIMENT: 'normalizer-free' needs timm's nets, which are not installed; use "
+            "pip install -e '.[nf]'"
+        )
+    for key in ("SEED", "OUTPUT_DIR"):
+        if key in args.opts[::2]:
+            raise InputError(f"{key}: is not accepted; --seeds and --runs say it")
+    if args.data == "shapes":
+        if args.num_gpus is not None:
+            raise InputError(
+                f"--num-gpus: {args.num_gpus} is not accepted with --data shapes, whose trainings "
+                "are of one or two processes as the experiment says; leave it out"
+            )
+        return
+    if args.experiment in SHAPES_ONLY:
+        raise InputError(
+            f"--data: 'coco' is not accepted with {args.experiment}, for which COCO has no images "
+            "(of other appearances; or of one category each); use --data shapes"
+        )
+    _check_coco_run(args, names)
+
+
+def _check_coco_run(args: argparse.Namespace, names: Sequence[str]) -> None:
+    """What only --data coco has to have."""
+    if not args.dry_run:
+        _check_coco()
+    if torch.cuda.is_available() and (args.jobs or 1) > 1:
+        raise InputError(
+            f"--jobs: {args.jobs} is not accepted with --data coco on GPUs: commands would share "
+            "the first GPU; leave it out"
+        )
+    num_gpus, here = args.num_gpus or NUM_GPUS, torch.cuda.device_count()
+    several = [name for name in names if name in SEVERAL_GPUS]
+    if not args.dry_run and here < num_gpus:
+        is_enough = here >= (2 if several else 1)
+        less = f"add --num-gpus {here} --yes ({what_changes(here)}), " if is_enough else ""
+        raise InputError(
+            f"--num-gpus: {num_gpus} is not accepted: this machine has {here} GPUs; use one with "
+            f"as many, {less}or --data shapes, which needs none"
+        )
+    if num_gpus == 1 and several:
+        raise InputError(
+            f"--num-gpus: 1 is not accepted with {' and '.join(several)}, which compare a GPU's "
+            "batch with that of all; use 2 or more"
+        )
+    if num_gpus != NUM_GPUS:
+        changes = f"--num-gpus: {what_changes(num_gpus)}"
+        if not args.yes:
+            raise InputError(f"{changes}. Add --yes to run it so")
+        print(changes)
+
+
+def _check_coco() -> None:
+    """Raise InputError unless COCO is where Detectron2 looks for it."""
+    for name, source in builtin_sources().items():
+        if not name.startswith("coco_"):
+            continue
+        for path in (source.json_file, source.image_root):
+            if not Path(path).exists():
+                raise InputError(
+                    f"--data: 'coco' is not accepted: there is no {Path(path).absolute()}. COCO is "
+                    f"looked for below {datasets_root().absolute() / 'coco'} (the environment "
+                    "variable DETECTRON2_DATASETS names the folder above it), as "
+                    "annotations/instances_train2017.json, annotations/instances_val2017.json, "
+                    "train2017/*.jpg and val2017/*.jpg; or use --data shapes, which is generated"
+                )
+
+
+def check_host(setting: Setting) -> None:
+    """Whether it has the weights that trainings begin with."""
+    opts = dict(zip(setting.opts[::2], setting.opts[1::2], strict=True))
+    if setting.data == "coco" and setting.host != "detectron2" and "MODEL.WEIGHTS" not in opts:
+        raise InputError(
+            "--host: 'torchvision' is not accepted with --data coco, whose trainings begin with "
+            "Detectron2's ResNet-50; install Detectron2, or end the command with MODEL.WEIGHTS and "
+            "a checkpoint of torchvision's, and MODEL.RESNETS.STRIDE_IN_1X1 False"
+        )
+
+
+def check_folder(folder: Path, title: str, setting: Setting, seeds: Sequence[int]) -> None:
+    """Whether a report may be written over what is there."""
+    found, ours = known_identity(folder), identity(title, setting)
+    if found is None:
+        return
+    for key, value in ours.items():
+        if found.get(key) != value:
+            raise InputError(
+                f"--output: {folder} has a report with {key} {found.get(key)!r}, and this is one "
+                f"with {value!r}; use another folder"
+            )
+    if len(found["seeds"]) > len(seeds):
+        raise InputError(
+            f"--output: {folder} has a report of {len(found['seeds'])} seeds, and this is one of "
+            f"{len(seeds)}; use another folder, or --seeds {len(found['seeds'])}"
+        )
+
+
+def make_folder(flag: str, folder: Path) -> None:
+    """Make the folder that a flag names, unless it is there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"{flag}: {folder} cannot be made: {e.strerror}; name a folder") from e

@@ -1,0 +1,61 @@
+"""What tools/reproduce.py accepts on machines with GPUs. They are counted, not used."""
+
+import argparse
+
+import pytest
+import torch
+
+from bn_det.errors import InputError
+from bn_det.reproduce.checks import check_arguments
+
+
+@pytest.fixture
+def check(tmp_path, monkeypatch):
+    """A function of the number of GPUs, the experiment and other arguments; COCO is there."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    for split in ("train2017", "val2017"):
+        (tmp_path / "coco" / split).mkdir(parents=True)
+        (tmp_path / "coco" / "annotations").mkdir(exist_ok=True)
+        (tmp_path / "coco" / "annotations" / f"instances_{split}.json").touch()
+
+    def run(here, experiment, **others):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: here)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: here > 0)
+        usual = {"seeds": 1, "num_gpus": None, "jobs": None, "opts": [], "yes": False}
+        args = {"experiment": experiment, "data": "coco", "dry_run": False, **usual, **others}
+        check_arguments(argparse.Namespace(**args), [experiment])
+
+    return run
+
+
+def test_the_published_number_of_gpus(check):
+    check(8, "leakage")
+    check(9, "leakage", jobs=1)
+
+
+def test_fewer_gpus_say_what_changes_and_ask(check):
+    words = "8 images a step instead of 16; the learning rate is scaled by 0.5"
+    with pytest.raises(InputError, match=words) as error:
+        check(4, "leakage")
+    assert "this machine has 4 GPUs" in str(error.value)
+    assert "add --num-gpus 4 --yes" in str(error.value)
+    with pytest.raises(InputError, match=f"{words}.*Add --yes to run it so"):
+        check(4, "leakage", num_gpus=4)
+    check(4, "leakage", num_gpus=4, yes=True)
+
+
+def test_one_gpu(check, capsys):
+    """Enough where no batch of several GPUs is looked at."""
+    check(1, "multi-domain", num_gpus=1, yes=True)
+    assert "the learning rate is scaled by 0.125" in capsys.readouterr().out
+    for name in ("leakage", "batch-size"):
+        with pytest.raises(InputError, match=f"1 is not accepted with {name}.* use 2 or more"):
+            check(1, name, num_gpus=1, yes=True)
+        with pytest.raises(InputError, match=r"use one with as many, or --data shapes"):
+            check(1, name)
+
+
+def test_commands_at_the_same_time_on_gpus(check):
+    with pytest.raises(InputError, match=r"--jobs: 2 is not accepted with --data coco on GPUs"):
+        check(8, "leakage", jobs=2)
+    check(8, "leakage", jobs=2, data="shapes")
