@@ -30,7 +30,10 @@ LEVEL_PARTS = ("RETINANET", "FCOS", "RPN")
 SOURCE_PARTS = ("RESNETS", "FPN", *LEVEL_PARTS)
 """Those that are called with images, not RoIs, and so can tell the sources of images apart."""
 
-PARTS = (*SOURCE_PARTS, "ROI_BOX_HEAD", "ROI_MASK_HEAD")
+ROI_PARTS = ("ROI_BOX_HEAD", "ROI_MASK_HEAD")
+"""Those that are called with RoIs."""
+
+PARTS = (*SOURCE_PARTS, *ROI_PARTS)
 """The nodes of MODEL that have a NORM."""
 
 DENSE = {"BNRetinaNet": "RETINANET", "BNFCOS": "FCOS"}
@@ -49,6 +52,12 @@ def part_norm(
             RoIs of so many levels where the part is a RoI head.
     """
     node, limits = cfg.MODEL[part], cfg.SOLVER.BRN
+    if node.NORM and node.get("NUM_CONV") == 0 and part in ROI_PARTS:
+        logger.warning(
+            "MODEL.%s.NORM: %r does nothing with MODEL.%s.NUM_CONV 0; it is that of the head's "
+            "convolutions: use 1 or more of them",
+            *(part, node.NORM, part),
+        )
     if num_levels is not None and part in LEVEL_PARTS:
         # One for all levels would keep one EMA of what each normalizes by itself.
         others = {**others, "L1BN": partial(L1BatchNorm2d.of_levels, num_levels=num_levels)}
@@ -57,6 +66,7 @@ def part_norm(
         _layer(cfg, part, num_levels),
         others,
         f"MODEL.{part}.NORM",
+        ghost_key=f"MODEL.{part}.GHOST_SIZE",
         ghost_size=node.GHOST_SIZE,
         ghost_order=node.GHOST_ORDER,
         renorm=(limits.R_MAX, limits.D_MAX),
@@ -110,7 +120,7 @@ def shuffle_of(cfg: CfgNode, part: str) -> bool:
     is no.
 
     Args:
-        part: "ROI_BOX_HEAD" or "ROI_MASK_HEAD".
+        part: one of ROI_PARTS.
     """
     node = cfg.MODEL[part]
     if node.SHUFFLE and node.NORM not in BATCH_NORMS:

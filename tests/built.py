@@ -29,7 +29,9 @@ class Row(NamedTuple):
 
     Attributes:
         path: of the YAML file, in the folder of the configs.
-        detector: "name", "net", "convs" and "fcs" (of the box head; None without one).
+        detector: "name", "net", "convs" and "fcs" (of the box head; None without one), and the
+            "begin", from weights or not.
+        data: the names of the training sets, without "_train".
         schedule: "iterations", "images", "rate" and "falls": where it falls, or "cosine".
         norms: of each part of the detector, by its node of MODEL; "none" for none.
         levels: what a part's levels share, of those parts that tell them apart.
@@ -40,6 +42,7 @@ class Row(NamedTuple):
     reproduces: str
     hosts: str
     detector: dict[str, str]
+    data: list[str]
     schedule: dict[str, str]
     norms: dict[str, str]
     freeze_at: int
@@ -60,7 +63,8 @@ def read_table(path: Path = CONFIGS / "README.md") -> dict[str, Row]:
 
 def _row(cells: dict[str, str]) -> Row:
     detector = re.fullmatch(
-        r"(?P<name>.+) (?P<net>R-\d+|nf_\w+) FPN( ((?P<convs>\d)conv)?(?P<fcs>\d)fc)?, .+",
+        r"(?P<name>.+) (?P<net>R-\d+|nf_\w+) FPN( ((?P<convs>\d)conv)?(?P<fcs>\d)fc)?, "
+        r"(?P<begin>.+)",
         cells["detector"],
     ).groupdict()
     schedule = re.fullmatch(
@@ -77,6 +81,7 @@ def _row(cells: dict[str, str]) -> Row:
         cells["reproduces"],
         cells["hosts"],
         detector,
+        cells["data"].split(", "),
         schedule,
         {"RESNETS": backbone, "FPN": cells["FPN"], **{parts[head]: norm for head, norm in pairs}},
         int(freeze_at or 0),

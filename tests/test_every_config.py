@@ -87,6 +87,9 @@ def check_config(row, cfg):
     """What is exchanged for what is small."""
     assert int(row.schedule["images"]) == cfg.SOLVER.IMS_PER_BATCH
     assert {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST} <= set(builtin_sources())
+    assert list(cfg.DATASETS.TRAIN) == [f"{name}_train" for name in row.data]
+    weights = cfg.MODEL.NF.PRETRAINED if row.detector["net"] in BLOCKS else cfg.MODEL.WEIGHTS
+    assert row.detector["begin"] == ("pre-trained" if weights else "from scratch")
     assert set(row.choices) <= CHECKED, "say here what it does to the model"
 
 

@@ -77,6 +77,7 @@ def make_norm(
         layer,
         others,
         "norm.name",
+        ghost_key="norm.ghost_size",
         ghost_size=ghost_size,
         ghost_order=ghost_order,
         renorm=tuple(renorm),
@@ -114,7 +115,7 @@ def build_optimizer(
         accumulate: batches of a step (``GradientAccumulation``). An iteration is a batch: max_iter
             and all other numbers of iterations count batches, and :class:`EachStep` is for the
             learning rate.
-        kwargs: of ``kind``.
+        kwargs: of ``kind``; those that are None are left to it, which takes away what a file has.
 
     Raises:
         InputError: a hook has no node; max_iter is no multiple of ``accumulate``; or another
@@ -129,7 +130,8 @@ def build_optimizer(
             f"train.max_iter: {max_iter} is not accepted with optimizer.accumulate {accumulate}: "
             f"it counts batches; use a multiple of {accumulate}"
         )
-    optimizer = (locate(kind) if isinstance(kind, str) else kind)(params, **kwargs)
+    given = {key: value for key, value in kwargs.items() if value is not None}
+    optimizer = (locate(kind) if isinstance(kind, str) else kind)(params, **given)
     # In the order in which they see a gradient.
     _see_every_step(optimizer)
     if accumulate != 1:

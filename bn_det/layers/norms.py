@@ -33,6 +33,7 @@ def norm_factory(
     others: Mapping[str, NormFactory],
     key: str = "norm",
     *,
+    ghost_key: str = "ghost_size",
     ghost_size: int = 0,
     ghost_order: str = "contiguous",
     renorm: tuple[float, float] = RenormLimits(),
@@ -47,7 +48,7 @@ def norm_factory(
         layer: a kind of :class:`BatchNorm2d`, which is called with the number of channels and with
             the choices that the name stands for.
         others: the layers (FrozenBN, GN, LN) by name that each host has its own of.
-        key: what the error calls the value, a config key for example.
+        key, ghost_key: what errors call the name and ghost_size, config keys for example.
         ghost_size, ghost_order: for "GhostBN".
         renorm: for "BRN", the limits.
 
@@ -72,7 +73,6 @@ def norm_factory(
     if norm not in named:
         raise InputError(f"{key}: {norm!r} is not accepted; use one of {['', *named]}")
     if norm == "GhostBN" and ghost_size < 1:
-        ghost_key = key.replace("NORM", "GHOST_SIZE")
         raise InputError(
             f"{ghost_key}: {ghost_size!r} is not accepted; {key} 'GhostBN' takes 1 sample or more"
         )

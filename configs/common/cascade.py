@@ -1,4 +1,4 @@
-"""Cascade Mask R-CNN R-50 FPN; each of its three stages has the box head of rcnn.py."""
+"""Cascade Mask R-CNN R-50 FPN; the box head of each stage has 4 convolutions and 1 more layer."""
 
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec

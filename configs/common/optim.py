@@ -1,8 +1,9 @@
 """SGD, and what happens around its steps.
 
 tools/lazyconfig_train_net.py takes no hooks. They are in the optimizer (bn_det.d2.lazy), by their
-names: optimizer.hooks=[precise_bn,average]. Where the optimizer is to be another, change its kind;
-in a node of your own they are missing.
+names: optimizer.hooks=[precise_bn,average]. Where the optimizer is to be another, change its kind,
+and set what that does not take to None: optimizer.kind=torch.optim.AdamW optimizer.momentum=null.
+In a node of your own they are missing.
 """
 
 from detectron2.config import LazyCall as L

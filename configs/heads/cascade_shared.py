@@ -1,5 +1,5 @@
 """Cascade Mask R-CNN R-50 FPN on COCO as in Detectron2's
-configs/Misc/cascade_mask_rcnn_R_50_FPN_1x.py, but with box heads of 4 convolutions with SyncBN
+configs/Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml, but with box heads of 4 convolutions with SyncBN
 and 1 fully connected layer: RoIs from all four levels are normalized together, and share
 population statistics. In 8 processes of 2 images.
 """

@@ -8,6 +8,7 @@ import copy
 
 import torch
 from detectron2.config import LazyCall as L
+from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import HookBase
 from detectron2.utils.events import EventStorage
 from fvcore.common.param_scheduler import LinearParamScheduler
@@ -17,6 +18,7 @@ from bn_det import BatchNorm2d, DomainBatchNorm2d, RoILevelBatchNorm2d
 from bn_det.agc import AdaptiveGradientClipping
 from bn_det.d2.lazy import EachStep, build_optimizer, make_norm
 from bn_det.errors import InputError
+from built import CONFIGS
 
 RENORM = {"name": "BRN", "renorm": [2.0, 1.0]}
 
@@ -63,7 +65,7 @@ def test_no_norm_and_no_such_norm():
     assert make_norm("") == ""
     with pytest.raises(InputError, match="norm.name: 'bn' is not accepted"):
         make_norm("bn")
-    with pytest.raises(InputError, match="takes 1 sample or more"):
+    with pytest.raises(InputError, match=r"norm.ghost_size: 0 .* 'GhostBN' takes 1 sample or more"):
         make_norm("GhostBN")
 
 
@@ -181,6 +183,18 @@ def test_the_kind_and_the_random_numbers():
     _, optimizer, _ = make(model, kind="torch.optim.AdamW", **choices)
     assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["betas"] == (0.8, 0.9)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_another_kind_of_optimizer_in_a_file():
+    """What it does not take is set to None."""
+    cfg = LazyConfig.load(str(CONFIGS / "ways" / "GN.py"))
+    cfg = LazyConfig.apply_overrides(
+        cfg, ["optimizer.kind=torch.optim.AdamW", "optimizer.momentum=null", "optimizer.lr=0.001"]
+    )
+    model = nn.Sequential(nn.Linear(2, 1))
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["lr"] == 0.001
 
 
 @pytest.mark.parametrize(

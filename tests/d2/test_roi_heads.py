@@ -170,6 +170,19 @@ def test_shuffling_without_a_batch_warns(caplog):
     assert "forward" not in vars(box_head) and "layers" not in vars(mask_head)
 
 
+def test_a_norm_without_convolutions_warns(caplog):
+    """Detectron2's R-CNNs have none in the box head, unless one asks for them."""
+    with caplog.at_level(logging.WARNING):
+        heads(make_cfg(*heads_norm("BN")))
+    assert not caplog.text
+    with caplog.at_level(logging.WARNING):
+        heads(make_cfg(*heads_norm("BN"), "MODEL.ROI_BOX_HEAD.NUM_CONV", "0"))
+    assert "MODEL.ROI_BOX_HEAD.NORM: 'BN' does nothing with MODEL.ROI_BOX_HEAD.NUM_CONV 0" in (
+        caplog.text
+    )
+    assert "MASK" not in caplog.text
+
+
 @every_norm
 def test_backbone_and_fpn(norm):
     opts = [o for p in ("RESNETS", "FPN") for o in (f"MODEL.{p}.NORM", norm)]
