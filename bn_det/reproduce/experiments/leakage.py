@@ -25,7 +25,7 @@ def training(setting: Setting, seed: int, head: str) -> Training:
     every = period(setting)
     # On COCO more often than is looked at, to resume from.
     opts = ("SOLVER.CHECKPOINT_PERIOD", setting.pick(every, 9000), "TEST.EVAL_PERIOD", every)
-    return train(setting, f"mask_rcnn-{head}", ("leakage", f"head_{head}"), seed, 400, opts, 2)
+    return train(setting, f"mask_rcnn-{head}", ("leakage", f"head_{head}"), seed, 440, opts, 2)
 
 
 def iterations(setting: Setting) -> list[int]:

@@ -36,7 +36,7 @@ def training(setting: Setting, seed: int, case: str) -> Training:
     opts = ("TEST.PRECISE_BN.ENABLED", False, "SOLVER.BASE_LR", lr)
     if case == "learning rate x4":
         opts += ("SOLVER.CHECKPOINT_PERIOD", setting.pick(90, 9000))
-        return train(setting, f"{DETECTOR}-lr_x4", BASE, seed, 430, opts)
+        return train(setting, f"{DETECTOR}-lr_x4", BASE, seed, 410, opts)
     opts += setting.pick(
         (
             *("SOLVER.IMS_PER_BATCH", 32, "SOLVER.MAX_ITER", 225, "SOLVER.WARMUP_ITERS", 13),
@@ -47,7 +47,7 @@ def training(setting: Setting, seed: int, case: str) -> Training:
             *("SOLVER.STEPS", "(52500,62500)", "SOLVER.CHECKPOINT_PERIOD", 4500),
         ),
     )
-    return train(setting, f"{DETECTOR}-batch_x4", BASE, seed, 410, opts)
+    return train(setting, f"{DETECTOR}-batch_x4", BASE, seed, 365, opts)
 
 
 def slow_training(setting: Setting, seed: int) -> Training:
@@ -55,7 +55,7 @@ def slow_training(setting: Setting, seed: int) -> Training:
     every = setting.pick(90, 27000)
     opts = ("TEST.PRECISE_BN.ENABLED", False, "SOLVER.BN_MOMENTUM", SLOW)
     opts += ("TEST.EVAL_PERIOD", every, "SOLVER.CHECKPOINT_PERIOD", setting.pick(900, 9000))
-    return train(setting, f"{DETECTOR}-momentum_{SLOW}", BASE, seed, 490, opts)
+    return train(setting, f"{DETECTOR}-momentum_{SLOW}", BASE, seed, 470, opts)
 
 
 def checkpoints(setting: Setting, case: str) -> list[int]:
