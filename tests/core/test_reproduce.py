@@ -325,8 +325,10 @@ def test_an_interruption_ends_what_runs(tmp_path):
     tool = script(tmp_path, "pathlib.Path(sys.argv[1]).touch(); time.sleep(60)")
     mark = tmp_path / "mark"
     code = (
-        "import sys; from pathlib import Path; from bn_det.reproduce.runner import Runner\n"
-        "from bn_det.reproduce.steps import Step\n"
+        "import signal, sys; from pathlib import Path\n"
+        # Where the tests run in the background, it is ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from bn_det.reproduce.runner import Runner; from bn_det.reproduce.steps import Step\n"
         f"step = Step('a', ({tool!r}, {str(mark)!r}), 1)\n"
         f"Runner([step], Path({str(tmp_path / 'runs')!r}), 1).run()"
     )
