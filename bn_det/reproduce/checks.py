@@ -101,8 +101,8 @@ def _check_coco() -> None:
 
 def check_host(setting: Setting) -> None:
     """Whether it has the weights that trainings begin with."""
-    opts = dict(zip(setting.opts[::2], setting.opts[1::2], strict=True))
-    if setting.data == "coco" and setting.host != "detectron2" and "MODEL.WEIGHTS" not in opts:
+    keys = setting.opts[::2]
+    if setting.data == "coco" and setting.host != "detectron2" and "MODEL.WEIGHTS" not in keys:
         raise InputError(
             "--host: 'torchvision' is not accepted with --data coco, whose trainings begin with "
             "Detectron2's ResNet-50; install Detectron2, or end the command with MODEL.WEIGHTS and "

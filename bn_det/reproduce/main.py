@@ -21,13 +21,7 @@ from .checks import check_arguments, check_folder, check_host, make_folder
 from .claims import claims_of
 from .published import NUM_GPUS
 from .registry import EXPERIMENTS, SHAPES_ONLY
-from .report import (
-    Report,
-    ledger_markdown,
-    make_report,
-    table_text,
-    write_report,
-)
+from .report import Report, ledger_markdown, make_report, table_text, write_report
 from .results import Results, Table
 from .runner import Runner
 from .steps import Setting, Step, shown

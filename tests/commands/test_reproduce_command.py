@@ -16,6 +16,7 @@ from waiting import wait_for
 ROOT = Path(__file__).parents[2]
 QUICK = ("SOLVER.MAX_ITER", "2", "SOLVER.WARMUP_ITERS", "0", "TEST.PRECISE_BN.NUM_ITER", "1")
 HOST = ("--host", "torchvision")
+LONG = ("domain-shift", *HOST, "SOLVER.MAX_ITER", "100000")
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,19 @@ def command(tiny, folder, *args):
 
 def run(tiny, folder, *args):
     return subprocess.run(**command(tiny, folder, *args), capture_output=True, timeout=300)
+
+
+@contextlib.contextmanager
+def begun(tiny, folder, *args):
+    """It runs; in the end nothing does that works in the folder."""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(**command(tiny, folder, *args), stdout=pipe, stderr=pipe)
+    try:
+        yield process
+    finally:
+        process.kill()
+        for left in working_in(folder):
+            os.kill(left, signal.SIGKILL)
 
 
 def working_in(folder):
@@ -101,40 +115,28 @@ def test_an_experiment(tiny, tmp_path):
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes by /proc")
 def test_a_termination_ends_what_runs(tiny, tmp_path):
-    how = command(tiny, tmp_path, "domain-shift", *HOST, "SOLVER.MAX_ITER", "100000")
-    process = subprocess.Popen(**how, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    try:
-        logs = tmp_path / "output" / "reproduce" / "runs-shapes-torchvision"
+    logs = tmp_path / "output" / "reproduce" / "runs-shapes-torchvision"
 
-        def trains():
-            return any("eta" in p.read_text().lower() for p in logs.rglob("reproduce.log"))
+    def trains():
+        return any("eta" in p.read_text().lower() for p in logs.rglob("reproduce.log"))
 
+    with begun(tiny, tmp_path, *LONG) as process:
         wait_for(lambda: trains() or process.poll() is not None)
         assert len(working_in(tmp_path)) > 1, "the command and the training"
         process.terminate()
         assert "interrupted: the same command goes on" in process.communicate(timeout=60)[1]
         assert process.returncode == 1 and not working_in(tmp_path)
-    finally:
-        process.kill()
-        for left in working_in(tmp_path):
-            os.kill(left, signal.SIGKILL)
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes by /proc")
 def test_a_kill_leaves_no_second_writer(tiny, tmp_path):
     """What the killed command had started may go on, and keeps others out of its folder."""
-    how = command(tiny, tmp_path, "domain-shift", *HOST, "SOLVER.MAX_ITER", "100000")
-    process = subprocess.Popen(**how, stdout=subprocess.PIPE)
-    try:
+    with begun(tiny, tmp_path, *LONG) as process:
         wait_for(lambda: len(working_in(tmp_path)) > 1)
         process.kill()
         process.communicate()
-        again = run(tiny, tmp_path, "domain-shift", *HOST, "SOLVER.MAX_ITER", "100000")
+        again = run(tiny, tmp_path, *LONG)
         assert working_in(tmp_path) and "another command is at work in" in again.stderr
-    finally:
-        process.kill()
-        for left in working_in(tmp_path):
-            os.kill(left, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(

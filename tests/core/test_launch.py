@@ -140,11 +140,11 @@ def test_no_rank_survives_its_parent(tmp_path):
 
     process = subprocess.Popen([sys.executable, str(script)], env=env)
     try:
-        wait_for(lambda: len(ranks()) == 2)
+        wait_for(lambda: len(ranks()) == 2, 60)
     finally:
         process.kill()
         process.wait()
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks()))
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks()), 60)
 
 
 def free_port():

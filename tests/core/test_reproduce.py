@@ -19,9 +19,6 @@ from bn_det.reproduce.checks import check_folder
 from bn_det.reproduce.claims import CLAIMS, Claim, claims_of, judge
 from bn_det.reproduce.experiments import (
     batch_size,
-    correlated,
-    domain_shift,
-    frozen,
     leakage,
     multi_domain,
     normalizer_free,
@@ -38,6 +35,7 @@ from waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 NAMES = list(EXPERIMENTS)
+EFFECTS = {name: f for experiment in EXPERIMENTS.values() for name, f in experiment.EFFECTS.items()}
 
 
 def claim(smallest=1.0, at_most=False):
@@ -334,7 +332,7 @@ def test_an_interruption_ends_what_runs(tmp_path):
     )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     try:
-        wait_for(mark.exists)
+        wait_for(mark.exists, 60)
     finally:
         process.send_signal(signal.SIGINT)
         error = process.communicate(timeout=30)[1]
@@ -346,7 +344,7 @@ def test_an_interruption_ends_what_runs(tmp_path):
 # what is made of results
 
 
-def write_results(setting, steps, rng):
+def write_results(setting, steps, rng, iterations=range(14, 1500, 15)):
     """Files as the commands write them, with numbers at random."""
     for step in steps:
         folder = setting.runs / step.name
@@ -379,7 +377,7 @@ def write_results(setting, steps, rng):
         for file, content in files.items():
             (folder / file).write_text(json.dumps(content))
         lines = []
-        for iteration in range(14, 1500, 15):
+        for iteration in iterations:
             line = {"iteration": iteration, "total_loss": rng.uniform(0.5, 2), "time": 0.25}
             lines.append({**line, "bbox/AP": rng.uniform(10, 50), "segm/AP": rng.uniform(10, 50)})
         (folder / "metrics.json").write_text("\n".join(map(json.dumps, lines)) + "\n")
@@ -414,14 +412,14 @@ def test_effects_against_the_files(results):
     expected = min(found["shared", "shared"], found["per_domain", "per_domain"]) - max(
         found["shared", "per_domain"], found["per_domain", "shared"]
     )
-    assert multi_domain.EFFECTS["consistent, shared affine"](results, 2) == pytest.approx(expected)
+    assert EFFECTS["consistent, shared affine"](results, 2) == pytest.approx(expected)
 
     base = "retinanet-per_domain-affine_shared-seed2"
     gains = []
     for k in (90, 180, 270):
         ap = read(results, f"{base}/precise-{k}/precise.json", "results")
         gains.append(ap["after"]["bbox"]["AP"] - ap["before"]["bbox"]["AP"])
-    assert population.EFFECTS["precise early"](results, 2) == pytest.approx(sum(gains) / 3)
+    assert EFFECTS["precise early"](results, 2) == pytest.approx(sum(gains) / 3)
 
     def error(name, points):
         layers = [
@@ -431,9 +429,9 @@ def test_effects_against_the_files(results):
 
     points = range(90, 901, 90)
     ratio = error("retinanet-lr_x4-seed2", points) / error(base, points) - 1
-    assert population.EFFECTS["EMA error, rate"](results, 2) == pytest.approx(ratio)
+    assert EFFECTS["EMA error, rate"](results, 2) == pytest.approx(ratio)
     ratio = error("retinanet-batch_x4-seed2", (75, 150, 225)) / error(base, (270, 630, 900)) - 1
-    assert population.EFFECTS["EMA error, batch"](results, 2) == pytest.approx(ratio)
+    assert EFFECTS["EMA error, batch"](results, 2) == pytest.approx(ratio)
 
     def loss(size, data, statistics):
         return read(
@@ -442,15 +440,15 @@ def test_effects_against_the_files(results):
 
     gap = {n: loss(n, "validation", "population") - loss(n, "validation", "batch") for n in (2, 16)}
     expected = (gap[2] - gap[16]) / loss(16, "validation", "population")
-    assert batch_size.EFFECTS["small batch, population"](results, 2) == pytest.approx(expected)
+    assert EFFECTS["small batch, population"](results, 2) == pytest.approx(expected)
     gap = {n: loss(n, "validation", "population") - loss(n, "train", "population") for n in (4, 16)}
     expected = (gap[16] - gap[4]) / loss(4, "validation", "population")
-    assert batch_size.EFFECTS["large batch"](results, 2) == pytest.approx(expected)
+    assert EFFECTS["large batch"](results, 2) == pytest.approx(expected)
 
     layers = read(results, "retinanet-nbs_2-seed2/precise/precise.json", "layers")[:9]
     spread = [4 * (of["mean_error"] + of["var_error"]) / 2 for of in layers]
     expected = sum(spread[6:]) / sum(spread[:3]) - 1
-    assert batch_size.EFFECTS["small batch, depth"](results, 2) == pytest.approx(expected)
+    assert EFFECTS["small batch, depth"](results, 2) == pytest.approx(expected)
 
 
 def test_more_effects_against_the_files(results):
@@ -460,14 +458,13 @@ def test_more_effects_against_the_files(results):
         found = read(results, f"mask_rcnn-{head}-seed2/leakage-1500/leakage.json")
         return found["batch - population"]["foreground accuracy"]["value"]
 
-    effects = leakage.EFFECTS
-    assert effects["leak"](results, 2) == leak("BN")
-    assert effects["shuffling"](results, 2) == pytest.approx(leak("BN") - leak("BN_shuffle"))
-    assert effects["SyncBN"](results, 2) == pytest.approx(leak("BN") - leak("SyncBN"))
+    assert EFFECTS["leak"](results, 2) == leak("BN")
+    assert EFFECTS["shuffling"](results, 2) == pytest.approx(leak("BN") - leak("BN_shuffle"))
+    assert EFFECTS["SyncBN"](results, 2) == pytest.approx(leak("BN") - leak("SyncBN"))
     lines = (train / "mask_rcnn-BN-seed2" / "metrics.json").read_text().splitlines()
     (end,) = [x["segm/AP"] for x in map(json.loads, lines) if x["iteration"] == 1499]
     batch = read(results, "mask_rcnn-BN-seed2/batch-1500/results.json", "segm", "AP")
-    assert effects["leak, mask AP"](results, 2) == pytest.approx(batch - end)
+    assert EFFECTS["leak, mask AP"](results, 2) == pytest.approx(batch - end)
 
     def loss(name, statistics):
         return read(results, f"{name}/loss.json", statistics, "value")
@@ -475,17 +472,17 @@ def test_more_effects_against_the_files(results):
     usual = loss("retinanet-nbs_2-seed2/loss-validation", "population")
     frozen_ = loss("retinanet-nbs_2-frozen-seed2/loss-validation", "population")
     expected = (usual - frozen_) / usual
-    assert frozen.EFFECTS["frozen at the end"](results, 2) == pytest.approx(expected)
+    assert EFFECTS["frozen at the end"](results, 2) == pytest.approx(expected)
 
     def gap(batches):
         name = f"correlated-{batches}-seed2/loss"
         return loss(name, "population") - loss(name, "batch")
 
     pairs = (gap("pairs") - gap("random")) / loss("correlated-random-seed2/loss", "population")
-    assert correlated.EFFECTS["pairs leak"](results, 2) == pytest.approx(pairs)
+    assert EFFECTS["pairs leak"](results, 2) == pytest.approx(pairs)
     twos = loss("correlated-random_ghost-seed2/loss", "population")
     twos = (gap("pairs_across") - gap("random_ghost")) / twos
-    found = correlated.EFFECTS["groups across categories"](results, 2)
+    found = EFFECTS["groups across categories"](results, 2)
     assert found == pytest.approx(pairs - twos)
 
     gains = []
@@ -493,7 +490,7 @@ def test_more_effects_against_the_files(results):
         name = f"retinanet-per_domain-affine_shared-seed2/adabn-{domain}/precise.json"
         ap = read(results, name, "results")
         gains.append(ap["after"]["bbox"]["AP"] - ap["before"]["bbox"]["AP"])
-    assert domain_shift.EFFECTS["AdaBN"](results, 2) == pytest.approx(sum(gains) / 3)
+    assert EFFECTS["AdaBN"](results, 2) == pytest.approx(sum(gains) / 3)
 
     def end_of(images, clip):
         lines = (train / f"nf-batch_{images}-{clip}-seed2" / "metrics.json").read_text()
@@ -503,11 +500,10 @@ def test_more_effects_against_the_files(results):
     factors = {0.16: "agc_0.16", 0.04: "agc_0.04", 0.01: "agc_0.01"}
     gap = end_of(32, "no_agc") - end_of(8, "no_agc")
     gap -= end_of(32, "agc_0.01") - end_of(8, "agc_0.01")
-    effects = normalizer_free.EFFECTS
-    assert effects["AGC, large batch"](results, 2) == pytest.approx(gap / end_of(8, "no_agc"))
+    assert EFFECTS["AGC, large batch"](results, 2) == pytest.approx(gap / end_of(8, "no_agc"))
     best = {n: min(factors, key=lambda f: end_of(n, factors[f])) for n in (8, 32)}
     expected = math.log2(best[8] / best[32])
-    assert effects["AGC, clip factor"](results, 2) == pytest.approx(expected, abs=1e-9)
+    assert EFFECTS["AGC, clip factor"](results, 2) == pytest.approx(expected, abs=1e-9)
 
 
 def test_a_training_that_diverged_counts_with_its_first_loss(results):
@@ -604,16 +600,9 @@ def test_reports_of_either_data(tmp_path, data):
     setting = Setting(data, "detectron2", tmp_path / "runs", ROOT, 4)
     names = [n for n in NAMES if data == "shapes" or n not in SHAPES_ONLY]
     steps = plan(names, setting, [1])
-    write_results(setting, steps, random.Random(3))
+    every, end = setting.pick((15, 1500), (9000, 600000))  # all that is looked at is among these
+    write_results(setting, steps, random.Random(3), range(every - 1, end, every))
     results = Results(setting, {s.name: Outcome(60.0, None) for s in steps}, [1])
-    for step in steps:  # as often as they are looked at
-        if step.is_training:
-            every = 15 if data == "shapes" else 9000
-            lines = [
-                json.dumps({"iteration": k - 1, "bbox/AP": 1.0, "segm/AP": 1.0, "total_loss": 1.0})
-                for k in range(every, 600001 if data == "coco" else 1501, every)
-            ]
-            (setting.runs / step.name / "metrics.json").write_text("\n".join(lines) + "\n")
     report = make_report("all", names, results, steps, [])
     assert all(verdict.word for _, verdict in report.ledger)
     write_report(report, tmp_path / "report")

@@ -210,7 +210,7 @@ def test_a_killed_generation_is_not_taken_for_a_finished_one(tmp_path):
     process = context.Process(target=shapes.generate_shapes, args=(root, many))
     process.start()
     try:
-        wait_for(lambda: list(tmp_path.glob(".shapes-*/train/*.png")))
+        wait_for(lambda: list(tmp_path.glob(".shapes-*/train/*.png")), 60)
     finally:
         process.kill()
         process.join(60)

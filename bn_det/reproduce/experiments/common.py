@@ -12,12 +12,16 @@ BASE = ("multi_domain", "per_domain-per_domain-shared")
 """The config of the base training, row 4 of Table 5."""
 
 
+COCO_CHECKPOINT_PERIOD = 9000
+"""Iterations between checkpoints on COCO: more often than they are looked at, to resume from."""
+
+
 def base_training(setting: Setting, seed: int) -> Training:
     """RetinaNet whose levels are normalized each by itself, with EMAs, and checkpoints all along.
 
     Row 4 of Table 5, and what the experiments on population statistics look at.
     """
-    period = setting.pick(90, 9000)  # on COCO more often than is looked at, to resume from
+    period = setting.pick(90, COCO_CHECKPOINT_PERIOD)
     opts = ("TEST.PRECISE_BN.ENABLED", False, "SOLVER.CHECKPOINT_PERIOD", period)
     return train(setting, f"{DETECTOR}-per_domain-affine_shared", BASE, seed, 430, opts)
 

@@ -8,6 +8,7 @@ from statistics import median
 from .. import steps
 from ..results import Line, Panel, Picture, Results, Row, Table, difference, draw
 from ..steps import Setting, Step, Training, train
+from .common import COCO_CHECKPOINT_PERIOD
 
 HEADS = ("BN", "BN_shuffle", "SyncBN")
 BATCH = (
@@ -23,8 +24,8 @@ def period(setting: Setting) -> int:
 
 def training(setting: Setting, seed: int, head: str) -> Training:
     every = period(setting)
-    # On COCO more often than is looked at, to resume from.
-    opts = ("SOLVER.CHECKPOINT_PERIOD", setting.pick(every, 9000), "TEST.EVAL_PERIOD", every)
+    saved = setting.pick(every, COCO_CHECKPOINT_PERIOD)
+    opts = ("SOLVER.CHECKPOINT_PERIOD", saved, "TEST.EVAL_PERIOD", every)
     return train(setting, f"mask_rcnn-{head}", ("leakage", f"head_{head}"), seed, 440, opts, 2)
 
 

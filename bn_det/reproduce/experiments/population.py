@@ -16,7 +16,7 @@ from ..results import (
     ratio,
 )
 from ..steps import Setting, Step, Training, recompute, train
-from .common import BASE, DETECTOR, base_training, precise_of
+from .common import BASE, COCO_CHECKPOINT_PERIOD, DETECTOR, base_training, precise_of
 
 CASES = ("base", "learning rate x4", "SGD batch x4")
 """Whose EMA is compared with PreciseBN: with learning rate and batch as published, with four times
@@ -35,7 +35,7 @@ def training(setting: Setting, seed: int, case: str) -> Training:
     lr = setting.pick(0.08, 0.04)
     opts = ("TEST.PRECISE_BN.ENABLED", False, "SOLVER.BASE_LR", lr)
     if case == "learning rate x4":
-        opts += ("SOLVER.CHECKPOINT_PERIOD", setting.pick(90, 9000))
+        opts += ("SOLVER.CHECKPOINT_PERIOD", setting.pick(90, COCO_CHECKPOINT_PERIOD))
         return train(setting, f"{DETECTOR}-lr_x4", BASE, seed, 410, opts)
     opts += setting.pick(
         (
@@ -54,7 +54,8 @@ def slow_training(setting: Setting, seed: int) -> Training:
     """With the weights of the base training, and another EMA, which is evaluated all along."""
     every = setting.pick(90, 27000)
     opts = ("TEST.PRECISE_BN.ENABLED", False, "SOLVER.BN_MOMENTUM", SLOW)
-    opts += ("TEST.EVAL_PERIOD", every, "SOLVER.CHECKPOINT_PERIOD", setting.pick(900, 9000))
+    saved = setting.pick(900, COCO_CHECKPOINT_PERIOD)
+    opts += ("TEST.EVAL_PERIOD", every, "SOLVER.CHECKPOINT_PERIOD", saved)
     return train(setting, f"{DETECTOR}-momentum_{SLOW}", BASE, seed, 470, opts)
 
 
