@@ -1,7 +1,8 @@
 """Check the import rule: python .ci/import_rule.py [PACKAGE]
 
-The core (everything but d2/ and tv/) imports neither detectron2 nor torchvision nor a host, and
-the two hosts never import each other.
+Rooms stand on floors: a file imports from its own room and from lower floors, never from a higher
+one. No files import each other in a circle. Nothing but a host imports detectron2 or torchvision,
+and the hosts, which share the top floor, never import each other. Imports inside functions count.
 """
 
 from __future__ import annotations
@@ -9,13 +10,37 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
-FORBIDDEN = {
-    "core": ("detectron2", "torchvision", "bn_det.d2", "bn_det.tv"),
-    "d2": ("bn_det.tv",),
-    "tv": ("detectron2", "bn_det.d2"),
-}
+FLOORS = (
+    ("errors", "files"),
+    ("layers",),
+    ("population",),
+    ("training",),
+    ("config",),
+    ("data",),
+    ("commands",),
+    ("measure",),
+    ("reproduce",),
+    ("d2", "tv"),
+    ("__init__",),  # the package's own face
+)
+"""Rooms and single files from the ground up; those of one floor do not import each other."""
+
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+HOSTS = {"detectron2": "d2", "torchvision": "tv"}
+"""The room that alone may import each library."""
+
+
+class Import(NamedTuple):
+    """An import of one file: where it stands, and the full name of what it imports."""
+
+    path: Path
+    line: int
+    name: str
 
 
 def imported(tree: ast.AST, module: list[str]) -> Iterator[tuple[int, str]]:
@@ -36,20 +61,79 @@ def imported(tree: ast.AST, module: list[str]) -> Iterator[tuple[int, str]]:
                 yield node.lineno, str(argument.value)
 
 
-def violations(package: Path) -> Iterator[str]:
+def imports_of(package: Path) -> list[Import]:
+    found = []
     for path in sorted(package.rglob("*.py")):
-        relative = path.relative_to(package.parent)
-        part = relative.parts[1] if relative.parts[1] in ("d2", "tv") else "core"
-        module = list(relative.with_suffix("").parts)
+        module = list(path.relative_to(package.parent).with_suffix("").parts)
         for line, name in imported(ast.parse(path.read_text()), module):
-            for forbidden in FORBIDDEN[part]:
-                if name == forbidden or name.startswith(forbidden + "."):
-                    yield f"{relative}:{line}: {part} may not import {forbidden} ({name})"
+            found.append(Import(path, line, name))
+    return found
+
+
+def room_of(package: Path, path: Path) -> str:
+    """The folder of a file below the package, or its own name where it is in none."""
+    return path.relative_to(package).with_suffix("").parts[0]
+
+
+def file_of(package: Path, name: str) -> Path | None:
+    """The file of the package that an imported name is in; None for other packages."""
+    top, *parts = name.split(".")
+    if top != package.name:
+        return None
+    for length in range(len(parts), -1, -1):
+        path = package.joinpath(*parts[:length])
+        for candidate in (path.with_suffix(".py"), path / "__init__.py"):
+            if candidate.is_file():
+                return candidate
+    return None
+
+
+def against_floors(package: Path, imports: list[Import]) -> Iterator[str]:
+    for found in imports:
+        room = room_of(package, found.path)
+        where = f"{found.path.relative_to(package.parent)}:{found.line}"
+        if room not in FLOOR_OF:
+            yield f"{where}: {room} is no room; they are {list(FLOOR_OF)}"
+            continue
+        library = found.name.split(".")[0]
+        if library in HOSTS and room != HOSTS[library]:
+            yield f"{where}: {room} may not import {library} ({found.name})"
+        target = file_of(package, found.name)
+        if target is None:
+            continue
+        other = room_of(package, target)
+        if other != room and FLOOR_OF.get(other, len(FLOORS)) >= FLOOR_OF[room]:
+            yield f"{where}: {room} may not import {other}, which is no lower ({found.name})"
+
+
+def circles(package: Path, imports: list[Import]) -> Iterator[str]:
+    """Each circle once, as the imports that close it."""
+    edges: dict[Path, dict[Path, Import]] = {}
+    for found in imports:
+        target = file_of(package, found.name)
+        if target is not None and target != found.path:
+            edges.setdefault(found.path, {}).setdefault(target, found)
+    done: set[Path] = set()
+
+    def visit(path: Path, way: list[Path]) -> Iterator[str]:
+        if path in way:
+            circle = [*way[way.index(path) :], path]
+            steps = (edges[a][b] for a, b in pairwise(circle))
+            lines = (f"{s.path.relative_to(package.parent)}:{s.line} ({s.name})" for s in steps)
+            yield f"circle: {' -> '.join(lines)}"
+        elif path not in done:
+            for target in edges.get(path, {}):
+                yield from visit(target, [*way, path])
+            done.add(path)
+
+    for path in sorted(edges):
+        yield from visit(path, [])
 
 
 def main() -> None:
     package = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1] / "bn_det"
-    found = list(violations(package))
+    imports = imports_of(package)
+    found = [*against_floors(package, imports), *circles(package, imports)]
     print("\n".join(found) or "import rule: kept")
     sys.exit(bool(found))
 

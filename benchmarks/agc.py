@@ -17,7 +17,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torchvision.models import resnet50
 
-from bn_det.agc import AdaptiveGradientClipping
+from bn_det.training.agc import AdaptiveGradientClipping
 from timing import seconds
 
 try:

@@ -24,8 +24,8 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from bn_det import Moments, update_bn_stats
-from bn_det.checkpoint import Checkpointer
-from bn_det.config import load_config
+from bn_det.commands.checkpoint import Checkpointer
+from bn_det.config.load import load_config
 from bn_det.tv import get_cfg
 from bn_det.tv.data import build_train_loader
 from bn_det.tv.model import build_model

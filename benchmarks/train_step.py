@@ -35,9 +35,9 @@ from torch import nn
 from yacs.config import CfgNode
 
 from bn_det import convert_batchnorm
-from bn_det.command import import_host, run
+from bn_det.commands.cli import import_host, run
 from bn_det.errors import InputError
-from bn_det.hooks import VirtualBatch
+from bn_det.training.hooks import VirtualBatch
 from stock import with_stock_heads
 from timing import seconds
 

@@ -1,27 +1,36 @@
-"""bn_det: the batch in BatchNorm as a choice, in object detectors."""
+"""bn_det: the batch in BatchNorm as a choice, in object detectors.
 
-from .config import add_bn_det_config
-from .fuse import freeze, fuse
+Importing it needs torch and nothing else.
+"""
+
+from typing import TYPE_CHECKING, Any
+
 from .layers import (
     BatchNorm2d,
     DomainBatchNorm2d,
     L1BatchNorm2d,
+    Moments,
     RoILevelBatchNorm2d,
     SourceBatchNorm2d,
     bake_weight_norms,
     convert_batchnorm,
     forward_levels,
+    freeze,
+    fuse,
     ghost_groups,
     image_sources,
     no_population_update,
     normalize_weight,
     roi_levels,
+    shuffle,
+    shuffled,
     trained_with,
 )
-from .moments import Moments
 from .population import update_bn_stats
-from .shuffle import shuffle, shuffled
-from .virtual import virtual_batch
+from .training import virtual_batch
+
+if TYPE_CHECKING:
+    from .config import add_bn_det_config
 
 __version__ = "0.1.0"
 
@@ -49,3 +58,12 @@ __all__ = [
     "update_bn_stats",
     "virtual_batch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What needs yacs, once it is asked for."""
+    if name != "add_bn_det_config":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .config import add_bn_det_config
+
+    return add_bn_det_config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -33,3 +34,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def one_line(error: InputError) -> str:
     """The message alone, without the report that a data loader's process puts around it."""
     return str(error).strip().splitlines()[-1].removeprefix("bn_det.errors.InputError: ")
+
+
+LOAD_ERRORS = (
+    pickle.UnpicklingError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What loaders raise for a file that is missing, cannot be had, or is no checkpoint."""

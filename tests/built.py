@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bn_det import BatchNorm2d, L1BatchNorm2d
-from bn_det.config_table import BOTH, COLUMNS, DETECTRON2, OTHER_WEIGHTS, leaves
+from bn_det.config.nf import NFBackbone
+from bn_det.config.parts import DENSE
+from bn_det.config.table import BOTH, COLUMNS, DETECTRON2, OTHER_WEIGHTS, leaves
 from bn_det.layers.domain_batch_norm import called_batch_norms
-from bn_det.nf import NFBackbone
-from bn_det.parts import DENSE
 from bn_det.tv import get_cfg
 from hosts import HOSTS, detectron2
 

@@ -6,8 +6,6 @@ import os
 import pytest
 import torch
 
-from bn_det.data.shapes import Split, generate_shapes
-
 # Workers, and the commands that their tests run, share the cores; the models are small.
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 _THREADS = max(1, min(2, len(os.sched_getaffinity(0)) // _WORKERS))
@@ -43,6 +41,9 @@ def one_thread():
 @pytest.fixture(scope="session")
 def tiny_shapes(tmp_path_factory):
     """Config options for a small shapes data set of 12 and 6 images."""
+    # Not at the top: tests of the layers need torch alone.
+    from bn_det.data.shapes import Split, generate_shapes
+
     root = generate_shapes(
         tmp_path_factory.mktemp("data") / "tiny", {"train": Split(12, 0), "val": Split(6, 1)}
     )

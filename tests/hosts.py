@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from bn_det.config import load_config
+from bn_det.config.load import load_config
 
 INSTALLED = importlib.util.find_spec("detectron2") is not None
 detectron2 = pytest.param(

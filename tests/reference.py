@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bn_det.parts import PARTS
+from bn_det.config.parts import PARTS
 
 BASE = str(Path(__file__).parents[1] / "configs" / "Base-RetinaNet-Shapes.yaml")
 """The config that all small models of the tests begin with."""

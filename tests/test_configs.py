@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bn_det.config_table import head_comment, leaves
+from bn_det.config.table import head_comment, leaves
 from reference import EIGHT_CHOICES
 
 ROOT = Path(__file__).parents[1]

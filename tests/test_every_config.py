@@ -6,13 +6,19 @@ import torch
 from torch import nn
 
 from bn_det import BatchNorm2d, DomainBatchNorm2d, SourceBatchNorm2d, image_sources
-from bn_det.agc import AdaptiveGradientClipping
-from bn_det.config_table import OTHER_WEIGHTS, head_comment
+from bn_det.config.parts import LEVEL_PARTS, PARTS
+from bn_det.config.table import OTHER_WEIGHTS, head_comment
 from bn_det.data import CategoryBatches, builtin_sources
 from bn_det.errors import InputError
-from bn_det.hooks import AverageStatistics, FreezeBN, PreciseBN, RenormSchedule, VirtualBatch
-from bn_det.parts import LEVEL_PARTS, PARTS
-from bn_det.shuffle import is_shuffled
+from bn_det.layers.shuffle import is_shuffled
+from bn_det.training.agc import AdaptiveGradientClipping
+from bn_det.training.hooks import (
+    AverageStatistics,
+    FreezeBN,
+    PreciseBN,
+    RenormSchedule,
+    VirtualBatch,
+)
 from built import CONFIGS, HOSTS_OF, count, norms_in, parts_of, read_table, stages_of
 from hosts import build_model, make_cfg, torchvision
 from reference import TWO_SOURCES

@@ -6,10 +6,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import hosts
-from bn_det.agc import PREDICTORS
+from bn_det.config.nf import first_norm
+from bn_det.config.parts import PARTS, has_our_batch_norm
 from bn_det.errors import InputError
-from bn_det.nf import first_norm
-from bn_det.parts import PARTS, has_our_batch_norm
+from bn_det.training.agc import PREDICTORS
 from hosts import every_host
 from reference import BASE, RCNN, dependence, norm_opts
 

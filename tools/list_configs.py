@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from bn_det.checkpoint import write_aside
-from bn_det.command import run
-from bn_det.config_table import config_table
+from bn_det.commands.cli import run
+from bn_det.config.table import config_table
 from bn_det.errors import InputError
+from bn_det.files import write_aside
 from bn_det.tv.config import check_cfg, get_cfg
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

@@ -2,13 +2,13 @@
 """Measure how much a RoI head reads from the other RoIs of its batch.
 
 RoIs of the test set's images are sampled as in training and classified with population and with
-batch statistics; see bn_det/leakage.py. The results go to the terminal and to OUTPUT_DIR.
+batch statistics; see bn_det/measure/leakage.py. The results go to the terminal and to OUTPUT_DIR.
 """
 
 from __future__ import annotations
 
-from bn_det.command import measure_command, run
-from bn_det.leakage import leakage_table, save_leakage
+from bn_det.commands.cli import measure_command, run
+from bn_det.measure.leakage import leakage_table, save_leakage
 
 
 def main() -> None:

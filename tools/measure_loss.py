@@ -2,14 +2,14 @@
 """Measure a RetinaNet's or FCOS's loss with population statistics, and with those of each batch.
 
 On the test set's images, as they are for testing, with a checkpoint's weights; for the loss on the
-training set name it in DATASETS.TEST. See bn_det/loss.py. The results go to the terminal and to
-OUTPUT_DIR. A loss is for each positive anchor (on torchvision, for each image).
+training set name it in DATASETS.TEST. See bn_det/measure/loss.py. The results go to the terminal
+and to OUTPUT_DIR. A loss is for each positive anchor (on torchvision, for each image).
 """
 
 from __future__ import annotations
 
-from bn_det.command import measure_command, run
-from bn_det.loss import loss_table, save_loss
+from bn_det.commands.cli import measure_command, run
+from bn_det.measure.loss import loss_table, save_loss
 
 
 def main() -> None:

@@ -13,10 +13,10 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from bn_det.checkpoint import write_aside
-from bn_det.command import run
+from bn_det.commands.cli import run
+from bn_det.commands.results import read_metrics
 from bn_det.errors import InputError, nearest
-from bn_det.results import read_metrics
+from bn_det.files import write_aside
 
 PICTURES = (".png", ".svg", ".pdf")
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from bn_det.command import add_host_argument, run
+from bn_det.commands.cli import add_host_argument, run
 from bn_det.reproduce.main import reproduce, times
 from bn_det.reproduce.registry import EXPERIMENTS
 

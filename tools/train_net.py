@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from bn_det.command import add_config_arguments, add_process_arguments, import_host, run
+from bn_det.commands.cli import add_config_arguments, add_process_arguments, import_host, run
 
 
 def argument_parser() -> argparse.ArgumentParser:

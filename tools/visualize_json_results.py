@@ -14,9 +14,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from bn_det.checkpoint import write_aside
 from bn_det.data.coco import CocoDataset, CocoSource, builtin_sources, check_names, load_coco
 from bn_det.errors import InputError, one_line
+from bn_det.files import write_aside
 
 COLOURS = [(80, 80, 255), (80, 220, 80), (255, 140, 60), (60, 220, 255), (255, 80, 255)]
 """BGR, for the classes in turn."""

@@ -1,6 +1,6 @@
 """The Detectron2 host: registered components. Importing it registers them."""
 
-from ..config import add_bn_det_config
+from ..config.keys import add_bn_det_config
 from .backbone import (
     build_bn_fcos_resnet_fpn_backbone,
     build_bn_resnet_fpn_backbone,

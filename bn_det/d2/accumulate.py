@@ -10,7 +10,7 @@ import torch
 from detectron2.engine import AMPTrainer, SimpleTrainer
 from torch import Tensor, nn
 
-from ..accumulate import accumulate
+from ..training.accumulate import accumulate
 
 
 class _Accumulates:
@@ -30,7 +30,7 @@ class _Accumulates:
 
 
 class AccumulatingTrainer(_Accumulates, SimpleTrainer):
-    """SimpleTrainer whose step is of several batches (:func:`bn_det.accumulate.accumulate`)."""
+    """SimpleTrainer whose step is of several batches (:func:`bn_det.training.accumulate`)."""
 
     def run_step(self) -> None:
         batches, data_time = self.next_batches()

@@ -11,6 +11,8 @@ from detectron2.modeling.backbone import FPN, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import nn
 
+from ..config.nf import STRIDES, NFBackbone, build_nf, make_nf
+from ..config.parts import convert_resnet, part_norm
 from ..errors import InputError
 from ..layers import (
     BASELINES,
@@ -18,8 +20,6 @@ from ..layers import (
     normalize_convolutions,
     normalize_pyramid,
 )
-from ..nf import STRIDES, NFBackbone, build_nf, make_nf
-from ..parts import convert_resnet, part_norm
 from .norms import NORMS
 
 

@@ -17,7 +17,7 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.utils import comm
 from torch.utils.data import Sampler
 
-from ..config import source_of
+from ..config.training import source_of
 from ..data.category_batches import CategoryBatches
 from ..data.coco import (
     CocoSource,

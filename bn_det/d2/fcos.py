@@ -9,8 +9,8 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 from torch import Tensor, nn
 
+from ..config.parts import part_norm
 from ..layers import forward_levels, normalize_tower
-from ..parts import part_norm
 from .norms import NORMS
 from .sources import NamesSources
 

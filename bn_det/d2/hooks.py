@@ -11,14 +11,14 @@ from detectron2.engine import AMPTrainer, HookBase
 from detectron2.utils.events import EventStorage, get_event_storage, has_event_storage
 from torch import nn
 
-from .. import hooks
-from ..config import precise_bn_of, with_precise_bn_batches, with_virtual_batches
-from ..passes import surround_passes
-from ..snapshot import same_random_state
+from ..config.training import precise_bn_of, with_precise_bn_batches, with_virtual_batches
+from ..population.passes import surround_passes
+from ..population.snapshot import same_random_state
+from ..training import hooks
 
 
 class AverageStatistics(hooks.AverageStatistics, HookBase):
-    """See :class:`bn_det.hooks.AverageStatistics`."""
+    """See :class:`bn_det.training.AverageStatistics`."""
 
 
 def _context_of_training(self: HookBase) -> AbstractContextManager:
@@ -30,7 +30,7 @@ def _context_of_training(self: HookBase) -> AbstractContextManager:
 
 
 class PreciseBN(hooks.PreciseBN, HookBase):
-    """See :class:`bn_det.hooks.PreciseBN`.
+    """See :class:`bn_det.training.PreciseBN`.
 
     To be registered before the hooks that evaluate and save, in place of Detectron2's; from a
     config by :func:`build_precise_bn`.
@@ -43,17 +43,17 @@ class PreciseBN(hooks.PreciseBN, HookBase):
 
 
 class VirtualBatch(hooks.VirtualBatch, HookBase):
-    """See :class:`bn_det.hooks.VirtualBatch`. From a config by :func:`build_virtual_batch`."""
+    """See :class:`bn_det.training.VirtualBatch`. From a config by :func:`build_virtual_batch`."""
 
     context = _context_of_training
 
 
 class FreezeBN(hooks.FreezeBN, HookBase):
-    """See :class:`bn_det.hooks.FreezeBN`. To be registered before the hooks that save."""
+    """See :class:`bn_det.training.FreezeBN`. To be registered before the hooks that save."""
 
 
 class RenormSchedule(hooks.RenormSchedule, HookBase):
-    """See :class:`bn_det.hooks.RenormSchedule`."""
+    """See :class:`bn_det.training.RenormSchedule`."""
 
 
 HOOKS = hooks.Hooks(AverageStatistics, FreezeBN, RenormSchedule)

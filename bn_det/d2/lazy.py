@@ -18,8 +18,6 @@ from fvcore.common.param_scheduler import ParamScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..accumulate import GradientAccumulation
-from ..agc import AdaptiveGradientClipping
 from ..errors import InputError, nearest
 from ..layers import (
     BatchNorm2d,
@@ -30,7 +28,9 @@ from ..layers import (
 )
 from ..layers.norms import NormFactory
 from ..layers.renorm import RenormLimits
-from ..snapshot import same_random_state
+from ..population.snapshot import same_random_state
+from ..training.accumulate import GradientAccumulation
+from ..training.agc import AdaptiveGradientClipping
 from .norms import NORMS
 
 

@@ -21,13 +21,13 @@ from detectron2.utils import comm
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
-from ..checkpoint import check_files
-from ..config_check import usable_device
+from ..commands.checkpoint import check_files
+from ..commands.launch import launch, world_size
+from ..commands.results import results_table
+from ..config.check import usable_device
 from ..data.coco import check_names
 from ..errors import InputError, nearest
-from ..launch import launch, world_size
-from ..results import results_table
-from .train import Checkpointer, EvaluatesOnSuccess, readable_datasets, set_up_group_and_log
+from .engine import Checkpointer, EvaluatesOnSuccess, readable_datasets, set_up_group_and_log
 
 NODES = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 """What a file has to have."""

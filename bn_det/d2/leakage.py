@@ -18,9 +18,9 @@ from detectron2.modeling import GeneralizedRCNN
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from ..bootstrap import Estimate
 from ..layers import record_sources
-from ..leakage import RoIBatch, check_architecture, measure_leakage
+from ..measure.bootstrap import Estimate
+from ..measure.leakage import RoIBatch, check_architecture, measure_leakage
 from .train import load_model, setup
 
 

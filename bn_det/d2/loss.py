@@ -10,9 +10,9 @@ from detectron2.data import get_detection_dataset_dicts
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils.events import EventStorage
 
-from ..bootstrap import Estimate
 from ..data.category_batches import whole_batches
-from ..loss import WeightedLoss, check_dense, measure_loss
+from ..measure.bootstrap import Estimate
+from ..measure.loss import WeightedLoss, check_dense, measure_loss
 from .leakage import annotated_loader
 from .train import load_model, setup
 

@@ -15,9 +15,9 @@ from detectron2.data import (
 )
 from detectron2.utils import comm
 
-from ..command import start
-from ..config import with_precise_bn_batches
-from ..recompute import check, config_opts, run, with_population
+from ..commands.cli import start
+from ..commands.recompute import check, config_opts, run, with_population
+from ..config.training import with_precise_bn_batches
 from .train import Trainer, load_model, set_up_process, setup
 
 

@@ -11,8 +11,8 @@ from detectron2.modeling.meta_arch import RetinaNet
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import Tensor, nn
 
+from ..config.parts import part_norm
 from ..layers import forward_levels, normalize_tower
-from ..parts import part_norm
 from .norms import NORMS
 from .sources import NamesSources
 

@@ -18,9 +18,9 @@ from detectron2.modeling.roi_heads import (
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
+from ..config.parts import part_norm, shuffle_of
 from ..layers import normalize_tower, roi_levels
-from ..parts import part_norm, shuffle_of
-from ..shuffle import shuffled
+from ..layers.shuffle import shuffled
 from .norms import NORMS
 
 

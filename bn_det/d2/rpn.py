@@ -10,8 +10,8 @@ from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling.proposal_generator.rpn import RPN_HEAD_REGISTRY, StandardRPNHead
 from torch import Tensor, nn
 
+from ..config.parts import part_norm
 from ..layers import forward_levels, normalize_tower
-from ..parts import part_norm
 from .norms import NORMS
 
 

@@ -5,52 +5,30 @@ from __future__ import annotations
 import argparse
 import os
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
-import torch.distributed as dist
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, default_setup
+from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.optim import Optimizer
 
-from ..agc import AdaptiveGradientClipping
-from ..checkpoint import CheckpointerMixin, check_start
-from ..command import start
-from ..config import add_bn_det_config, load_config, uses_precise_bn
-from ..config_check import check_ims_per_batch, resolve_device
+from ..commands.checkpoint import check_start
+from ..commands.cli import start
+from ..commands.launch import world_size
+from ..commands.results import results_table, save_results
+from ..config.check import check_ims_per_batch, resolve_device
+from ..config.keys import add_bn_det_config
+from ..config.load import load_config
+from ..config.training import build_hooks, clipping_of, uses_precise_bn
 from ..data.coco import CocoSource, check_names, check_num_classes, load_coco
-from ..errors import InputError
-from ..hooks import build_hooks
-from ..launch import world_size
-from ..results import results_table, save_results
 from .accumulate import AccumulatingAMPTrainer, AccumulatingTrainer
 from .datasets import build_train_loader, register_datasets
+from .engine import Checkpointer, EvaluatesOnSuccess, readable_datasets, set_up_group_and_log
 from .hooks import HOOKS, build_precise_bn, build_virtual_batch
-
-
-class Checkpointer(CheckpointerMixin, DetectionCheckpointer):
-    """Detectron2's checkpointer with :class:`CheckpointerMixin`."""
-
-
-class EvaluatesOnSuccess:
-    """What Detectron2's trainers lack; put it before one of them in the bases.
-
-    EvalHook takes a failure in the last iteration for the end of the training, and its evaluation
-    would wait for the other processes, which are not there.
-    """
-
-    def after_train(self) -> None:
-        if self.iter < self.max_iter:  # a failure
-            self._hooks = [h for h in self._hooks if not isinstance(h, EvalHook)]
-        super().after_train()
 
 
 class Trainer(EvaluatesOnSuccess, DefaultTrainer):
@@ -111,7 +89,7 @@ class Trainer(EvaluatesOnSuccess, DefaultTrainer):
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
         optimizer = super().build_optimizer(cfg, model)
         if cfg.SOLVER.AGC.ENABLED:
-            AdaptiveGradientClipping.of(cfg, model).attach(optimizer)
+            clipping_of(cfg, model).attach(optimizer)
         return optimizer
 
     @classmethod
@@ -186,14 +164,6 @@ def set_up_process(args: argparse.Namespace, cfg: CfgNode) -> None:
     set_up_group_and_log(args, cfg, cfg.OUTPUT_DIR)
 
 
-def set_up_group_and_log(args: argparse.Namespace, cfg: CfgNode, output_dir: str) -> None:
-    """As :func:`set_up_process`, but for the data sets, of either kind of config."""
-    if dist.is_initialized():
-        comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
-    setup_logger(output_dir, distributed_rank=comm.get_rank(), name="bn_det")
-    default_setup(cfg, args)
-
-
 def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
     set_up_process(args, cfg)
     if args.eval_only:
@@ -205,15 +175,3 @@ def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
     if results and comm.is_main_process():
         print(results_table(results))
         save_results(results, cfg.OUTPUT_DIR)
-
-
-@contextmanager
-def readable_datasets(key: str, names: Sequence[str]) -> Iterator[None]:
-    """Turn what Detectron2's loaders raise for a missing or broken file into an InputError."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (AssertionError, KeyError, OSError, TypeError, ValueError) as e:
-        reason = " ".join(str(e).split())
-        raise InputError(f"{key}: {names!r} cannot be loaded: {reason}") from e

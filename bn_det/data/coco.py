@@ -13,8 +13,8 @@ from typing import NamedTuple
 from pycocotools.coco import COCO
 from yacs.config import CfgNode
 
+from ..config.parts import DENSE
 from ..errors import InputError, nearest
-from ..parts import DENSE
 from .masks import is_segmentation
 from .shapes import VARIANTS, Variant, generate_shapes
 

@@ -1,13 +1,17 @@
 """Normalization layers, and what puts them into models."""
 
-from .batch_norm import BatchNorm2d, no_population_update, trained_with
+from .batch_norm import BatchNorm2d
+from .blocks import ghost_groups, no_population_update, trained_with
 from .convert import convert_batchnorm
 from .domain_batch_norm import SHARING, DomainBatchNorm2d
-from .ghost import ghost_groups
+from .freeze import freeze
+from .fuse import fuse
 from .l1_batch_norm import L1BatchNorm2d
 from .levels import PerLevel, forward_levels
+from .moments import Moments
 from .norms import BASELINES, BATCH_NORMS, norm_factory
 from .roi_levels import RoILevelBatchNorm2d, roi_levels
+from .shuffle import shuffle, shuffled
 from .sources import SourceBatchNorm2d, image_sources, record_sources
 from .weight_norms import (
     WEIGHT_NORMS,
@@ -26,12 +30,15 @@ __all__ = [
     "BatchNorm2d",
     "DomainBatchNorm2d",
     "L1BatchNorm2d",
+    "Moments",
     "PerLevel",
     "RoILevelBatchNorm2d",
     "SourceBatchNorm2d",
     "bake_weight_norms",
     "convert_batchnorm",
     "forward_levels",
+    "freeze",
+    "fuse",
     "ghost_groups",
     "image_sources",
     "no_population_update",
@@ -42,5 +49,7 @@ __all__ = [
     "normalize_weight",
     "record_sources",
     "roi_levels",
+    "shuffle",
+    "shuffled",
     "trained_with",
 ]

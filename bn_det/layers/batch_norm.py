@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -12,11 +11,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..comm import Group, check_agreement, process_group
 from ..errors import InputError, choose
-from ..moments import Moments
+from .comm import Group, check_agreement, process_group
 from .ghost import GHOST_ORDERS, ghost_batches
 from .joint import joint_batch_norm, normalize
+from .moments import Moments
 from .partition import Partition
 from .renorm import RenormLimits, correction, renormalized
 
@@ -358,61 +357,6 @@ def fused_batch_norm(
     y = F.batch_norm(x, mean, var, weight, bias, True, 1.0, eps)
     count = torch.tensor(float(size), dtype=torch.float64, device=x.device)
     return y, Batch(Moments(count, mean, var * ((size - 1) / size)), size)
-
-
-@contextmanager
-def evaluated_with(module: nn.Module, statistics: str) -> Iterator[None]:
-    """Inside the block, what normalizes every BatchNorm of ours in a module in evaluation.
-
-    Args:
-        statistics: "population" or "batch".
-    """
-    choose("statistics", statistics, STATISTICS)
-    with _set(_ours(module), eval_statistics=statistics):
-        yield
-
-
-@contextmanager
-def trained_with(module: nn.Module, statistics: str) -> Iterator[None]:
-    """Inside the block, what normalizes every BatchNorm of ours in a module in training.
-
-    Args:
-        statistics: "population" or "batch".
-    """
-    choose("statistics", statistics, STATISTICS)
-    with _set(_ours(module), train_statistics=statistics):
-        yield
-
-
-@contextmanager
-def no_population_update(module: nn.Module) -> Iterator[None]:
-    """Inside the block, training leaves the population statistics of a module as they are.
-
-    For a pass over other data than those of test time, the generator's step of a GAN for example.
-    For every BatchNorm layer, torch's and ours; what normalizes does not change.
-    """
-    layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    # In training mode torch's own layers then normalize by the batch, as before, and in evaluation
-    # mode by the buffers that they still have.
-    with _set(layers, track_running_stats=False):
-        yield
-
-
-def _ours(module: nn.Module) -> list[BatchNorm2d]:
-    return [m for m in module.modules() if isinstance(m, BatchNorm2d)]
-
-
-@contextmanager
-def _set(layers: Sequence[nn.Module], **values: Any) -> Iterator[None]:
-    """Attributes of layers inside the block."""
-    before = [{name: getattr(layer, name) for name in values} for layer in layers]
-    try:
-        for layer in layers:
-            vars(layer).update(values)
-        yield
-    finally:
-        for layer, own in zip(layers, before, strict=True):
-            vars(layer).update(own)
 
 
 def check_batch_sizes(batches: Iterable[Batch], where: str = "") -> None:

@@ -268,3 +268,11 @@ def _grouped(values: Sequence[T], index_of: Sequence[int]) -> list[list[T]]:
     for value, index in zip(values, index_of, strict=True):
         grouped[index].append(value)
     return grouped
+
+
+def state_holders(layer: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """What holds population statistics, and what the affine: each pair that a domain has."""
+    if not isinstance(layer, DomainBatchNorm2d):
+        return [(layer, layer)]
+    domains = range(layer.num_domains)
+    return list(dict.fromkeys((layer.population_of(k), layer.affine_of(k)) for k in domains))

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .partition import Partition
 
@@ -43,35 +40,3 @@ def ghost_batches(
     sizes = [ghost_size] * num_batches
     sizes[-1] += num_samples - sum(sizes)
     return Partition(sizes, torch.randperm(num_samples) if ghost_order == "random" else None)
-
-
-@contextmanager
-def ghost_groups(module: nn.Module, groups: Tensor) -> Iterator[None]:
-    """Inside the block every BatchNorm of ours in a module normalizes the groups that are given.
-
-    Wu & Johnson, Sec. 6.3, normalize across classes where a batch has two samples of each: give
-    samples 0, 2, 4, ... and 1, 3, 5, ... a group. For training mode; with activation checkpointing
-    the backward pass has to be in the block, too.
-
-    Args:
-        groups: an integer for each sample of the module's batches, shape (N,).
-
-    Raises:
-        ValueError: from the forward pass, if a layer has another number of samples, or normalizes
-            over processes.
-    """
-    from .batch_norm import BatchNorm2d
-
-    def give_groups(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return args, {"groups": groups, **kwargs}
-
-    hooks = [
-        layer.register_forward_pre_hook(give_groups, with_kwargs=True)
-        for layer in module.modules()
-        if isinstance(layer, BatchNorm2d)
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

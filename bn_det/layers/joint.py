@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from ..moments import Moments
+from .moments import Moments
 
 
 def normalize(

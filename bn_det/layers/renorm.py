@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..moments import Moments
+from .moments import Moments
 
 
 class RenormLimits(NamedTuple):

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-from ..command import choose_host
+from ..commands.cli import choose_host
 from ..errors import InputError
 from .checks import check_arguments, check_folder, check_host, make_folder
 from .claims import claims_of

@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
-from ..checkpoint import write_aside
 from ..errors import InputError
-from ..results import finite
+from ..files import finite, write_aside
 from .claims import Claim, Verdict, claims_of, judge
 from .published import NUM_GPUS, what_changes
 from .registry import EXPERIMENTS

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from ..results import read_metrics
+from ..commands.results import read_metrics
 from .runner import Outcome
 from .steps import Setting, Step, Training
 

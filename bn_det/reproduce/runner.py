@@ -14,8 +14,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-from ..checkpoint import write_aside
 from ..errors import InputError
+from ..files import write_aside
 from .steps import Step, shown
 
 LOG = "reproduce.log"

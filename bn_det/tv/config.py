@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from fvcore.common.config import CfgNode
 
-from ..config import add_bn_det_config
+from ..config.keys import add_bn_det_config
+from ..config.parts import NF_BACKBONES
 from ..errors import InputError, choose
-from ..parts import NF_BACKBONES
 
 NUM_LEVELS = 5
 """The levels that have anchors: p3 to p7 of RetinaNet, p2 to p6 of the R-CNNs."""

@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, Sequen
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from ..comm import share, world
 from ..data.category_batches import CategoryBatches
 from ..data.coco import CocoDataset
 from ..data.masks import decode_mask
 from ..errors import InputError
+from ..layers.comm import share, world
 
 Sample = tuple[Tensor, dict[str, Tensor], dict]
 """An image (3, H, W) in float32 from 0 to 255, its target for training, and its record."""

@@ -17,12 +17,12 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 from torchvision.models.detection.transform import resize_boxes
 
-from ..checkpoint import write_aside
-from ..comm import share, world
 from ..data.coco import CocoDataset
 from ..data.masks import encode_mask
+from ..files import write_aside
 from ..layers import record_sources
-from ..progress import with_progress
+from ..layers.comm import share, world
+from ..population.progress import with_progress
 from .masks import paste_mask
 
 logger = logging.getLogger(__name__)

@@ -9,10 +9,10 @@ import torch
 from fvcore.common.config import CfgNode
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from ..bootstrap import Estimate
 from ..data.coco import CocoDataset
 from ..layers import record_sources
-from ..leakage import RoIBatch, check_architecture, measure_leakage
+from ..measure.bootstrap import Estimate
+from ..measure.leakage import RoIBatch, check_architecture, measure_leakage
 from .data import build_test_loader, has_objects
 from .train import load_model, setup
 from .trainer import load_datasets

@@ -8,9 +8,9 @@ from itertools import chain
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from ..bootstrap import Estimate
 from ..data.category_batches import whole_batches
-from ..loss import WeightedLoss, check_dense, measure_loss
+from ..measure.bootstrap import Estimate
+from ..measure.loss import WeightedLoss, check_dense, measure_loss
 from .data import build_test_loader, has_objects
 from .train import load_model, setup
 from .trainer import load_datasets, losses_of

@@ -19,14 +19,14 @@ from torchvision.ops.feature_pyramid_network import (
     LastLevelP6P7,
 )
 
+from ..config.nf import NFBackbone, build_nf
+from ..config.parts import NF_BACKBONES, convert_resnet, part_norm
 from ..layers import (
     BATCH_NORMS,
     convert_batchnorm,
     normalize_convolutions,
     normalize_pyramid,
 )
-from ..nf import NFBackbone, build_nf
-from ..parts import NF_BACKBONES, convert_resnet, part_norm
 from .config import NUM_LEVELS, RCNNS, check_cfg
 from .norms import NORMS
 from .rcnn import build_rcnn

@@ -18,10 +18,10 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
+from ..config.parts import part_norm, shuffle_of
 from ..layers import forward_levels, normalize_tower
 from ..layers.norms import NormFactory
-from ..parts import part_norm, shuffle_of
-from ..shuffle import shuffled
+from ..layers.shuffle import shuffled
 from .config import POOLER_TYPES
 from .masks import crop_masks
 from .norms import NORMS

@@ -10,11 +10,11 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from ..comm import world
-from ..command import start
-from ..config import with_precise_bn_batches
+from ..commands.cli import start
+from ..commands.recompute import check, config_opts, run, with_population
+from ..config.training import with_precise_bn_batches
 from ..layers import record_sources
-from ..recompute import check, config_opts, run, with_population
+from ..layers.comm import world
 from .data import build_test_loader, build_train_loader
 from .model import build_model
 from .train import load_model, setup, start_log

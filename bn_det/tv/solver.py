@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..agc import AdaptiveGradientClipping
+from ..config.training import clipping_of
 from ..errors import InputError
 
 _NORM_TYPES = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
@@ -35,7 +35,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> SGD:
     groups = [group for group in groups if group["params"]]
     optimizer = SGD(groups, cfg.SOLVER.BASE_LR, cfg.SOLVER.MOMENTUM)
     if cfg.SOLVER.AGC.ENABLED:
-        AdaptiveGradientClipping.of(cfg, model).attach(optimizer)
+        clipping_of(cfg, model).attach(optimizer)
     return optimizer
 
 

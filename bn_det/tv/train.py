@@ -10,14 +10,14 @@ from pathlib import Path
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from ..checkpoint import Checkpointer, check_start
-from ..comm import world
-from ..command import start
-from ..config import load_config
-from ..config_check import check_ims_per_batch, resolve_device
+from ..commands.checkpoint import Checkpointer, check_start
+from ..commands.cli import start
+from ..commands.launch import world_size
+from ..commands.results import results_table, save_results
+from ..config.check import check_ims_per_batch, resolve_device
+from ..config.load import load_config
 from ..errors import InputError
-from ..launch import world_size
-from ..results import results_table, save_results
+from ..layers.comm import world
 from .config import check_cfg, get_cfg
 from .model import build_model
 from .trainer import Trainer, check_datasets, load_datasets, test

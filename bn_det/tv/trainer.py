@@ -18,10 +18,9 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..accumulate import accumulate
-from ..checkpoint import Checkpointer
-from ..comm import all_gather, process_group, world
-from ..config import (
+from ..commands.checkpoint import Checkpointer
+from ..config.training import (
+    build_hooks,
     precise_bn_of,
     source_of,
     uses_precise_bn,
@@ -38,8 +37,10 @@ from ..data.coco import (
     registered_sources,
 )
 from ..errors import InputError
-from ..hooks import Hook, PreciseBN, VirtualBatch, build_hooks
 from ..layers import record_sources
+from ..layers.comm import all_gather, process_group, world
+from ..training.accumulate import accumulate
+from ..training.hooks import Hook, PreciseBN, VirtualBatch
 from .data import build_test_loader, build_train_loader
 from .evaluation import evaluate
 from .model import build_model

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from bn_det.config_table import PAPER, head_comment, reference_of
+from bn_det.config.table import PAPER, head_comment, reference_of
 from bn_det.errors import InputError
 from built import CONFIGS, read_table
 

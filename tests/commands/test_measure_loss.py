@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_measure_leakage import run
 
-from bn_det.layers.batch_norm import evaluated_with
+from bn_det.layers.blocks import evaluated_with
 from hosts import HOSTS
 from reference import BASE, RCNN_BASE
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bn_det import DomainBatchNorm2d
-from bn_det.config import load_config
+from bn_det.config.load import load_config
 from bn_det.errors import InputError
 from hosts import HOSTS
 from reference import BASE, RCNN_BASE

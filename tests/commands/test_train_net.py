@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bn_det.command import run as run_command
+from bn_det.commands.cli import run as run_command
 from hosts import INSTALLED, every_host
 from reference import BASE
 from waiting import wait_for

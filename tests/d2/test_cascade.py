@@ -22,7 +22,7 @@ from bn_det import BatchNorm2d, RoILevelBatchNorm2d, fuse, roi_levels
 from bn_det.d2 import BNCascadeROIHeads
 from bn_det.d2.leakage import check_architecture
 from bn_det.errors import InputError
-from bn_det.shuffle import is_shuffled
+from bn_det.layers.shuffle import is_shuffled
 from d2_models import check_checkpoints, losses_of, make_batch, train_step
 from ranks import run_ranks
 from reference import EIGHT_CHOICES, RCNN_BASE, choice_opts, randomize

@@ -20,7 +20,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from bn_det import DomainBatchNorm2d, update_bn_stats
-from bn_det.config import load_config
+from bn_det.config.load import load_config
 from bn_det.d2 import FreezeBN, PreciseBN, add_bn_det_config, register_datasets
 from bn_det.d2.train import Trainer
 from bn_det.errors import InputError

@@ -13,7 +13,7 @@ from detectron2.solver import build_optimizer
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
-from bn_det.config import load_config
+from bn_det.config.load import load_config
 from bn_det.d2 import add_bn_det_config, register_datasets
 from bn_det.d2.train import Trainer
 from ranks import run_ranks

@@ -15,7 +15,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from bn_det import SourceBatchNorm2d
-from bn_det.config import load_config
+from bn_det.config.load import load_config
 from bn_det.d2 import add_bn_det_config, register_datasets
 from bn_det.errors import InputError
 from reference import BAD_SOURCES, BASE, RCNN, TWO_SOURCES

@@ -24,7 +24,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 import bn_det.d2
-from bn_det.config import load_config
+from bn_det.config.load import load_config
 from bn_det.d2.train import setup
 from bn_det.data.coco import check_num_classes, load_coco, registered_sources
 from bn_det.data.masks import encode_mask

@@ -15,9 +15,9 @@ from fvcore.common.param_scheduler import LinearParamScheduler
 from torch import nn
 
 from bn_det import BatchNorm2d, DomainBatchNorm2d, RoILevelBatchNorm2d
-from bn_det.agc import AdaptiveGradientClipping
 from bn_det.d2.lazy import EachStep, build_optimizer, make_norm
 from bn_det.errors import InputError
+from bn_det.training.agc import AdaptiveGradientClipping
 from built import CONFIGS
 
 RENORM = {"name": "BRN", "renorm": [2.0, 1.0]}

@@ -18,13 +18,13 @@ from detectron2.utils.events import EventStorage
 from omegaconf import DictConfig, ListConfig
 from torch import nn
 
-from bn_det.agc import AdaptiveGradientClipping
-from bn_det.config import load_config, uses_precise_bn
+from bn_det.config.load import load_config
+from bn_det.config.training import build_hooks, uses_precise_bn
 from bn_det.d2 import add_bn_det_config, register_datasets
 from bn_det.d2.hooks import HOOKS, build_precise_bn, build_virtual_batch
 from bn_det.d2.lazy import StepHooks
 from bn_det.d2.train import Trainer
-from bn_det.hooks import build_hooks
+from bn_det.training.agc import AdaptiveGradientClipping
 from d2_models import make_batch
 from lazy_tool import run_as_the_tool_does, shrink
 

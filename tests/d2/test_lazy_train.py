@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from bn_det.command import run as run_command
+from bn_det.commands.cli import run as run_command
 from bn_det.d2.lazy_train import load_lazy_config
 
 ROOT = Path(__file__).parents[2]

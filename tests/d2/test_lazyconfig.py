@@ -26,7 +26,7 @@ from fvcore.common.param_scheduler import MultiStepParamScheduler
 from omegaconf import OmegaConf
 
 from bn_det import DomainBatchNorm2d, update_bn_stats
-from bn_det.config import load_config
+from bn_det.config.load import load_config
 from bn_det.d2 import BNRetinaNetHead, PreciseBN, add_bn_det_config, register_datasets
 from reference import BASE
 

@@ -19,7 +19,7 @@ import d2_models
 from bn_det import BatchNorm2d, L1BatchNorm2d
 from bn_det.d2 import BNFastRCNNConvFCHead, BNMaskRCNNConvUpsampleHead
 from bn_det.errors import InputError
-from bn_det.shuffle import shuffle
+from bn_det.layers.shuffle import shuffle
 from d2_models import make_batch, train_step
 from ranks import run_ranks
 from reference import RCNN_BASE

@@ -3,7 +3,7 @@
 import torch
 from torchvision.ops import box_iou
 
-from bn_det.config import load_config
+from bn_det.config.load import load_config
 from bn_det.data.shapes import IMAGE_SIZE, SHAPES, draw_image
 from bn_det.tv import build_model, get_cfg
 from reference import BASE

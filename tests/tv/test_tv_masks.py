@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 
-from bn_det.config import load_config
+from bn_det.config.load import load_config
 from bn_det.data.coco import load_coco, registered_sources
 from bn_det.data.masks import decode_mask
 from bn_det.errors import InputError

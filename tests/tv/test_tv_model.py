@@ -9,7 +9,7 @@ from torchvision.models.detection import retinanet as stock
 from torchvision.ops import FrozenBatchNorm2d
 
 from bn_det import BatchNorm2d, DomainBatchNorm2d, L1BatchNorm2d, convert_batchnorm
-from bn_det.config import load_config
+from bn_det.config.load import load_config
 from bn_det.errors import InputError
 from bn_det.tv import build_model, get_cfg
 from bn_det.tv.retinanet import BNRetinaNetHead

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bn_det.config import load_config
+from bn_det.config.load import load_config
 from bn_det.tv import get_cfg
 from bn_det.tv.data import build_train_loader
 from bn_det.tv.trainer import Trainer, load_datasets

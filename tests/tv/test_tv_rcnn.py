@@ -9,8 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops import FrozenBatchNorm2d
 
 from bn_det import BatchNorm2d
-from bn_det.checkpoint import Checkpointer
-from bn_det.config import load_config
+from bn_det.commands.checkpoint import Checkpointer
+from bn_det.config.load import load_config
 from bn_det.errors import InputError
 from bn_det.tv import build_model, get_cfg
 from ranks import run_ranks

@@ -8,7 +8,7 @@ import torch
 from torchvision.ops import FrozenBatchNorm2d
 
 from bn_det import BatchNorm2d, SourceBatchNorm2d
-from bn_det.config import load_config
+from bn_det.config.load import load_config
 from bn_det.errors import InputError
 from bn_det.layers import record_sources
 from bn_det.tv import build_model, get_cfg

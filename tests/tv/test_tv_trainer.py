@@ -10,10 +10,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 
-from bn_det.config import load_config
+from bn_det.config.load import load_config
 from bn_det.data.coco import load_coco, registered_sources
 from bn_det.errors import InputError, one_line
-from bn_det.hooks import Hook
+from bn_det.training.hooks import Hook
 from bn_det.tv import get_cfg
 from bn_det.tv.data import build_test_loader, build_train_loader
 from bn_det.tv.evaluation import coco_metrics, predict

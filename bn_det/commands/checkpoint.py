@@ -1,0 +1,123 @@
+"""Checkpoints that are never half-written, and that have to fit."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+import torch
+from fvcore.common.checkpoint import Checkpointer as _Checkpointer
+from yacs.config import CfgNode
+
+from ..errors import LOAD_ERRORS, InputError
+from ..files import write_aside
+
+
+class CheckpointerMixin:
+    """What both hosts add to fvcore's Checkpointer; put it before that class in the bases.
+
+    * A file is written aside and renamed, so that a run killed at any moment leaves the last
+      complete checkpoint, and a ``last_checkpoint`` that names it.
+    * Weights whose shapes differ are an error instead of a warning, except those of the final
+      predictors (PREDICTORS), whose shape a fine-tuning on other classes changes.
+    * With ``must_match``, which evaluation and resuming set, those too, and weights that the
+      checkpoint lacks.
+    """
+
+    PREDICTORS = (
+        "cls_score.",
+        "cls_logits.",
+        "box_predictor.bbox_pred.",
+        "mask_head.predictor.",
+    )
+
+    must_match = False
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Save the model and all checkpointables to ``<save_dir>/<name>.pth``."""
+        if not self.save_dir:
+            return
+        data = {"model": self.model.state_dict()}
+        data.update({key: value.state_dict() for key, value in self.checkpointables.items()})
+        data.update(kwargs)
+        if not self.save_to_disk:  # only now: a state may be gathered from all processes
+            return
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info("Saving checkpoint to %s", path)
+        with write_aside(path) as aside:
+            torch.save(data, aside)
+        self.tag_last_checkpoint(os.path.basename(path))
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        with (
+            write_aside(os.path.join(self.save_dir, "last_checkpoint")) as aside,
+            open(aside, "w") as f,
+        ):
+            f.write(last_filename_basename)
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As fvcore's, with errors that name the file."""
+        try:
+            return super().load(path, *args, **kwargs)
+        except InputError:
+            raise
+        except LOAD_ERRORS as e:
+            reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+            raise InputError(f"{path}: cannot be loaded as a checkpoint: {reason}") from e
+
+    def _load_file(self, f: str) -> dict[str, Any]:
+        loaded = super()._load_file(f)
+        return loaded if "model" in loaded else {"model": loaded}
+
+    def _load_model(self, checkpoint: Any) -> Any:
+        incompatible = super()._load_model(checkpoint)
+        for key, found, expected in incompatible.incorrect_shapes:
+            if self.must_match or not any(p in key for p in self.PREDICTORS):
+                raise InputError(
+                    f"{key}: the checkpoint has shape {tuple(found)}, the model of this config "
+                    f"{tuple(expected)}"
+                )
+        # BatchNorm makes up a num_batches_tracked that a checkpoint lacks.
+        names = {k for k in self.model.state_dict() if not k.endswith("num_batches_tracked")}
+        if names <= set(incompatible.missing_keys):
+            raise InputError("the checkpoint has no weights with the names of this config's model")
+        if self.must_match and incompatible.missing_keys:
+            raise InputError(
+                f"{incompatible.missing_keys[0]}: the checkpoint lacks it and "
+                f"{len(incompatible.missing_keys) - 1} more of the model of this config"
+            )
+        return incompatible
+
+
+class _SafeCheckpointer(_Checkpointer):
+    def _load_file(self, f: str) -> dict[str, Any]:
+        return torch.load(f, map_location="cpu", weights_only=True)
+
+
+class Checkpointer(CheckpointerMixin, _SafeCheckpointer):
+    """fvcore's Checkpointer with :class:`CheckpointerMixin`; loads tensors and plain data only."""
+
+
+def check_start(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Raise InputError if there is nothing to resume, or no weights where they are needed."""
+    check_files(args, ("OUTPUT_DIR", cfg.OUTPUT_DIR), ("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS))
+
+
+def check_files(
+    args: argparse.Namespace, output: tuple[str, str], weights: tuple[str, str]
+) -> None:
+    """As :func:`check_start`, from the keys and the values of the folder and the weights."""
+    if args.resume:
+        key, folder = output
+        if not os.path.isfile(os.path.join(folder, "last_checkpoint")):
+            raise InputError(
+                f"--resume: {key} {folder} has nothing to resume (no file last_checkpoint)"
+            )
+        return
+    key, path = weights
+    if args.eval_only and not path:
+        raise InputError(f"{key}: '' is not accepted; --eval-only needs a checkpoint")
+    # Detectron2 takes options after a question mark.
+    if path and "://" not in path and not os.path.isfile(path.split("?")[0]):
+        raise InputError(f"{key}: there is no file {path}")

@@ -1,0 +1,152 @@
+"""What the commands that take a config have in common."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from yacs.config import CfgNode
+
+from ..errors import InputError, one_line
+from .launch import RankError, launch
+
+
+def add_host_argument(parser: argparse.ArgumentParser) -> None:
+    """--host."""
+    parser.add_argument(
+        "--host",
+        choices=["auto", "detectron2", "torchvision"],
+        default="auto",
+        help="whose detectors and trainer to use; auto takes Detectron2 where it is installed",
+    )
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """--config-file, --host, and KEY VALUE pairs at the end of the command."""
+    parser.add_argument("--config-file", default="", metavar="FILE", help="path to a config file")
+    add_host_argument(parser)
+    parser.add_argument(
+        "opts",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="KEY VALUE",
+        help="config options that replace the file's, at the end of the command",
+    )
+
+
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    """Detectron2's flags for several processes, which are known without it."""
+    parser.add_argument(
+        "--num-gpus",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of processes per machine: GPUs where there are some, else CPU processes",
+    )
+    parser.add_argument(
+        "--num-machines", type=int, default=1, metavar="N", help="number of machines"
+    )
+    parser.add_argument(
+        "--machine-rank", type=int, default=0, metavar="K", help="rank of this machine, from 0"
+    )
+    parser.add_argument(
+        "--dist-url",
+        default="auto",
+        metavar="URL",
+        help="where processes meet: tcp://ADDRESS:PORT of machine 0; auto for one machine",
+    )
+
+
+def measure_command(
+    name: str,
+    table: Callable[[Any], str],
+    save: Callable[[Any, Path], None],
+    *,
+    description: str | None,
+    epilog: str,
+    images: str,
+) -> None:
+    """The main function of a command that measures a checkpoint by either statistics.
+
+    Args:
+        name: of what is measured: the host's module, and the JSON file in OUTPUT_DIR.
+        table, save: for the results, on the terminal and in the file.
+        description, epilog: of the command's help.
+        images: the help of --images-per-batch.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--images-per-batch", type=int, default=1, metavar="N", help=images)
+    add_config_arguments(parser)
+    # What the set-up that evaluation shares asks for.
+    parser.set_defaults(eval_only=True, resume=False, num_gpus=1, num_machines=1)
+    args = parser.parse_args()
+    if args.images_per_batch < 1:
+        raise InputError(
+            f"--images-per-batch: {args.images_per_batch} is not accepted; use 1 or more"
+        )
+    logging.basicConfig(
+        level=logging.INFO, format="[%(asctime)s %(name)s]: %(message)s", datefmt="%m/%d %H:%M:%S"
+    )
+    torch.manual_seed(0)  # what is sampled
+    cfg, results = import_host(args.host, name).measure(args)
+    print(table(results))
+    path = Path(cfg.OUTPUT_DIR) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(results, path)
+    print(f"Saved to {path}")
+
+
+def choose_host(requested: str) -> str:
+    """The host that --host asks for; says in one line which that is, and why."""
+    installed = importlib.util.find_spec("detectron2") is not None
+    if requested == "detectron2" and not installed:
+        raise InputError(
+            "--host: 'detectron2' is not installed; use 'torchvision', or see the README"
+        )
+    host = requested if requested != "auto" else "detectron2" if installed else "torchvision"
+    reason = f"--host {requested}"
+    if requested == "auto":
+        reason += f", and Detectron2 is {'' if installed else 'not '}installed"
+    print(f"Host: {host} ({reason})", flush=True)
+    return host
+
+
+def import_host(requested: str, module: str) -> ModuleType:
+    """A module of the host that --host asks for."""
+    package = {"detectron2": "d2", "torchvision": "tv"}[choose_host(requested)]
+    return importlib.import_module(f"bn_det.{package}.{module}")
+
+
+def start(fn: Callable[..., None], args: argparse.Namespace, cfg: CfgNode) -> None:
+    """Call ``fn(args, cfg)`` in as many processes as the flags of ``tools/train_net.py`` say."""
+    launch(
+        fn,
+        (args, cfg),
+        args.num_gpus,
+        args.num_machines,
+        args.machine_rank,
+        args.dist_url,
+        cfg.MODEL.DEVICE,
+    )
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a command's main function; what its user can mend is shown without a traceback."""
+    try:
+        main()
+    except InputError as e:
+        sys.exit(f"error: {one_line(e)}")
+    except RankError as e:
+        sys.exit(f"error: {e}")

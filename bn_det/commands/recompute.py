@@ -1,0 +1,182 @@
+"""Recomputing the population statistics of a checkpoint, without training.
+
+Either as PreciseBN does: on training batches, the model in training mode; or as AdaBN does (Li et
+al., *Revisiting Batch Normalization For Practical Domain Adaptation*, 2016): on the images of the
+domain that the model is to be used on, without labels, in test mode.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from yacs.config import CfgNode
+
+from ..config.check import check_ims_per_batch
+from ..config.parts import LEVEL_PARTS, has_our_batch_norm
+from ..errors import InputError
+from ..files import finite, write_aside
+from ..layers import DomainBatchNorm2d
+from ..layers.comm import world
+from ..population.progress import with_progress
+from ..population.report import PopulationReport
+from ..population.update import update_bn_stats
+from .launch import world_size
+from .results import results_table
+
+logger = logging.getLogger(__name__)
+
+
+def config_opts(args: argparse.Namespace) -> list[str]:
+    """The KEY VALUE pairs of tools/recompute_statistics.py, and its flags as such."""
+    if len(args.opts) % 2:
+        return args.opts  # for load_config to refuse
+    opts = [*args.opts, "MODEL.WEIGHTS", args.weights]
+    if args.dataset:
+        opts += ["DATASETS.TEST" if args.adabn else "DATASETS.TRAIN", f"('{args.dataset}',)"]
+    if args.num_iters is not None:
+        opts += ["TEST.PRECISE_BN.NUM_ITER", str(args.num_iters)]
+    if args.tolerance is not None:
+        opts += ["TEST.PRECISE_BN.TOLERANCE", str(args.tolerance)]
+    return opts
+
+
+def check(args: argparse.Namespace, cfg: CfgNode) -> None:
+    """Raise InputError, before any work, for what the set-up of an evaluation does not look at."""
+    check_ims_per_batch(cfg, world_size(args.num_gpus, args.num_machines))
+    with_population(cfg, args.population)
+    output, weights = Path(args.output), Path(args.weights)
+    if output.is_dir() or (output.exists() and output.samefile(weights)):
+        raise InputError(
+            f"--output: {args.output!r} is not accepted; use another file than --weights"
+        )
+
+
+def with_population(cfg: CfgNode, population: str | None) -> CfgNode:
+    """The config of the new checkpoint, whose levels may share or not share statistics."""
+    if population is None:
+        return cfg
+    parts = [part for part in LEVEL_PARTS if has_our_batch_norm(cfg, part)]
+    if not parts:
+        raise InputError(
+            f"--population: {population!r} is not accepted: the model has no head of ours with "
+            f"BatchNorm on several levels; it is a choice of {LEVEL_PARTS}"
+        )
+    cfg = cfg.clone()
+    cfg.defrost()
+    for part in parts:
+        cfg.MODEL[part].BN.POPULATION = population
+    cfg.freeze()
+    return cfg
+
+
+def transfer(source: nn.Module, target: nn.Module) -> None:
+    """Load a model's state into one whose levels share statistics where its own do not, or not.
+
+    A domain without statistics of its own begins with the shared ones; shared ones with those of
+    the first domain. To be recomputed: what follows from them alone would be wrong.
+    """
+    shared = target.state_dict()
+    shared.update((k, v) for k, v in source.state_dict().items() if k in shared)
+    target.load_state_dict(shared)
+    layers = dict(source.named_modules())
+    for name, module in target.named_modules():
+        if isinstance(module, DomainBatchNorm2d):
+            for k in reversed(range(module.num_domains)):
+                old, new = layers[name].population_of(k), module.population_of(k)
+                for buffer in ("running_mean", "running_var", "num_batches_tracked"):
+                    getattr(new, buffer).copy_(getattr(old, buffer))
+
+
+def recompute(
+    model: nn.Module,
+    batches: Iterable[Any],
+    cfg: CfgNode,
+    adabn: bool,
+    call: Callable[[nn.Module, Any], Any] | None = None,
+) -> PopulationReport:
+    """Recompute all statistics of a model, which is then in evaluation mode.
+
+    Args:
+        batches: as ``call`` takes them; with ``adabn`` all of the data set, once.
+        adabn: run the model in test mode, its BatchNorm layers alone normalizing by batch. A RoI
+            head then sees the proposals of test time, a mask head the boxes that are detected.
+    """
+    model.train(not adabn)
+    for layer in model.modules():
+        if isinstance(layer, _BatchNorm):
+            layer.train()
+    node = cfg.TEST.PRECISE_BN
+    message = "Population statistics: %d/%d batches"
+    report = update_bn_stats(
+        model,
+        with_progress(batches, node.NUM_ITER, logger, message),
+        node.NUM_ITER,
+        tolerance=node.TOLERANCE,
+        estimator=node.ESTIMATOR,
+        allow_short=adabn,
+        call=call,
+    )
+    if not report.layers:
+        raise InputError(
+            "--config-file: the model has no BatchNorm with population statistics; nothing has "
+            "been written"
+        )
+    model.eval()
+    return report
+
+
+def save(model: nn.Module, report: PopulationReport, output: str) -> None:
+    """Write the new checkpoint and, beside it, the report as JSON; on rank 0."""
+    print(report)
+    path = Path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with write_aside(path) as aside:
+        torch.save({"model": model.state_dict()}, aside)
+    _save_report(path, report.as_dict())
+    print(f"Saved to {path}, and the table to {path.with_suffix('.json')}")
+
+
+def _save_report(checkpoint: Path, content: dict[str, Any]) -> None:
+    with write_aside(checkpoint.with_suffix(".json")) as aside:
+        Path(aside).write_text(json.dumps(content, indent=1))
+
+
+def run(
+    args: argparse.Namespace,
+    cfg: CfgNode,
+    models: tuple[nn.Module, nn.Module],
+    batches: Iterable[Any],
+    evaluate: Callable[[nn.Module], dict],
+    call: Callable[[nn.Module, Any], Any] | None = None,
+) -> None:
+    """The command, with what a host gives it.
+
+    Args:
+        models: the checkpoint's, and the one to recompute (the same where nothing is to be
+            transferred).
+        evaluate: from a model to its results on rank 0, empty on the others.
+    """
+    old, new = models
+    results = {}
+    if args.evaluate:
+        results["before"] = evaluate(old.eval())
+    if new is not old:
+        transfer(old, new)
+    report = recompute(new, batches, cfg, args.adabn, call)
+    if world()[0] == 0:
+        save(new, report, args.output)
+    if args.evaluate:
+        results["after"] = evaluate(new)
+    if world()[0] == 0 and results:
+        content = {**report.as_dict(), "results": finite(results)}
+        _save_report(Path(args.output), content)
+        for when, of_all in results.items():
+            print(f"With the statistics {when}:\n{results_table(of_all)}")

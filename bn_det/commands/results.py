@@ -1,0 +1,60 @@
+"""Results of trainings and evaluations: tables for people, and files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from tabulate import tabulate
+
+from ..files import finite, write_aside
+
+
+def results_table(results: Mapping[str, Mapping]) -> str:
+    """A table of metrics, one for each task.
+
+    Args:
+        results: metrics by task, ``{"bbox": {"AP": 21.3, ...}}``; or such a dict by data set where
+            there are several.
+    """
+    parts = []
+    for name, metrics in results.items():
+        if any(isinstance(value, Mapping) for value in metrics.values()):
+            parts += [f"Data set {name}", results_table(metrics)]
+            continue
+        overall = {k: v for k, v in metrics.items() if not k.startswith("AP-")}
+        classes = {k[len("AP-") :]: v for k, v in metrics.items() if k.startswith("AP-")}
+        parts.append(f"Evaluation results for {name}:\n{_row_table(overall)}")
+        if classes:
+            parts.append(f"Per-category {name} AP:\n{_row_table(classes)}")
+    return "\n".join(parts)
+
+
+def save_results(results: Mapping[str, Mapping], folder: str | Path) -> None:
+    """Write ``results.json`` into a folder, metrics by task; those that are not known as null."""
+    with write_aside(Path(folder) / "results.json") as aside:
+        Path(aside).write_text(json.dumps(finite(results), indent=1))
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics.json, one an iteration, in their order.
+
+    Of an iteration that was repeated after an interruption, the last line counts.
+    """
+    found: dict[int, dict[str, float]] = {}
+    for text in (Path(folder) / "metrics.json").read_text().splitlines():
+        line = json.loads(text)
+        found.setdefault(line["iteration"], {}).update(line)
+    return [found[iteration] for iteration in sorted(found)]
+
+
+def _row_table(metrics: Mapping[str, float]) -> str:
+    return tabulate(
+        [list(metrics.values())],
+        headers=list(metrics),
+        tablefmt="pipe",
+        floatfmt=".3f",
+        numalign="center",
+        stralign="center",
+    )

@@ -1,0 +1,347 @@
+"""Checks of a config's values, before anything is built."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from yacs.config import CfgNode
+
+from ..errors import InputError, check_rate, choose
+from ..layers import BATCH_NORMS, SHARING, WEIGHT_NORMS
+from ..layers.batch_norm import STATISTICS
+from ..layers.ghost import GHOST_ORDERS
+from ..population.estimate import ESTIMATORS
+from .nf import check_nf
+from .parts import (
+    COMPONENTS,
+    DENSE,
+    LEVEL_PARTS,
+    NF_BACKBONES,
+    PARTS,
+    SOURCE_PARTS,
+    get_key,
+    has_our_batch_norm,
+    is_per_level,
+    why_not_ours,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def check_values(cfg: CfgNode) -> None:
+    """Raise InputError for values of our keys that are not accepted, or not together."""
+    for part in PARTS:
+        choose(f"MODEL.{part}.GHOST_ORDER", cfg.MODEL[part].GHOST_ORDER, GHOST_ORDERS)
+        _check_weight_norm(cfg, part)
+    for part in ("RETINANET", "ROI_BOX_HEAD"):
+        _check_dropout(cfg, part)
+    if cfg.MODEL.BACKBONE.NAME in NF_BACKBONES:
+        check_nf(cfg)
+    for part in (*LEVEL_PARTS, "ROI_BOX_HEAD"):
+        for choice, value in cfg.MODEL[part].BN.items():
+            choose(f"MODEL.{part}.BN.{choice}", value, SHARING)
+    _check_rpn(cfg)
+    _check_levels_of_rois(cfg)
+    _check_statistics(cfg, "TEST", "population")
+    _check_statistics(cfg, "SOLVER", "batch")
+    _check_momentum(cfg)
+    _check_categories(cfg)
+    _check_renorm(cfg)
+    _check_steps(cfg)
+    _check_agc(cfg)
+    _check_sources(cfg)
+    _check_precise_bn(cfg)
+
+
+def check_ims_per_batch(cfg: CfgNode, num_processes: int) -> None:
+    """Raise InputError unless each process gets the same number of images of a batch."""
+    for key, value in (
+        ("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH),
+        ("TEST.PRECISE_BN.IMS_PER_BATCH", cfg.TEST.PRECISE_BN.IMS_PER_BATCH),
+        ("SOLVER.VIRTUAL_IMAGES", cfg.SOLVER.VIRTUAL_IMAGES),
+    ):
+        if value % num_processes:
+            raise InputError(
+                f"{key}: {value!r} is not accepted with {num_processes} processes (--num-gpus, "
+                f"--num-machines); use a multiple of {num_processes}"
+            )
+
+
+def resolve_device(cfg: CfgNode) -> None:
+    """Set MODEL.DEVICE to the CPU where it is Detectron2's default, and there is no GPU.
+
+    Raises:
+        InputError: it is not a device, or not one of this machine's.
+    """
+    cfg.MODEL.DEVICE = usable_device("MODEL.DEVICE", cfg.MODEL.DEVICE)
+
+
+def usable_device(key: str, name: str) -> str:
+    """The device of a config, or the CPU where it is Detectron2's default and there is no GPU.
+
+    Args:
+        key: what the error calls the name.
+
+    Raises:
+        InputError: it is not a device, or not one of this machine's.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        logger.warning("No CUDA device is available: %s cpu is used instead of cuda", key)
+        name = "cpu"
+    try:
+        device = torch.device(name)
+        if device.type != "cuda":
+            torch.empty(0, device=device)
+        elif (device.index or 0) >= torch.cuda.device_count():
+            # Not by trying, which takes memory of a GPU that another process may train on.
+            raise RuntimeError(f"this machine has {torch.cuda.device_count()} GPUs")
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).splitlines()[0]
+        raise InputError(f"{key}: {name!r} is not accepted: {reason}") from e
+    return name
+
+
+def _check_weight_norm(cfg: CfgNode, part: str) -> None:
+    key, kind = f"MODEL.{part}.WEIGHT_NORM", cfg.MODEL[part].WEIGHT_NORM
+    choose(key, kind, ["", *WEIGHT_NORMS])
+    if kind and (reason := why_not_ours(cfg, part)):
+        raise InputError(f"{key}: {kind!r} is not accepted with {reason}")
+    if part == "RESNETS" and kind == "ScaledWS":
+        raise InputError(
+            f"{key}: 'ScaledWS' is not accepted: a ResNet without norms also needs scaled residual "
+            f"branches (alpha, beta, SkipInit); use MODEL.BACKBONE.NAME {NF_BACKBONES[0]!r} or "
+            f"{NF_BACKBONES[1]!r}, or 'WS' or 'WN'"
+        )
+    if kind == "WS" and not cfg.MODEL[part].NORM:
+        raise InputError(
+            f"{key}: 'WS' is not accepted with MODEL.{part}.NORM '': it leaves the scale of "
+            "outputs to a norm; use a NORM, or 'ScaledWS' or 'WN'"
+        )
+
+
+def _check_dropout(cfg: CfgNode, part: str) -> None:
+    key, rate = f"MODEL.{part}.DROPOUT", cfg.MODEL[part].DROPOUT
+    check_rate(key, rate)
+    if rate and (reason := why_not_ours(cfg, part)):
+        raise InputError(f"{key}: {rate!r} is not accepted with {reason}")
+
+
+def _check_rpn(cfg: CfgNode) -> None:
+    name, norm = cfg.MODEL.RPN.HEAD_NAME, cfg.MODEL.RPN.NORM
+    if norm and name == "StandardRPNHead":  # another head may know the key
+        raise InputError(
+            f"MODEL.RPN.NORM: {norm!r} is not accepted with MODEL.RPN.HEAD_NAME {name!r}, which "
+            "has none; use '', or HEAD_NAME 'BNRPNHead'"
+        )
+
+
+def _check_levels_of_rois(cfg: CfgNode) -> None:
+    """Raise InputError where the BN of RoIs is to be per level, and their levels are not known."""
+    if not is_per_level(cfg, "ROI_BOX_HEAD"):
+        return
+    box_head, choices = cfg.MODEL.ROI_BOX_HEAD, dict(cfg.MODEL.ROI_BOX_HEAD.BN)
+    start = f"MODEL.ROI_BOX_HEAD.BN: {choices} is not accepted with"
+    ours = {"ROI_HEADS": "BNCascadeROIHeads", "ROI_BOX_HEAD": "BNFastRCNNConvFCHead"}
+    for node, name in ours.items():
+        found = cfg.MODEL[node].NAME
+        if found != name:
+            raise InputError(
+                f"{start} MODEL.{node}.NAME {found!r}: only {name!r} can tell RoIs of several "
+                "levels apart; use that, or 'shared' for all"
+            )
+    if box_head.SHUFFLE:
+        raise InputError(
+            f"{start} MODEL.ROI_BOX_HEAD.SHUFFLE True: RoIs of other processes come from other "
+            "levels; use SHUFFLE False, or 'shared' for all"
+        )
+    if box_head.NORM == "GhostBN" and choices["STATISTICS"] == "shared":
+        raise InputError(
+            f"{start} MODEL.ROI_BOX_HEAD.NORM 'GhostBN': levels of different numbers of RoIs have "
+            "no ghost batches in common; use STATISTICS 'per_domain', or 'shared' for all"
+        )
+
+
+def _check_sources(cfg: CfgNode) -> None:
+    """Raise InputError unless every data set is of a source, where some part tells them apart."""
+    node, entries = cfg.MODEL.BN_SOURCES, cfg.DATASETS.SOURCES
+    choose("MODEL.BN_SOURCES.AFFINE", node.AFFINE, SHARING)
+    for entry in entries:
+        is_list = isinstance(entry, (list, tuple)) and len(entry) > 1
+        if not is_list or not all(isinstance(e, str) for e in entry):
+            raise InputError(
+                f"DATASETS.SOURCES: {entry!r} is not accepted; each entry is a list [source, data "
+                "set, ...] with one data set or more"
+            )
+    names = [name for _, *names in entries for name in names]
+    for what, values in (("source", [entry[0] for entry in entries]), ("data set", names)):
+        twice = [value for value in values if values.count(value) > 1]
+        if twice:
+            raise InputError(f"DATASETS.SOURCES: the {what} {twice[0]!r} stands there twice")
+    if not node.PARTS:
+        return
+    choose("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, _NAME_SOURCES)
+    for part in node.PARTS:
+        choose("MODEL.BN_SOURCES.PARTS", part, SOURCE_PARTS)
+        if not has_our_batch_norm(cfg, part):
+            raise InputError(
+                f"MODEL.BN_SOURCES.PARTS: {part!r} is not accepted with MODEL.{part}.NORM "
+                f"{cfg.MODEL[part].NORM!r}; use a NORM in {list(BATCH_NORMS)}, and our component"
+            )
+    for split in ("TRAIN", "TEST"):
+        for name in cfg.DATASETS[split]:
+            if name not in names:
+                raise InputError(
+                    f"DATASETS.{split}: {name!r} is of no source; add it to the list of its "
+                    f"source in DATASETS.SOURCES, which has {[list(e) for e in entries]}"
+                )
+
+
+_NAME_SOURCES = (*DENSE, "BNGeneralizedRCNN")
+"""The meta-architectures that tell their layers the images' sources."""
+
+
+def _check_statistics(cfg: CfgNode, node: str, default: str) -> None:
+    """Raise InputError if another normalization than by default is asked of what has no choice.
+
+    Args:
+        node: "TEST" or "SOLVER".
+        default: what its BN_STATISTICS is where nothing is asked.
+    """
+    statistics, parts = cfg[node].BN_STATISTICS, cfg[node].BN_STATISTICS_PARTS
+    choose(f"{node}.BN_STATISTICS", statistics, STATISTICS)
+    for part in parts:
+        choose(f"{node}.BN_STATISTICS_PARTS", part, PARTS)
+    if statistics == default:
+        return
+    has_batch = {part: has_our_batch_norm(cfg, part) for part in PARTS}
+    for part in parts:
+        if not has_batch[part]:
+            key, names = COMPONENTS[part]
+            raise InputError(
+                f"{node}.BN_STATISTICS: {statistics!r} is not accepted for {part}, which has no "
+                f"batch statistics with MODEL.{part}.NORM {cfg.MODEL[part].NORM!r} and MODEL.{key} "
+                f"{get_key(cfg, key)!r}; use {default!r}, or a NORM in {list(BATCH_NORMS)} and a "
+                f"MODEL.{key} in {list(names)}"
+            )
+    if not any(has_batch.values()):
+        raise InputError(
+            f"{node}.BN_STATISTICS: {statistics!r} is not accepted: no part of the model has batch "
+            f"statistics; use {default!r}, or a NORM in {list(BATCH_NORMS)} with our components"
+        )
+
+
+def _check_momentum(cfg: CfgNode) -> None:
+    momentum = cfg.SOLVER.BN_MOMENTUM
+    if not 0 < momentum <= 1:
+        raise InputError(
+            f"SOLVER.BN_MOMENTUM: {momentum!r} is not accepted; use more than 0.0, and 1.0 at most"
+        )
+
+
+def _check_categories(cfg: CfgNode) -> None:
+    number = cfg.DATALOADER.CATEGORIES_PER_BATCH
+    if number < 0:
+        raise InputError(
+            f"DATALOADER.CATEGORIES_PER_BATCH: {number!r} is not accepted; use 0 (for any) or more"
+        )
+
+
+def _check_renorm(cfg: CfgNode) -> None:
+    node = cfg.SOLVER.BRN
+    if not (node.R_MAX >= 1 and node.D_MAX >= 0):
+        raise InputError(
+            f"SOLVER.BRN: R_MAX {node.R_MAX!r} and D_MAX {node.D_MAX!r} are not accepted; use 1.0 "
+            "or more and 0.0 or more"
+        )
+    for key in ("R_MAX_ITER", "D_MAX_ITER"):
+        if not 0 <= node.WARMUP_ITERS <= node[key]:
+            raise InputError(
+                f"SOLVER.BRN.{key}: {node[key]!r} is not accepted with WARMUP_ITERS "
+                f"{node.WARMUP_ITERS!r}; use 0 or more, and WARMUP_ITERS not above it"
+            )
+    if cfg.SOLVER.BN_STATISTICS == "population":
+        for part in cfg.SOLVER.BN_STATISTICS_PARTS or PARTS:
+            if cfg.MODEL[part].NORM == "BRN" and has_our_batch_norm(cfg, part):
+                raise InputError(
+                    f"SOLVER.BN_STATISTICS: 'population' is not accepted with MODEL.{part}.NORM "
+                    "'BRN', which corrects batch statistics; use 'batch', or NORM 'BN'"
+                )
+
+
+def _check_agc(cfg: CfgNode) -> None:
+    node, other = cfg.SOLVER.AGC, cfg.SOLVER.get("CLIP_GRADIENTS")
+    for key in ("CLIP_FACTOR", "EPS"):
+        if not node[key] > 0:
+            raise InputError(f"SOLVER.AGC.{key}: {node[key]!r} is not accepted; use more than 0.0")
+    if node.ENABLED and other is not None and other.ENABLED:
+        raise InputError(
+            "SOLVER.AGC.ENABLED: True is not accepted with SOLVER.CLIP_GRADIENTS.ENABLED True, "
+            "which would clip what has been clipped; use one of them"
+        )
+
+
+def _check_steps(cfg: CfgNode) -> None:
+    if cfg.SOLVER.ACCUMULATE < 1:
+        raise InputError(
+            f"SOLVER.ACCUMULATE: {cfg.SOLVER.ACCUMULATE!r} is not accepted; use 1 or more"
+        )
+    freeze, last = cfg.SOLVER.FREEZE_BN_ITER, cfg.SOLVER.MAX_ITER
+    if cfg.SOLVER.ACCUMULATE > 1 and freeze >= last:
+        raise InputError(
+            f"SOLVER.FREEZE_BN_ITER: {freeze!r} is not accepted with SOLVER.ACCUMULATE "
+            f"{cfg.SOLVER.ACCUMULATE!r} and SOLVER.MAX_ITER {last!r}: iterations are steps of the "
+            "optimizer, not batches; use less than MAX_ITER, or 0 (for never)"
+        )
+    _check_virtual(cfg)
+
+
+def _check_virtual(cfg: CfgNode) -> None:
+    number = cfg.SOLVER.VIRTUAL_IMAGES
+    if number < 0:
+        raise InputError(f"SOLVER.VIRTUAL_IMAGES: {number!r} is not accepted; use 0 or more")
+    if number and cfg.SOLVER.ACCUMULATE > 1:
+        raise InputError(
+            f"SOLVER.VIRTUAL_IMAGES: {number!r} is not accepted with SOLVER.ACCUMULATE "
+            f"{cfg.SOLVER.ACCUMULATE!r}: extra images are for the one batch of a step; use 0"
+        )
+    if number and not any(has_our_batch_norm(cfg, part) for part in PARTS):
+        raise InputError(
+            f"SOLVER.VIRTUAL_IMAGES: {number!r} is not accepted: no part of the model has a batch; "
+            f"use 0, or a NORM in {list(BATCH_NORMS)} with our components"
+        )
+    is_frozen = cfg.SOLVER.BN_STATISTICS == "population" and not cfg.SOLVER.UPDATE_POPULATION
+    if number and is_frozen and not cfg.SOLVER.BN_STATISTICS_PARTS:
+        raise InputError(
+            f"SOLVER.VIRTUAL_IMAGES: {number!r} is not accepted with SOLVER.BN_STATISTICS "
+            "'population' and UPDATE_POPULATION False: no batch is used for anything; use 0"
+        )
+
+
+def _check_precise_bn(cfg: CfgNode) -> None:
+    node = cfg.TEST.PRECISE_BN
+    choose("TEST.PRECISE_BN.ESTIMATOR", node.ESTIMATOR, ESTIMATORS)
+    if node.NUM_ITER < 1:
+        raise InputError(
+            f"TEST.PRECISE_BN.NUM_ITER: {node.NUM_ITER!r} is not accepted; use 1 or more"
+        )
+    if node.IMS_PER_BATCH < 0:
+        raise InputError(
+            f"TEST.PRECISE_BN.IMS_PER_BATCH: {node.IMS_PER_BATCH!r} is not accepted; use 0 (for "
+            "as many as in training) or more"
+        )
+    if not node.TOLERANCE >= 0:
+        raise InputError(
+            f"TEST.PRECISE_BN.TOLERANCE: {node.TOLERANCE!r} is not accepted; use 0.0 (for none) or "
+            "more"
+        )
+    if cfg.SOLVER.FREEZE_BN_ITER < 0:
+        raise InputError(
+            f"SOLVER.FREEZE_BN_ITER: {cfg.SOLVER.FREEZE_BN_ITER!r} is not accepted; use 0 (for "
+            "never) or more"
+        )
+    if cfg.SOLVER.FREEZE_BN_ITER and cfg.TEST.BN_STATISTICS == "batch":
+        raise InputError(
+            f"SOLVER.FREEZE_BN_ITER: {cfg.SOLVER.FREEZE_BN_ITER!r} is not accepted with "
+            "TEST.BN_STATISTICS 'batch': frozen layers normalize by population statistics; use 0"
+        )

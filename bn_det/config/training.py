@@ -1,0 +1,90 @@
+"""What a config asks of a training: its hooks, its batches, its gradients' clipping."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from yacs.config import CfgNode
+
+from ..layers.renorm import RenormLimits
+from ..training.agc import AdaptiveGradientClipping
+from ..training.hooks import HOOKS, Hook, Hooks, PreciseBN, VirtualBatch
+from .parts import PARTS
+
+
+def precise_bn_of(cfg: CfgNode) -> dict[str, Any]:
+    """What TEST.PRECISE_BN says, as arguments of ``bn_det.training.PreciseBN``."""
+    node = cfg.TEST.PRECISE_BN
+    return {
+        "periods": [cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD],
+        "num_iter": node.NUM_ITER,
+        "tolerance": node.TOLERANCE,
+        "estimator": node.ESTIMATOR,
+    }
+
+
+def uses_precise_bn(cfg: CfgNode) -> bool:
+    """Whether a training needs a PreciseBN hook, now and then or before freezing."""
+    before_freezing = cfg.SOLVER.FREEZE_BN_ITER > 0 and cfg.SOLVER.FREEZE_BN_PRECISE
+    return cfg.TEST.PRECISE_BN.ENABLED or before_freezing
+
+
+def source_of(cfg: CfgNode) -> dict[str, int]:
+    """The number of the source of each data set that DATASETS.SOURCES names."""
+    return {name: k for k, (_, *names) in enumerate(cfg.DATASETS.SOURCES) for name in names}
+
+
+def with_virtual_batches(cfg: CfgNode) -> CfgNode:
+    """The config with the batches of extra images in place of the training's."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SOLVER.IMS_PER_BATCH = cfg.SOLVER.VIRTUAL_IMAGES
+    return cfg
+
+
+def with_precise_bn_batches(cfg: CfgNode) -> CfgNode:
+    """The config with the batches of PreciseBN, and their number, in place of the training's."""
+    cfg, node = cfg.clone(), cfg.TEST.PRECISE_BN
+    cfg.defrost()
+    cfg.SOLVER.IMS_PER_BATCH = node.IMS_PER_BATCH or cfg.SOLVER.IMS_PER_BATCH
+    cfg.SOLVER.MAX_ITER = node.NUM_ITER
+    return cfg
+
+
+def build_hooks(
+    cfg: CfgNode,
+    precise: PreciseBN | None,
+    virtual: VirtualBatch | None,
+    classes: Hooks = HOOKS,
+) -> list[Hook]:
+    """The hooks that a config asks for, in their order, all before those that evaluate and save.
+
+    Args:
+        precise: what TEST.PRECISE_BN and SOLVER.FREEZE_BN_PRECISE stand for, where one of them is.
+        virtual: what SOLVER.VIRTUAL_IMAGES stands for, where it is.
+        classes: the host's.
+    """
+    solver, ret = cfg.SOLVER, []
+    if any(cfg.MODEL[part].NORM == "BRN" for part in PARTS):
+        node = solver.BRN
+        limits = RenormLimits(node.R_MAX, node.D_MAX)
+        iters = node.WARMUP_ITERS, node.R_MAX_ITER, node.D_MAX_ITER
+        ret.append(classes.renorm(limits, *iters))
+    if solver.FREEZE_BN_ITER > 0:
+        before = precise if solver.FREEZE_BN_PRECISE else None
+        hook = classes.freeze(solver.FREEZE_BN_ITER, affine=solver.FREEZE_BN_AFFINE, precise=before)
+        ret.append(hook)
+    if virtual is not None:
+        ret.append(virtual)
+    if cfg.TEST.PRECISE_BN.ENABLED:
+        ret.append(precise)
+    if solver.AVERAGE_BN_STATISTICS:
+        ret.append(classes.average([cfg.TEST.EVAL_PERIOD, solver.CHECKPOINT_PERIOD]))
+    return ret
+
+
+def clipping_of(cfg: CfgNode, model: nn.Module) -> AdaptiveGradientClipping:
+    """What SOLVER.AGC says."""
+    node = cfg.SOLVER.AGC
+    return AdaptiveGradientClipping(model, node.CLIP_FACTOR, node.EPS, node.EXCLUDE)

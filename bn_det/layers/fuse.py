@@ -1,0 +1,293 @@
+"""BatchNorm that is final: frozen for further training, or folded into a convolution."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
+
+from ..errors import InputError
+from .batch_norm import BatchNorm2d
+from .domain_batch_norm import DomainBatchNorm2d, called_batch_norms, state_holders
+from .levels import PerLevel
+from .roi_levels import RoILevelBatchNorm2d
+from .sources import SourceBatchNorm2d
+
+logger = logging.getLogger(__name__)
+
+_CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
+_STATE = ("running_mean", "running_var", "weight", "bias")
+
+
+class FuseReport(NamedTuple):
+    """What :func:`fuse` has done.
+
+    Attributes:
+        fused: names of the BatchNorm layers that are in a convolution now.
+        left: names of the others, each with the reason.
+    """
+
+    fused: list[str]
+    left: dict[str, str]
+
+
+def fuse(model: nn.Module) -> FuseReport:
+    """Fold each BatchNorm into the convolution that feeds it, in place; for inference.
+
+    The outputs are the same but for rounding. A head on several levels gets a convolution for each
+    level where statistics or affine are per level (:class:`~bn_det.layers.PerLevel`), so that
+    its BatchNorm costs nothing.
+
+    BatchNorm layers are torch's and ours, and FrozenBatchNorm2d of Detectron2 and torchvision.
+    Subclasses are, too, but for those that compute anything else (timm's have an activation), and
+    so are those of convolutions (not timm's, which standardize their weights): it is tried out.
+
+    A pair is fused where it is certain that the BatchNorm gets the output of the convolution and
+    nothing else does: a convolution with a ``norm`` (Detectron2's ``Conv2d``), neighbours in an
+    ``nn.Sequential``, and children of a module whose ``forward`` torch.fx can trace and leaves no
+    trace in its attributes. The others are left alone, Detectron2's ``CycleBatchNormList`` among
+    them: which of its layers a level gets depends on the number of calls before.
+
+    A fused convolution must not be trained: its gradients are those of other parameters than weight
+    and bias were, and the model learns otherwise. It warns, once for a model.
+
+    Args:
+        model: in evaluation mode.
+
+    Raises:
+        InputError: the model is in training mode.
+    """
+    if model.training:
+        raise InputError("fuse: not accepted for a model in training mode; call eval() first")
+    called = called_batch_norms(model)
+    names = {m: n for n, m in model.named_modules() if m in called or _is_frozen(m)}
+    places = Counter(child for parent in model.modules() for child in parent._modules.values())
+    left = {layer: _why_not(layer, places[layer]) for layer in names}
+    fused, warned = [], set()
+    for pair in list(_pairs(model)):
+        if pair.norm in names and not left[pair.norm]:
+            left[pair.norm] = (
+                _why_not(pair.conv, places[pair.conv])
+                or _what_else(pair.norm)
+                or _what_else_of_convolution(pair)
+            )
+            if not left[pair.norm]:
+                _fold(pair, warned)
+                fused.append(pair.norm)
+    return FuseReport(
+        [names[layer] for layer in fused],
+        {
+            names[layer]: reason or "it is not certain that a convolution alone feeds it"
+            for layer, reason in left.items()
+            if layer not in fused
+        },
+    )
+
+
+class _Pair(NamedTuple):
+    """A convolution and its BatchNorm, and where they are: the names in their parents."""
+
+    conv: nn.Module
+    norm: nn.Module
+    conv_parent: nn.Module
+    conv_name: str
+    norm_parent: nn.Module
+    norm_name: str
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    """Whether a module seems to be a host's FrozenBatchNorm2d, which the core does not import.
+
+    By what it has: a BatchNorm's state, all of it buffers. timm's FrozenBatchNormAct2d has it, too:
+    before such a layer is folded, ``_what_else`` looks at what it computes.
+    """
+    buffers = all(module._buffers.get(name) is not None for name in _STATE)
+    return buffers and not isinstance(module, _BatchNorm)
+
+
+def _is_norm(module: nn.Module | None) -> bool:
+    return isinstance(module, _BatchNorm) or (module is not None and _is_frozen(module))
+
+
+def _pairs(model: nn.Module) -> Iterator[_Pair]:
+    places = {m: (parent, n) for parent in model.modules() for n, m in parent._modules.items()}
+    for module in model.modules():
+        children = dict(module.named_children())
+        norms = {n: m for n, m in children.items() if _is_norm(m)}
+        if isinstance(module, nn.Conv2d) and "norm" in norms:
+            place = places.get(module, (nn.Module(), ""))  # the model itself is nobody's child
+            yield _Pair(module, norms["norm"], *place, module, "norm")
+        elif norms and type(module).forward is nn.Sequential.forward:
+            for (conv_name, conv), (norm_name, norm) in pairwise(children.items()):
+                if isinstance(conv, _CONVOLUTIONS) and norm_name in norms:
+                    yield _Pair(conv, norm, module, conv_name, module, norm_name)
+        elif norms and not isinstance(module, _BatchNorm):
+            for conv_name, norm_name in _traced_pairs(module):
+                pair = children[conv_name], children[norm_name]
+                yield _Pair(*pair, module, conv_name, module, norm_name)
+
+
+class _ChildrenAreLeaves(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return True
+
+
+def _traced_pairs(module: nn.Module) -> list[tuple[str, str]]:
+    """Names of children of which the second gets the output of the first, which no other does."""
+    module = copy.copy(module)  # its attributes may change while it is traced
+    before = dict(vars(module))
+    try:
+        nodes = _ChildrenAreLeaves().trace(module).nodes
+    except Exception as e:  # whatever a forward method does that cannot be traced
+        logger.debug("%s cannot be traced: %s", type(module).__name__, e)
+        return []
+    if any(value is not before.get(name) for name, value in vars(module).items()):
+        return []  # the next call may call other children: CycleBatchNormList
+    calls = [node for node in nodes if node.op == "call_module"]
+    number = Counter(node.target for node in calls)
+    found = []
+    for norm in calls:
+        conv = norm.args[0] if norm.args else None
+        if (
+            isinstance(conv, fx.Node)
+            and conv.op == "call_module"
+            and isinstance(getattr(module, conv.target, None), _CONVOLUTIONS)
+            and _is_norm(getattr(module, norm.target, None))
+            and list(conv.users) == [norm]
+            and number[conv.target] == number[norm.target] == 1
+        ):
+            found.append((conv.target, norm.target))
+    return found
+
+
+def _why_not(module: nn.Module, num_places: int) -> str:
+    """Why a BatchNorm or a convolution cannot take part in fusion, if so.
+
+    Args:
+        num_places: how often the model has it.
+    """
+    if num_places > 1:
+        return "it or its convolution is in several places of the model"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it or its convolution has hooks"
+    if is_parametrized(module):
+        return "the weight of its convolution is normalized; call bake_weight_norms first"
+    if isinstance(module, SourceBatchNorm2d):
+        return "its statistics are of the source of each image"
+    if isinstance(module, RoILevelBatchNorm2d) and len(state_holders(module)) > 1:
+        return "its statistics or its affine are of the level of each RoI"
+    if isinstance(module, BatchNorm2d) and module.eval_statistics == "batch":
+        return "it normalizes by batch statistics"
+    if isinstance(module, _BatchNorm) and not isinstance(module, DomainBatchNorm2d):
+        return "" if module.running_mean is not None else "it has no population statistics"
+    if isinstance(module, nn.ConvTranspose2d) and module.groups > 1:
+        return "its convolution is transposed and has groups"
+    return ""
+
+
+@torch.no_grad()
+def _what_else(norm: nn.Module) -> str:
+    """Why a layer cannot be folded by what it computes, whatever its class is.
+
+    A copy with a state in which everything matters is compared with the formula.
+    """
+    if isinstance(norm, DomainBatchNorm2d):
+        return ""
+    norm = copy.deepcopy(norm)
+    state = [getattr(norm, name) for name in _STATE]
+    for tensor, value in zip(state, (0.5, 1e-4, -1.5, 0.25), strict=True):
+        if tensor is not None:
+            tensor.fill_(value)
+    mean = state[0]
+    x = torch.linspace(-3, 3, 4 * len(mean), dtype=mean.dtype, device=mean.device)
+    x = x.view(2, len(mean), 2, 1)
+    expected = F.batch_norm(x, *state, eps=getattr(norm, "eps", 0.0))
+    # 1 % for half precision; an eps that is left out would be 5 %.
+    if torch.allclose(norm(x), expected, rtol=0.01, atol=0.01):
+        return ""
+    return f"a {type(norm).__name__} does not only normalize"
+
+
+@torch.no_grad()
+def _what_else_of_convolution(pair: _Pair) -> str:
+    """Why a convolution cannot take a BatchNorm by what it computes: with its own weights, say.
+
+    The outputs for noise are compared, before and after, with the first domain's statistics.
+    """
+    conv, (population, affine) = pair.conv, state_holders(pair.norm)[0]
+    if pair.norm_parent is conv and isinstance(pair.norm, DomainBatchNorm2d):
+        return ""  # it takes no tensor; forward_levels has it convolve, and nothing else
+    size = [2 + d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    x = torch.randn(2, conv.in_channels, *size, generator=torch.Generator().manual_seed(0))
+    x = x.to(conv.weight)
+    expected, folded = conv(x), copy.deepcopy(conv)
+    if pair.norm_parent is conv:
+        setattr(folded, pair.norm_name, None)
+    else:
+        state = population.running_mean, population.running_var, affine.weight, affine.bias
+        expected = F.batch_norm(expected, *state, eps=pair.norm.eps)
+    difference = _folded(folded, population, affine, pair.norm.eps)(x) - expected
+    if difference.abs().max() <= 0.02 * expected.abs().max():  # half precision
+        return ""
+    return f"a {type(conv).__name__} does not only convolve"
+
+
+def _fold(pair: _Pair, warned: set[str]) -> None:
+    conv, norm = pair.conv, pair.norm
+    holders = state_holders(norm)
+    # Before the convolution is copied. Detectron2's takes None for no norm.
+    setattr(pair.norm_parent, pair.norm_name, None if pair.norm_parent is conv else nn.Identity())
+    if len(holders) > 1:
+        convs = [_folded(copy.deepcopy(conv), *holder, norm.eps) for holder in holders]
+        setattr(pair.conv_parent, pair.conv_name, PerLevel(convs))
+    else:
+        convs = [_folded(conv, *holders[0], norm.eps)]
+    for folded in convs:
+        folded.warned_of_training = warned
+        folded.register_forward_pre_hook(_warn_of_training)
+
+
+@torch.no_grad()
+def _folded(conv: nn.Module, population: nn.Module, affine: nn.Module, eps: float) -> nn.Module:
+    """The convolution, with the layer's statistics and affine in its weight and bias."""
+    mean, var = population.running_mean.double(), population.running_var.double()
+    scale = (var + eps).rsqrt()
+    if affine.weight is not None:
+        scale = scale * affine.weight.double()
+    shift = -mean * scale
+    if affine.bias is not None:
+        shift = shift + affine.bias.double()
+    if conv.bias is not None:
+        shift = shift + conv.bias.double() * scale
+    out_dim = 1 if isinstance(conv, nn.ConvTranspose2d) else 0
+    shape = [1] * conv.weight.dim()
+    shape[out_dim] = -1
+    conv.weight.copy_(conv.weight.double() * scale.view(shape))
+    bias = shift.to(conv.weight.dtype)
+    if conv.bias is None:
+        conv.bias = nn.Parameter(bias, requires_grad=conv.weight.requires_grad)
+    else:
+        conv.bias.copy_(bias)
+    return conv
+
+
+def _warn_of_training(conv: nn.Module, _: tuple[Tensor]) -> None:
+    # A plain function, which a fused model can be scripted with (torch.jit.script).
+    if not torch.jit.is_scripting():
+        warned = conv.warned_of_training
+        if conv.training and conv.weight.requires_grad and not warned:
+            warned.add("training")
+            logger.warning(
+                "A convolution that a BatchNorm has been folded into is being trained: the "
+                "gradients of its weight and bias are not those of the parameters before (a fused "
+                "model should not be fine-tuned)"
+            )

@@ -1,0 +1,1 @@
+"""What a trained model does by either kind of statistics."""

@@ -1,0 +1,13 @@
+"""Population statistics of a model: what normalizes at test time."""
+
+from .average import average_population_statistics
+from .report import LayerReport, PopulationReport
+from .update import ShortLoaderError, update_bn_stats
+
+__all__ = [
+    "LayerReport",
+    "PopulationReport",
+    "ShortLoaderError",
+    "average_population_statistics",
+    "update_bn_stats",
+]

@@ -1,0 +1,222 @@
+"""Forward passes of a model, and the normalization batches that its layers see in them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..layers.batch_norm import Batch, BatchNorm2d, check_batch_sizes, fused_batch_norm
+from ..layers.comm import process_group
+from ..layers.domain_batch_norm import DomainBatchNorm2d, called_batch_norms
+from ..layers.joint import normalize
+from ..layers.l1_batch_norm import L1BatchNorm2d
+from ..layers.moments import Moments
+from ..layers.shuffle import is_shuffled
+
+logger = logging.getLogger(__name__)
+
+
+class PopulationLayer(NamedTuple):
+    """A place of population statistics: a BatchNorm layer, or one of a layer's domains.
+
+    Attributes:
+        name: of the module that holds them.
+        module: that module.
+        owner: the module that is called: the same, or the DomainBatchNorm2d that it is a part of.
+        domains: the positions of its domains in the list that the owner is called with.
+    """
+
+    name: str
+    module: _BatchNorm
+    owner: _BatchNorm
+    domains: list[int]
+
+
+def population_layers(model: nn.Module) -> list[PopulationLayer]:
+    """The places of population statistics that training updates: those in training mode.
+
+    Not those of L1BatchNorm2d, which are an EMA of something else than mean and variance.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    layers = []
+    for owner, name in called_batch_norms(model).items():
+        if isinstance(owner, DomainBatchNorm2d):
+            domains: dict[_BatchNorm, list[int]] = {}
+            for k in range(owner.num_domains):
+                domains.setdefault(owner.population_of(k), []).append(k)
+            layers += [PopulationLayer(names[m], m, owner, ks) for m, ks in domains.items()]
+        else:
+            layers.append(PopulationLayer(name, owner, owner, [0]))
+    return [layer for layer in layers if layer.owner.training and _is_updated(layer.module)]
+
+
+def _is_updated(layer: _BatchNorm) -> bool:
+    has_statistics = layer.track_running_stats and layer.running_mean is not None
+    return layer.training and has_statistics and not isinstance(layer, L1BatchNorm2d)
+
+
+class Observed(NamedTuple):
+    """What the layers have seen in one forward pass.
+
+    Attributes:
+        batches: for each layer its normalization batches, without empty ones.
+        samples: for each layer the number of samples of this process.
+    """
+
+    batches: list[list[Moments]]
+    samples: list[int]
+
+
+class Observer:
+    """Runs a model as in training, but that its population statistics stay as they are.
+
+    What the layers of a model do is changed while it runs, by attributes of the instances; putting
+    the attributes back, also after a failure, is the caller's part.
+
+    A pass ends where the last layer is done, if the rest of the model has none: once each layer
+    has been called as often as it was before. How often that is, is found in passes that run to
+    their end: the 1st, 2nd, 4th, 8th and so on. Where it varies, or where a layer has not been
+    called, every pass runs to its end.
+
+    Args:
+        call: runs the model on a batch.
+
+    Attributes:
+        in_step: whether the processes have to run passes at the same time, as the model exchanges
+            something in them.
+    """
+
+    def __init__(
+        self, call: Callable[[Any], Any], model: nn.Module, layers: Sequence[PopulationLayer]
+    ) -> None:
+        self.call, self.model, self.layers = call, model, layers
+        self.in_step = any(_exchanges(module) for module in model.modules())
+        self._num_passes = 0
+        self._owners = list(dict.fromkeys(layer.owner for layer in layers))
+        self._usual_calls: dict[nn.Module, int] | None = None
+        self._calls_vary = False
+
+    def run(self, inputs: Any, observed: Observed) -> None:
+        """Call the model with the inputs, and fill in what its layers see."""
+        self._num_passes += 1
+        is_whole = self._num_passes & (self._num_passes - 1) == 0
+        stop_at = None if is_whole or self._calls_vary else self._usual_calls
+        calls = dict.fromkeys(self._owners, 0)
+        self._install(observed, calls, stop_at)
+        with suppress(_Done):
+            self.call(inputs)
+        if self._usual_calls is None:
+            self._usual_calls = calls
+            self._calls_vary = 0 in calls.values()
+        elif calls != self._usual_calls and not self._calls_vary:
+            self._calls_vary = True
+            logger.warning(
+                "Layers are called more often in some batches than in others: passes that ended "
+                "with the usual last call may have missed some values"
+            )
+
+    def _install(
+        self,
+        observed: Observed,
+        calls: dict[nn.Module, int],
+        stop_at: dict[nn.Module, int] | None,
+    ) -> None:
+        for index, layer in enumerate(self.layers):
+            take = partial(_take, layer, observed.batches[index])
+            if isinstance(layer.module, BatchNorm2d):
+                layer.module.observer = take
+            elif type(layer.module).forward in _USUAL_FORWARDS:
+                layer.module.forward = partial(_forward, layer, take)
+            else:
+                layer.module.register_forward_pre_hook(partial(_take_input, take))
+        of_owner = {owner: [] for owner in self._owners}
+        for index, layer in enumerate(self.layers):
+            of_owner[layer.owner].append((index, layer.domains))
+        for owner, parts in of_owner.items():
+            if isinstance(owner, DomainBatchNorm2d) and owner.population == "per_domain":
+                # Statistics fit what test time does with them only if they are estimated so, too.
+                owner.statistics = "per_domain"
+            after = partial(_after_call, parts, observed.samples, calls, stop_at)
+            owner.register_forward_hook(after, with_kwargs=True)
+
+
+class _Done(BaseException):
+    """Leaves a forward pass; no Exception, so that no model takes it for one."""
+
+
+_USUAL_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+"""Of torch's own layers, for one dimension or more."""
+
+
+def _take(layer: PopulationLayer, seen: list[Moments], batches: Sequence[Batch]) -> None:
+    group = _group_of(layer.owner)
+    # Batches of several processes are seen by each of them, and count once.
+    if group is None or dist.get_rank(group) == 0:
+        seen += [b.moments for b in batches if b.size > 0]
+
+
+def _take_input(take: Callable[[list[Batch]], None], _: nn.Module, inputs: tuple) -> None:
+    """For a layer that does we know not what: all values of the call as one batch."""
+    x = inputs[0]
+    if x.numel():
+        take([Batch(Moments.of(x), x.numel() // x.shape[1])])
+
+
+def _forward(layer: PopulationLayer, take: Callable[[list[Batch]], None], x: Tensor) -> Tensor:
+    """What a BatchNorm of torch computes in training; it need not update an EMA for that."""
+    bn, group = layer.module, _group_of(layer.owner)
+    bn._check_input_dim(x)
+    size = x.numel() // x.shape[1]
+    if group is None and size > 1 and (x.is_cuda or x.is_contiguous()):
+        y, batch = fused_batch_norm(x, bn.weight, bn.bias, bn.eps)
+        take([batch])
+        return y
+    moments = Moments.of(x)
+    if group is not None:
+        (moments,) = Moments.all_reduce([moments], group)
+        size = int(moments.count)
+    check_batch_sizes([Batch(moments, size)], f"{layer.name}: ")
+    take([Batch(moments, size)])
+    return normalize(x, moments.mean, moments.var, bn.weight, bn.bias, bn.eps)
+
+
+def _after_call(
+    parts: list[tuple[int, list[int]]],
+    samples: list[int],
+    calls: dict[nn.Module, int],
+    stop_at: dict[nn.Module, int] | None,
+    owner: nn.Module,
+    args: tuple,
+    kwargs: dict[str, Any],
+    _: Any,
+) -> None:
+    x = args[0] if args else next(iter(kwargs.values()))
+    sizes = owner.num_samples(x) if isinstance(owner, DomainBatchNorm2d) else [len(x)]
+    for index, domains in parts:
+        samples[index] += sum(sizes[k] for k in domains)
+    calls[owner] += 1
+    if stop_at is not None and all(n >= stop_at[o] for o, n in calls.items()):
+        raise _Done
+
+
+def _group_of(owner: _BatchNorm) -> dist.ProcessGroup | None:
+    if isinstance(owner, nn.SyncBatchNorm):
+        return process_group(owner.process_group or "world")
+    return process_group(getattr(owner, "group", None))
+
+
+def _exchanges(module: nn.Module) -> bool:
+    """Whether a module may exchange something between processes in a forward pass of training."""
+    if not module.training:
+        return False
+    if isinstance(module, _BatchNorm):
+        known = isinstance(module, BatchNorm2d) or type(module).forward in _USUAL_FORWARDS
+        return not known or _group_of(module) is not None
+    return is_shuffled(module)

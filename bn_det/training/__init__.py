@@ -1,0 +1,19 @@
+"""What happens in a training beside its steps' forward and backward passes."""
+
+from .accumulate import GradientAccumulation, accumulate
+from .agc import AdaptiveGradientClipping
+from .hooks import AverageStatistics, FreezeBN, Hook, PreciseBN, RenormSchedule, VirtualBatch
+from .virtual_batch import virtual_batch
+
+__all__ = [
+    "AdaptiveGradientClipping",
+    "AverageStatistics",
+    "FreezeBN",
+    "GradientAccumulation",
+    "Hook",
+    "PreciseBN",
+    "RenormSchedule",
+    "VirtualBatch",
+    "accumulate",
+    "virtual_batch",
+]

@@ -1,0 +1,91 @@
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from bn_det.commands.checkpoint import Checkpointer
+from bn_det.commands.results import results_table
+from bn_det.errors import InputError, choose, nearest
+from bn_det.files import write_aside
+
+
+def test_write_aside(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), write_aside(path) as aside:
+        open(aside, "w").close()
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+    with write_aside(path) as aside, open(aside, "w") as f:
+        f.write("new")
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["a"]
+
+
+def test_a_failed_save_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    model = nn.Linear(2, 2)
+    checkpointer = Checkpointer(model, str(tmp_path))
+    checkpointer.save("model")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    save = torch.save
+
+    def half_written(data, path):
+        save(data, path)
+        with open(path, "r+b") as f:
+            f.truncate(10)
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", half_written)
+    with pytest.raises(OSError, match="no space left"):
+        checkpointer.save("model")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_only_plain_data_is_loaded(tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save({"model": nn.Linear(2, 2)}, path)  # a pickled module runs code when loaded
+    with pytest.raises(InputError, match="cannot be loaded as a checkpoint"):
+        Checkpointer(nn.Linear(2, 2)).load(str(path))
+
+
+def test_plain_state_dict(tmp_path):
+    source, target = nn.Linear(2, 2), nn.Linear(2, 2)
+    torch.save(source.state_dict(), tmp_path / "model.pth")
+    Checkpointer(target).load(str(tmp_path / "model.pth"))
+    assert torch.equal(source.weight, target.weight)
+
+
+def test_shapes_have_to_fit(tmp_path):
+    class Model(nn.Module):
+        def __init__(self, channels, classes):
+            super().__init__()
+            self.conv = nn.Conv2d(3, channels, 1)
+            self.cls_score = nn.Conv2d(3, classes, 1)
+
+    path = str(tmp_path / "model.pth")
+    Checkpointer(Model(4, 5), str(tmp_path)).save("model")
+    with pytest.raises(InputError, match=r"conv.weight: .* \(4, 3, 1, 1\), .* \(6, 3, 1, 1\)"):
+        Checkpointer(Model(6, 5)).load(path)
+    Checkpointer(Model(4, 7)).load(path)
+    strict = Checkpointer(Model(4, 7))
+    strict.must_match = True
+    with pytest.raises(InputError, match="cls_score"):
+        strict.load(path)
+
+
+def test_errors_say_what_is_accepted():
+    with pytest.raises(InputError, match=r"KEY: 3 is not accepted; use one of \[1, 2\]"):
+        choose("KEY", 3, [1, 2])
+    assert nearest("shape_train", ["shapes_train", "x"]) == "nearest names: ['shapes_train']"
+    assert nearest("zzz", ["b", "a"]) == "known names: ['a', 'b']"
+
+
+def test_results_table():
+    metrics = {"bbox": {"AP": 21.5, "AP50": float("nan"), "AP-star": 3.25}}
+    lines = results_table(metrics).splitlines()
+    assert lines[0] == "Evaluation results for bbox:"
+    assert [c.strip() for c in lines[3].strip("|").split("|")] == ["21.500", "nan"]
+    assert lines[4] == "Per-category bbox AP:"
+    assert [c.strip() for c in lines[7].strip("|").split("|")] == ["3.250"]
+    several = results_table({"a": metrics, "b": metrics})
+    assert several.count("Evaluation results for bbox") == 2 and "Data set b" in several
