@@ -2,46 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 from weakref import WeakSet
 
-import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import InputError, choose
 from .comm import Group, check_agreement, process_group
+from .forward import Domain, Extension, Observation, Plan, batch_norm
 from .ghost import GHOST_ORDERS, ghost_batches
-from .joint import joint_batch_norm, normalize
-from .moments import Moments
-from .partition import Partition
-from .renorm import RenormLimits, correction, renormalized
+from .renorm import RenormLimits
 
 STATISTICS = ("population", "batch")
 """What can normalize."""
 
 _AGREED: WeakSet[BatchNorm2d] = WeakSet()
 """Layers whose ranks have been seen to agree; no state of a layer, which may be put back."""
-
-
-class Batch(NamedTuple):
-    """A normalization batch.
-
-    Attributes:
-        moments: of all its values.
-        size: number of values per channel, of which only 0, 1 and more are told apart; the exact
-            one may still be computed by a device.
-    """
-
-    moments: Moments
-    size: int
-
-    @classmethod
-    def merge(cls, parts: Sequence[Batch]) -> Batch:
-        """The union of disjoint parts."""
-        return cls(Moments.merge([p.moments for p in parts]), sum(p.size for p in parts))
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -92,12 +73,6 @@ class BatchNorm2d(nn.BatchNorm2d):
             layer.
     """
 
-    observer: Callable[[Sequence[Batch]], None] | None = None
-    """Where set, it gets the normalization batches of a call, and the EMA stays as it is."""
-
-    extend: Callable[[list[Batch], Sequence[int]], list[Batch]] | None = None
-    """Where set, it adds to the batches of a call, for each of which it gets the domain."""
-
     def __init__(
         self,
         num_features: int,
@@ -134,6 +109,8 @@ class BatchNorm2d(nn.BatchNorm2d):
         self.train_statistics = train_statistics
         self.update_population = update_population
         self.renorm = None if renorm is None else RenormLimits(*renorm).check()
+        self._extensions: OrderedDict[int, Extension] = OrderedDict()
+        self._observers: OrderedDict[int, Observation] = OrderedDict()
 
     def forward(self, x: Tensor, groups: Tensor | None = None) -> Tensor:
         """Normalize x.
@@ -144,161 +121,52 @@ class BatchNorm2d(nn.BatchNorm2d):
                 normalization batch, shape (N,).
         """
         self._check_input_dim(x)
-        if not self.normalizes_by_batch and not self.needs_batches:
-            return self.normalize_by_population(x, self.weight, self.bias)
-        group = self.group_in_use(groups)
-        ghosts = self.ghosts(len(x), groups)
-        if group is None and len(ghosts.sizes) == 1 and self.is_plain:
-            return self.normalize_by_batch(x, self.weight, self.bias)
-        pieces = ghosts.split(x)
-        batches = self.batches_of(pieces, group, [0] * len(pieces))
-        check_batch_sizes(batches)
-        if not self.normalizes_by_batch:
-            y = self.normalize_by_population(x, self.weight, self.bias)
-            self.update_population_statistics(batches)
-            return y
-        affines = [self.affine_for(b, self, self) for b in batches]
-        self.update_population_statistics(batches)
-        ys = joint_batch_norm(
-            pieces,
-            [b.moments for b in batches],
-            range(len(pieces)),
-            *zip(*affines, strict=True),
+        return batch_norm(self.plan([Domain(x, self, self)], groups))[0]
+
+    def plan(self, domains: Sequence[Domain], groups: Tensor | None = None) -> Plan:
+        """A call of this layer in its mode, on the tensors of some domains.
+
+        Args:
+            groups: as in :meth:`forward`.
+        """
+        plan = Plan(
+            domains,
             self.eps,
-            group,
+            by_batch=self._statistics == "batch" or domains[0].population.running_mean is None,
+            extensions=tuple(self._extensions.values()),
+            observers=tuple(self._observers.values()),
         )
-        return ghosts.join(ys)
-
-    @property
-    def normalizes_by_batch(self) -> bool:
-        """Whether batch statistics, and not those of the population, are used in this mode."""
-        return self._statistics == "batch" or self.running_mean is None
-
-    @property
-    def tracks(self) -> bool:
-        """Whether a call updates the population statistics in this mode."""
-        return self.training and self.update_population and self.track_running_stats
-
-    @property
-    def needs_batches(self) -> bool:
-        """Whether a call has to know its batches, even if they do not normalize."""
-        return self.tracks or self.observer is not None
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it normalizes by the batch as it is, in this mode."""
-        corrected = self.renorm is not None and self.training
-        return self.normalizes_by_batch and not corrected and self.extend is None
+        if not self.training:
+            return plan
+        group = process_group(self.group)
+        if groups is not None and group is not None:
+            raise ValueError("groups: not accepted by a layer that normalizes over processes")
+        ghosts = {"ghost_size": self.ghost_size, "ghost_order": self.ghost_order, "groups": groups}
+        partition = partial(ghost_batches, **ghosts)
+        plan = plan._replace(group=group, partition=partition, renorm=self.renorm)
+        if group is not None and plan.needs_batches and self not in _AGREED:
+            self._check_ranks(domains, group)
+        return plan
 
     @property
     def _statistics(self) -> str:
         return self.train_statistics if self.training else self.eval_statistics
 
-    def group_in_use(self, groups: Tensor | None = None) -> dist.ProcessGroup | None:
-        """The processes to merge over in this mode, if any."""
-        group = process_group(self.group) if self.training else None
-        if groups is not None and group is not None:
-            raise ValueError("groups: not accepted by a layer that normalizes over processes")
-        return group
-
-    def ghosts(self, num_samples: int, groups: Tensor | None = None) -> Partition:
-        """The normalization batches of this process in this mode."""
-        if not self.training:
-            return ghost_batches(num_samples, None)
-        return ghost_batches(num_samples, self.ghost_size, self.ghost_order, groups)
-
-    def affine_for(
-        self, batch: Batch, affine: BatchNorm2d, population: BatchNorm2d
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Weight and bias to use after normalization by a batch.
+    def register_extension(self, extend: Extension) -> RemovableHandle:
+        """Have a function add to the normalization batches of each call, until it is removed.
 
         Args:
-            affine: the layer that has weight and bias.
-            population: the layer that has the population statistics.
+            extend: see :data:`~bn_det.layers.forward.Extension`.
         """
-        if self.renorm is None or not self.training:
-            return affine.weight, affine.bias
-        refuse_recomputation("batch renormalization")
-        r, d = correction(batch.moments, population, self.eps, self.renorm)
-        return renormalized(affine.weight, affine.bias, r, d)
+        return _registered(self._extensions, extend)
 
-    def normalize_by_population(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> Tensor:
-        """Normalize x by the population statistics."""
-        mean, var = self.running_mean, self.running_var
-        if self.tracks:
-            refuse_recomputation("normalizing by an EMA that is updated")
-            mean, var = mean.clone(), var.clone()  # the update comes before the backward pass
-        return normalize(x, mean, var, weight, bias, self.eps)
-
-    def normalize_by_batch(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, where: str = ""
-    ) -> Tensor:
-        """Normalize x by its own statistics and update the population statistics with them.
+    def register_observer(self, observe: Observation) -> RemovableHandle:
+        """Show a function the normalization batches of each call, until it is removed.
 
         Args:
-            x: shape (N, C, H, W).
-            weight, bias: the affine to use, which need not be this module's; shape (C,) or None.
-            where: begins the message of an error.
+            observe: see :data:`~bn_det.layers.forward.Observation`.
         """
-        if x.numel() == 0:
-            return normalize(x, self.running_mean, self.running_var, weight, bias, self.eps)
-        if x.device.type == "cpu" and not x.is_contiguous():
-            batches = self.batches_of([x])
-            check_batch_sizes(batches, where)
-            self.update_population_statistics(batches)
-            return joint_batch_norm([x], [batches[0].moments], [0], [weight], [bias], self.eps)[0]
-        check_size(x.numel() // x.shape[1], where)
-        if self.observer is not None:
-            y, batch = fused_batch_norm(x, weight, bias, self.eps)
-            self.observer([batch])
-            return y
-        # A weight of 0 does not keep an infinite variance out, so evaluation gives no buffers.
-        # Training does in any case: a recomputation has to save what the first pass saved.
-        running = (self.running_mean, self.running_var) if self.tracks else (None, None)
-        return F.batch_norm(x, *running, weight, bias, True, self.next_momentum(), self.eps)
-
-    def batches_of(
-        self,
-        xs: Sequence[Tensor],
-        group: dist.ProcessGroup | None = None,
-        domain_of: Sequence[int] = (0,),
-    ) -> list[Batch]:
-        """Each tensor on all processes of the group as a batch of its own, in one collective.
-
-        Args:
-            domain_of: the domain of each tensor.
-        """
-        moments = [Moments.of(x) for x in xs]
-        sizes = [x.numel() // x.shape[1] for x in xs]
-        if group is not None:
-            self._check_ranks(xs, group)
-            moments = Moments.all_reduce(moments, group)
-            # With more than one value here there is no need to wait for the device.
-            sizes = [n if n > 1 else int(m.count) for n, m in zip(sizes, moments, strict=True)]
-        batches = [Batch(m, n) for m, n in zip(moments, sizes, strict=True)]
-        return batches if self.extend is None else self.extend(batches, domain_of)
-
-    @torch.no_grad()
-    def update_population_statistics(self, batches: Sequence[Batch]) -> None:
-        """Move the EMA towards the mean and the unbiased variance of a normalization batch.
-
-        Of several batches, towards the means of theirs, weighted by the number of values.
-        """
-        if self.observer is not None:
-            self.observer(batches)
-            return
-        present = [b.moments for b in batches if b.size > 0]
-        momentum = self.next_momentum() if present else 0.0
-        if momentum > 0:
-            mean, var = mean_statistics(present)
-            self.running_mean.mul_(1 - momentum).add_(mean * momentum)
-            self.running_var.mul_(1 - momentum).add_(var * momentum)
-
-    def next_momentum(self) -> float:
-        """Count a batch; the weight that the EMA gives it, 0 where it must not change."""
-        return count_batch(self) if self.tracks else 0.0
+        return _registered(self._observers, observe)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + self.repr_of_choices()
@@ -322,83 +190,17 @@ class BatchNorm2d(nn.BatchNorm2d):
             choices += f", renorm={tuple(self.renorm)}"
         return choices
 
-    def _check_ranks(self, xs: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-        if self not in _AGREED:
-            values = {
-                "num_features": self.num_features,
-                "dtype": str(xs[0].dtype),
-                "number of domains": len(xs),
-            }
-            check_agreement(type(self).__name__, values, group)
-            _AGREED.add(self)
+    def _check_ranks(self, domains: Sequence[Domain], group: dist.ProcessGroup) -> None:
+        values = {
+            "num_features": self.num_features,
+            "dtype": str(domains[0].x.dtype),
+            "number of domains": len(domains),
+        }
+        check_agreement(type(self).__name__, values, group)
+        _AGREED.add(self)
 
 
-def count_batch(layer: nn.BatchNorm2d) -> float:
-    """Count a batch that updates an EMA; the weight that it has there, 0 in a recomputation."""
-    if _in_backward_pass():
-        return 0.0
-    layer.num_batches_tracked.add_(1)
-    if layer.momentum is None:  # cumulative moving average, as in nn.BatchNorm2d
-        return 1.0 / float(layer.num_batches_tracked)
-    return layer.momentum
-
-
-def fused_batch_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Batch]:
-    """Normalize x by its own statistics, as torch does it, and say what they are.
-
-    Args:
-        x: shape (N, C, *), more than one value per channel. On a CPU it has to be contiguous.
-    """
-    size, dtype = x.numel() // x.shape[1], torch.promote_types(x.dtype, torch.float32)
-    # An EMA with the whole weight on the new batch.
-    mean, var = torch.zeros(2, x.shape[1], dtype=dtype, device=x.device)
-    y = F.batch_norm(x, mean, var, weight, bias, True, 1.0, eps)
-    count = torch.tensor(float(size), dtype=torch.float64, device=x.device)
-    return y, Batch(Moments(count, mean, var * ((size - 1) / size)), size)
-
-
-def check_batch_sizes(batches: Iterable[Batch], where: str = "") -> None:
-    """Raise InputError if a normalization batch has a single value per channel.
-
-    Args:
-        where: begins the message.
-    """
-    for batch in batches:
-        check_size(batch.size, where)
-
-
-def check_size(size: int, where: str = "") -> None:
-    if size == 1:
-        raise InputError(
-            f"{where}a normalization batch of a single value per channel has no variance: use "
-            "more images, larger ones, or statistics shared between domains"
-        )
-
-
-def mean_statistics(batches: Sequence[Moments]) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased variance, averaged over batches: not those of the batches merged."""
-    if len(batches) == 1:
-        return batches[0].mean, batches[0].unbiased_var
-    counts = torch.stack([m.count for m in batches])
-    weights = (counts / counts.sum()).to(batches[0].mean.dtype).unsqueeze(1)
-    means = torch.stack([m.mean for m in batches])
-    variances = torch.stack([m.unbiased_var for m in batches])
-    return (weights * means).sum(0), (weights * variances).sum(0)
-
-
-def refuse_recomputation(what: str) -> None:
-    """Raise RuntimeError where activation checkpointing repeats a forward pass."""
-    if _in_backward_pass():
-        raise RuntimeError(
-            f"{what} cannot be recomputed in a backward pass (activation checkpointing): what it "
-            "depends on has changed since the forward pass"
-        )
-
-
-def _in_backward_pass() -> bool:
-    """Whether autograd runs this forward pass: activation checkpointing's recomputation."""
-    # The id is private in name, and what torch.utils.checkpoint itself goes by. A compiled graph
-    # writes each buffer once, whatever it recomputes.
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+def _registered(hooks: OrderedDict[int, Any], hook: Callable[..., Any]) -> RemovableHandle:
+    handle = RemovableHandle(hooks)
+    hooks[handle.id] = hook
+    return handle

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import choose
-from .batch_norm import Batch, BatchNorm2d, check_batch_sizes
-from .joint import joint_batch_norm
-from .partition import Partition
+from .batch_norm import BatchNorm2d
+from .forward import Domain, batch_norm
 
 SHARING = ("shared", "per_domain")
 """What statistics, population and affine can each be."""
@@ -105,27 +103,12 @@ class DomainBatchNorm2d(BatchNorm2d):
             groups: as in :class:`BatchNorm2d`, for the samples of every domain.
         """
         self._check_input(xs)
-        if not self.normalizes_by_batch and not self.needs_batches:
-            return self._normalize_by_population(xs)
-        group = self.group_in_use(groups)
-        # One partition for all, so that a random one has the same samples in each domain.
-        partitions = {n: self.ghosts(n, groups) for n in dict.fromkeys(map(len, xs))}
-        ghosts = [partitions[len(x)] for x in xs]
-        self._check_ghosts(ghosts)
-        one_each = group is None and all(len(g.sizes) == 1 for g in ghosts)
-        alone = self.statistics == "per_domain" or not any(x.numel() for x in xs)
-        if one_each and alone and self.is_plain:
-            return [self._normalize_by_domain(k, x) for k, x in enumerate(xs)]
-        return self._normalize_jointly(xs, group, ghosts)
+        return batch_norm(self.plan([self._domain(k, x) for k, x in enumerate(xs)], groups))
 
-    @property
-    def normalizes_by_batch(self) -> bool:
-        return self._statistics == "batch"
-
-    @property
-    def needs_batches(self) -> bool:
-        populations = [self.population_of(k) for k in range(self.num_domains)]
-        return any(p.tracks or p.observer is not None for p in populations)
+    def _domain(self, k: int, x: Tensor) -> Domain:
+        return Domain(
+            x, self.population_of(k), self.affine_of(k), self.batch_of(k), self.name_of(k)
+        )
 
     def batch_of(self, domain: int) -> int:
         """The number of the normalization batch that the domain's samples are in."""
@@ -155,72 +138,6 @@ class DomainBatchNorm2d(BatchNorm2d):
         )
         return choices + self.repr_of_choices()
 
-    def _normalize_by_population(self, xs: Sequence[Tensor]) -> list[Tensor]:
-        affines = [self.affine_of(k) for k in range(self.num_domains)]
-        return [
-            self.population_of(k).normalize_by_population(x, affine.weight, affine.bias)
-            for k, (x, affine) in enumerate(zip(xs, affines, strict=True))
-        ]
-
-    def _normalize_by_domain(self, domain: int, x: Tensor) -> Tensor:
-        affine = self.affine_of(domain)
-        return self.population_of(domain).normalize_by_batch(
-            x, affine.weight, affine.bias, f"{self.name_of(domain)}: "
-        )
-
-    def _normalize_jointly(
-        self, xs: Sequence[Tensor], group: dist.ProcessGroup | None, ghosts: Sequence[Partition]
-    ) -> list[Tensor]:
-        """By the statistics of pieces of domains, on all processes of the group."""
-        pieces = [piece for g, x in zip(ghosts, xs, strict=True) for piece in g.split(x)]
-        domain_of = [k for k, g in enumerate(ghosts) for _ in g.sizes]
-        keys = [(self.batch_of(k), b) for k, g in enumerate(ghosts) for b in range(len(g.sizes))]
-        index = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-        batch_of = [index[key] for key in keys]
-        first_domains = [domain_of[batch_of.index(b)] for b in index.values()]
-        parts = self.batches_of(pieces, group, domain_of)
-        by_domain = _grouped(parts, domain_of)
-        batches = [Batch.merge(of_batch) for of_batch in _grouped(parts, batch_of)]
-        self._check_sizes(batches, by_domain)
-        if not self.normalizes_by_batch:
-            ys = self._normalize_by_population(xs)
-            self._update(batches, first_domains, by_domain)
-            return ys
-        affines = [
-            self.affine_for(batches[b], self.affine_of(k), self.population_of(k))
-            for k, b in zip(domain_of, batch_of, strict=True)
-        ]
-        self._update(batches, first_domains, by_domain)
-        moments = [b.moments for b in batches]
-        ys = joint_batch_norm(
-            pieces, moments, batch_of, *zip(*affines, strict=True), self.eps, group
-        )
-        return [g.join(y) for g, y in zip(ghosts, _grouped(ys, domain_of), strict=True)]
-
-    def _update(
-        self,
-        batches: Sequence[Batch],
-        first_domains: Sequence[int],
-        by_domain: Sequence[Sequence[Batch]],
-    ) -> None:
-        """Update population statistics with normalization batches, or else domain by domain."""
-        if self.statistics == self.population == "shared":
-            of_layer: dict[BatchNorm2d, list[Batch]] = {}
-            for batch, domain in zip(batches, first_domains, strict=True):
-                of_layer.setdefault(self.population_of(domain), []).append(batch)
-            for layer, of_this in of_layer.items():
-                layer.update_population_statistics(of_this)
-        else:
-            for k, of_domain in enumerate(by_domain):
-                self.population_of(k).update_population_statistics(of_domain)
-
-    def _check_sizes(self, batches: Sequence[Batch], by_domain: Sequence[Sequence[Batch]]) -> None:
-        if self.statistics == "shared":
-            check_batch_sizes(batches, "all domains together: ")
-        if "per_domain" in (self.statistics, self.population):  # a domain needs its own variance
-            for k, of_domain in enumerate(by_domain):
-                check_batch_sizes(of_domain, f"{self.name_of(k)}: ")
-
     def _check_input(self, xs: Sequence[Tensor]) -> None:
         if not isinstance(xs, (list, tuple)):
             raise TypeError(
@@ -239,17 +156,6 @@ class DomainBatchNorm2d(BatchNorm2d):
                     f"got {tuple(x.shape)}"
                 )
 
-    def _check_ghosts(self, ghosts: Sequence[Partition]) -> None:
-        """Domains that are normalized together need as many ghost batches."""
-        counts: dict[int, set[int]] = {}
-        for k, g in enumerate(ghosts):
-            counts.setdefault(self.batch_of(k), set()).add(len(g.sizes))
-        if any(len(c) > 1 for c in counts.values()):
-            raise ValueError(
-                f"domains of {[sum(g.sizes) for g in ghosts]} samples have no ghost batches in "
-                "common; use statistics 'per_domain', or as many samples in each"
-            )
-
 
 def called_batch_norms(model: nn.Module) -> dict[_BatchNorm, str]:
     """Every BatchNorm of a model with its name, but those that only hold what is a domain's."""
@@ -257,17 +163,6 @@ def called_batch_norms(model: nn.Module) -> dict[_BatchNorm, str]:
     domains = [m for m in names if isinstance(m, DomainBatchNorm2d)]
     held = {part for layer in domains for part in layer.children()}
     return {layer: name for layer, name in names.items() if layer not in held}
-
-
-T = TypeVar("T")
-
-
-def _grouped(values: Sequence[T], index_of: Sequence[int]) -> list[list[T]]:
-    """The values with index 0, those with index 1, and so on."""
-    grouped: list[list[T]] = [[] for _ in range(max(index_of) + 1)]
-    for value, index in zip(values, index_of, strict=True):
-        grouped[index].append(value)
-    return grouped
 
 
 def state_holders(layer: nn.Module) -> list[tuple[nn.Module, nn.Module]]:

@@ -7,30 +7,11 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from .kernels import backward_inputs, backward_sums, normalize
 from .moments import Moments
-
-
-def normalize(
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> Tensor:
-    """(x - mean) / sqrt(var + eps) * weight + bias with constant statistics, as BN at test time.
-
-    Args:
-        x: shape (N, C, H, W). It may be empty, where ATen's backward would end the process.
-        mean, var, weight, bias: shape (C,). No gradient flows to mean and var.
-    """
-    if x.numel() == 0:
-        return _affine_of_nothing(x, weight, bias)
-    return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
 
 def joint_batch_norm(
@@ -83,11 +64,11 @@ class _Call(NamedTuple):
     eps: float
     group: dist.ProcessGroup | None
 
-    def unflatten(self, flat: Sequence[Tensor]) -> tuple[list[Moments], Sequence[Tensor | None]]:
-        """Each tensor's moments, and what follows the moments."""
+    def unflatten(self, flat: Sequence[Tensor]) -> tuple[Moments, Sequence[Tensor | None]]:
+        """Counts, means and variances, each a list with those of each tensor; and what follows."""
         size = 3 * self.num_batches
-        batches = [Moments(*flat[k : k + 3]) for k in range(0, size, 3)]
-        return [batches[b] for b in self.batch_of], flat[size:]
+        batches = [flat[k : k + 3] for k in range(0, size, 3)]
+        return Moments(*zip(*(batches[b] for b in self.batch_of), strict=True)), flat[size:]
 
 
 def _flatten(batches: Sequence[Moments]) -> list[Tensor]:
@@ -104,10 +85,7 @@ class _JointBatchNorm(torch.autograd.Function):
         xs, weights, biases = rest[:num], rest[num : 2 * num], rest[2 * num :]
         ctx.save_for_backward(*flat[:-num])
         ctx.call = call
-        return tuple(
-            normalize(x, m.mean, m.var, w, b, call.eps)
-            for x, m, w, b in zip(xs, moments, weights, biases, strict=True)
-        )
+        return tuple(normalize(xs, moments.mean, moments.var, weights, biases, call.eps))
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor):
@@ -121,9 +99,8 @@ class _JointBatchNorm(torch.autograd.Function):
 class _JointBatchNormBackward(torch.autograd.Function):
     """The backward pass as a function of its own, so that differentiating it can be refused.
 
-    With r = 1 / sqrt(var + eps), z = (x - mean) r and n values per channel in the batch,
-    dx_k = r (w_k dy_k - 1/n sum_j w_j sum(dy_j) - z_k/n sum_j w_j sum(dy_j z_j)): Ioffe & Szegedy,
-    Sec. 3, with the sums over the whole normalization batch.
+    Ioffe & Szegedy, *Batch Normalization*, 2015, Sec. 3, with the two sums over the whole
+    normalization batch, times the weights of the tensors in it.
     """
 
     @staticmethod
@@ -131,14 +108,14 @@ class _JointBatchNormBackward(torch.autograd.Function):
         moments, rest = call.unflatten(flat)
         num = len(call.batch_of)
         xs, weights, grads = rest[:num], rest[num : 2 * num], rest[2 * num :]
-        sums = [_reduce(dy, x, m, call.eps) for dy, x, m in zip(grads, xs, moments, strict=True)]
+        statistics = moments.mean, moments.var
+        sums = backward_sums(grads, xs, *statistics, call.eps)
         batch_sums = _sum_over_batches(call, sums, weights)
-        grad_xs = [
-            _grad_input(dy, x, m, call.eps, batch_sums[b], w) if needed else None
-            for dy, x, m, b, w, needed in zip(
-                grads, xs, moments, call.batch_of, weights, needs_x, strict=True
-            )
-        ]
+        sums_of = [batch_sums[b] for b in call.batch_of]
+        pieces = list(zip(grads, xs, *statistics, weights, sums_of, moments.count, strict=True))
+        needed = [piece for piece, is_needed in zip(pieces, needs_x, strict=True) if is_needed]
+        found = iter(backward_inputs(*zip(*needed, strict=True), call.eps) if needed else ())
+        grad_xs = [next(found) if is_needed else None for is_needed in needs_x]
         grad_biases, grad_weights = zip(*sums, strict=True)
         return *grad_xs, *grad_weights, *grad_biases
 
@@ -148,28 +125,6 @@ class _JointBatchNormBackward(torch.autograd.Function):
             "second derivatives of batch normalization are not implemented for statistics that are "
             "shared between tensors or processes, and for channels_last inputs on a CPU"
         )
-
-
-def _reduce(dy: Tensor, x: Tensor, moments: Moments, eps: float) -> tuple[Tensor, Tensor]:
-    """Per channel, the sum of dy and the sum of dy times the normalized x."""
-    if x.numel() == 0:
-        return torch.zeros_like(moments.mean), torch.zeros_like(moments.mean)
-    # In evaluation mode, gradients of weight and bias alone: the two sums in one vectorized pass.
-    # CUDA's kernel wants the batch statistics that this mode does not have to be empty, not None.
-    nothing = moments.mean.new_empty(0)
-    _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-        dy,
-        x,
-        torch.ones_like(moments.mean),
-        moments.mean,
-        moments.var,
-        nothing,
-        nothing,
-        False,
-        eps,
-        [False, True, True],
-    )
-    return grad_bias, grad_weight
 
 
 def _sum_over_batches(
@@ -183,30 +138,3 @@ def _sum_over_batches(
     if call.group is not None:
         dist.all_reduce(totals, group=call.group)
     return totals
-
-
-def _grad_input(
-    dy: Tensor,
-    x: Tensor,
-    moments: Moments,
-    eps: float,
-    batch_sums: Tensor,
-    weight: Tensor | None,
-) -> Tensor:
-    """dx in two passes and one allocation: an affine function of z, and then of dy."""
-    inv_std = (moments.var + eps).rsqrt()
-    scale = -inv_std / moments.count.clamp(min=1).to(inv_std.dtype)
-    offset, slope = scale * batch_sums
-    dx = normalize(x, moments.mean, moments.var, slope, offset, eps)
-    dy_scale = inv_std if weight is None else inv_std * weight
-    return dx.addcmul_(dy, dy_scale.view(-1, 1, 1))
-
-
-def _affine_of_nothing(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """An empty output that keeps x, weight and bias in the graph, with zero gradients.
-
-    DistributedDataParallel waits for the gradient of every parameter.
-    """
-    shape = (-1,) + (1,) * (x.dim() - 2)
-    y = x.clone() if weight is None else x * weight.to(x.dtype).view(shape)
-    return y if bias is None else y + bias.to(x.dtype).view(shape)

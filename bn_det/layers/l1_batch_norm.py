@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .batch_norm import check_size, count_batch
-from .joint import normalize
+from .batch import check_size
+from .ema import count_batch, tracks
+from .kernels import normalize
 from .levels import PerLevel
 
 
@@ -34,9 +35,8 @@ class L1BatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
         if x.numel() == 0 or (not self.training and self.running_mean is not None):
-            return normalize(
-                x, self.running_mean, self.running_var, self.weight, self.bias, self.eps
-            )
+            statistics = [self.running_mean], [self.running_var]
+            return normalize([x], *statistics, [self.weight], [self.bias], self.eps)[0]
         check_size(x.numel() // x.shape[1])
         values = x.to(torch.promote_types(x.dtype, torch.float32))
         mean = values.mean((0, 2, 3), keepdim=True)
@@ -58,7 +58,7 @@ class L1BatchNorm2d(nn.BatchNorm2d):
 
     @torch.no_grad()
     def _update(self, mean: Tensor, var: Tensor) -> None:
-        if not (self.training and self.track_running_stats):
+        if not tracks(self):
             return
         momentum = count_batch(self)
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .comm import all_gather
+from .kernels import mean_var
 
 
 class Moments(NamedTuple):
@@ -31,28 +32,20 @@ class Moments(NamedTuple):
     var: Tensor
 
     @classmethod
-    @torch.no_grad()
     def of(cls, x: Tensor) -> Moments:
         """Moments of a tensor of shape (N, C, *), over all dimensions but C.
 
         Raises:
             ValueError: x has fewer than two dimensions, or is not floating point.
         """
-        if x.dim() < 2 or not x.is_floating_point():
-            raise ValueError(
-                f"moments need a floating point tensor of shape (N, C, *), got {x.dtype} of shape "
-                f"{tuple(x.shape)}"
-            )
-        num_channels = x.shape[1]
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        count = torch.full(
-            (), x.numel() // max(num_channels, 1), dtype=torch.float64, device=x.device
-        )
-        if x.numel() == 0:
-            zeros = torch.zeros(num_channels, dtype=dtype, device=x.device)
-            return cls(count, zeros, zeros.clone())
-        mean_var = _two_pass_mean_var if x.device.type == "cpu" else _fused_mean_var
-        return cls(count, *mean_var(x, dtype))
+        return cls.of_each([x])[0]
+
+    @classmethod
+    @torch.no_grad()
+    def of_each(cls, xs: Sequence[Tensor]) -> list[Moments]:
+        """Those of several tensors; see :meth:`of`."""
+        counts = [_count(x) for x in xs]
+        return [cls(n, *of_x) for n, of_x in zip(counts, mean_var(xs), strict=True)]
 
     @classmethod
     def merge(cls, parts: Sequence[Moments]) -> Moments:
@@ -97,6 +90,16 @@ class Moments(NamedTuple):
         return self.var * correction.to(self.var.dtype)
 
 
+def _count(x: Tensor) -> Tensor:
+    if x.dim() < 2 or not x.is_floating_point():
+        raise ValueError(
+            f"moments need a floating point tensor of shape (N, C, *), got {x.dtype} of shape "
+            f"{tuple(x.shape)}"
+        )
+    size = x.numel() // max(x.shape[1], 1)
+    return torch.full((), size, dtype=torch.float64, device=x.device)
+
+
 def _merge(counts: Tensor, means: Tensor, variances: Tensor) -> Moments:
     """Merge over the first dimension: counts of shape (n, *), means and variances (n, *, C)."""
     # Float64 costs nothing at this size, and keeps a merge of many from drifting.
@@ -106,40 +109,3 @@ def _merge(counts: Tensor, means: Tensor, variances: Tensor) -> Moments:
     mean = (weights * means).sum(0)
     var = (weights * (variances + (means - mean).square())).sum(0)
     return Moments(total, mean.to(dtype), var.to(dtype))
-
-
-_PART_SIZE = 2**19
-"""Values that are centered at once: 2 MiB of float32."""
-
-
-def _two_pass_mean_var(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Corrected two-pass algorithm on the CPU.
-
-    ``batch_norm_update_stats`` takes three times as long on large NCHW inputs (its second pass is
-    not vectorized) and loses the variance of channels_last data with a large mean;
-    ``torch.var_mean`` takes ten times as long.
-    """
-    num_samples, num_channels = x.shape[:2]
-    rows = x.reshape(num_samples * num_channels, -1)
-    count = rows.numel() // num_channels
-    mean = rows.mean(1, dtype=dtype).view(num_samples, num_channels).mean(0)
-    shift = mean.repeat(num_samples).unsqueeze(1)
-    # Some rows at a time, in one buffer: memory for all would be fresh, and slow, at each call.
-    step = max(1, _PART_SIZE // rows.shape[1])
-    buffer = torch.empty(min(step, len(rows)), rows.shape[1], dtype=dtype)
-    norms, sums = [], []
-    for part, part_shift in zip(rows.split(step), shift.split(step), strict=True):
-        centered = torch.sub(part, part_shift, out=buffer[: len(part)])
-        norms.append(torch.linalg.vector_norm(centered, dim=1))
-        sums.append(centered.sum(1))
-    square_mean = torch.cat(norms).square().view(num_samples, num_channels).sum(0) / count
-    rounding = torch.cat(sums).view(num_samples, num_channels).sum(0) / count
-    return mean + rounding, (square_mean - rounding.square()).clamp(min=0)
-
-
-def _fused_mean_var(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """One kernel (Welford's algorithm on CUDA, in every memory format)."""
-    # Without float32 buffers, half inputs would get half statistics.
-    buffers = torch.zeros(2, x.shape[1], dtype=dtype, device=x.device)
-    mean, var = torch.batch_norm_update_stats(x, buffers[0], buffers[1], 0.0)
-    return mean.to(dtype), var.to(dtype)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..layers.batch_norm import mean_statistics
+from ..layers.ema import mean_statistics
 from ..layers.moments import Moments
 
 ESTIMATORS = ("population_variance", "mean_of_batch_variances")

@@ -12,10 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..layers.batch_norm import Batch, BatchNorm2d, check_batch_sizes, fused_batch_norm
+from ..layers.batch import Batch
+from ..layers.batch_norm import BatchNorm2d
 from ..layers.comm import process_group
 from ..layers.domain_batch_norm import DomainBatchNorm2d, called_batch_norms
-from ..layers.joint import normalize
+from ..layers.forward import Domain, Observation, Plan, batch_norm
 from ..layers.l1_batch_norm import L1BatchNorm2d
 from ..layers.moments import Moments
 from ..layers.shuffle import is_shuffled
@@ -128,10 +129,11 @@ class Observer:
         calls: dict[nn.Module, int],
         stop_at: dict[nn.Module, int] | None,
     ) -> None:
-        for index, layer in enumerate(self.layers):
-            take = partial(_take, layer, observed.batches[index])
-            if isinstance(layer.module, BatchNorm2d):
-                layer.module.observer = take
+        for layer, seen in zip(self.layers, observed.batches, strict=True):
+            take = partial(_take, layer, seen)
+            if isinstance(layer.owner, BatchNorm2d):
+                layer.owner.register_observer(take)
+                layer.module.track_running_stats = False
             elif type(layer.module).forward in _USUAL_FORWARDS:
                 layer.module.forward = partial(_forward, layer, take)
             else:
@@ -155,36 +157,28 @@ _USUAL_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 """Of torch's own layers, for one dimension or more."""
 
 
-def _take(layer: PopulationLayer, seen: list[Moments], batches: Sequence[Batch]) -> None:
+def _take(
+    layer: PopulationLayer, seen: list[Moments], population: _BatchNorm, batches: Sequence[Batch]
+) -> None:
     group = _group_of(layer.owner)
     # Batches of several processes are seen by each of them, and count once.
-    if group is None or dist.get_rank(group) == 0:
+    if population is layer.module and (group is None or dist.get_rank(group) == 0):
         seen += [b.moments for b in batches if b.size > 0]
 
 
-def _take_input(take: Callable[[list[Batch]], None], _: nn.Module, inputs: tuple) -> None:
+def _take_input(take: Observation, module: _BatchNorm, inputs: tuple) -> None:
     """For a layer that does we know not what: all values of the call as one batch."""
     x = inputs[0]
     if x.numel():
-        take([Batch(Moments.of(x), x.numel() // x.shape[1])])
+        take(module, [Batch(Moments.of(x), x.numel() // x.shape[1])])
 
 
-def _forward(layer: PopulationLayer, take: Callable[[list[Batch]], None], x: Tensor) -> Tensor:
+def _forward(layer: PopulationLayer, take: Observation, x: Tensor) -> Tensor:
     """What a BatchNorm of torch computes in training; it need not update an EMA for that."""
-    bn, group = layer.module, _group_of(layer.owner)
+    bn = layer.module
     bn._check_input_dim(x)
-    size = x.numel() // x.shape[1]
-    if group is None and size > 1 and (x.is_cuda or x.is_contiguous()):
-        y, batch = fused_batch_norm(x, bn.weight, bn.bias, bn.eps)
-        take([batch])
-        return y
-    moments = Moments.of(x)
-    if group is not None:
-        (moments,) = Moments.all_reduce([moments], group)
-        size = int(moments.count)
-    check_batch_sizes([Batch(moments, size)], f"{layer.name}: ")
-    take([Batch(moments, size)])
-    return normalize(x, moments.mean, moments.var, bn.weight, bn.bias, bn.eps)
+    domains = [Domain(x, bn, bn, name=layer.name)]
+    return batch_norm(Plan(domains, bn.eps, group=_group_of(bn), observers=[take]))[0]
 
 
 def _after_call(

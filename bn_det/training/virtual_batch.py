@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,9 +10,12 @@ import torch
 from torch import nn
 
 from ..errors import InputError
-from ..layers.batch_norm import Batch, BatchNorm2d, refuse_recomputation
+from ..layers.batch import Batch
+from ..layers.batch_norm import BatchNorm2d
 from ..layers.blocks import no_population_update
 from ..layers.domain_batch_norm import called_batch_norms
+from ..layers.ema import refuse_recomputation
+from ..layers.forward import Extension
 from ..population.passes import surroundings, unwrapped
 
 
@@ -48,16 +51,20 @@ def virtual_batch(
     """
     model = unwrapped(model)
     seen = {layer: _Seen(name) for layer, name in _layers(model).items()}
-    try:
-        for layer, of_layer in seen.items():
-            layer.extend = of_layer.record
+    with _extended({layer: of_layer.record for layer, of_layer in seen.items()}):
         _run(model, extra, call)
-        for layer, of_layer in seen.items():
-            layer.extend = of_layer.merge
+    with _extended({layer: of_layer.merge for layer, of_layer in seen.items()}):
+        yield
+
+
+@contextmanager
+def _extended(extensions: Mapping[BatchNorm2d, Extension]) -> Iterator[None]:
+    handles = [layer.register_extension(extend) for layer, extend in extensions.items()]
+    try:
         yield
     finally:
-        for layer in seen:
-            vars(layer).pop("extend", None)
+        for handle in handles:
+            handle.remove()
 
 
 class _Seen:

@@ -1,0 +1,40 @@
+"""A normalization batch, as what is merged into it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ..errors import InputError
+from .moments import Moments
+
+
+class Batch(NamedTuple):
+    """A normalization batch.
+
+    Attributes:
+        moments: of all its values.
+        size: number of values per channel, of which only 0, 1 and more are told apart; the exact
+            one may still be computed by a device.
+    """
+
+    moments: Moments
+    size: int
+
+    @classmethod
+    def merge(cls, parts: Sequence[Batch]) -> Batch:
+        """The union of disjoint parts."""
+        return cls(Moments.merge([p.moments for p in parts]), sum(p.size for p in parts))
+
+
+def check_size(size: int, where: str = "") -> None:
+    """Raise InputError if a normalization batch has a single value per channel.
+
+    Args:
+        where: begins the message.
+    """
+    if size == 1:
+        raise InputError(
+            f"{where}a normalization batch of a single value per channel has no variance: use "
+            "more images, larger ones, or statistics shared between domains"
+        )

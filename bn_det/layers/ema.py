@@ -1,0 +1,74 @@
+"""The EMA of population statistics that a layer keeps while it trains.
+
+For any layer with the buffers of ``nn.BatchNorm2d``: ``running_mean`` and ``running_var`` are
+moved by the momentum towards the mean and the unbiased variance of each normalization batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .batch import Batch
+from .moments import Moments
+
+
+def tracks(layer: _BatchNorm) -> bool:
+    """Whether a call updates the layer's population statistics in its present mode."""
+    updates = getattr(layer, "update_population", True)  # torch's own layers have no such choice
+    return layer.training and updates and layer.track_running_stats
+
+
+def count_batch(layer: _BatchNorm) -> float:
+    """Count a batch that updates an EMA; the weight that it has there, 0 in a recomputation."""
+    if _in_backward_pass():
+        return 0.0
+    layer.num_batches_tracked.add_(1)
+    if layer.momentum is None:  # cumulative moving average, as in nn.BatchNorm2d
+        return 1.0 / float(layer.num_batches_tracked)
+    return layer.momentum
+
+
+@torch.no_grad()
+def update(layer: _BatchNorm, batches: Sequence[Batch]) -> None:
+    """Move the EMA towards the mean and the unbiased variance of a normalization batch.
+
+    Of several batches, towards the means of theirs, weighted by the number of values. Empty ones
+    change nothing.
+    """
+    present = [b.moments for b in batches if b.size > 0]
+    momentum = count_batch(layer) if present else 0.0
+    if momentum > 0:
+        mean, var = mean_statistics(present)
+        layer.running_mean.mul_(1 - momentum).add_(mean * momentum)
+        layer.running_var.mul_(1 - momentum).add_(var * momentum)
+
+
+def mean_statistics(batches: Sequence[Moments]) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance, averaged over batches: not those of the batches merged."""
+    if len(batches) == 1:
+        return batches[0].mean, batches[0].unbiased_var
+    counts = torch.stack([m.count for m in batches])
+    weights = (counts / counts.sum()).to(batches[0].mean.dtype).unsqueeze(1)
+    means = torch.stack([m.mean for m in batches])
+    variances = torch.stack([m.unbiased_var for m in batches])
+    return (weights * means).sum(0), (weights * variances).sum(0)
+
+
+def refuse_recomputation(what: str) -> None:
+    """Raise RuntimeError where activation checkpointing repeats a forward pass."""
+    if _in_backward_pass():
+        raise RuntimeError(
+            f"{what} cannot be recomputed in a backward pass (activation checkpointing): what it "
+            "depends on has changed since the forward pass"
+        )
+
+
+def _in_backward_pass() -> bool:
+    """Whether autograd runs this forward pass: activation checkpointing's recomputation."""
+    # The id is private in name, and what torch.utils.checkpoint itself goes by. A compiled graph
+    # writes each buffer once, whatever it recomputes.
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

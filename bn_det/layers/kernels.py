@@ -1,0 +1,176 @@
+"""The kernels of batch normalization, each over a list of pieces: ATen's, which run everywhere.
+
+All that is computed value by value is here, and nothing else: what pieces have in common is merged
+on numbers per channel, in :mod:`bn_det.layers.moments`. A piece is a tensor of shape (N, C, *), in
+any memory format, and may be empty; statistics, weights and biases have shape (C,).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def mean_var(xs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Mean and biased variance of each piece, in float32 at least; zeros of an empty one."""
+    return [_mean_var(x) for x in xs]
+
+
+def normalize(
+    xs: Sequence[Tensor],
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    eps: float,
+) -> list[Tensor]:
+    """(x - mean) / sqrt(var + eps) * weight + bias of each piece, by constant statistics.
+
+    Differentiable in pieces, weights and biases.
+    """
+    return [
+        _normalize(x, mean, var, weight, bias, eps)
+        for x, mean, var, weight, bias in zip(xs, means, variances, weights, biases, strict=True)
+    ]
+
+
+def backward_sums(
+    dys: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    eps: float,
+) -> list[tuple[Tensor, Tensor]]:
+    """Per channel the sum of dy, and the sum of dy times the normalized x, of each piece."""
+    return [
+        _sums(dy, x, mean, var, eps)
+        for dy, x, mean, var in zip(dys, xs, means, variances, strict=True)
+    ]
+
+
+def backward_inputs(
+    dys: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    sums: Sequence[Tensor],
+    counts: Sequence[Tensor],
+    eps: float,
+) -> list[Tensor]:
+    """dx of each piece: (dy weight - (sum_0 + z sum_1) / count) / sqrt(var + eps).
+
+    z is the normalized x (Ioffe & Szegedy, *Batch Normalization*, 2015, Sec. 3).
+
+    Args:
+        sums: for each piece those of :func:`backward_sums`, times the weights, added up over its
+            normalization batch; shape (2, C).
+        counts: the number of values per channel in that batch.
+    """
+    pieces = zip(dys, xs, means, variances, weights, sums, counts, strict=True)
+    return [_input(*piece, eps) for piece in pieces]
+
+
+_PART_SIZE = 2**19
+"""Values that are centered at once: 2 MiB of float32."""
+
+
+def _mean_var(x: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if x.numel() == 0:
+        zeros = torch.zeros(x.shape[1], dtype=dtype, device=x.device)
+        return zeros, zeros.clone()
+    return (_two_pass_mean_var if x.device.type == "cpu" else _fused_mean_var)(x, dtype)
+
+
+def _two_pass_mean_var(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Corrected two-pass algorithm on the CPU.
+
+    ``batch_norm_update_stats`` takes three times as long on large NCHW inputs (its second pass is
+    not vectorized) and loses the variance of channels_last data with a large mean;
+    ``torch.var_mean`` takes ten times as long.
+    """
+    num_samples, num_channels = x.shape[:2]
+    rows = x.reshape(num_samples * num_channels, -1)
+    count = rows.numel() // num_channels
+    mean = rows.mean(1, dtype=dtype).view(num_samples, num_channels).mean(0)
+    shift = mean.repeat(num_samples).unsqueeze(1)
+    # Some rows at a time, in one buffer: memory for all would be fresh, and slow, at each call.
+    step = max(1, _PART_SIZE // rows.shape[1])
+    buffer = torch.empty(min(step, len(rows)), rows.shape[1], dtype=dtype)
+    norms, sums = [], []
+    for part, part_shift in zip(rows.split(step), shift.split(step), strict=True):
+        centered = torch.sub(part, part_shift, out=buffer[: len(part)])
+        norms.append(torch.linalg.vector_norm(centered, dim=1))
+        sums.append(centered.sum(1))
+    square_mean = torch.cat(norms).square().view(num_samples, num_channels).sum(0) / count
+    rounding = torch.cat(sums).view(num_samples, num_channels).sum(0) / count
+    return mean + rounding, (square_mean - rounding.square()).clamp(min=0)
+
+
+def _fused_mean_var(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """One kernel (Welford's algorithm on CUDA, in every memory format)."""
+    # Without float32 buffers, half inputs would get half statistics.
+    buffers = torch.zeros(2, x.shape[1], dtype=dtype, device=x.device)
+    mean, var = torch.batch_norm_update_stats(x, buffers[0], buffers[1], 0.0)
+    return mean.to(dtype), var.to(dtype)
+
+
+def _normalize(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    if x.numel() == 0:  # for which ATen's backward would end the process
+        return _affine_of_nothing(x, weight, bias)
+    return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+
+
+def _affine_of_nothing(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """An empty output that keeps x, weight and bias in the graph, with zero gradients.
+
+    DistributedDataParallel waits for the gradient of every parameter.
+    """
+    shape = (-1,) + (1,) * (x.dim() - 2)
+    y = x.clone() if weight is None else x * weight.to(x.dtype).view(shape)
+    return y if bias is None else y + bias.to(x.dtype).view(shape)
+
+
+def _sums(dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if x.numel() == 0:
+        return torch.zeros_like(mean), torch.zeros_like(mean)
+    # In evaluation mode, gradients of weight and bias alone: the two sums in one vectorized pass.
+    # CUDA's kernel wants the batch statistics that this mode does not have to be empty, not None.
+    nothing = mean.new_empty(0)
+    _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+        dy,
+        x,
+        torch.ones_like(mean),
+        mean,
+        var,
+        nothing,
+        nothing,
+        False,
+        eps,
+        [False, True, True],
+    )
+    return grad_bias, grad_weight
+
+
+def _input(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    sums: Tensor,
+    count: Tensor,
+    eps: float,
+) -> Tensor:
+    """In two passes and one allocation: an affine function of z, and then of dy."""
+    inv_std = (var + eps).rsqrt()
+    offset, slope = -inv_std / count.clamp(min=1).to(inv_std.dtype) * sums
+    dx = _normalize(x, mean, var, slope, offset, eps)
+    dy_scale = inv_std if weight is None else inv_std * weight
+    return dx.addcmul_(dy, dy_scale.view(-1, *[1] * (x.dim() - 2)))
