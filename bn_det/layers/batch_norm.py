@@ -129,21 +129,18 @@ class BatchNorm2d(nn.BatchNorm2d):
         Args:
             groups: as in :meth:`forward`.
         """
-        plan = Plan(
-            domains,
-            self.eps,
-            by_batch=self._statistics == "batch" or domains[0].population.running_mean is None,
-            extensions=tuple(self._extensions.values()),
-            observers=tuple(self._observers.values()),
-        )
+        by_batch = self._statistics == "batch" or domains[0].population.running_mean is None
+        hooks = tuple(self._extensions.values()), tuple(self._observers.values())
         if not self.training:
-            return plan
+            return Plan(domains, self.eps, by_batch, None, None, None, *hooks)
         group = process_group(self.group)
         if groups is not None and group is not None:
             raise ValueError("groups: not accepted by a layer that normalizes over processes")
-        ghosts = {"ghost_size": self.ghost_size, "ghost_order": self.ghost_order, "groups": groups}
-        partition = partial(ghost_batches, **ghosts)
-        plan = plan._replace(group=group, partition=partition, renorm=self.renorm)
+        partition = None
+        if groups is not None or self.ghost_size is not None:
+            how = {"ghost_size": self.ghost_size, "ghost_order": self.ghost_order}
+            partition = partial(ghost_batches, **how, groups=groups)
+        plan = Plan(domains, self.eps, by_batch, group, partition, self.renorm, *hooks)
         if group is not None and plan.needs_batches and self not in _AGREED:
             self._check_ranks(domains, group)
         return plan

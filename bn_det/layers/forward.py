@@ -8,7 +8,6 @@ only makes the plan.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -19,7 +18,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import ema
 from .batch import Batch, check_size
-from .ghost import ghost_batches
 from .joint import joint_batch_norm
 from .kernels import normalize
 from .moments import Moments
@@ -62,7 +60,8 @@ class Plan(NamedTuple):
         eps: added to the variance.
         by_batch: whether batch statistics normalize, and not those of the population.
         group: the processes that batches are merged over.
-        partition: from a number of samples to the ghost batches that they are in.
+        partition: from a number of samples to the ghost batches that they are in; None for all
+            samples together.
         renorm: the limits of batch renormalization, if any.
         extensions: what adds to the batches.
         observers: what is shown the batches.
@@ -72,7 +71,7 @@ class Plan(NamedTuple):
     eps: float
     by_batch: bool = True
     group: dist.ProcessGroup | None = None
-    partition: Callable[[int], Partition] = partial(ghost_batches, ghost_size=None)
+    partition: Callable[[int], Partition] | None = None
     renorm: RenormLimits | None = None
     extensions: Sequence[Extension] = ()
     observers: Sequence[Observation] = ()
@@ -99,8 +98,7 @@ def batch_norm(plan: Plan) -> list[Tensor]:
     ys = []
     for domain in plan.domains:
         if domain.x.device.type == "cpu" and not domain.x.is_contiguous():
-            whole = Partition([len(domain.x)], None)
-            ys += _in_steps(plan._replace(domains=[domain]), [whole])
+            ys += _in_steps(plan._replace(domains=[domain]), [Partition.whole(len(domain.x))])
         else:
             ys.append(_in_one(plan, domain))
     return ys
@@ -151,7 +149,7 @@ def _in_one(plan: Plan, domain: Domain) -> Tensor:
     if x.numel() == 0:
         return _by_population(plan, domain)
     size = x.numel() // x.shape[1]
-    check_size(size, _where([domain]))
+    _check_size(size, [domain])
     if plan.observers:
         y, batch = _with_moments(x, affine, plan.eps)
         for observe in plan.observers:
@@ -181,6 +179,8 @@ def _partitions(plan: Plan) -> list[Partition]:
     Raises:
         ValueError: domains that are normalized together do not have as many of them.
     """
+    if plan.partition is None:
+        return [Partition.whole(len(domain.x)) for domain in plan.domains]
     of_size = {n: plan.partition(n) for n in dict.fromkeys(len(d.x) for d in plan.domains)}
     partitions = [of_size[len(domain.x)] for domain in plan.domains]
     numbers = _grouped([len(of.sizes) for of in partitions], [d.batch for d in plan.domains])
@@ -194,10 +194,12 @@ def _partitions(plan: Plan) -> list[Partition]:
 
 def _are_alone(plan: Plan, partitions: Sequence[Partition]) -> bool:
     """Whether each tensor is a normalization batch by itself, and as it is."""
-    is_plain = plan.by_batch and plan.renorm is None and not plan.extensions
-    are_whole = plan.group is None and all(len(of.sizes) == 1 for of in partitions)
-    are_apart = len({d.batch for d in plan.domains}) == len(plan.domains)
-    return is_plain and are_whole and (are_apart or not any(d.x.numel() for d in plan.domains))
+    if not plan.by_batch or plan.group is not None or plan.renorm is not None or plan.extensions:
+        return False
+    if any(len(of.sizes) > 1 for of in partitions):
+        return False
+    are_apart = len({domain.batch for domain in plan.domains}) == len(plan.domains)
+    return are_apart or not any(domain.x.numel() for domain in plan.domains)
 
 
 def _batch_of_each(plan: Plan, pieces: Sequence[_Piece]) -> list[Batch]:
@@ -224,7 +226,7 @@ def _merged(
         key = tuple(numbers)
         if key not in unions:
             unions[key] = Batch.merge([parts[k] for k in numbers])
-            check_size(unions[key].size, _where(domains[k] for k in numbers))
+            _check_size(unions[key].size, [domains[k] for k in numbers])
         return unions[key]
 
     numbers = range(len(pieces))
@@ -239,11 +241,12 @@ def _merged(
     return batches, seen
 
 
-def _where(domains: Iterable[Domain]) -> str:
-    """Begins a message about a batch of some domains."""
-    names = {domain.name for domain in domains}
-    name = names.pop() if len(names) == 1 else "all domains together"
-    return f"{name}: " if name else ""
+def _check_size(size: int, domains: Iterable[Domain]) -> None:
+    """Raise InputError for a batch of a single value per channel, from these domains."""
+    if size == 1:
+        names = {domain.name for domain in domains}
+        name = names.pop() if len(names) == 1 else "all domains together"
+        check_size(size, f"{name}: " if name else "")
 
 
 def _by_batch(

@@ -21,6 +21,11 @@ class Partition(NamedTuple):
     order: Tensor | None
 
     @classmethod
+    def whole(cls, num_samples: int) -> Partition:
+        """All samples in one part."""
+        return cls([num_samples], None)
+
+    @classmethod
     def by_domain(
         cls, domains: Sequence[int], num_domains: int, device: torch.device | None = None
     ) -> Partition:
