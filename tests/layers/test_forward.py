@@ -53,11 +53,19 @@ def test_a_population_sees_of_a_batch_the_part_that_is_its_own():
     for (_, (batch,)), x in zip(seen, xs, strict=True):
         assert_moments(batch, x)
 
-    each = DomainBatchNorm2d(3, 3, statistics="per_domain", population="shared")
-    seen = observed(each, xs)
-    assert [population for population, _ in seen] == [each] * 3
-    for (_, (batch,)), x in zip(seen, xs, strict=True):
-        assert_moments(batch, x)
+
+@pytest.mark.parametrize("ghost_size", [None, 2])
+def test_a_population_sees_one_level_after_the_other(ghost_size):
+    """As one nn.BatchNorm2d that is called once a level."""
+    xs = levels()
+    layer = DomainBatchNorm2d(
+        3, 3, statistics="per_domain", population="shared", ghost_size=ghost_size
+    )
+    seen = observed(layer, xs)
+    assert [population for population, _ in seen] == [layer] * 3
+    for (_, batches), x in zip(seen, xs, strict=True):
+        for batch, part in zip(batches, x.split(ghost_size or 4), strict=True):
+            assert_moments(batch, part)
 
 
 def test_the_levels_of_a_source_are_one_batch():
