@@ -121,6 +121,7 @@ Seen = list[tuple[_BatchNorm, list[Batch]]]
 
 
 def _in_steps(plan: Plan, partitions: Sequence[Partition]) -> list[Tensor]:
+    """The way as the head of this file says it."""
     pieces = [
         _Piece(x, k, (domain.batch, ghost))
         for k, (domain, of) in enumerate(zip(plan.domains, partitions, strict=True))
@@ -128,32 +129,29 @@ def _in_steps(plan: Plan, partitions: Sequence[Partition]) -> list[Tensor]:
     ]
     parts = _batch_of_each(plan, pieces)
     batches, seen = _merged(plan, pieces, parts)
-    for observe in plan.observers:
-        for population, of_population in seen:
-            observe(population, of_population)
+    _show(plan, seen)
     if plan.by_batch:
         ys = _by_batch(plan, pieces, batches)
         of_domain = _grouped(ys, [piece.domain for piece in pieces])
         ys = [of.join(of_domain[k]) for k, of in enumerate(partitions)]
     else:
         ys = [_by_population(plan, domain) for domain in plan.domains]
-    for population, of_population in seen:
-        if ema.tracks(population):
-            ema.update(population, of_population)
+    _update(seen)
     return ys
 
 
 def _in_one(plan: Plan, domain: Domain) -> Tensor:
     """All steps by torch's own function, for a tensor that is a normalization batch by itself."""
     x, population, affine = domain.x, domain.population, domain.affine
-    if x.numel() == 0:
+    if x.numel() == 0:  # which has no statistics, and needs none
         return _by_population(plan, domain)
     size = x.numel() // x.shape[1]
     _check_size(size, [domain])
     if plan.observers:
         y, batch = _with_moments(x, affine, plan.eps)
-        for observe in plan.observers:
-            observe(population, [batch])
+        seen = [(population, [batch])]
+        _show(plan, seen)
+        _update(seen)
         return y
     # A weight of 0 does not keep an infinite variance out, so evaluation gives no buffers.
     # Training does in any case: a recomputation has to save what the first pass saved.
@@ -247,6 +245,18 @@ def _check_size(size: int, domains: Iterable[Domain]) -> None:
         names = {domain.name for domain in domains}
         name = names.pop() if len(names) == 1 else "all domains together"
         check_size(size, f"{name}: " if name else "")
+
+
+def _show(plan: Plan, seen: Seen) -> None:
+    for observe in plan.observers:
+        for population, batches in seen:
+            observe(population, batches)
+
+
+def _update(seen: Seen) -> None:
+    for population, batches in seen:
+        if ema.tracks(population):
+            ema.update(population, batches)
 
 
 def _by_batch(

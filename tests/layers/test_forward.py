@@ -40,6 +40,15 @@ def test_an_observer_sees_each_normalization_batch(ghost_size):
         assert_moments(batch, part)
 
 
+@pytest.mark.parametrize("ghost_size", [None, 2])
+def test_what_is_observed_computes_what_it_does_otherwise(ghost_size):
+    x = torch.randn(4, 3, 2, 2)
+    layer, other = (BatchNorm2d(3, ghost_size=ghost_size) for _ in range(2))
+    layer.register_observer(lambda population, batches: None)
+    torch.testing.assert_close(layer(x), other(x))
+    torch.testing.assert_close(layer.state_dict(), other.state_dict())
+
+
 def test_a_population_sees_of_a_batch_the_part_that_is_its_own():
     xs = levels()
     shared = DomainBatchNorm2d(3, 3, statistics="shared", population="shared")
