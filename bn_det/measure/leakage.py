@@ -106,9 +106,7 @@ def _count(logits: Tensor, batch: RoIBatch) -> list[float]:
 
 
 def _metrics(sums: np.ndarray) -> np.ndarray:
-    """From (resamples, 5) summed counts to (resamples, 3) metrics; NaN of nothing."""
-    foreground, foreground_right, rois, right, loss = sums.T
+    """From 5 summed counts (5, *) to 3 metrics (3, *); NaN of nothing."""
+    foreground, foreground_right, rois, right, loss = sums
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.stack(
-            [100 * foreground_right / foreground, 100 * right / rois, loss / rois], axis=1
-        )
+        return np.stack([100 * foreground_right / foreground, 100 * right / rois, loss / rois])

@@ -67,7 +67,7 @@ def _sums(of_batch: WeightedLoss) -> tuple[float, float]:
 
 
 def _mean_loss(sums: np.ndarray) -> np.ndarray:
-    return sums[:, :1] / sums[:, 1:]
+    return sums[:1] / sums[1:]
 
 
 def loss_table(results: dict[str, Estimate]) -> str:
