@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from operator import attrgetter
 
 import torch
 from yacs.config import CfgNode
@@ -20,7 +21,6 @@ from .parts import (
     NF_BACKBONES,
     PARTS,
     SOURCE_PARTS,
-    get_key,
     has_our_batch_norm,
     is_per_level,
     why_not_ours,
@@ -221,8 +221,8 @@ def _check_statistics(cfg: CfgNode, node: str, default: str) -> None:
             raise InputError(
                 f"{node}.BN_STATISTICS: {statistics!r} is not accepted for {part}, which has no "
                 f"batch statistics with MODEL.{part}.NORM {cfg.MODEL[part].NORM!r} and MODEL.{key} "
-                f"{get_key(cfg, key)!r}; use {default!r}, or a NORM in {list(BATCH_NORMS)} and a "
-                f"MODEL.{key} in {list(names)}"
+                f"{attrgetter(key)(cfg.MODEL)!r}; use {default!r}, or a NORM in "
+                f"{list(BATCH_NORMS)} and a MODEL.{key} in {list(names)}"
             )
     if not any(has_batch.values()):
         raise InputError(

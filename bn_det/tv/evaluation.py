@@ -16,6 +16,7 @@ import torch.distributed as dist
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 from torchvision.models.detection.transform import resize_boxes
+from torchvision.ops import box_convert
 
 from ..data.coco import CocoDataset
 from ..data.masks import encode_mask
@@ -141,7 +142,7 @@ def _to_coco(
 ) -> list[dict]:
     original_size = (record["height"], record["width"])
     boxes = resize_boxes(output["boxes"], size, original_size).cpu()
-    xywh = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
+    xywh = box_convert(boxes, "xyxy", "xywh")
     detections = [
         {
             "image_id": record["image_id"],
