@@ -18,6 +18,12 @@ def choose(key: str, value: object, accepted: Iterable[object]) -> None:
         raise InputError(f"{key}: {value!r} is not accepted; use one of {accepted}")
 
 
+def check_positive(key: str, number: int) -> None:
+    """Raise InputError unless a number of things is 1 or more."""
+    if number < 1:
+        raise InputError(f"{key}: {number!r} is not accepted; use 1 or more")
+
+
 def check_rate(key: str, rate: float) -> None:
     """Raise InputError unless a rate of dropout is one."""
     if not 0 <= rate < 1:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 
@@ -22,6 +24,17 @@ def write_aside(path: str | os.PathLike) -> Iterator[str]:
     finally:
         if os.path.exists(aside):
             os.remove(aside)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text file, aside."""
+    with write_aside(path) as aside:
+        Path(aside).write_text(text)
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Write a JSON file, aside, for people to read as well."""
+    write_text(path, json.dumps(content, indent=1))
 
 
 def finite(value: Any) -> Any:

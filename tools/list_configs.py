@@ -12,7 +12,7 @@ from pathlib import Path
 from bn_det.commands.cli import run
 from bn_det.config.table import config_table
 from bn_det.errors import InputError
-from bn_det.files import write_aside
+from bn_det.files import write_text
 from bn_det.tv.config import check_cfg, get_cfg
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -44,8 +44,7 @@ def main() -> None:
         check(path, table)
         print(f"{path}: is up to date")
         return
-    with write_aside(path) as aside:
-        Path(aside).write_text(table)
+    write_text(path, table)
     print(f"{path}: {table.count('.yaml)')} configs")
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 
+from bn_det.commands.cli import run
 from bn_det.data.coco import CocoDataset, CocoSource, builtin_sources, check_names, load_coco
-from bn_det.errors import InputError, one_line
+from bn_det.errors import InputError, check_positive
 from bn_det.files import write_aside
 
 COLOURS = [(80, 80, 255), (80, 220, 80), (255, 140, 60), (60, 220, 255), (255, 80, 255)]
@@ -86,14 +86,6 @@ def load_detections(path: str) -> list[dict]:
     return detections
 
 
-def positive(text: str) -> int:
-    """A number of the command line that is 1 or more."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not accepted; use 1 or more")
-    return value
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--input", required=True, help="coco_instances_results.json of a run")
@@ -102,19 +94,15 @@ def main() -> None:
     parser.add_argument("--json", help="annotation file, for a data set of your own")
     parser.add_argument("--images", help="folder of its images")
     parser.add_argument("--conf-threshold", type=float, default=0.4, help="least score to draw")
-    parser.add_argument("--num-images", type=positive, default=8, help="images, side by side")
+    parser.add_argument("--num-images", type=int, default=8, help="images, side by side")
     parser.add_argument("--first", type=int, default=0, help="the image to begin with")
-    parser.add_argument(
-        "--size", type=positive, default=256, help="pixels of an image's longer side"
-    )
-    args = parser.parse_args()
-    try:
-        draw(args)
-    except InputError as e:
-        sys.exit(f"error: {one_line(e)}")
+    parser.add_argument("--size", type=int, default=256, help="pixels of an image's longer side")
+    draw(parser.parse_args())
 
 
 def draw(args: argparse.Namespace) -> None:
+    check_positive("--num-images", args.num_images)
+    check_positive("--size", args.size)
     sources = builtin_sources()
     if args.json:
         sources[args.dataset] = CocoSource(args.json, args.images or str(Path(args.json).parent))
@@ -143,4 +131,4 @@ def draw(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -11,7 +11,7 @@ from fvcore.common.checkpoint import Checkpointer as _Checkpointer
 from yacs.config import CfgNode
 
 from ..errors import LOAD_ERRORS, InputError
-from ..files import write_aside
+from ..files import write_aside, write_text
 
 
 class CheckpointerMixin:
@@ -50,11 +50,7 @@ class CheckpointerMixin:
         self.tag_last_checkpoint(os.path.basename(path))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        with (
-            write_aside(os.path.join(self.save_dir, "last_checkpoint")) as aside,
-            open(aside, "w") as f,
-        ):
-            f.write(last_filename_basename)
+        write_text(os.path.join(self.save_dir, "last_checkpoint"), last_filename_basename)
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As fvcore's, with errors that name the file."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from yacs.config import CfgNode
 
-from ..errors import InputError, one_line
+from ..errors import InputError, check_positive, one_line
 from .launch import RankError, launch
 
 
@@ -92,10 +92,7 @@ def measure_command(
     # What the set-up that evaluation shares asks for.
     parser.set_defaults(eval_only=True, resume=False, num_gpus=1, num_machines=1)
     args = parser.parse_args()
-    if args.images_per_batch < 1:
-        raise InputError(
-            f"--images-per-batch: {args.images_per_batch} is not accepted; use 1 or more"
-        )
+    check_positive("--images-per-batch", args.images_per_batch)
     logging.basicConfig(
         level=logging.INFO, format="[%(asctime)s %(name)s]: %(message)s", datefmt="%m/%d %H:%M:%S"
     )

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 
-from ..errors import InputError
+from ..errors import InputError, check_positive
 from ..files import write_aside
 
 TIMEOUT = timedelta(minutes=30)
@@ -57,8 +57,7 @@ def world_size(num_processes: int, num_machines: int = 1) -> int:
     if _under_torchrun():
         return int(os.environ["WORLD_SIZE"])
     for flag, value in (("--num-gpus", num_processes), ("--num-machines", num_machines)):
-        if value < 1:
-            raise InputError(f"{flag}: {value} is not accepted; use 1 or more")
+        check_positive(flag, value)
     return num_processes * num_machines
 
 

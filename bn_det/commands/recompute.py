@@ -8,7 +8,6 @@ domain that the model is to be used on, without labels, in test mode.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,7 +21,7 @@ from yacs.config import CfgNode
 from ..config.check import check_ims_per_batch
 from ..config.parts import LEVEL_PARTS, has_our_batch_norm
 from ..errors import InputError
-from ..files import finite, write_aside
+from ..files import finite, write_aside, write_json
 from ..layers import DomainBatchNorm2d
 from ..layers.comm import world
 from ..population.progress import with_progress
@@ -140,13 +139,8 @@ def save(model: nn.Module, report: PopulationReport, output: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with write_aside(path) as aside:
         torch.save({"model": model.state_dict()}, aside)
-    _save_report(path, report.as_dict())
+    write_json(path.with_suffix(".json"), report.as_dict())
     print(f"Saved to {path}, and the table to {path.with_suffix('.json')}")
-
-
-def _save_report(checkpoint: Path, content: dict[str, Any]) -> None:
-    with write_aside(checkpoint.with_suffix(".json")) as aside:
-        Path(aside).write_text(json.dumps(content, indent=1))
 
 
 def run(
@@ -177,6 +171,6 @@ def run(
         results["after"] = evaluate(new)
     if world()[0] == 0 and results:
         content = {**report.as_dict(), "results": finite(results)}
-        _save_report(Path(args.output), content)
+        write_json(Path(args.output).with_suffix(".json"), content)
         for when, of_all in results.items():
             print(f"With the statistics {when}:\n{results_table(of_all)}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from ..files import finite, write_aside
+from ..files import finite, write_json
 
 
 def results_table(results: Mapping[str, Mapping]) -> str:
@@ -33,8 +33,7 @@ def results_table(results: Mapping[str, Mapping]) -> str:
 
 def save_results(results: Mapping[str, Mapping], folder: str | Path) -> None:
     """Write ``results.json`` into a folder, metrics by task; those that are not known as null."""
-    with write_aside(Path(folder) / "results.json") as aside:
-        Path(aside).write_text(json.dumps(finite(results), indent=1))
+    write_json(Path(folder) / "results.json", finite(results))
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, float]]:

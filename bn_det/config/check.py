@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from operator import attrgetter
 
 import torch
 from yacs.config import CfgNode
 
-from ..errors import InputError, check_rate, choose
+from ..errors import InputError, check_positive, check_rate, choose
 from ..layers import BATCH_NORMS, SHARING, WEIGHT_NORMS
 from ..layers.batch_norm import STATISTICS
 from ..layers.ghost import GHOST_ORDERS
@@ -20,7 +21,6 @@ from .parts import (
     NF_BACKBONES,
     PARTS,
     SOURCE_PARTS,
-    get_key,
     has_our_batch_norm,
     is_per_level,
     why_not_ours,
@@ -221,8 +221,8 @@ def _check_statistics(cfg: CfgNode, node: str, default: str) -> None:
             raise InputError(
                 f"{node}.BN_STATISTICS: {statistics!r} is not accepted for {part}, which has no "
                 f"batch statistics with MODEL.{part}.NORM {cfg.MODEL[part].NORM!r} and MODEL.{key} "
-                f"{get_key(cfg, key)!r}; use {default!r}, or a NORM in {list(BATCH_NORMS)} and a "
-                f"MODEL.{key} in {list(names)}"
+                f"{attrgetter(key)(cfg.MODEL)!r}; use {default!r}, or a NORM in "
+                f"{list(BATCH_NORMS)} and a MODEL.{key} in {list(names)}"
             )
     if not any(has_batch.values()):
         raise InputError(
@@ -282,10 +282,7 @@ def _check_agc(cfg: CfgNode) -> None:
 
 
 def _check_steps(cfg: CfgNode) -> None:
-    if cfg.SOLVER.ACCUMULATE < 1:
-        raise InputError(
-            f"SOLVER.ACCUMULATE: {cfg.SOLVER.ACCUMULATE!r} is not accepted; use 1 or more"
-        )
+    check_positive("SOLVER.ACCUMULATE", cfg.SOLVER.ACCUMULATE)
     freeze, last = cfg.SOLVER.FREEZE_BN_ITER, cfg.SOLVER.MAX_ITER
     if cfg.SOLVER.ACCUMULATE > 1 and freeze >= last:
         raise InputError(
@@ -321,10 +318,7 @@ def _check_virtual(cfg: CfgNode) -> None:
 def _check_precise_bn(cfg: CfgNode) -> None:
     node = cfg.TEST.PRECISE_BN
     choose("TEST.PRECISE_BN.ESTIMATOR", node.ESTIMATOR, ESTIMATORS)
-    if node.NUM_ITER < 1:
-        raise InputError(
-            f"TEST.PRECISE_BN.NUM_ITER: {node.NUM_ITER!r} is not accepted; use 1 or more"
-        )
+    check_positive("TEST.PRECISE_BN.NUM_ITER", node.NUM_ITER)
     if node.IMS_PER_BATCH < 0:
         raise InputError(
             f"TEST.PRECISE_BN.IMS_PER_BATCH: {node.IMS_PER_BATCH!r} is not accepted; use 0 (for "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
@@ -164,13 +165,5 @@ def why_not_ours(cfg: CfgNode, part: str) -> str:
     if part in ("RPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD") and architecture in DENSE:
         return f"MODEL.META_ARCHITECTURE {architecture!r}, which has neither RPN nor RoI heads"
     key, names = COMPONENTS[part]
-    value = get_key(cfg, key)
+    value = attrgetter(key)(cfg.MODEL)
     return "" if value in names else f"MODEL.{key} {value!r}; use one of {list(names)}"
-
-
-def get_key(cfg: CfgNode, key: str) -> object:
-    """The value of a key below MODEL."""
-    value = cfg.MODEL
-    for name in key.split("."):
-        value = value[name]
-    return value

@@ -10,7 +10,6 @@ new images, it gives as a hint.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from ..errors import choose
-from ..files import write_aside
+from ..files import write_json
 from .bootstrap import Estimate, by_statistics
 
 METRICS = ("foreground accuracy", "accuracy", "loss")
@@ -92,8 +91,7 @@ def leakage_table(results: dict[str, dict[str, Estimate]]) -> str:
 def save_leakage(results: dict[str, dict[str, Estimate]], path: Path) -> None:
     """As JSON, each estimate with its value, low and high."""
     content = {s: {m: e._asdict() for m, e in of_s.items()} for s, of_s in results.items()}
-    with write_aside(path) as aside:
-        Path(aside).write_text(json.dumps(content, indent=1))
+    write_json(path, content)
 
 
 def _count(logits: Tensor, batch: RoIBatch) -> list[float]:
@@ -106,9 +104,7 @@ def _count(logits: Tensor, batch: RoIBatch) -> list[float]:
 
 
 def _metrics(sums: np.ndarray) -> np.ndarray:
-    """From (resamples, 5) summed counts to (resamples, 3) metrics; NaN of nothing."""
-    foreground, foreground_right, rois, right, loss = sums.T
+    """From 5 summed counts (5, *) to 3 metrics (3, *); NaN of nothing."""
+    foreground, foreground_right, rois, right, loss = sums
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.stack(
-            [100 * foreground_right / foreground, 100 * right / rois, loss / rois], axis=1
-        )
+        return np.stack([100 * foreground_right / foreground, 100 * right / rois, loss / rois])

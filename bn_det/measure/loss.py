@@ -8,7 +8,6 @@ batches as training has them. For a dense detector they are here, in terms of it
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from yacs.config import CfgNode
 
 from ..config.parts import DENSE
 from ..errors import choose
-from ..files import write_aside
+from ..files import write_json
 from .bootstrap import Estimate, by_statistics
 
 
@@ -67,7 +66,7 @@ def _sums(of_batch: WeightedLoss) -> tuple[float, float]:
 
 
 def _mean_loss(sums: np.ndarray) -> np.ndarray:
-    return sums[:, :1] / sums[:, 1:]
+    return sums[:1] / sums[1:]
 
 
 def loss_table(results: dict[str, Estimate]) -> str:
@@ -78,5 +77,4 @@ def loss_table(results: dict[str, Estimate]) -> str:
 
 def save_loss(results: dict[str, Estimate], path: Path) -> None:
     """As JSON, each estimate with its value, low and high."""
-    with write_aside(path) as aside:
-        Path(aside).write_text(json.dumps({s: e._asdict() for s, e in results.items()}, indent=1))
+    write_json(path, {s: e._asdict() for s, e in results.items()})

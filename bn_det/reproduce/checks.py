@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..data.coco import builtin_sources, datasets_root
-from ..errors import InputError
+from ..errors import InputError, check_positive
 from .published import NUM_GPUS, what_changes
 from .registry import SEVERAL_GPUS, SHAPES_ONLY
 from .report import identity, known_identity
@@ -24,8 +24,8 @@ def check_arguments(args: argparse.Namespace, names: Sequence[str]) -> None:
         ("--num-gpus", args.num_gpus),
         ("--jobs", args.jobs),
     ):
-        if value is not None and value < 1:
-            raise InputError(f"{flag}: {value} is not accepted; use 1 or more")
+        if value is not None:
+            check_positive(flag, value)
     if len(args.opts) % 2:
         raise InputError(
             f"{args.opts[-1]}: has no value; the end of the command is KEY VALUE pairs"

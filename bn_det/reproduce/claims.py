@@ -81,20 +81,15 @@ def judge(claim: Claim, effects: Sequence[float]) -> Verdict:
     return Verdict(tuple(effects), centre, *ends, word)
 
 
-_T = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160),
-    *(2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056),
-    *(2.052, 2.048, 2.045),
-)
-"""The 97.5 % quantiles of Student's t with 1, 2, ... 29 degrees of freedom."""
-
-
 def _interval(effects: Sequence[float]) -> tuple[float, float, float]:
     """Mean, and the ends of its 95 % confidence interval; with one seed the mean alone."""
+    from scipy.stats import t  # not for a command's help: it takes a second to import
+
     centre, number = mean(effects), len(effects)
     if number == 1:
         return centre, centre, centre
-    half = _T[min(number - 2, len(_T) - 1)] * stdev(effects) / math.sqrt(number)
+    # Not t.interval, which is NaN where all effects are the same.
+    half = float(t.ppf(0.975, number - 1)) * stdev(effects) / math.sqrt(number)
     return centre, centre - half, centre + half
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from tabulate import tabulate
 
 from ..errors import InputError
-from ..files import finite, write_aside
+from ..files import finite, write_aside, write_json, write_text
 from .claims import Claim, Verdict, claims_of, judge
 from .published import NUM_GPUS, what_changes
 from .registry import EXPERIMENTS
@@ -72,13 +72,9 @@ def write_report(report: Report, folder: Path) -> None:
             if isinstance(picture, Picture):
                 with write_aside(folder / f"{picture.name}.png") as aside:
                     picture.figure.savefig(aside, format="png", dpi=120)
-    for file, content in (
-        ("claims.md", ledger_markdown(report.ledger) + "\n"),
-        ("report.html", _page(report, folder)),
-        (RESULTS, json.dumps(finite(_as_dict(report)), indent=1)),
-    ):
-        with write_aside(folder / file) as aside:
-            Path(aside).write_text(content)
+    write_text(folder / "claims.md", ledger_markdown(report.ledger) + "\n")
+    write_text(folder / "report.html", _page(report, folder))
+    write_json(folder / RESULTS, finite(_as_dict(report)))
 
 
 def identity(title: str, setting: Setting) -> dict[str, Any]:

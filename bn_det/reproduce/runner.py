@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import InputError
-from ..files import write_aside
+from ..files import write_json
 from .steps import Step, shown
 
 LOG = "reproduce.log"
@@ -133,8 +133,7 @@ class Runner:
             resume = ("--resume",)
         else:  # lines are appended to it
             (folder / "metrics.json").unlink(missing_ok=True)
-        with write_aside(begun) as aside:
-            Path(aside).write_text(json.dumps(step.command))
+        write_json(begun, step.command)
         print(f"{'resumes' if resume else 'starts'} {step.name}", flush=True)
         environment = dict(os.environ)
         share = max(1, len(os.sched_getaffinity(0)) // max(1, self.jobs // step.processes))
@@ -161,9 +160,7 @@ class Runner:
             print(f"FAILED {step.name}: {reason}", flush=True)
             return
         outcome = Outcome(round(seconds, 1), int(diverged[1]) if diverged else None)
-        content = {"command": step.command, **outcome._asdict()}
-        with write_aside(folder / DONE) as aside:
-            Path(aside).write_text(json.dumps(content, indent=1))
+        write_json(folder / DONE, {"command": step.command, **outcome._asdict()})
         self.outcomes[step.name] = outcome
         self.done_seconds += step.seconds
         how = f"diverged at iteration {diverged[1]}" if diverged else "done"

@@ -6,7 +6,7 @@ from fvcore.common.config import CfgNode
 
 from ..config.keys import add_bn_det_config
 from ..config.parts import NF_BACKBONES
-from ..errors import InputError, choose
+from ..errors import InputError, check_positive, choose
 
 NUM_LEVELS = 5
 """The levels that have anchors: p3 to p7 of RetinaNet, p2 to p6 of the R-CNNs."""
@@ -160,8 +160,7 @@ def check_cfg(cfg: CfgNode) -> None:
     schedules = ["WarmupMultiStepLR", "WarmupCosineLR"]
     choose("SOLVER.LR_SCHEDULER_NAME", cfg.SOLVER.LR_SCHEDULER_NAME, schedules)
     for key in ("MAX_ITER", "IMS_PER_BATCH", "CHECKPOINT_PERIOD"):
-        if cfg.SOLVER[key] < 1:
-            raise InputError(f"SOLVER.{key}: {cfg.SOLVER[key]!r} is not accepted; use 1 or more")
+        check_positive(f"SOLVER.{key}", cfg.SOLVER[key])
 
 
 def _check_retinanet(cfg: CfgNode) -> None:

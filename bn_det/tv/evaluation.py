@@ -16,10 +16,11 @@ import torch.distributed as dist
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 from torchvision.models.detection.transform import resize_boxes
+from torchvision.ops import box_convert
 
 from ..data.coco import CocoDataset
 from ..data.masks import encode_mask
-from ..files import write_aside
+from ..files import write_text
 from ..layers import record_sources
 from ..layers.comm import share, world
 from ..population.progress import with_progress
@@ -58,8 +59,7 @@ def evaluate(
         return {}
     path = Path(output_dir) / "coco_instances_results.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with write_aside(path) as aside:
-        Path(aside).write_text(json.dumps(predictions))
+    write_text(path, json.dumps(predictions))
     logger.info("Saved %d detections to %s", len(predictions), path)
     return {task: coco_metrics(dataset, predictions, task) for task in tasks}
 
@@ -141,7 +141,7 @@ def _to_coco(
 ) -> list[dict]:
     original_size = (record["height"], record["width"])
     boxes = resize_boxes(output["boxes"], size, original_size).cpu()
-    xywh = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
+    xywh = box_convert(boxes, "xyxy", "xywh")
     detections = [
         {
             "image_id": record["image_id"],

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import roi_align
+from torchvision.ops import box_area, roi_align
 
 
 class RoIPooler(nn.Module):
@@ -70,7 +70,7 @@ class RoIPooler(nn.Module):
 
     def levels(self, boxes: Tensor) -> Tensor:
         """The index of each box's level; boxes of shape (R, 4), the result (R,)."""
-        sides = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
+        sides = box_area(boxes).sqrt()
         levels = torch.floor(4 + torch.log2(sides / 224 + 1e-8)) - math.log2(self.strides[0])
         return levels.clamp(0, len(self.strides) - 1).long()
 

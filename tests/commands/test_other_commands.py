@@ -52,6 +52,7 @@ def test_visualize_bad_input(tiny_shapes, tmp_path):
     for detections, args, words in [
         ([{"bbox": 1}], [], "is not a file of detections"),
         ([], ["--first", "100"], "--first: 100 is not one of the 6 images"),
+        ([], ["--size", "0"], "error: --size: 0 is not accepted; use 1 or more"),
     ]:
         done = visualize(tiny_shapes, tmp_path, detections, *args)
         assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr

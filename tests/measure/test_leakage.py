@@ -74,8 +74,7 @@ def test_metrics():
         assert estimate.value == pytest.approx(difference, abs=1e-5)
 
 
-def test_intervals_are_of_paired_batches():
-    """A difference that is the same in each batch is certain, whatever the batches vary by."""
+def test_what_is_the_same_in_every_batch_is_certain():
     # The label of each RoI is found by batch statistics, and missed by the population's.
     sign = torch.tensor([1.0, -1.0]).view(2, 1, 1, 1)
     batches = [
@@ -92,6 +91,17 @@ def test_intervals_are_of_paired_batches():
     # With the population's mean of 0, all values are near 100: the background's score is lower.
     assert results["population"]["foreground accuracy"] == Estimate(50, 50, 50)
     assert results["batch - population"]["foreground accuracy"] == Estimate(50, 50, 50)
+
+
+def test_resamples_without_foreground_are_left_out(recwarn):
+    """Of two batches one has no foreground, and a quarter of the resamples is of it alone."""
+    x = torch.tensor([1.0, -1.0]).view(2, 1, 1, 1).expand(2, 1, 2, 2)
+    batches = [RoIBatch(x, torch.tensor(labels), 2) for labels in ([0, 1], [2, 2])]
+    results = measure_leakage(batches, 2, BatchNorm2d(1).eval(), lambda x: x.new_ones(2, 3))
+    for statistics, value in (("population", 50), ("batch", 50), ("batch - population", 0)):
+        assert results[statistics]["foreground accuracy"] == Estimate(value, value, value)
+    assert results["batch"]["accuracy"] == Estimate(25, 0, 50)
+    assert not recwarn.list
 
 
 def test_a_head_without_batch_statistics():

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from bn_det import BatchNorm2d
+from bn_det.measure.bootstrap import Estimate
 from bn_det.measure.loss import WeightedLoss, loss_table, measure_loss, save_loss
 
 
@@ -57,6 +58,17 @@ def test_the_interval_is_that_of_batches(model):
     # The ends of 2000 resamples are off by some 3 % of the interval.
     assert found.low == pytest.approx(losses.mean() - half, abs=0.15 * half)
     assert found.high == pytest.approx(losses.mean() + half, abs=0.15 * half)
+
+
+def test_differences_are_paired(model):
+    """A difference that is the same in each batch is certain, whatever the batches vary by."""
+
+    def loss(x):
+        return WeightedLoss(float(x.mean()) + (model.eval_statistics == "batch"), len(x))
+
+    found = measure_loss([torch.full((2, 3, 2, 2), float(k)) for k in range(8)], 8, model, loss)
+    assert found["population"].low + 1 < found["population"].value < found["population"].high - 1
+    assert found["batch - population"] == Estimate(1.0, 1.0, 1.0)
 
 
 def test_without_batch_statistics(tmp_path):
