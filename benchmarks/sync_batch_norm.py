@@ -26,7 +26,9 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from bn_det import DomainBatchNorm2d
-from bn_det.layers import forward_levels
+from bn_det.layers import PerLevel
+from counting import collectives
+from pyramid import Tower
 
 try:
     from detectron2.layers import NaiveSyncBatchNorm
@@ -34,7 +36,6 @@ except ImportError:
     NaiveSyncBatchNorm = None
 
 NUM_LEVELS = 5
-NUM_CONVS = 4
 
 
 class SumSyncBatchNorm(nn.BatchNorm2d):
@@ -52,53 +53,11 @@ class SumSyncBatchNorm(nn.BatchNorm2d):
         return x * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
 
 
-class EachLevel(nn.ModuleList):
-    """A layer for each level."""
-
-    def forward(self, xs: list[Tensor]) -> list[Tensor]:
-        return [layer(x) for layer, x in zip(self, xs, strict=True)]
-
-
-class Tower(nn.Module):
-    """RetinaNet's tower with a norm that takes the list of levels."""
-
-    def __init__(self, channels: int, make_norm: Callable[[int], nn.Module]) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.convs = nn.ModuleList(
-            nn.Conv2d(channels, channels, 3, padding=1) for _ in range(NUM_CONVS)
-        )
-        self.norms = nn.ModuleList(make_norm(channels) for _ in range(NUM_CONVS))
-
-    def forward(self, xs: list[Tensor]) -> list[Tensor]:
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            xs = [y.relu() for y in norm(forward_levels([conv], xs))]
-        return xs
-
-
 def baseline_layer(device: str) -> Callable[[int], nn.Module]:
     """The synchronizing layer that a user has without us."""
     if device == "cuda":
         return nn.SyncBatchNorm
     return NaiveSyncBatchNorm or SumSyncBatchNorm
-
-
-def count_collectives(run: Callable[[], object]) -> int:
-    """Calls of torch.distributed's collectives in one run."""
-    names = ["all_gather", "all_gather_into_tensor", "all_reduce", "_all_gather_base"]
-    real = {name: getattr(dist, name) for name in names}
-    calls = []
-
-    def counted(name: str, *args: object, **kwargs: object) -> object:
-        calls.append(name)
-        return real[name](*args, **kwargs)
-
-    for name in names:
-        setattr(dist, name, partial(counted, name))
-    run()
-    for name, function in real.items():
-        setattr(dist, name, function)
-    return len(calls)
 
 
 def measure(rank: int, args: argparse.Namespace, store: str, output: str) -> None:
@@ -113,7 +72,7 @@ def measure(rank: int, args: argparse.Namespace, store: str, output: str) -> Non
         torch.cuda.set_device(rank)
     ours = partial(DomainBatchNorm2d, num_domains=NUM_LEVELS, affine="per_domain", group="world")
     layer = baseline_layer(args.device)
-    theirs = lambda c: EachLevel(layer(c) for _ in range(NUM_LEVELS))  # noqa: E731
+    theirs = lambda c: PerLevel(layer(c) for _ in range(NUM_LEVELS))  # noqa: E731
     forms = {
         name: nn.ModuleList(Tower(args.channels, norm) for _ in range(2)).to(device)
         for name, norm in (("ours", ours), ("baseline", theirs))
@@ -136,7 +95,7 @@ def measure(rank: int, args: argparse.Namespace, store: str, output: str) -> Non
         (a - b).abs().max().item() for a, b in zip(run("ours"), run("baseline"), strict=True)
     )
     times = {name: time_form(partial(run, name), args.rounds) for name in forms}
-    collectives = {name: count_collectives(partial(run, name)) for name in forms}
+    counts = {name: collectives(partial(run, name)) for name in forms}
     if rank == 0:
         result = {
             "baseline": layer.__name__,
@@ -144,8 +103,8 @@ def measure(rank: int, args: argparse.Namespace, store: str, output: str) -> Non
             "ours_ms": times["ours"],
             "baseline_ms": times["baseline"],
             "speedup": times["baseline"] / times["ours"],
-            "ours_collectives": collectives["ours"],
-            "baseline_collectives": collectives["baseline"],
+            "ours_collectives": counts["ours"],
+            "baseline_collectives": counts["baseline"],
             "max_abs_error": error,
         }
         Path(output).write_text(json.dumps(result))

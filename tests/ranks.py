@@ -1,4 +1,4 @@
-"""Run a function in several processes that gloo connects, with a time limit."""
+"""Run a function in processes that torch.distributed connects, with a time limit."""
 
 from __future__ import annotations
 
@@ -23,13 +23,18 @@ _CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "bn_det", "bn_det
 
 
 def run_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 60.0,
+    backend: str = "gloo",
 ) -> list[Any]:
     """Call ``fn(rank, *args)`` on each rank of a process group.
 
     Args:
         fn: a function of a module (no closure). What it returns is saved with ``torch.save``.
         timeout: in seconds; then all ranks are killed, and the test fails.
+        backend: "gloo", or "nccl", where each rank has the GPU of its number.
 
     Returns:
         what each rank returned.
@@ -42,7 +47,8 @@ def run_ranks(
         for rank in range(world_size):
             receiver, sender = _CONTEXT.Pipe(duplex=False)
             process = _CONTEXT.Process(
-                target=_rank, args=(fn, rank, world_size, f"{folder}/store", sender, args)
+                target=_rank,
+                args=(fn, backend, rank, world_size, f"{folder}/store", sender, args),
             )
             process.start()
             sender.close()
@@ -115,6 +121,7 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
 
 def _rank(
     fn: Callable[..., Any],
+    backend: str,
     rank: int,
     world_size: int,
     store: str,
@@ -123,10 +130,12 @@ def _rank(
 ) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    dist.init_process_group(
-        "gloo", init_method=Path(store).as_uri(), rank=rank, world_size=world_size
-    )
     try:
+        if backend == "nccl":
+            torch.cuda.set_device(rank)
+        dist.init_process_group(
+            backend, init_method=Path(store).as_uri(), rank=rank, world_size=world_size
+        )
         buffer = io.BytesIO()
         torch.save(fn(rank, *args), buffer)
         sender.send((False, buffer.getvalue()))
@@ -134,4 +143,5 @@ def _rank(
         sender.send((True, traceback.format_exc()))
     finally:
         sender.close()
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()

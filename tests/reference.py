@@ -9,8 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bn_det.config.parts import PARTS
-
 BASE = str(Path(__file__).parents[1] / "configs" / "Base-RetinaNet-Shapes.yaml")
 """The config that all small models of the tests begin with."""
 
@@ -52,6 +50,9 @@ def choice_opts(choices: Sequence[str], part: str = "RETINANET") -> list[str]:
 
 def norm_opts(norm: str) -> list[str]:
     """KEY VALUE pairs for one norm in all parts of the detector."""
+    # Not at the top: tests of the layers need torch alone.
+    from bn_det.config.parts import PARTS
+
     opts = [o for part in PARTS for o in (f"MODEL.{part}.NORM", norm)]
     opts += ["MODEL.RPN.HEAD_NAME", "BNRPNHead"]
     if norm == "GhostBN":  # a multiple would be one image's RoIs

@@ -429,27 +429,3 @@ def test_keys(choices):
     layer = make(choices, num_domains=3)
     assert set(layer.state_dict()) == expected
     assert "statistics=" + choices[0] in repr(layer)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@eight_choices
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
-def test_cuda(choices, memory_format, dtype):
-    """Against the CPU in float64; a domain is empty."""
-    layer = make(choices)
-    cuda = copy.deepcopy(layer).cuda()
-    if dtype != torch.float64:
-        cuda.float()
-    xs = pyramid([(3, 5, 4), (0, 3, 2), (3, 2, 2), (2, 1, 1)])
-    others = [
-        x.detach().to("cuda", dtype).to(memory_format=memory_format).requires_grad_() for x in xs
-    ]
-    tolerance = 1e-10 if dtype == torch.float64 else 100 * torch.finfo(dtype).eps
-    for training in (True, False):
-        ys, expected = cuda.train(training)(others), layer.train(training)(xs)
-        assert_all_close([y.cpu() for y in ys], expected, tolerance)
-        found = gradients([y.cpu() for y in ys], [*others, *cuda.parameters()])
-        wanted = gradients(expected, [*xs, *layer.parameters()])
-        assert_all_close([g.cpu() for g in found], wanted, 10 * tolerance)
-    assert_all_close([b.cpu() for b in cuda.buffers()], layer.buffers(), tolerance)
