@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..errors import choose
+from ..errors import check_positive, choose
 from .batch_norm import BatchNorm2d
 from .forward import Domain, batch_norm
 
@@ -70,8 +70,7 @@ class DomainBatchNorm2d(BatchNorm2d):
         choose("statistics", statistics, SHARING)
         choose("population", population, SHARING)
         choose("affine", affine, SHARING)
-        if num_domains < 1:
-            raise ValueError(f"num_domains: {num_domains!r} is not accepted; use 1 or more")
+        check_positive("num_domains", num_domains)
         super().__init__(
             num_features,
             eps,

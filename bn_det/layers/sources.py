@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError, choose
+from ..errors import check_positive, choose
 from .domain_batch_norm import SHARING, DomainBatchNorm2d
 from .scope import DomainScope
 
@@ -89,8 +89,7 @@ class SourceBatchNorm2d(DomainBatchNorm2d):
         affine: str = "shared",
         **choices: Any,
     ) -> None:
-        if num_sources < 1:
-            raise InputError(f"num_sources: {num_sources!r} is not accepted; use 1 or more")
+        check_positive("num_sources", num_sources)
         choose("population", population, SHARING)
         self._levels = num_levels or 1
         super().__init__(

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..errors import InputError, choose
+from ..errors import InputError, check_positive, choose
 from ..layers.comm import Group, all_gather, process_group, report_disagreement
 from .estimate import ESTIMATORS, Accumulator, Estimate, estimates
 from .observation import Observed, Observer, PopulationLayer, population_layers
@@ -277,8 +277,7 @@ class _Run:
 def _check_arguments(
     num_iters: int, progress: str | None, estimator: str, tolerance: float
 ) -> None:
-    if num_iters < 1:
-        raise InputError(f"num_iters: {num_iters!r} is not accepted; use 1 or more")
+    check_positive("num_iters", num_iters)
     if not tolerance >= 0:
         raise InputError(f"tolerance: {tolerance!r} is not accepted; use 0 (for none) or more")
     choose("progress", progress, [None, "tqdm"])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..errors import InputError
+from ..errors import check_positive
 
 
 def accumulate(
@@ -67,8 +67,7 @@ class GradientAccumulation:
     """
 
     def __init__(self, num_batches: int) -> None:
-        if num_batches < 1:
-            raise InputError(f"num_batches: {num_batches!r} is not accepted; use 1 or more")
+        check_positive("num_batches", num_batches)
         self.num_batches = num_batches
         self._num_calls = 0
         self._means: dict[Tensor, Tensor] = {}
