@@ -1,10 +1,11 @@
 """Shared by all tests. Its presence puts this folder on sys.path, for reference.py."""
 
-import logging
 import os
 
 import pytest
 import torch
+
+from here import same_loggers
 
 # Workers, and the commands that their tests run, share the cores; the models are small.
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
@@ -26,12 +27,8 @@ def _seed():
 @pytest.fixture(autouse=True)
 def _own_logger():
     """Undo what the set-up of loggers does, in a command that a test runs."""
-    loggers = [logging.getLogger(name) for name in ("", "bn_det", "detectron2", "fvcore")]
-    before = [(logger.propagate, logger.level, logger.handlers[:]) for logger in loggers]
-    yield
-    for logger, (propagate, level, handlers) in zip(loggers, before, strict=True):
-        logger.propagate, logger.handlers[:] = propagate, handlers
-        logger.setLevel(level)
+    with same_loggers():
+        yield
 
 
 @pytest.fixture

@@ -54,6 +54,7 @@ def test_one_process_is_this_one():
     assert pids == [(3, os.getpid(), False)]
 
 
+@pytest.mark.slow
 def test_two_machines_of_two_processes(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "64")
     url = f"tcp://127.0.0.1:{free_port()}"

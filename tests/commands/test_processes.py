@@ -29,6 +29,7 @@ def opts(tiny_shapes, tmp_path):
     return [
         *("MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "out"), *tiny_shapes),
         *("SOLVER.MAX_ITER", "3", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.CHECKPOINT_PERIOD", "2"),
+        *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"),
         *("MODEL.RETINANET.SCORE_THRESH_TEST", "0.001", *norm_opts("GN")),
     ]
 
@@ -103,6 +104,7 @@ def test_trains_and_evaluates(host, way, opts, tmp_path, monkeypatch):
     assert found == detections(tmp_path / "one") and len(found) > 100
 
 
+@pytest.mark.slow
 @every_host
 def test_an_image_that_one_rank_cannot_read(host, opts, tmp_path):
     (name, annotations, images), *rest = ast.literal_eval(
@@ -123,6 +125,7 @@ def test_an_image_that_one_rank_cannot_read(host, opts, tmp_path):
         assert "UnidentifiedImageError" in report[-1]
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed(opts, tmp_path):
     """It ends the run, which leaves no process behind."""
     out = tmp_path / "out"

@@ -119,9 +119,11 @@ def test_files_that_are_not_this_nets_weights(tmp_path):
         build_nf(make_cfg(pretrained=str(path)))
 
 
-def test_published_weights_without_a_network(tmp_path):
-    """The error of the download, as one that names the key."""
+def test_timm_is_not_imported_without_need_nor_found_without_a_network(tmp_path):
+    """The error of the download of published weights is one that names the key."""
     code = (
+        "import sys, bn_det.tv, bn_det.config.nf\n"
+        "assert 'timm' not in sys.modules\n"
         "from test_nf import *\n"
         "cfg = make_cfg(pretrained='timm')\n"
         "check_nf(cfg)\n"
@@ -166,11 +168,6 @@ def test_without_timm(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(InputError, match=r"need timm, .* pip install -e '.\[nf\]'"):
         check_nf(make_cfg())
-
-
-def test_timm_is_not_imported_without_need():
-    code = "import sys, bn_det.tv, bn_det.config.nf; sys.exit('timm' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0
 
 
 def test_warnings_of_pixels(caplog, tmp_path):

@@ -141,6 +141,7 @@ def test_retinanet_is_exported_to_onnx(tmp_path):
     check_onnx(adapter, *images, tmp_path / "a.onnx", dynamo=False)
 
 
+@pytest.mark.slow
 def test_backbone_and_head_of_retinanet_by_torch_export(tmp_path):
     model = Network(fused_retinanet())
     images = [image[None] for image in make_images()]

@@ -4,10 +4,6 @@ import pytest
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
-import subprocess
-import sys
-from pathlib import Path
-
 import detectron2.config
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -27,6 +23,7 @@ from bn_det.tv import norms as tv_norms
 from bn_det.tv import solver as tv_solver
 from bn_det.tv.data import build_test_loader
 from bn_det.tv.evaluation import coco_metrics
+from here import run_here
 from reference import BASE
 
 
@@ -172,18 +169,13 @@ def test_norms_without_a_batch(name):
 @pytest.mark.parametrize("host", ["torchvision", "detectron2"])
 def test_two_test_sets(host, tiny_shapes, tmp_path):
     """Each has its results, and its own file of detections."""
-    root = Path(__file__).parents[2]
     both = [o if o != "('tiny_val',)" else "('tiny_val', 'tiny_train')" for o in tiny_shapes]
-    done = subprocess.run(
-        [
-            *(sys.executable, str(root / "tools" / "train_net.py"), "--host", host),
-            *("--config-file", BASE, *both, "OUTPUT_DIR", str(tmp_path), "MODEL.DEVICE", "cpu"),
-            *("SOLVER.MAX_ITER", "1", "SOLVER.IMS_PER_BATCH", "2"),
-            *("MODEL.RETINANET.SCORE_THRESH_TEST", "0.001"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
+    done = run_here(
+        "tools/train_net.py",
+        *("--host", host, "--config-file", BASE, *both),
+        *("OUTPUT_DIR", tmp_path, "MODEL.DEVICE", "cpu"),
+        *("SOLVER.MAX_ITER", "1", "SOLVER.IMS_PER_BATCH", "2"),
+        *("MODEL.RETINANET.SCORE_THRESH_TEST", "0.001"),
     )
     assert done.returncode == 0, done.stderr
     tail = done.stdout[done.stdout.rindex("Data set tiny_val") :]

@@ -97,6 +97,7 @@ def fused_mask_rcnn(norm):
     return fused(make_model(RCNN_BASE, *norm_opts(norm)), NUM_NORMS["Mask R-CNN"])
 
 
+@pytest.mark.slow
 def test_backbone_and_head_of_retinanet_by_torch_export(tmp_path):
     model = Network(fused_retinanet()).eval()
     images = [image[None] for image in make_images()]

@@ -28,6 +28,7 @@ def opts(tiny_shapes, tmp_path):
         *("MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path), "SEED", "3", *tiny_shapes),
         *("SOLVER.MAX_ITER", "4", "SOLVER.IMS_PER_BATCH", "4", "SOLVER.CHECKPOINT_PERIOD", "2"),
         *("SOLVER.WARMUP_ITERS", "0", "SOLVER.BASE_LR", "0.001"),
+        *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"),
         *("MODEL.RETINANET.SCORE_THRESH_TEST", "0.001"),
         *("DATASETS.TEST", "()", *norm_opts("GN")),
     ]

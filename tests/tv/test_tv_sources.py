@@ -24,7 +24,8 @@ PARTS = ("MODEL.BN_SOURCES.PARTS", "['RESNETS', 'FPN', 'RETINANET']")
 def make_cfg(tiny_shapes, tmp_path):
     def make(*opts):
         cfg = get_cfg()
-        small = ["SOLVER.MAX_ITER", "6", "SOLVER.IMS_PER_BATCH", "4", "OUTPUT_DIR", str(tmp_path)]
+        small = ["SOLVER.MAX_ITER", "4", "SOLVER.IMS_PER_BATCH", "4", "OUTPUT_DIR", str(tmp_path)]
+        small += ["INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"]
         opts = ["MODEL.DEVICE", "cpu", *tiny_shapes, *TWO_SOURCES, *small, *opts]
         load_config(cfg, BASE, opts, "torchvision")
         return cfg
