@@ -42,7 +42,7 @@ class BNFCOSHead(FCOSHead):
 
 @META_ARCH_REGISTRY.register()
 class BNFCOS(NamesSources, FCOS):
-    """Detectron2's FCOS (same arguments) with :class:`BNFCOSHead`, from ``MODEL.FCOS``.
+    """Detectron2's FCOS (same arguments) with :class:`BNFCOSHead`, from ``MODEL.BN_FCOS``.
 
     Detectron2 itself has FCOS in LazyConfig files only. Its pyramid's p6 and p7 are made of p5:
     ``MODEL.BACKBONE.NAME: "build_bn_fcos_resnet_fpn_backbone"``.
@@ -54,14 +54,14 @@ class BNFCOS(NamesSources, FCOS):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        fcos, backbone = cfg.MODEL.FCOS, build_backbone(cfg)
+        fcos, backbone = cfg.MODEL.BN_FCOS, build_backbone(cfg)
         shapes = backbone.output_shape()
         shapes = [shapes[f] for f in fcos.IN_FEATURES]
         head = BNFCOSHead(
             input_shape=shapes,
             num_classes=fcos.NUM_CLASSES,
             conv_dims=[shapes[0].channels] * fcos.NUM_CONVS,
-            norm=part_norm(cfg, "FCOS", NORMS, len(shapes)) or "",
+            norm=part_norm(cfg, "BN_FCOS", NORMS, len(shapes)) or "",
             prior_prob=fcos.PRIOR_PROB,
             weight_norm=fcos.WEIGHT_NORM,
         )
