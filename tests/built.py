@@ -106,7 +106,7 @@ def parts_of(host: str, model: nn.Module) -> dict[str, nn.Module]:
         pyramid = [m for m in backbone.children() if m is not backbone.bottom_up]
         parts = {"RESNETS": backbone.bottom_up, "FPN": nn.ModuleList(pyramid)}
     if not hasattr(model, "roi_heads"):
-        return {**parts, "FCOS" if "FCOS" in type(model).__name__ else "RETINANET": model.head}
+        return {**parts, DENSE.get(type(model).__name__, "RETINANET"): model.head}
     rpn = model.rpn.head if host == "torchvision" else model.proposal_generator.rpn_head
     heads = {"RPN": rpn, "ROI_BOX_HEAD": model.roi_heads.box_head}
     mask_head = getattr(model.roi_heads, "mask_head", None)

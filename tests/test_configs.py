@@ -143,7 +143,7 @@ LEVELS = MULTI_DOMAIN.with_name("heads")
 
 @pytest.mark.parametrize("folder", [LEVELS, LEVELS / "shapes"], ids=["coco", "shapes"])
 @pytest.mark.parametrize(
-    "head, part", [("rpn", "RPN"), ("fcos", "FCOS"), ("cascade", "ROI_BOX_HEAD")]
+    "head, part", [("rpn", "RPN"), ("fcos", "BN_FCOS"), ("cascade", "ROI_BOX_HEAD")]
 )
 def test_heads(folder, head, part):
     """Only what levels share differs, as the names say."""

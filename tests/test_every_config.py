@@ -45,7 +45,7 @@ SMALL = [
     *("MODEL.RPN.PRE_NMS_TOPK_TEST", "100", "MODEL.RPN.POST_NMS_TOPK_TEST", "20"),
     # Untrained detectors are to detect something, and activations not to grow without a norm.
     *("MODEL.PIXEL_STD", "[64.0, 64.0, 64.0]", "SEED", "1"),
-    *("MODEL.RETINANET.SCORE_THRESH_TEST", "0.0", "MODEL.FCOS.SCORE_THRESH_TEST", "0.0"),
+    *("MODEL.RETINANET.SCORE_THRESH_TEST", "0.0", "MODEL.BN_FCOS.SCORE_THRESH_TEST", "0.0"),
     *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"),
 ]
 """What makes a config small."""
@@ -135,7 +135,10 @@ def check_detector(row, host, model, parts):
         assert count(head, nn.Linear) == int(row.detector["fcs"])
 
 
-WITHOUT = {"RESNETS": 0, "RETINANET": 2, "FCOS": 3, "RPN": 2, "ROI_BOX_HEAD": 0, "ROI_MASK_HEAD": 1}
+WITHOUT = {
+    **{"RESNETS": 0, "RETINANET": 2, "BN_FCOS": 3, "RPN": 2},
+    **{"ROI_BOX_HEAD": 0, "ROI_MASK_HEAD": 1},
+}
 """How many convolutions of a part have no norm: the final ones."""
 
 
@@ -317,7 +320,7 @@ def precise_passes(row):
 def check_inference(row, host, cfg, model, images):
     detections = detect(host, model.eval(), images)
     assert len(detections) == 2
-    (node,) = {"RETINANET", "FCOS"} & set(row.norms) or {"ROI_HEADS"}
+    (node,) = {"RETINANET", "BN_FCOS"} & set(row.norms) or {"ROI_HEADS"}
     num_classes = cfg.MODEL[node].NUM_CLASSES
     for image, (boxes, scores, classes, masks) in zip(images, detections, strict=True):
         number, (height, width) = len(boxes), image.shape[1:]

@@ -4,32 +4,66 @@ from __future__ import annotations
 
 from yacs.config import CfgNode
 
+from ..errors import InputError
 from ..training.agc import PREDICTORS
 from .parts import LEVEL_PARTS, PARTS
 
+_DETECTRON2 = (
+    *("MODEL", *(f"MODEL.{part}" for part in PARTS if part != "BN_FCOS")),
+    *("SOLVER", "TEST", "TEST.PRECISE_BN", "DATASETS", "DATALOADER"),
+)
+"""The nodes of Detectron2 that have keys of ours."""
+
 
 def add_bn_det_config(cfg: CfgNode) -> None:
-    """Add the keys of bn_det to a config that has Detectron2's, in place."""
-    node = type(cfg)
+    """Add the keys of bn_det to a config that has Detectron2's, in place.
+
+    What is there stays: keys of other projects, and ours with their values, so that a second call
+    changes nothing. Other projects may add theirs before or after it.
+
+    Raises:
+        InputError: a key of ours is there with a value of another type, or a node of Detectron2 is
+            not there; the config is as it was.
+    """
+    ours = our_keys(type(cfg))
+    _check_fit(ours, cfg)
+    _add_missing(ours, cfg)
+
+
+def check_keys(cfg: CfgNode) -> None:
+    """Raise InputError unless a config has all keys of ours."""
+    _check_there(our_keys(), cfg)
+
+
+def our_keys(node: type[CfgNode] = CfgNode) -> CfgNode:
+    """The keys of bn_det alone, with their defaults, below the nodes of Detectron2."""
+    cfg = node()
+    for path in _DETECTRON2:
+        *above, name = path.split(".")
+        parent = cfg
+        for step in above:
+            parent = parent[step]
+        parent[name] = node()
 
     # The head of the RPN that is named "BNRPNHead".
     cfg.MODEL.RPN.NORM = ""
 
-    # FCOS, with the defaults of Detectron2's configs/common/models/fcos.py.
-    cfg.MODEL.FCOS = node()
-    cfg.MODEL.FCOS.NUM_CLASSES = 80
-    cfg.MODEL.FCOS.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
-    cfg.MODEL.FCOS.NUM_CONVS = 4
-    cfg.MODEL.FCOS.NORM = "GN"
-    cfg.MODEL.FCOS.PRIOR_PROB = 0.01
+    # FCOS, with the defaults of Detectron2's configs/common/models/fcos.py. MODEL.FCOS is
+    # AdelaiDet's, which replaces what is there.
+    cfg.MODEL.BN_FCOS = node()
+    cfg.MODEL.BN_FCOS.NUM_CLASSES = 80
+    cfg.MODEL.BN_FCOS.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    cfg.MODEL.BN_FCOS.NUM_CONVS = 4
+    cfg.MODEL.BN_FCOS.NORM = "GN"
+    cfg.MODEL.BN_FCOS.PRIOR_PROB = 0.01
     # within so many strides of a box's center a position is positive
-    cfg.MODEL.FCOS.CENTER_SAMPLING_RADIUS = 1.5
-    cfg.MODEL.FCOS.FOCAL_LOSS_ALPHA = 0.25
-    cfg.MODEL.FCOS.FOCAL_LOSS_GAMMA = 2.0
+    cfg.MODEL.BN_FCOS.CENTER_SAMPLING_RADIUS = 1.5
+    cfg.MODEL.BN_FCOS.FOCAL_LOSS_ALPHA = 0.25
+    cfg.MODEL.BN_FCOS.FOCAL_LOSS_GAMMA = 2.0
     # of the root of class score times centerness
-    cfg.MODEL.FCOS.SCORE_THRESH_TEST = 0.2
-    cfg.MODEL.FCOS.TOPK_CANDIDATES_TEST = 1000
-    cfg.MODEL.FCOS.NMS_THRESH_TEST = 0.6
+    cfg.MODEL.BN_FCOS.SCORE_THRESH_TEST = 0.2
+    cfg.MODEL.BN_FCOS.TOPK_CANDIDATES_TEST = 1000
+    cfg.MODEL.BN_FCOS.NMS_THRESH_TEST = 0.6
 
     # For NORM "GhostBN": how many samples (images, or RoIs in a RoI head) are normalized together,
     # and which: "contiguous" or "random".
@@ -145,3 +179,49 @@ def add_bn_det_config(cfg: CfgNode) -> None:
 
     # Sources of images (labs, sensors): a list of [source, data set, data set, ...].
     cfg.DATASETS.SOURCES = []
+    return cfg
+
+
+def _check_fit(ours: CfgNode, cfg: CfgNode, prefix: str = "") -> None:
+    for name, default in ours.items():
+        key = prefix + name
+        if name not in cfg:
+            if key in _DETECTRON2:
+                raise InputError(
+                    f"add_bn_det_config: the config has no node {key}; it takes one with the keys "
+                    "of Detectron2"
+                )
+        elif isinstance(default, CfgNode) and isinstance(cfg[name], CfgNode):
+            _check_fit(default, cfg[name], f"{key}.")
+        elif _kind(cfg[name]) is not _kind(default):
+            found, accepted = type(cfg[name]).__name__, _kind(default).__name__
+            raise InputError(
+                f"{key}: {cfg[name]!r} is there already, of type {found}, where bn_det has a key "
+                f"of this name and of type {accepted}; use that type, or another name"
+            )
+
+
+def _kind(value: object) -> type:
+    """The type of a value, or that with which yacs exchanges it."""
+    if isinstance(value, CfgNode):
+        return CfgNode
+    return list if isinstance(value, tuple) else type(value)
+
+
+def _add_missing(ours: CfgNode, cfg: CfgNode) -> None:
+    for name, default in ours.items():
+        if name not in cfg:
+            setattr(cfg, name, default)  # which a frozen config refuses
+        elif isinstance(default, CfgNode):
+            _add_missing(default, cfg[name])
+
+
+def _check_there(ours: CfgNode, cfg: CfgNode, prefix: str = "") -> None:
+    for name, default in ours.items():
+        if not isinstance(cfg, CfgNode) or name not in cfg:
+            raise InputError(
+                f"{prefix}{name}: the config does not have this key of bn_det; call "
+                "bn_det.add_bn_det_config(cfg) after what replaces nodes of the config"
+            )
+        if isinstance(default, CfgNode):
+            _check_there(default, cfg[name], f"{prefix}{name}.")

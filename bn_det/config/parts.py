@@ -25,7 +25,7 @@ from ..layers.norms import NormFactory
 
 logger = logging.getLogger(__name__)
 
-LEVEL_PARTS = ("RETINANET", "FCOS", "RPN")
+LEVEL_PARTS = ("RETINANET", "BN_FCOS", "RPN")
 """The nodes of MODEL that stand for a head on all levels of a pyramid."""
 
 SOURCE_PARTS = ("RESNETS", "FPN", *LEVEL_PARTS)
@@ -37,7 +37,7 @@ ROI_PARTS = ("ROI_BOX_HEAD", "ROI_MASK_HEAD")
 PARTS = (*SOURCE_PARTS, *ROI_PARTS)
 """The nodes of MODEL that have a NORM."""
 
-DENSE = {"BNRetinaNet": "RETINANET", "BNFCOS": "FCOS"}
+DENSE = {"BNRetinaNet": "RETINANET", "BNFCOS": "BN_FCOS"}
 """Our meta-architectures without RPN and RoI heads, and their heads' nodes."""
 
 
@@ -146,7 +146,7 @@ COMPONENTS = {
     "RESNETS": ("BACKBONE.NAME", _BACKBONES),
     "FPN": ("BACKBONE.NAME", (*_BACKBONES, *NF_BACKBONES)),
     "RETINANET": ("META_ARCHITECTURE", ("BNRetinaNet",)),
-    "FCOS": ("META_ARCHITECTURE", ("BNFCOS",)),
+    "BN_FCOS": ("META_ARCHITECTURE", ("BNFCOS",)),
     "RPN": ("RPN.HEAD_NAME", ("BNRPNHead",)),
     "ROI_BOX_HEAD": ("ROI_BOX_HEAD.NAME", ("BNFastRCNNConvFCHead",)),
     "ROI_MASK_HEAD": ("ROI_MASK_HEAD.NAME", ("BNMaskRCNNConvUpsampleHead",)),

@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 
 from ..errors import InputError
 from ..layers import BATCH_NORMS
-from .keys import add_bn_det_config
+from .keys import our_keys
 from .load import load_config
 from .parts import DENSE, LEVEL_PARTS, NF_BACKBONES
 
@@ -40,7 +40,7 @@ _ON_TORCHVISION = ["MODEL.WEIGHTS", "", "MODEL.RESNETS.STRIDE_IN_1X1", False]
 # Keys of ours that other columns have.
 _IN_COLUMNS = (
     *("MODEL.*.NORM", "MODEL.*.BN.*", "MODEL.NF.NAME", "MODEL.NF.PRETRAINED"),
-    *("MODEL.FCOS.NUM_CLASSES", "MODEL.FCOS.NUM_CONVS"),
+    *("MODEL.BN_FCOS.NUM_CLASSES", "MODEL.BN_FCOS.NUM_CONVS"),
 )
 
 _SHARED = ("STATISTICS", "POPULATION", "AFFINE")
@@ -245,24 +245,7 @@ def _levels(cfg: CfgNode) -> str:
 def _choices(cfg: CfgNode, default: CfgNode) -> Iterator[tuple[str, Any]]:
     """The keys of the last column with their values."""
     found, defaults = dict(leaves(cfg)), dict(leaves(default))
-    for key in [*_our_keys(), *_STOCK]:
+    for key in [*dict(leaves(our_keys())), *_STOCK]:
         in_columns = any(fnmatch(key, pattern) for pattern in _IN_COLUMNS)
         if found[key] != defaults[key] and not in_columns:
             yield key, found[key]
-
-
-def _our_keys() -> list[str]:
-    cfg = _AnyNode()
-    add_bn_det_config(cfg)
-    return [key for key, _ in leaves(cfg)]
-
-
-class _AnyNode(CfgNode):
-    """Has every node that it is asked for, so that only what is added to it is in the end there."""
-
-    def __missing__(self, key: str) -> CfgNode:
-        self[key] = _AnyNode()
-        return self[key]
-
-    def __getattr__(self, name: str) -> Any:
-        return self[name]

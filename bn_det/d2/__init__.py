@@ -9,6 +9,7 @@ from .backbone import (
     build_nf_retinanet_resnet_fpn_backbone,
 )
 from .datasets import register_datasets
+from .default_trainer import BNHooks
 from .fcos import BNFCOS, BNFCOSHead
 from .hooks import (
     AverageStatistics,
@@ -31,6 +32,7 @@ __all__ = [
     "BNFCOSHead",
     "BNFastRCNNConvFCHead",
     "BNGeneralizedRCNN",
+    "BNHooks",
     "BNMaskRCNNConvUpsampleHead",
     "BNRPNHead",
     "BNRetinaNet",

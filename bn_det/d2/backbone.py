@@ -12,7 +12,7 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import nn
 
 from ..config.nf import STRIDES, NFBackbone, build_nf, make_nf
-from ..config.parts import convert_resnet, part_norm
+from ..config.parts import convert_resnet
 from ..errors import InputError
 from ..layers import (
     BASELINES,
@@ -20,7 +20,7 @@ from ..layers import (
     normalize_convolutions,
     normalize_pyramid,
 )
-from .norms import NORMS
+from .norms import make_part_norm
 
 
 @BACKBONE_REGISTRY.register()
@@ -75,7 +75,7 @@ def _build_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
 
     What FREEZE_AT freezes is FrozenBN by then, and stays so.
     """
-    node, make = cfg.MODEL.RESNETS, part_norm(cfg, "RESNETS", NORMS)
+    node, make = cfg.MODEL.RESNETS, make_part_norm(cfg, "RESNETS")
     if node.WEIGHT_NORM and any(node.DEFORM_ON_PER_STAGE):
         raise InputError(
             f"MODEL.RESNETS.WEIGHT_NORM: {node.WEIGHT_NORM!r} is not accepted with "
@@ -97,8 +97,7 @@ def _build_fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module) -> FPN:
         bottom_up=bottom_up,
         in_features=cfg.MODEL.FPN.IN_FEATURES,
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
-        # FPN decides by comparison with "" whether its convolutions have a bias.
-        norm=part_norm(cfg, "FPN", NORMS) or "",
+        norm=make_part_norm(cfg, "FPN"),
         top_block=top_block,
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
         weight_norm=cfg.MODEL.FPN.WEIGHT_NORM,

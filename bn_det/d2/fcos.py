@@ -9,9 +9,8 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 from torch import Tensor, nn
 
-from ..config.parts import part_norm
 from ..layers import forward_levels, normalize_tower
-from .norms import NORMS
+from .norms import make_part_norm
 from .sources import NamesSources
 
 
@@ -42,7 +41,7 @@ class BNFCOSHead(FCOSHead):
 
 @META_ARCH_REGISTRY.register()
 class BNFCOS(NamesSources, FCOS):
-    """Detectron2's FCOS (same arguments) with :class:`BNFCOSHead`, from ``MODEL.FCOS``.
+    """Detectron2's FCOS (same arguments) with :class:`BNFCOSHead`, from ``MODEL.BN_FCOS``.
 
     Detectron2 itself has FCOS in LazyConfig files only. Its pyramid's p6 and p7 are made of p5:
     ``MODEL.BACKBONE.NAME: "build_bn_fcos_resnet_fpn_backbone"``.
@@ -54,14 +53,14 @@ class BNFCOS(NamesSources, FCOS):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        fcos, backbone = cfg.MODEL.FCOS, build_backbone(cfg)
+        backbone, fcos = build_backbone(cfg), cfg.MODEL.BN_FCOS
         shapes = backbone.output_shape()
         shapes = [shapes[f] for f in fcos.IN_FEATURES]
         head = BNFCOSHead(
             input_shape=shapes,
             num_classes=fcos.NUM_CLASSES,
             conv_dims=[shapes[0].channels] * fcos.NUM_CONVS,
-            norm=part_norm(cfg, "FCOS", NORMS, len(shapes)) or "",
+            norm=make_part_norm(cfg, "BN_FCOS", len(shapes)),
             prior_prob=fcos.PRIOR_PROB,
             weight_norm=fcos.WEIGHT_NORM,
         )

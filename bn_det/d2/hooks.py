@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -59,7 +61,13 @@ class RenormSchedule(hooks.RenormSchedule, HookBase):
 HOOKS = hooks.Hooks(AverageStatistics, FreezeBN, RenormSchedule)
 
 
-def build_precise_bn(cfg: CfgNode, model: nn.Module) -> PreciseBN:
+Load = Callable[[CfgNode], Iterable[Any]]
+"""From a config to the batches of DATASETS.TRAIN."""
+
+
+def build_precise_bn(
+    cfg: CfgNode, model: nn.Module, load: Load = build_detection_train_loader
+) -> PreciseBN:
     """The hook that TEST.PRECISE_BN asks for, with a data loader of its own.
 
     Building the loader and reading from it leave the training's random numbers as they are.
@@ -67,14 +75,16 @@ def build_precise_bn(cfg: CfgNode, model: nn.Module) -> PreciseBN:
     batches = with_precise_bn_batches(cfg)
     batches.DATALOADER.NUM_WORKERS = 0  # it rests nearly all the time
     with same_random_state([]):
-        loader = build_detection_train_loader(batches)
+        loader = load(batches)
     return PreciseBN(model=model, data_loader=loader, **precise_bn_of(cfg))
 
 
-def build_virtual_batch(cfg: CfgNode, model: nn.Module) -> VirtualBatch:
+def build_virtual_batch(
+    cfg: CfgNode, model: nn.Module, load: Load = build_detection_train_loader
+) -> VirtualBatch:
     """The hook that SOLVER.VIRTUAL_IMAGES asks for, with a data loader of its own."""
     with same_random_state([]):
-        loader = build_detection_train_loader(with_virtual_batches(cfg))
+        loader = load(with_virtual_batches(cfg))
     return VirtualBatch(model, loader)
 
 

@@ -11,9 +11,8 @@ from detectron2.modeling.meta_arch import RetinaNet
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import Tensor, nn
 
-from ..config.parts import part_norm
 from ..layers import forward_levels, normalize_tower
-from .norms import NORMS
+from .norms import make_part_norm
 from .sources import NamesSources
 
 
@@ -43,7 +42,7 @@ class BNRetinaNetHead(RetinaNetHead):
         ret = super().from_config(cfg, input_shape)
         return {
             **ret,
-            "norm": part_norm(cfg, "RETINANET", NORMS, len(input_shape)) or "",
+            "norm": make_part_norm(cfg, "RETINANET", len(input_shape)),
             "weight_norm": cfg.MODEL.RETINANET.WEIGHT_NORM,
             "dropout": cfg.MODEL.RETINANET.DROPOUT,
         }

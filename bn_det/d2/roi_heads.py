@@ -18,10 +18,10 @@ from detectron2.modeling.roi_heads import (
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
-from ..config.parts import part_norm, shuffle_of
+from ..config.parts import shuffle_of
 from ..layers import normalize_tower, roi_levels
 from ..layers.shuffle import shuffled
-from .norms import NORMS
+from .norms import make_part_norm
 
 
 @ROI_BOX_HEAD_REGISTRY.register()
@@ -57,7 +57,7 @@ class BNFastRCNNConvFCHead(FastRCNNConvFCHead):
         num_levels = len(cfg.MODEL.ROI_HEADS.IN_FEATURES)
         return {
             **super().from_config(cfg, input_shape),
-            "conv_norm": part_norm(cfg, "ROI_BOX_HEAD", NORMS, num_levels) or "",
+            "conv_norm": make_part_norm(cfg, "ROI_BOX_HEAD", num_levels),
             "shuffle": shuffle_of(cfg, "ROI_BOX_HEAD"),
             "weight_norm": cfg.MODEL.ROI_BOX_HEAD.WEIGHT_NORM,
             "dropout": cfg.MODEL.ROI_BOX_HEAD.DROPOUT,
@@ -91,7 +91,7 @@ class BNMaskRCNNConvUpsampleHead(MaskRCNNConvUpsampleHead):
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
         return {
             **super().from_config(cfg, input_shape),
-            "conv_norm": part_norm(cfg, "ROI_MASK_HEAD", NORMS) or "",
+            "conv_norm": make_part_norm(cfg, "ROI_MASK_HEAD"),
             "shuffle": shuffle_of(cfg, "ROI_MASK_HEAD"),
             "weight_norm": cfg.MODEL.ROI_MASK_HEAD.WEIGHT_NORM,
         }

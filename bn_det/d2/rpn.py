@@ -10,9 +10,8 @@ from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling.proposal_generator.rpn import RPN_HEAD_REGISTRY, StandardRPNHead
 from torch import Tensor, nn
 
-from ..config.parts import part_norm
 from ..layers import forward_levels, normalize_tower
-from .norms import NORMS
+from .norms import make_part_norm
 
 
 @RPN_HEAD_REGISTRY.register()
@@ -48,7 +47,7 @@ class BNRPNHead(StandardRPNHead):
         ret = super().from_config(cfg, input_shape)
         return {
             **ret,
-            "norm": part_norm(cfg, "RPN", NORMS, len(input_shape)) or "",
+            "norm": make_part_norm(cfg, "RPN", len(input_shape)),
             "weight_norm": cfg.MODEL.RPN.WEIGHT_NORM,
         }
 

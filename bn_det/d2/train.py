@@ -8,9 +8,8 @@ import weakref
 from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model
-from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
+from detectron2.engine import DefaultTrainer, create_ddp_model
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
 from torch import nn
@@ -23,19 +22,21 @@ from ..commands.results import results_table, save_results
 from ..config.check import check_ims_per_batch, resolve_device
 from ..config.keys import add_bn_det_config
 from ..config.load import load_config
-from ..config.training import build_hooks, clipping_of, uses_precise_bn
+from ..config.training import clipping_of
 from ..data.coco import CocoSource, check_names, check_num_classes, load_coco
 from .accumulate import AccumulatingAMPTrainer, AccumulatingTrainer
 from .datasets import build_train_loader, register_datasets
+from .default_trainer import BNHooks
 from .engine import Checkpointer, EvaluatesOnSuccess, readable_datasets, set_up_group_and_log
-from .hooks import HOOKS, build_precise_bn, build_virtual_batch
 
 
-class Trainer(EvaluatesOnSuccess, DefaultTrainer):
+class Trainer(EvaluatesOnSuccess, BNHooks, DefaultTrainer):
     """DefaultTrainer with COCO evaluation, and with checkpoints that survive any interruption.
 
     It trains in processes on the CPU, too.
     """
+
+    build_bn_loader = staticmethod(build_detection_train_loader)  # any images, in any case
 
     def __init__(self, cfg: CfgNode) -> None:
         # DefaultTrainer's own gives DistributedDataParallel the number of a GPU in any case.
@@ -55,22 +56,6 @@ class Trainer(EvaluatesOnSuccess, DefaultTrainer):
         )
         self._trainer.num_batches = cfg.SOLVER.ACCUMULATE
         self.register_hooks(self.build_hooks())
-
-    def build_hooks(self) -> list[HookBase]:
-        # Ours take the place of Detectron2's PreciseBN, and come before evaluation and saving.
-        cfg = self.cfg
-        self.cfg = cfg.clone()
-        self.cfg.defrost()
-        self.cfg.TEST.PRECISE_BN.ENABLED = False
-        ret = super().build_hooks()
-        self.cfg = cfg
-        first = next(
-            k for k, h in enumerate(ret) if isinstance(h, (EvalHook, PeriodicCheckpointer))
-        )
-        precise = build_precise_bn(cfg, self.model) if uses_precise_bn(cfg) else None
-        virtual = build_virtual_batch(cfg, self.model) if cfg.SOLVER.VIRTUAL_IMAGES else None
-        ours = build_hooks(cfg, precise, virtual, HOOKS)
-        return [*ret[:first], *ours, *ret[first:]]
 
     def resume_or_load(self, resume: bool = True) -> None:
         self.checkpointer.must_match = resume

@@ -166,10 +166,14 @@ def test_missing_and_broken_files(monkeypatch, host, options, tmp_path):
         return fails(monkeypatch, host, *args, **kwargs)
 
     assert "no file nowhere.yaml" in message(config="nowhere.yaml")
-    for k, text in enumerate(["MODEL: [", "just words", "MODEL: !!python/name:os.system x"]):
-        path = tmp_path / f"{k}.yaml"
+    for text, words in [
+        ("MODEL: [", " is not a config file"),
+        ("just words", " is not a config file"),
+        ("MODEL: !!python/name:os.system x", ": MODEL: the tag !!python/name:os.system is not"),
+    ]:
+        path = tmp_path / "broken.yaml"
         path.write_text(text)
-        assert f"{k}.yaml is not a config file" in message(config=str(path))
+        assert f"broken.yaml{words}" in message(config=str(path))
     path.write_text(f"_BASE_: {tmp_path}/nowhere.yaml")
     assert "nowhere.yaml" in message(config=str(path))
 

@@ -86,8 +86,15 @@ def record_inputs(model):
 
 RPN_LEVELS = [*RCNN, "MODEL.RPN.HEAD_NAME", "BNRPNHead", "MODEL.RPN.NORM", "BN"]
 FCOS_LEVELS = [
-    *("MODEL.META_ARCHITECTURE", "BNFCOS", "MODEL.FCOS.NORM", "BN", "MODEL.FCOS.NUM_CLASSES", "4"),
-    *("MODEL.BACKBONE.NAME", "build_bn_fcos_resnet_fpn_backbone", "MODEL.FCOS.NUM_CONVS", "1"),
+    *(
+        "MODEL.META_ARCHITECTURE",
+        "BNFCOS",
+        "MODEL.BN_FCOS.NORM",
+        "BN",
+        "MODEL.BN_FCOS.NUM_CLASSES",
+        "4",
+    ),
+    *("MODEL.BACKBONE.NAME", "build_bn_fcos_resnet_fpn_backbone", "MODEL.BN_FCOS.NUM_CONVS", "1"),
 ]
 DETECTORS = {
     "stock": STOCK, "ours": [], "levels": LEVELS, "rcnn": RCNN, "rpn": RPN_LEVELS,

@@ -32,9 +32,9 @@ C, LEVELS = 32, 5
 OURS = [
     *("MODEL.META_ARCHITECTURE", "BNFCOS"),
     *("MODEL.BACKBONE.NAME", "build_bn_fcos_resnet_fpn_backbone"),
-    *("MODEL.FCOS.NUM_CLASSES", "4", "MODEL.FCOS.NUM_CONVS", "2"),
+    *("MODEL.BN_FCOS.NUM_CLASSES", "4", "MODEL.BN_FCOS.NUM_CONVS", "2"),
 ]
-BN = [*OURS, "MODEL.FCOS.NORM", "BN"]
+BN = [*OURS, "MODEL.BN_FCOS.NORM", "BN"]
 COCO = Path(BASE).with_name("heads") / "fcos_shared.yaml"
 
 make_cfg = partial(d2_models.make_cfg, BASE)
@@ -64,7 +64,7 @@ NORMS = {"none": ("", ""), "GN": ("GN", "GN"), "BN": (levels(), "BN")}
 
 def test_normalized_weights():
     """Those of the towers; with WN the head computes what it did before."""
-    model = build_model(make_cfg(*OURS, "MODEL.FCOS.WEIGHT_NORM", "WN"))
+    model = build_model(make_cfg(*OURS, "MODEL.BN_FCOS.WEIGHT_NORM", "WN"))
     stock = build_model(make_cfg(*OURS))
     stock.load_state_dict(model.state_dict(), strict=False)
     towers = [*model.head.cls_subnet, *model.head.bbox_subnet]
@@ -128,7 +128,7 @@ def lazy_fcos(*opts):
 
 @pytest.mark.parametrize("norm", ["", "GN", "BN"])
 def test_checkpoints_go_both_ways(norm, tmp_path):
-    ours, stock = lazy_fcos(*OURS, "MODEL.FCOS.NORM", norm)
+    ours, stock = lazy_fcos(*OURS, "MODEL.BN_FCOS.NORM", norm)
     check_checkpoints(ours, stock, tmp_path, make_batch([2, 3]))
 
 
@@ -137,7 +137,7 @@ def test_the_detector_of_detectron2s_lazy_config():
     model = model_zoo.get_config("COCO-Detection/fcos_R_50_FPN_1x.py").model
     model.backbone.bottom_up.freeze_at = 2
     stock = instantiate(model)
-    ours = build_model(d2_models.make_cfg(str(COCO), "MODEL.FCOS.NORM", "GN"))
+    ours = build_model(d2_models.make_cfg(str(COCO), "MODEL.BN_FCOS.NORM", "GN"))
     assert type(ours) is BNFCOS and type(stock) is FCOS
     plain = (int, float, str, type(None))
     settings = [{k: v for k, v in vars(m).items() if isinstance(v, plain)} for m in (ours, stock)]
@@ -179,7 +179,7 @@ def test_our_head_in_detectron2s_lazy_config():
 @pytest.mark.parametrize("choices", EIGHT_CHOICES, ids="-".join)
 @pytest.mark.parametrize("num_objects", [[2, 3], [0, 0]], ids=str)
 def test_a_step(choices, num_objects):
-    model = build_model(make_cfg(*BN, *choice_opts(choices, "FCOS")))
+    model = build_model(make_cfg(*BN, *choice_opts(choices, "BN_FCOS")))
     norm = model.head.bbox_subnet[1]
     found = norm.statistics, norm.population, norm.affine_sharing
     assert type(norm) is DomainBatchNorm2d and found == choices
@@ -198,7 +198,7 @@ def test_p6_is_made_of_p5():
 def test_sources():
     model = build_model(
         make_cfg(
-            *(*BN, "MODEL.BN_SOURCES.PARTS", "['FCOS']", "DATASETS.TRAIN", "()"),
+            *(*BN, "MODEL.BN_SOURCES.PARTS", "['BN_FCOS']", "DATASETS.TRAIN", "()"),
             *("DATASETS.TEST", "()", "DATASETS.SOURCES", "[['a', 'x'], ['b', 'y']]"),
         )
     )
@@ -215,7 +215,7 @@ def test_sources():
 
 
 def test_fused():
-    before = build_model(make_cfg(*BN, "MODEL.FCOS.SCORE_THRESH_TEST", "0.0")).eval()
+    before = build_model(make_cfg(*BN, "MODEL.BN_FCOS.SCORE_THRESH_TEST", "0.0")).eval()
     randomize(before)
     model = copy.deepcopy(before)
     assert fuse(model).left == {}
@@ -229,15 +229,15 @@ def test_fused():
 
 def test_bad_config():
     for opts, message in (
-        ([*BN, "MODEL.FCOS.BN.STATISTICS", "x"], "MODEL.FCOS.BN.STATISTICS: 'x' .*'shared'"),
-        (["TEST.BN_STATISTICS", "batch", "TEST.BN_STATISTICS_PARTS", "['FCOS']"], "for FCOS"),
-        ([*OURS, "MODEL.BN_SOURCES.PARTS", "['FCOS']"], "'FCOS' is not accepted .*NORM 'GN'"),
+        ([*BN, "MODEL.BN_FCOS.BN.STATISTICS", "x"], "MODEL.BN_FCOS.BN.STATISTICS: 'x' .*'shared'"),
+        (["TEST.BN_STATISTICS", "batch", "TEST.BN_STATISTICS_PARTS", "['BN_FCOS']"], "for BN_FCOS"),
+        ([*OURS, "MODEL.BN_SOURCES.PARTS", "['BN_FCOS']"], "'BN_FCOS' is not accepted .*NORM 'GN'"),
     ):
         with pytest.raises(InputError, match=message):
             make_cfg(*opts)
     cfg = make_cfg(*OURS)
-    with pytest.raises(InputError, match="MODEL.FCOS.NUM_CLASSES: 4 is not accepted"):
+    with pytest.raises(InputError, match="MODEL.BN_FCOS.NUM_CLASSES: 4 is not accepted"):
         check_num_classes(cfg, "DATASETS.TRAIN", "mine", 5)
-    cfg.MODEL.FCOS.NORM = "bn"
-    with pytest.raises(InputError, match="MODEL.FCOS.NORM: 'bn' is not accepted; .*'BN'"):
+    cfg.MODEL.BN_FCOS.NORM = "bn"
+    with pytest.raises(InputError, match="MODEL.BN_FCOS.NORM: 'bn' is not accepted; .*'BN'"):
         build_model(cfg)

@@ -24,10 +24,7 @@ def differences(ours, theirs):
     for file in (CONFIGS / ours, ZOO / theirs):
         cfg = detectron2.config.get_cfg()
         add_bn_det_config(cfg)
-        if file.is_relative_to(CONFIGS):
-            load_config(cfg, str(file), [], "Detectron2")
-        else:
-            cfg.merge_from_file(str(file))  # with its python tags
+        load_config(cfg, str(file), [], "Detectron2")
         merged.append(dict(leaves(cfg)))
     a, b = merged
     return {k for k in a if a[k] != b[k]} - {"OUTPUT_DIR"}, a

@@ -1,0 +1,145 @@
+"""Our keys beside those of other projects, on both hosts' configs."""
+
+import pytest
+
+from bn_det import add_bn_det_config
+from bn_det.config.keys import our_keys
+from bn_det.config.load import load_config
+from bn_det.config.table import leaves
+from bn_det.errors import InputError
+from hosts import every_host, make_cfg
+from reference import BASE
+
+OURS = dict(leaves(our_keys()))
+THEIRS = {
+    **{"MODEL.FCOS.NUM_CLASSES": 11, "MODEL.FCOS.NORM": "SyncBN", "MODEL.FCOS.TOP_LEVELS": 2},
+    **{"MODEL.FCOS.FPN_STRIDES": [8, 16], "MODEL.FCOS.SIZES_OF_INTEREST": [64, 128]},
+    **{"MODEL.DLA.NORM": "FrozenBN", "SOLVER.WARMUP_NORM": 0.5},
+}
+"""Keys of a project, whose nodes MODEL.FCOS and MODEL.DLA it makes anew."""
+
+
+def stock(host):
+    """A config as a host has it without us."""
+    if host == "torchvision":
+        from fvcore.common.config import CfgNode
+
+        from bn_det.tv.config import _DEFAULTS
+
+        return CfgNode(_DEFAULTS)
+    from detectron2.config import get_cfg
+
+    return get_cfg()
+
+
+def set_key(cfg, key, value):
+    *path, name = key.split(".")
+    for step in path:
+        cfg = cfg[step]
+    cfg[name] = value
+
+
+def add_theirs(cfg):
+    cfg.MODEL.FCOS, cfg.MODEL.DLA = type(cfg)(), type(cfg)()
+    for key, value in THEIRS.items():
+        set_key(cfg, key, value)
+
+
+@every_host
+@pytest.mark.parametrize("order", ["ours", "theirs"])
+def test_both_orders_keep_all_keys(host, order, tmp_path):
+    cfg = stock(host)
+    expected = {**dict(leaves(cfg)), **THEIRS, **OURS}
+    adds = [add_bn_det_config, add_theirs]
+    for add in adds if order == "ours" else reversed(adds):
+        add(cfg)
+    assert dict(leaves(cfg)) == expected
+    path = tmp_path / "theirs.yaml"
+    path.write_text("MODEL:\n  FCOS:\n    NORM: BN\n    TOP_LEVELS: 0\n")
+    load_config(cfg, str(path), ["MODEL.BN_FCOS.NUM_CONVS", "2"], host)
+    assert (cfg.MODEL.FCOS.NORM, cfg.MODEL.FCOS.TOP_LEVELS) == ("BN", 0)
+    assert (cfg.MODEL.BN_FCOS.NORM, cfg.MODEL.BN_FCOS.NUM_CONVS) == ("GN", 2)
+
+
+@every_host
+def test_what_is_there_stays(host):
+    """A key of ours that a project has, and its nodes of our names."""
+    cfg = stock(host)
+    cfg.MODEL.RPN.NORM = "LN"
+    cfg.MODEL.BN_SOURCES = type(cfg)({"PARTS": ("FPN",), "LAB": "a"})
+    cfg.SOLVER.BRN = type(cfg)({"R_MAX": 7.0})
+    there = dict(leaves(cfg))
+    add_bn_det_config(cfg)
+    assert dict(leaves(cfg)) == {**OURS, **there}
+
+
+@every_host
+def test_twice(host):
+    cfg = make_cfg(host, BASE, "SOLVER.BN_MOMENTUM", "0.3", "MODEL.NF.NAME", "mine")
+    cfg.freeze()
+    before = cfg.dump()
+    add_bn_det_config(cfg)
+    assert cfg.dump() == before and cfg.SOLVER.BN_MOMENTUM == 0.3
+
+
+@pytest.mark.parametrize("key", [*OURS, "MODEL.NF", "SOLVER.AGC", "MODEL.RPN.BN"])
+def test_another_type_is_refused(key):
+    cfg = stock("torchvision")
+    default = OURS.get(key)
+    value = 3 if isinstance(default, str) else "three"
+    # The nodes that are ours alone.
+    *path, _ = key.split(".")
+    node = cfg
+    for step in path:
+        if step not in node:
+            node[step] = type(cfg)()
+        node = node[step]
+    set_key(cfg, key, value)
+    before = cfg.dump()
+    with pytest.raises(InputError) as e:
+        add_bn_det_config(cfg)
+    found, accepted = type(value).__name__, "CfgNode" if default is None else type(default).__name__
+    assert str(e.value).startswith(f"{key}: {value!r} is there already, of type {found},")
+    assert f"of type {accepted};" in str(e.value)
+    assert cfg.dump() == before
+
+
+def test_a_node_in_place_of_a_value_is_refused():
+    cfg = stock("torchvision")
+    cfg.MODEL.RPN.NORM = type(cfg)()
+    with pytest.raises(InputError, match="MODEL.RPN.NORM: .* is there already, of type CfgNode"):
+        add_bn_det_config(cfg)
+
+
+def test_another_config_is_refused():
+    cfg = stock("torchvision")
+    del cfg.TEST["PRECISE_BN"]
+    before = cfg.dump()
+    with pytest.raises(InputError, match="no node TEST.PRECISE_BN; .*keys of Detectron2"):
+        add_bn_det_config(cfg)
+    assert cfg.dump() == before
+
+
+@every_host
+@pytest.mark.parametrize("value", [{}, False])
+def test_ours_replaced_afterwards(host, value):
+    """Found before anything is loaded; adding them once more mends it."""
+    cfg = make_cfg(host, BASE)
+    cfg.MODEL.NF = type(cfg)(value) if isinstance(value, dict) else value
+    message = "MODEL.NF.NAME: the config does not have this key of bn_det; .*add_bn_det_config"
+    with pytest.raises(InputError, match=message):
+        load_config(cfg, BASE, [], host)
+    if value is not False:
+        add_bn_det_config(cfg)
+        load_config(cfg, BASE, [], host)
+        assert cfg.MODEL.NF.NAME == "nf_resnet50"
+
+
+@every_host
+def test_the_name_that_our_fcos_had(host, tmp_path):
+    path = tmp_path / "old.yaml"
+    path.write_text("MODEL:\n  FCOS:\n    NORM: BN\n")
+    with pytest.raises(InputError, match="key: MODEL.FCOS .*bn_det is MODEL.BN_FCOS"):
+        make_cfg(host, path)
+    with pytest.raises(InputError, match="MODEL.FCOS.NORM: 'BN' .*bn_det is MODEL.BN_FCOS"):
+        make_cfg(host, BASE, "MODEL.FCOS.NORM", "BN")

@@ -1,0 +1,249 @@
+"""DefaultTrainer as it is with TEST.PRECISE_BN.ENABLED, and with our hooks."""
+
+import pytest
+
+pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+
+import copy
+from functools import partial
+
+import fvcore.nn
+import torch
+from detectron2.engine import DefaultPredictor, DefaultTrainer
+from detectron2.engine.hooks import PeriodicCheckpointer
+from detectron2.evaluation import COCOEvaluator
+from detectron2.utils.env import seed_all_rng
+from torch import nn
+
+import d2_models
+from bn_det import BatchNorm2d, update_bn_stats
+from bn_det.d2 import BNHooks, register_datasets
+from bn_det.d2.default_trainer import suits_fvcore
+from bn_det.d2.train import Trainer
+from bn_det.errors import InputError
+from bn_det.training.hooks import Hook, PreciseBN
+from kinds import KINDS, SOURCES, call, inputs_of
+from reference import BASE, RCNN
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Stock(DefaultTrainer):
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name):
+        return COCOEvaluator(dataset_name, output_dir=cfg.OUTPUT_DIR)
+
+
+class Mixed(BNHooks, Stock):
+    """A project's, with loaders of its own."""
+
+    @classmethod
+    def build_train_loader(cls, cfg):
+        LOADED.append(cfg.SOLVER.IMS_PER_BATCH)
+        return super().build_train_loader(cfg)
+
+
+LOADED = []
+"""The images of a batch of each loader that it has built."""
+
+
+@pytest.fixture
+def make_cfg(tiny_shapes, tmp_path):
+    def make(*opts):
+        cfg = d2_models.make_cfg(
+            *(BASE, *tiny_shapes, "OUTPUT_DIR", str(tmp_path), "DATALOADER.NUM_WORKERS", "0"),
+            *("SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2"),
+            *("TEST.PRECISE_BN.ENABLED", "True", "TEST.PRECISE_BN.NUM_ITER", "3", *opts),
+        )
+        register_datasets(cfg)
+        return cfg
+
+    return make
+
+
+PLAIN = [
+    *(*RCNN, "MODEL.RESNETS.NORM", "BN", "MODEL.FPN.NORM", "SyncBN"),
+    *("MODEL.RPN.HEAD_NAME", "BNRPNHead", "MODEL.RPN.NORM", "GN"),
+]
+"""A detector of whose layers none is of several levels."""
+
+WRONG = {
+    "RETINANET.NORM 'BN' (DomainBatchNorm2d)": [],
+    "BN_FCOS.NORM 'SyncBN' (DomainBatchNorm2d": [
+        *("MODEL.META_ARCHITECTURE", "BNFCOS", "MODEL.BN_FCOS.NORM", "SyncBN"),
+        *("MODEL.BN_FCOS.NUM_CLASSES", "4"),
+        *("MODEL.BACKBONE.NAME", "build_bn_fcos_resnet_fpn_backbone"),
+    ],
+    "RPN.NORM 'BN' (DomainBatchNorm2d)": [*PLAIN, "MODEL.RPN.NORM", "BN"],
+    "ROI_BOX_HEAD.NORM 'BN' (RoILevelBatchNorm2d)": [
+        *(*PLAIN, "MODEL.ROI_HEADS.NAME", "BNCascadeROIHeads"),
+        *("MODEL.ROI_BOX_HEAD.BN.STATISTICS", "per_domain"),
+        *("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True"),
+    ],
+    "FPN.NORM 'SyncBN' (SourceBatchNorm2d": [
+        *(*PLAIN, "MODEL.META_ARCHITECTURE", "BNGeneralizedRCNN"),
+        *("MODEL.BN_SOURCES.PARTS", "['FPN']"),
+        *("DATASETS.SOURCES", "[['a', 'tiny_train'], ['b', 'tiny_val']]"),
+    ],
+    "ROI_MASK_HEAD.NORM 'GhostBN' (BatchNorm2d, normalization_batch=2 contiguous samples)": [
+        *(*PLAIN, "MODEL.ROI_MASK_HEAD.NORM", "GhostBN", "MODEL.ROI_MASK_HEAD.GHOST_SIZE", "2"),
+    ],
+    "RESNETS.NORM 'BRN' (BatchNorm2d, renorm=(3.0, 5.0))": [*PLAIN, "MODEL.RESNETS.NORM", "BRN"],
+    "ROI_BOX_HEAD.NORM 'BN' (BatchNorm2d, train_statistics=population)": [
+        *(*PLAIN, "SOLVER.BN_STATISTICS", "population"),
+        *("SOLVER.BN_STATISTICS_PARTS", "['ROI_BOX_HEAD']"),
+    ],
+    "RESNETS.NORM 'BN' (BatchNorm2d, update_population=False)": [
+        *(*PLAIN, "SOLVER.UPDATE_POPULATION", "False"),
+    ],
+}
+
+
+@pytest.mark.parametrize("where", WRONG)
+def test_what_fvcore_gets_wrong_is_refused(where, make_cfg, tmp_path):
+    """As the trainer is made."""
+    with pytest.raises(InputError) as e:
+        Stock(make_cfg(*WRONG[where]))
+    message = str(e.value)
+    begin = "TEST.PRECISE_BN.ENABLED: True is not accepted in Stock, a DefaultTrainer, with MODEL."
+    assert message.startswith(begin + where) and "\n" not in message
+    assert "put bn_det.d2.BNHooks before DefaultTrainer in the bases of Stock" in message
+    assert not list(tmp_path.iterdir())
+
+
+OURS_OR_SAVES = (Hook, PeriodicCheckpointer)
+
+
+def test_other_uses_of_the_config(make_cfg):
+    cfg = make_cfg()
+    Stock.build_model(cfg)
+    DefaultPredictor(cfg)
+    for trainer in (Mixed(cfg), Trainer(cfg)):
+        kinds = [type(hook).__name__ for hook in trainer._hooks if isinstance(hook, OURS_OR_SAVES)]
+        assert kinds == ["PreciseBN", "AverageStatistics", "PeriodicCheckpointer"]
+        assert trainer.cfg.TEST.PRECISE_BN.ENABLED
+    cfg.TEST.PRECISE_BN.ENABLED = False
+    Stock(cfg)
+
+
+def test_a_project_without_evaluation(make_cfg):
+    """Our hooks are then the last ones."""
+
+    class Short(Stock):
+        def build_hooks(self):
+            return super().build_hooks()[:2]
+
+    class MixedShort(BNHooks, Short):
+        pass
+
+    kinds = [type(hook).__name__ for hook in MixedShort(make_cfg())._hooks]
+    assert kinds == ["IterationTimer", "LRScheduler", "PreciseBN", "AverageStatistics"]
+
+
+@pytest.mark.parametrize("name", ["RETINANET", "NF"])
+def test_keys_that_a_project_has_replaced(make_cfg, name):
+    """Found by whatever builds a part of the model."""
+    cfg = make_cfg()
+    cfg.MODEL[name] = type(cfg)({"NORM": "BN"})
+    with pytest.raises(InputError, match=f"MODEL.{name}.* call bn_det.add_bn_det_config"):
+        Stock.build_model(cfg)
+
+
+def data_of(batches):
+    """Batches without end, as for any hook."""
+    while True:
+        yield from copy.deepcopy(batches)
+
+
+def test_what_fvcore_gets_right(make_cfg):
+    """In the trainer as it is: its statistics are those of our PreciseBN."""
+    cfg = make_cfg(*PLAIN)
+    trainer = Stock(cfg)
+    (hook,) = (h for h in trainer._hooks if type(h).__name__ == "PreciseBN")
+    assert not isinstance(hook, PreciseBN)
+    batches = [d2_models.make_batch([2, 3]) for _ in range(3)]
+    ours = copy.deepcopy(trainer.model)
+    hook._data_loader = data_of(batches)
+    torch.manual_seed(1)  # the sampling of RoIs
+    hook.update_stats()
+    torch.manual_seed(1)
+    update_bn_stats(ours, data_of(batches), 3)
+    found, expected = trainer.model.state_dict(), ours.state_dict()
+    names = [name for name in expected if "running_" in name]
+    assert {
+        "roi_heads.box_head.conv1.norm.running_var",
+        "backbone.fpn_output2.norm.running_var",
+    } < {*names}
+    for name in names:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+class Twice(nn.Module):
+    """A layer that sees what another of its kind has normalized."""
+
+    def __init__(self, kind, **kwargs):
+        super().__init__()
+        self.layers = nn.ModuleList(KINDS[kind](**kwargs).double() for _ in range(2))
+
+    def forward(self, xs):
+        for layer in self.layers:
+            xs = [x.relu() + 0.1 * x**2 for x in call(layer, xs, SOURCES)]
+        return xs
+
+
+ONES = {
+    **{kind: {} for kind in KINDS},
+    **{"renorm": {"renorm": (3.0, 5.0)}, "no update": {"update_population": False}},
+    **{"population": {"train_statistics": "population"}, "group": {"group": "world"}},
+    **{"eval": {"eval_statistics": "batch"}, "momentum": {"momentum": 0.7}},
+}
+"""Kinds, and the choices of a plain layer."""
+
+
+@pytest.mark.parametrize("name", ONES)
+def test_what_is_refused_is_what_fvcore_gets_wrong(name):
+    """It fails, or ends with other statistics than ours, which are right by other tests."""
+    model = Twice(name if name in KINDS else "plain", **ONES[name])
+    batches = [[x.detach() for x in inputs_of(name, seed)] for seed in range(4)]
+    ours = copy.deepcopy(model)
+    update_bn_stats(ours, batches, 4)
+    try:
+        fvcore.nn.update_bn_stats(model, batches, 4)
+        found, expected = model.state_dict(), ours.state_dict()
+        close = partial(torch.allclose, rtol=1e-9, atol=1e-12)
+        right = all(close(found[k], v) for k, v in expected.items() if "running_" in k)
+    except (AssertionError, TypeError):
+        right = False
+    assert right == all(map(suits_fvcore, model.layers))
+    assert right == (name in ("plain", "group", "eval", "momentum"))
+
+
+def statistics(trainer):
+    return {k: v for k, v in trainer.model.state_dict().items() if "running_" in k}
+
+
+OPTS = [
+    *("TEST.PRECISE_BN.IMS_PER_BATCH", "3", "SOLVER.VIRTUAL_IMAGES", "4", "DATASETS.TEST", "()"),
+    *("SOLVER.FREEZE_BN_ITER", "1", "SOLVER.FREEZE_BN_PRECISE", "False"),
+    *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MAX_SIZE_TRAIN", "64"),
+]
+
+
+def test_with_our_hooks(make_cfg):
+    """A DefaultTrainer then ends with the statistics of our Trainer, by its own loader."""
+    found = []
+    LOADED.clear()
+    for kind in (Trainer, Mixed):
+        cfg = make_cfg(*OPTS, "SEED", "1")
+        seed_all_rng(1)
+        trainer = kind(cfg)
+        trainer.resume_or_load(resume=False)
+        trainer.train()
+        found.append((trainer, statistics(trainer)))
+    (trainer, expected), (mixed, statistics_of_mixed) = found
+    assert [type(h) for h in mixed._hooks] == [type(h) for h in trainer._hooks]
+    assert expected.keys() == statistics_of_mixed.keys() and len(expected) > 40
+    for name, value in expected.items():
+        assert torch.equal(statistics_of_mixed[name], value), name
+    assert sorted(LOADED) == [2, 3, 4]
+    assert isinstance(mixed.model.backbone.bottom_up.stem.conv1.norm, BatchNorm2d)
