@@ -50,6 +50,7 @@ def run(folder, *args):
     )
 
 
+@pytest.mark.slow
 def test_quick_on_a_cpu(tmp_path):
     done = run(
         tmp_path / "absent",

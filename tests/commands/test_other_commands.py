@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import cv2
+import pytest
 
 from here import run_here
 from hosts import every_host
@@ -77,6 +78,7 @@ def test_benchmark_of_joint_batch_norm():
     assert result["extra_memory_ratio"] > 1.5  # bytes, not time: nothing is concatenated
 
 
+@pytest.mark.slow
 def test_benchmark_of_shuffle():
     sizes = ("--rois", "30", "--channels", "4", "--rounds", "1", "--warm-up", "0")
     done = run("benchmarks/shuffle.py", "--json", "--world-size", "2", *sizes)
@@ -172,6 +174,7 @@ def test_plot_metrics(tmp_path):
         assert done.returncode == 1 and words in done.stderr
 
 
+@pytest.mark.slow
 def test_population_statistics_benchmark():
     small = ["--rounds", "1", "--num-iters", "2", "--reference-samples", "16", "--size", "64"]
     done = run_here("benchmarks/population_statistics.py", "--json", *small, "--tolerance", "100")

@@ -80,6 +80,7 @@ def torchrun(host, opts):
     return [start(host, *opts, before=before)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "host, way", [("torchvision", two_commands), (*detectron2.values, torchrun)]
 )

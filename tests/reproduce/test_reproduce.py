@@ -601,9 +601,9 @@ def test_the_command_reports_what_has_been_run(tmp_path, monkeypatch):
         noted = {"command": step.command, "seconds": 60.0, "diverged_at": None}
         (setting.runs / step.name / "done.json").write_text(json.dumps(noted))
     args = ("domain-shift", "--host", "torchvision", "--runs", setting.runs, "--output", "report")
+    assert "0 of 4 steps are to be run" in run_here("tools/reproduce.py", *args, "--dry-run").stdout
     done = run_here("tools/reproduce.py", *args)
     assert done.returncode == 0, done.stderr
-    assert "0 of 4 steps are to be run" in done.stdout
     content = json.loads(Path("report", "results.json").read_text())
     assert [c["name"] for c in content["claims"]] == ["AdaBN"] and not content["failed"]
     assert Path("report", "domain_shift.png").is_file()

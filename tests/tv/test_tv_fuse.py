@@ -107,7 +107,11 @@ def test_backbone_and_head_of_retinanet_by_torch_export(tmp_path):
 
 @pytest.mark.parametrize(
     "make",
-    [fused_retinanet, partial(fused_mask_rcnn, "BN"), partial(fused_mask_rcnn, "FrozenBN")],
+    [
+        fused_retinanet,
+        partial(fused_mask_rcnn, "BN"),
+        pytest.param(partial(fused_mask_rcnn, "FrozenBN"), marks=pytest.mark.slow),
+    ],
     ids=["RetinaNet", "Mask-RCNN-BN", "Mask-RCNN-FrozenBN"],
 )
 def test_is_traced_and_exported_to_onnx(make, tmp_path):

@@ -75,7 +75,12 @@ NO_PROPOSALS = ["MODEL.PROPOSAL_GENERATOR.MIN_SIZE", "10000"]
 NO_POSITIVES = ["MODEL.ROI_HEADS.POSITIVE_FRACTION", "0.0", "MODEL.RPN.POSITIVE_FRACTION", "0.0"]
 
 
-@pytest.mark.parametrize("norm", NORMS)
+FEW = ("BN", "SyncBN", "GN", "")
+
+
+@pytest.mark.parametrize(
+    "norm", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in NORMS]
+)
 @pytest.mark.parametrize(
     "opts, num_objects, zero",
     [
