@@ -132,6 +132,8 @@ def circles(package: Path, imports: list[Import]) -> Iterator[str]:
 
 def main() -> None:
     package = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1] / "bn_det"
+    if not (package / "__init__.py").is_file():
+        sys.exit(f"{package}: is no package; use a folder with an __init__.py")
     imports = imports_of(package)
     found = [*against_floors(package, imports), *circles(package, imports)]
     print("\n".join(found) or "import rule: kept")

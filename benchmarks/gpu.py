@@ -493,6 +493,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+FILES = ("gpu.json", "gpu.md")
+"""What is written to --output."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
@@ -502,7 +506,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device: 'cuda' is not accepted: torch sees no GPU here; use cpu")
-    args.output.mkdir(parents=True, exist_ok=True)
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            (args.output / name).write_text("")
+    except OSError as e:
+        parser.error(f"--output: {str(args.output)!r} cannot be written to: {e.strerror}")
     plan = quick(args.device) if args.quick else Plan(args.device)
     found: dict[str, list[dict]] = {name: [] for name in PARTS}
     failed: list[str] = []
@@ -521,8 +530,10 @@ def main() -> None:
             failed.append(f"{name}: {what}")
             progress(f"FAILED: {what}")
         result = summarize(found, failed)
-        (args.output / "gpu.json").write_text(json.dumps(result, indent=1))
-        (args.output / "gpu.md").write_text(to_markdown(result))
+        for name_of, text in zip(
+            FILES, (json.dumps(result, indent=1), to_markdown(result)), strict=True
+        ):
+            (args.output / name_of).write_text(text)
     print(json.dumps(result) if args.json else to_markdown(result))
     sys.exit(bool(failed))
 

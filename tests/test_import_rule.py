@@ -26,6 +26,7 @@ def write(package, **files):
         path = package / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
+    (package / "__init__.py").touch()
     return check(package)
 
 
@@ -54,6 +55,11 @@ def test_violations_are_named(tmp_path, file, line):
     number = len(line.splitlines())
     assert done.stdout.startswith(f"bn_det/{file}:{number}: "), done.stdout
     assert "may not import" in done.stdout and len(done.stdout.splitlines()) == 1
+
+
+def test_a_folder_that_is_no_package_is_not_taken_for_one(tmp_path):
+    done = check(tmp_path)
+    assert done.returncode == 1 and "is no package" in done.stderr
 
 
 def test_a_file_in_no_room_is_named(tmp_path):

@@ -22,8 +22,8 @@ def add_bn_det_config(cfg: CfgNode) -> None:
     changes nothing. Other projects may add theirs before or after it.
 
     Raises:
-        InputError: a key of ours is there with a value of another type, or a node of Detectron2 is
-            not there; the config is as it was.
+        InputError: a key of ours is there with a value of another type, a node of Detectron2 is
+            not there, or one that lacks a key is frozen; the config is as it was.
     """
     ours = our_keys(type(cfg))
     _check_fit(ours, cfg)
@@ -191,6 +191,11 @@ def _check_fit(ours: CfgNode, cfg: CfgNode, prefix: str = "") -> None:
                     f"add_bn_det_config: the config has no node {key}; it takes one with the keys "
                     "of Detectron2"
                 )
+            if cfg.is_frozen():
+                raise InputError(
+                    f"{key}: cannot be added to a frozen config; call add_bn_det_config before "
+                    "freeze()"
+                )
         elif isinstance(default, CfgNode) and isinstance(cfg[name], CfgNode):
             _check_fit(default, cfg[name], f"{key}.")
         elif _kind(cfg[name]) is not _kind(default):
@@ -211,7 +216,7 @@ def _kind(value: object) -> type:
 def _add_missing(ours: CfgNode, cfg: CfgNode) -> None:
     for name, default in ours.items():
         if name not in cfg:
-            setattr(cfg, name, default)  # which a frozen config refuses
+            cfg[name] = default
         elif isinstance(default, CfgNode):
             _add_missing(default, cfg[name])
 

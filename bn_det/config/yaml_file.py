@@ -16,6 +16,9 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ..errors import InputError
 from .arithmetic import evaluate
 
+MAX_VALUES = 100_000
+"""In a file, with what its aliases repeat."""
+
 BASE = "_BASE_"
 """The key of a file, or a list of files, that a file changes."""
 
@@ -52,9 +55,9 @@ def _load(path: str, open_file: Callable[[str], IO[str]], above: tuple[str, ...]
     content = _read(path, open_file, above)
     bases = content.pop(BASE, [])
     bases = [bases] if isinstance(bases, str) else bases
-    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+    if not isinstance(bases, list) or not all(_is_path(base) for base in bases):
         raise InputError(
-            f"{path}: {BASE}: {bases!r} is not accepted; use a path, or a list of them"
+            f"{path}: {BASE}: {repr(bases)[:100]} is not accepted; use a path, or a list of them"
         )
     merged: dict[str, Any] = {}
     for base in bases:
@@ -70,6 +73,17 @@ def _base_path(base: str, path: str) -> str:
     base = os.path.expanduser(base)
     is_url = base.startswith(("http://", "https://"))
     return base if is_url else os.path.join(os.path.dirname(path), base)
+
+
+def _is_path(base: Any) -> bool:
+    """Whether it can be one: the system's functions raise for anything else."""
+    if not isinstance(base, str) or "\0" in base:
+        return False
+    try:
+        os.fsencode(base)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _merged(
@@ -92,6 +106,7 @@ def _merged(
 
 def _read(path: str, open_file: Callable[[str], IO[str]], above: tuple[str, ...]) -> dict[str, Any]:
     """The content of one file."""
+    text = ""
     try:
         with open_file(path) as f:
             text = f.read()
@@ -100,7 +115,9 @@ def _read(path: str, open_file: Callable[[str], IO[str]], above: tuple[str, ...]
         node = loader.get_single_node()
         if not isinstance(node, MappingNode):
             raise InputError(f"{path} is not a config file: it has no keys")
-        _Check(path, text).node(node)
+        check = _Check(path, text)
+        check.node(node)
+        check.size(node)
         return loader.construct_document(node)
     except InputError:
         raise
@@ -108,7 +125,8 @@ def _read(path: str, open_file: Callable[[str], IO[str]], above: tuple[str, ...]
         of = f" ({BASE} of {above[-1]})" if above else ""
         raise InputError(f"{path} cannot be read: {e.strerror or e}{of}") from e
     except _BROKEN as e:
-        raise InputError(f"{path} is not a config file: {' '.join(str(e).split())}") from e
+        reason = " ".join(str(e).split()) + _hint(e, text)
+        raise InputError(f"{path} is not a config file: {reason}") from e
 
 
 class _Check:
@@ -121,6 +139,7 @@ class _Check:
     def __init__(self, path: str, text: str) -> None:
         self.path, self.text = path, text
         self.done: set[Node] = set()
+        self.sizes: dict[Node, int] = {}
 
     def node(self, node: Node, key: str = "", above: tuple[Node, ...] = ()) -> None:
         """Raise InputError for what is not accepted in a node, and in those below it."""
@@ -142,6 +161,20 @@ class _Check:
                 self._cut_elements(node, key)
             for element in node.value:
                 self.node(element, key, above)
+
+    def size(self, node: Node) -> int:
+        """How many values a node stands for, with what aliases repeat; InputError for too many."""
+        if node not in self.sizes:
+            parts = node.value if isinstance(node.value, list) else []
+            below = [
+                part for pair in parts for part in (pair if isinstance(pair, tuple) else [pair])
+            ]
+            self.sizes[node] = 1 + sum(self.size(part) for part in below)
+            if self.sizes[node] > MAX_VALUES:
+                raise self._error(
+                    "", f"more than {MAX_VALUES} values, by aliases, are not accepted"
+                )
+        return self.sizes[node]
 
     def _tag(self, node: Node, key: str) -> None:
         tag = node.tag.replace(_YAML, "!!")
@@ -198,6 +231,16 @@ class _Check:
 
     def _error(self, key: str, reason: str) -> InputError:
         return InputError(f"{self.path}: {f'{key}: ' if key else ''}{reason}")
+
+
+def _hint(error: Exception, text: str) -> str:
+    """What may have broken a text: a tuple of quoted strings, which YAML cannot even cut."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None or not isinstance(error, yaml.parser.ParserError):
+        return ""
+    line = text[text.rfind("\n", 0, mark.index) + 1 : mark.index]
+    is_open = line.rfind("(") > line.rfind(")")
+    return "; in braces or a list write [...] in place of a tuple (...)" if is_open else ""
 
 
 def _expression(node: Node) -> str:

@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 
+from ..config.keys import check_keys
 from ..config.training import build_hooks, uses_precise_bn
 from ..errors import InputError
 from ..layers import BATCH_NORMS, BatchNorm2d, DomainBatchNorm2d
@@ -24,8 +25,18 @@ class BNHooks:
     Detectron2's.
     """
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        bases = cls.__mro__
+        if DefaultTrainer in bases and bases.index(DefaultTrainer) < bases.index(BNHooks):
+            raise InputError(
+                f"{cls.__name__}: BNHooks after DefaultTrainer is not accepted, as nothing would "
+                "call it; put it first in the bases"
+            )
+
     def build_hooks(self) -> list[HookBase]:
         cfg = self.cfg
+        check_keys(cfg)
         self.cfg = cfg.clone()
         self.cfg.defrost()
         self.cfg.TEST.PRECISE_BN.ENABLED = False

@@ -149,6 +149,12 @@ class BatchNorm2d(nn.BatchNorm2d):
     def _statistics(self) -> str:
         return self.train_statistics if self.training else self.eval_statistics
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # A layer that was pickled as a whole before there were any.
+        vars(self).setdefault("_extensions", OrderedDict())
+        vars(self).setdefault("_observers", OrderedDict())
+
     def register_extension(self, extend: Extension) -> RemovableHandle:
         """Have a function add to the normalization batches of each call, until it is removed.
 

@@ -115,6 +115,15 @@ def test_a_missing_gpu_is_told_in_one_line(tmp_path):
     assert not (tmp_path / "made").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_told_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run(
+        tmp_path / "absent", "--device", "cpu", "--quick", "--output", tmp_path / "file" / "x"
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "cannot be written to: Not a directory" in done.stderr
+
+
 def raises(plan, report):
     with report.attempt("a case"):
         raise torch.OutOfMemoryError("no memory\nfor this")

@@ -82,6 +82,16 @@ def test_twice(host):
     assert cfg.dump() == before and cfg.SOLVER.BN_MOMENTUM == 0.3
 
 
+@every_host
+def test_a_part_that_is_frozen(host):
+    cfg = stock(host)
+    cfg.SOLVER.freeze()
+    before = cfg.dump()
+    with pytest.raises(InputError, match=r"SOLVER.\w+: cannot be added to a frozen config"):
+        add_bn_det_config(cfg)
+    assert cfg.dump() == before
+
+
 @pytest.mark.parametrize("key", [*OURS, "MODEL.NF", "SOLVER.AGC", "MODEL.RPN.BN"])
 def test_another_type_is_refused(key):
     cfg = stock("torchvision")

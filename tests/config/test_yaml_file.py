@@ -201,6 +201,34 @@ def test_broken_files(write, tmp_path):
     assert "a.yaml is not a config file: 'utf-8' codec" in refused(str(tmp_path / "a.yaml"))
 
 
+@pytest.mark.parametrize("base", ['"\\0"', '"\\uD800"'])
+def test_a_base_that_can_be_no_path(write, base):
+    assert "is not accepted; use a path, or a list of them" in refused(write(a=f"_BASE_: {base}"))
+
+
+@pytest.mark.parametrize(
+    "text", ['TRAIN: {A: ("a", "b")}', "TRAIN: [('a', 'b')]", 'A: {\n  B: 1,\n  C: ("a", "b")}']
+)
+def test_a_tuple_of_strings_where_yaml_has_none(write, text):
+    assert "write [...] in place of a tuple (...)" in refused(write(a=text))
+    assert load_yaml(write(a=text.replace("(", "[").replace(")", "]")))
+
+
+@pytest.mark.parametrize("text", ["A: [1, 2", "A: (1)\nB: [1"])
+def test_other_broken_lists_have_no_hint_of_tuples(write, text):
+    assert "tuple" not in refused(write(a=text))
+
+
+@pytest.mark.parametrize(
+    "line", ["a{}: &a{} {{p: *a{}, q: *a{}}}", "a{}: &a{}\n  <<: [*a{}, *a{}]"]
+)
+def test_aliases_that_repeat_each_other(write, line):
+    """2^40 values: to make them would take days."""
+    lines = [line.format(k, k, k - 1, k - 1) for k in range(1, 41)]
+    found = refused(write(a="\n".join(["a0: &a0 {x: 1}", *lines])))
+    assert found == f"a.yaml: more than {yaml_file.MAX_VALUES} values, by aliases, are not accepted"
+
+
 def test_anchors_are_looked_at_once(write, monkeypatch):
     """Lists of twice the same list would be 2^12 nodes."""
     seen, tag = [], yaml_file._Check._tag

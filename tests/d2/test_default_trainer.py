@@ -9,6 +9,7 @@ from functools import partial
 
 import fvcore.nn
 import torch
+from detectron2.config import get_cfg
 from detectron2.engine import DefaultPredictor, DefaultTrainer
 from detectron2.engine.hooks import PeriodicCheckpointer
 from detectron2.evaluation import COCOEvaluator
@@ -138,6 +139,20 @@ def test_a_project_without_evaluation(make_cfg):
 
     kinds = [type(hook).__name__ for hook in MixedShort(make_cfg())._hooks]
     assert kinds == ["IterationTimer", "LRScheduler", "PreciseBN", "AverageStatistics"]
+
+
+def test_hooks_that_nothing_would_call():
+    with pytest.raises(InputError, match=r"Late: BNHooks after DefaultTrainer .* put it first"):
+
+        class Late(Stock, BNHooks):
+            pass
+
+
+def test_hooks_for_a_config_without_our_keys():
+    trainer = Mixed.__new__(Mixed)
+    trainer.cfg = get_cfg()
+    with pytest.raises(InputError, match="call bn_det.add_bn_det_config"):
+        trainer.build_hooks()
 
 
 @pytest.mark.parametrize("name", ["RETINANET", "NF"])

@@ -94,6 +94,14 @@ def test_activation_checkpointing_updates_once(use_reentrant, memory_format):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+def test_a_layer_that_was_pickled_before_it_had_hooks():
+    layer, x = BatchNorm2d(3), torch.randn(4, 3, 2, 2)
+    state = {k: v for k, v in vars(layer).items() if k not in ("_extensions", "_observers")}
+    old = BatchNorm2d.__new__(BatchNorm2d)
+    old.__setstate__(copy.deepcopy(state))
+    torch.testing.assert_close(old(x), layer(x))
+
+
 def test_compiled():
     plain, compiled = pair()[0].float(), None
     compiled = copy.deepcopy(plain)
