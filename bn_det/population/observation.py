@@ -133,11 +133,12 @@ class Observer:
             take = partial(_take, layer, seen)
             if isinstance(layer.owner, BatchNorm2d):
                 layer.owner.register_observer(take)
-                layer.module.track_running_stats = False
             elif type(layer.module).forward in _USUAL_FORWARDS:
                 layer.module.forward = partial(_forward, layer, take)
             else:
                 layer.module.register_forward_pre_hook(partial(_take_input, take))
+                continue
+            layer.module.track_running_stats = False
         of_owner = {owner: [] for owner in self._owners}
         for index, layer in enumerate(self.layers):
             of_owner[layer.owner].append((index, layer.domains))
