@@ -144,6 +144,7 @@ def works(plan, report):
     report.add(batch=plan.batches[0], form="joint", least_bytes=8, ms=1.5)
 
 
+@pytest.mark.slow
 def test_what_fails_is_told_and_does_not_stop_the_rest(
     of_benchmarks, tmp_path, monkeypatch, capsys
 ):
