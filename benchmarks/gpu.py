@@ -493,8 +493,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-FILES = ("gpu.json", "gpu.md")
-"""What is written to --output."""
+FILES = {"gpu.json": partial(json.dumps, indent=1), "gpu.md": to_markdown}
+"""What is written to --output, each made of the result."""
 
 
 def main() -> None:
@@ -508,8 +508,8 @@ def main() -> None:
         parser.error("--device: 'cuda' is not accepted: torch sees no GPU here; use cpu")
     try:
         args.output.mkdir(parents=True, exist_ok=True)
-        for name in FILES:
-            (args.output / name).write_text("")
+        for file in FILES:
+            (args.output / file).write_text("")
     except OSError as e:
         parser.error(f"--output: {str(args.output)!r} cannot be written to: {e.strerror}")
     plan = quick(args.device) if args.quick else Plan(args.device)
@@ -530,10 +530,8 @@ def main() -> None:
             failed.append(f"{name}: {what}")
             progress(f"FAILED: {what}")
         result = summarize(found, failed)
-        for name_of, text in zip(
-            FILES, (json.dumps(result, indent=1), to_markdown(result)), strict=True
-        ):
-            (args.output / name_of).write_text(text)
+        for file, text_of in FILES.items():
+            (args.output / file).write_text(text_of(result))
     print(json.dumps(result) if args.json else to_markdown(result))
     sys.exit(bool(failed))
 

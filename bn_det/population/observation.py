@@ -78,8 +78,9 @@ class Observed(NamedTuple):
 class Observer:
     """Runs a model as in training, but that its population statistics stay as they are.
 
-    What the layers of a model do is changed while it runs, by attributes of the instances; putting
-    the attributes back, also after a failure, is the caller's part.
+    What the layers of a model do is changed while it runs, by observers of ours and by attributes
+    of the instances; putting the attributes back, the observers among them, is the caller's part,
+    also after a failure.
 
     A pass ends where the last layer is done, if the rest of the model has none: once each layer
     has been called as often as it was before. How often that is, is found in passes that run to
