@@ -125,6 +125,7 @@ def say_and_sleep(folder):
     time.sleep(600)
 
 
+@pytest.mark.slow
 def test_no_rank_survives_its_parent(tmp_path):
     lines = [
         "from bn_det.commands.launch import launch",

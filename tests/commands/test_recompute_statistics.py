@@ -166,6 +166,7 @@ def test_adabn(project, config):
     torch.testing.assert_close(new[f"{name}.running_var"].double(), x.var(0, correction=0), **close)
 
 
+@pytest.mark.slow
 def test_several_processes(project):
     """All of the data, and the same file as from one process but for what rounding makes."""
     # A level of one value in an image can be normalized together with others only.
