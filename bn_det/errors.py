@@ -37,6 +37,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"nearest names: {close}" if close else f"known names: {known}"
 
 
+def shown(text: str) -> str:
+    """A text of a user in a message: as it is, or with escapes if it would break the line."""
+    return text if text.isprintable() else repr(text)
+
+
 def one_line(error: InputError) -> str:
     """The message alone, without the report that a data loader's process puts around it."""
     return str(error).strip().splitlines()[-1].removeprefix("bn_det.errors.InputError: ")

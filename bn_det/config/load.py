@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from yacs.config import CfgNode
 
-from ..errors import InputError
+from ..errors import InputError, shown
+from .arithmetic import MAX_BITS
 from .check import check_values
 from .keys import check_keys
 from .yaml_file import load_yaml
+
+_BROKEN = (AttributeError, MemoryError, RecursionError, TypeError)
+"""What yacs raises for what is no config, and Python for a text of a value too deep to read."""
+
+_REFUSED = (KeyError, ValueError, AssertionError)
+"""What yacs raises for a key or a value."""
 
 
 def load_config(cfg: CfgNode, config_file: str, opts: Sequence[str], host: str) -> None:
@@ -36,24 +44,27 @@ def load_config(cfg: CfgNode, config_file: str, opts: Sequence[str], host: str) 
 def _merge_file(cfg: CfgNode, config_file: str, host: str) -> None:
     if config_file.endswith(".py"):
         raise InputError(
-            f"--config-file: {config_file} is not accepted: LazyConfig files are for "
+            f"--config-file: {shown(config_file)} is not accepted: LazyConfig files are for "
             "tools/train_net.py on Detectron2; use the .yaml twin"
         )
     if not os.path.isfile(config_file):
-        raise InputError(f"--config-file: there is no file {config_file}")
+        raise InputError(f"--config-file: there is no file {shown(config_file)}")
     try:
         content = load_yaml(config_file, type(cfg)._open_cfg)
     except InputError as e:
         raise InputError(f"--config-file: {e}") from e
+    before, name = cfg.clone(), shown(config_file)
     # merge_from_file asks the config for the content; Detectron2's also upgrades old versions.
     vars(cfg)["load_yaml_with_base"] = lambda *args, **kwargs: content
     try:
         cfg.merge_from_file(config_file, allow_unsafe=False)
-    except (TypeError, AttributeError) as e:
-        reason = " ".join(str(e).split())
-        raise InputError(f"--config-file: {config_file} is not a config file: {reason}") from e
-    except (KeyError, ValueError, AssertionError) as e:
-        raise InputError(f"--config-file: {config_file}: {_reason(e, host)}") from e
+        _check_merged(before, cfg)
+    except InputError as e:
+        raise InputError(f"--config-file: {name}: {e}") from e
+    except _BROKEN as e:
+        raise InputError(f"--config-file: {name} is not a config file: {_reason(e, host)}") from e
+    except _REFUSED as e:
+        raise InputError(f"--config-file: {name}: {_reason(e, host)}") from e
     finally:
         del vars(cfg)["load_yaml_with_base"]
 
@@ -61,17 +72,60 @@ def _merge_file(cfg: CfgNode, config_file: str, host: str) -> None:
 def _merge_opts(cfg: CfgNode, opts: Sequence[str], host: str) -> None:
     for key in opts[::2]:
         if "=" in key:
-            raise InputError(f"{key}: KEY=VALUE is for LazyConfig files; here it is KEY VALUE")
+            raise InputError(
+                f"{shown(key)}: KEY=VALUE is for LazyConfig files; here it is KEY VALUE"
+            )
     if len(opts) % 2:
-        raise InputError(f"{opts[-1]}: has no value; the end of the command is KEY VALUE pairs")
+        raise InputError(
+            f"{shown(opts[-1])}: has no value; the end of the command is KEY VALUE pairs"
+        )
+    before = cfg.clone()
     for key, value in zip(opts[::2], opts[1::2], strict=True):
         try:
             cfg.merge_from_list([key, value])
-        except (KeyError, ValueError, AssertionError, TypeError, AttributeError) as e:
-            raise InputError(f"{key}: {value!r} is not accepted: {_reason(e, host)}") from e
+        except (*_BROKEN, *_REFUSED) as e:
+            reason = _reason(e, host)
+            raise InputError(f"{shown(key)}: {_short(value)} is not accepted: {reason}") from e
+        _check_merged(before, cfg)
+
+
+def _check_merged(before: CfgNode, cfg: CfgNode, prefix: str = "") -> None:
+    """Raise InputError for values that yacs lets in and nothing else is made for.
+
+    None in place of another value (where it means something, it is the default), and integers
+    that are too long to be written.
+    """
+    for name, value in cfg.items():
+        key, default = f"{prefix}{name}", before.get(name)
+        if isinstance(value, CfgNode):
+            _check_merged(default if isinstance(default, CfgNode) else CfgNode(), value, f"{key}.")
+        elif value is None and default is not None:
+            raise InputError(
+                f"{shown(key)}: None is not accepted; use a value of type {type(default).__name__}"
+            )
+        elif any(number.bit_length() > MAX_BITS for number in _integers(value)):
+            raise InputError(
+                f"{shown(key)}: an integer of more than {MAX_BITS} bits is not accepted"
+            )
+
+
+def _integers(value: Any) -> Iterator[int]:
+    if isinstance(value, int):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for element in value:
+            yield from _integers(element)
+
+
+def _short(value: Any) -> str:
+    """A value for a message."""
+    text = repr(value)
+    return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
 
 
 def _reason(error: Exception, host: str) -> str:
+    if isinstance(error, (MemoryError, RecursionError)):
+        return "a value has too many parts in each other"
     reason = " ".join(str(error.args[0] if error.args else error).split()).removesuffix(".")
     if len(reason) > 300:  # with all the keys of a node
         reason = f"{reason[:150]} ... {reason[-150:]}"

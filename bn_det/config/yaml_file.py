@@ -1,40 +1,23 @@
 """Config files in YAML, with their bases, loaded safely.
 
-What Detectron2's files have is accepted: ``_BASE_``, and ``!!python/object/apply:eval`` of
-arithmetic (:mod:`.arithmetic`). Any other Python tag is not.
+What is accepted in each of them is in :mod:`.yaml_text`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from http.client import HTTPException
 from typing import IO, Any
 
-import yaml
-from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ..errors import InputError, shown
+from .yaml_text import BROKEN, parse, piece
 
-from ..errors import InputError
-from .arithmetic import evaluate
-
-MAX_VALUES = 100_000
-"""In a file, with what its aliases repeat."""
+MAX_BASES = 50
+"""Of a file, and of files that are each the base of the one before."""
 
 BASE = "_BASE_"
 """The key of a file, or a list of files, that a file changes."""
-
-_YAML = "tag:yaml.org,2002:"
-_EVAL = f"{_YAML}python/object/apply:eval"
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe one, and arithmetic."""
-
-
-_Loader.add_constructor(_EVAL, lambda loader, node: evaluate(_expression(node)))
-_TAGS = {*_Loader.yaml_constructors, f"{_YAML}merge", f"{_YAML}value"} - {None}
-
-_BROKEN = (yaml.YAMLError, AttributeError, LookupError, RecursionError, ValueError)
-"""What PyYAML raises for a text that is no YAML, or a scalar that is not of its tag."""
 
 
 def load_yaml(path: str, open_file: Callable[[str], IO[str]] = open) -> dict[str, Any]:
@@ -45,39 +28,82 @@ def load_yaml(path: str, open_file: Callable[[str], IO[str]] = open) -> dict[str
 
     Raises:
         InputError: a file cannot be read or is no config file, it has a tag that is not accepted,
-            or bases go in a circle. The message begins with the path of the file.
+            bases go in a circle, or something is beyond the limits. The message
+            begins with the path of the file, and is one line.
     """
-    return _load(path, open_file, ())
+    return _Files(open_file).load(path)
 
 
-def _load(path: str, open_file: Callable[[str], IO[str]], above: tuple[str, ...]) -> dict[str, Any]:
-    """As load_yaml; ``above`` are the files that have led here by their bases."""
-    content = _read(path, open_file, above)
-    bases = content.pop(BASE, [])
+class _Files:
+    """The files of one load. Each is read once, of however many files it is a base.
+
+    Args:
+        open_file: as for load_yaml.
+    """
+
+    def __init__(self, open_file: Callable[[str], IO[str]]) -> None:
+        self.open_file = open_file
+        self.loaded: dict[str, dict[str, Any]] = {}
+
+    def load(self, path: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
+        """As load_yaml; not to be changed. ``above`` are the files that lead here as bases."""
+        # Not where a link leads: its bases are relative to where the link is.
+        folder, name = os.path.split(path)
+        key = path if _is_url(path) else os.path.join(os.path.realpath(folder), name)
+        if key not in self.loaded:
+            self.loaded[key] = self._load(path, above)
+        return self.loaded[key]
+
+    def _load(self, path: str, above: tuple[str, ...]) -> dict[str, Any]:
+        content = _read(path, self.open_file, above)
+        way = (*above, path)
+        merged: dict[str, Any] = {}
+        for base in _bases(content, path):
+            found = _base_path(base, path)
+            if os.path.realpath(found) in map(os.path.realpath, way):
+                raise InputError(
+                    f"{shown(path)}: {BASE} goes in a circle: "
+                    f"{' -> '.join(map(shown, [*way, found]))}"
+                )
+            if len(way) > MAX_BASES:
+                raise InputError(
+                    f"{shown(path)}: {BASE}: more than {MAX_BASES} files, each the base of the one "
+                    f"before, are not accepted; the first is {shown(way[0])}"
+                )
+            merged = _merged(self.load(found, way), merged, path)
+        return _merged({k: v for k, v in content.items() if k != BASE}, merged, path)
+
+
+def _bases(content: Mapping[str, Any], path: str) -> list[str]:
+    """The bases that a file names."""
+    bases = content.get(BASE, [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(_is_path(base) for base in bases):
         raise InputError(
-            f"{path}: {BASE}: {repr(bases)[:100]} is not accepted; use a path, or a list of them"
+            f"{shown(path)}: {BASE}: {repr(content[BASE])[:100]} is not accepted; use a path, or a "
+            "list of them"
         )
-    merged: dict[str, Any] = {}
-    for base in bases:
-        found = _base_path(base, path)
-        way = (*above, path)
-        if os.path.realpath(found) in map(os.path.realpath, way):
-            raise InputError(f"{path}: {BASE} goes in a circle: {' -> '.join([*way, found])}")
-        merged = _merged(_load(found, open_file, way), merged, path)
-    return _merged(content, merged, path)
+    if len(bases) > MAX_BASES:
+        raise InputError(
+            f"{shown(path)}: {BASE}: a list of {len(bases)} files is not accepted; use {MAX_BASES} "
+            "at most"
+        )
+    return bases
 
 
 def _base_path(base: str, path: str) -> str:
     base = os.path.expanduser(base)
-    is_url = base.startswith(("http://", "https://"))
-    return base if is_url else os.path.join(os.path.dirname(path), base)
+    return base if _is_url(base) else os.path.join(os.path.dirname(path), base)
+
+
+def _is_url(path: str) -> bool:
+    return path.startswith(("http://", "https://"))
 
 
 def _is_path(base: Any) -> bool:
     """Whether it can be one: the system's functions raise for anything else."""
-    if not isinstance(base, str) or "\0" in base:
+    # The first is without a name, or with the end of a line in it.
+    if not isinstance(base, str) or base.splitlines() != [base] or "\0" in base:
         return False
     try:
         os.fsencode(base)
@@ -93,11 +119,11 @@ def _merged(
     ret = dict(under)
     for name, value in over.items():
         if isinstance(value, dict) and name in under:
-            key = f"{prefix}{name}"
+            key = f"{prefix}{piece(name)}"
             if not isinstance(under[name], dict):
                 raise InputError(
-                    f"{path}: {key}: a node is not accepted in place of {under[name]!r}, which "
-                    f"{BASE} has; use a value"
+                    f"{shown(path)}: {key}: a node is not accepted in place of "
+                    f"{repr(under[name])[:100]}, which {BASE} has; use a value"
                 )
             value = _merged(value, under[name], path, f"{key}.")
         ret[name] = value
@@ -106,161 +132,14 @@ def _merged(
 
 def _read(path: str, open_file: Callable[[str], IO[str]], above: tuple[str, ...]) -> dict[str, Any]:
     """The content of one file."""
-    text = ""
     try:
         with open_file(path) as f:
             text = f.read()
-        loader = _Loader(text)
-        loader.name = path
-        node = loader.get_single_node()
-        if not isinstance(node, MappingNode):
-            raise InputError(f"{path} is not a config file: it has no keys")
-        check = _Check(path, text)
-        check.node(node)
-        check.size(node)
-        return loader.construct_document(node)
-    except InputError:
-        raise
-    except OSError as e:
-        of = f" ({BASE} of {above[-1]})" if above else ""
-        raise InputError(f"{path} cannot be read: {e.strerror or e}{of}") from e
-    except _BROKEN as e:
-        reason = " ".join(str(e).split()) + _hint(e, text)
-        raise InputError(f"{path} is not a config file: {reason}") from e
-
-
-class _Check:
-    """The nodes of a file, each with its key, before anything is made of them.
-
-    Args:
-        path, text: of the file.
-    """
-
-    def __init__(self, path: str, text: str) -> None:
-        self.path, self.text = path, text
-        self.done: set[Node] = set()
-        self.sizes: dict[Node, int] = {}
-
-    def node(self, node: Node, key: str = "", above: tuple[Node, ...] = ()) -> None:
-        """Raise InputError for what is not accepted in a node, and in those below it."""
-        if node in above:
-            raise self._error(key, "what contains itself is not accepted")
-        if node in self.done:
-            return
-        self.done.add(node)
-        self._tag(node, key)
-        prefix, above = f"{key}." if key else "", (*above, node)
-        if isinstance(node, MappingNode):
-            if node.flow_style:
-                self._cut_values(node, prefix)
-            for name, value in node.value:
-                self._tag(name, key)
-                self.node(value, f"{prefix}{name.value}", above)
-        elif isinstance(node, SequenceNode):
-            if node.flow_style:
-                self._cut_elements(node, key)
-            for element in node.value:
-                self.node(element, key, above)
-
-    def size(self, node: Node) -> int:
-        """How many values a node stands for, with what aliases repeat; InputError for too many."""
-        if node not in self.sizes:
-            parts = node.value if isinstance(node.value, list) else []
-            below = [
-                part for pair in parts for part in (pair if isinstance(pair, tuple) else [pair])
-            ]
-            self.sizes[node] = 1 + sum(self.size(part) for part in below)
-            if self.sizes[node] > MAX_VALUES:
-                raise self._error(
-                    "", f"more than {MAX_VALUES} values, by aliases, are not accepted"
-                )
-        return self.sizes[node]
-
-    def _tag(self, node: Node, key: str) -> None:
-        tag = node.tag.replace(_YAML, "!!")
-        if node.tag not in _TAGS:
-            raise self._error(
-                key,
-                f"the tag {tag} is not accepted; use YAML's own, or !!python/object/apply:eval "
-                "for arithmetic",
-            )
-        if node.tag == _EVAL:
-            try:
-                evaluate(_expression(node))
-            except InputError as e:
-                raise self._error(key, f"{tag}: {e}") from e
-
-    def _cut_values(self, node: MappingNode, prefix: str) -> None:
-        """Raise InputError where YAML has cut a value, and made keys of what comes after it."""
-        runs: list[tuple[str, list[Node]]] = []
-        for name, value in node.value:
-            if runs and _is_absent(value):
-                runs[-1][1].append(name)
-            else:
-                runs.append((name.value, [value]))
-        for name, run in runs:
-            if whole := self._whole(run):
-                raise self._error(
-                    f"{prefix}{name}",
-                    f"{run[0].value!r} is what is left of {whole} in braces, which YAML cuts at "
-                    f'each comma; write {_in_brackets(whole)} or "{whole}", or put the key on a '
-                    "line of its own, without braces",
-                )
-
-    def _cut_elements(self, node: SequenceNode, key: str) -> None:
-        """The same of the elements of a list."""
-        for k, element in enumerate(node.value):
-            if _parentheses(element) > 0 and (whole := self._whole(node.value[k:])):
-                raise self._error(
-                    key,
-                    f"{element.value!r} is what is left of {whole} in a list, which YAML cuts at "
-                    f"each comma; write {_in_brackets(whole)}",
-                )
-
-    def _whole(self, run: Sequence[Node]) -> str:
-        """The text in parentheses that begins with a node, if nodes that follow it end it."""
-        first, depth = run[0], 0
-        for node in run:
-            depth += _parentheses(node)
-            if depth <= 0:
-                break
-        else:
-            return ""
-        text = self.text[first.start_mark.index : node.end_mark.index]
-        return " ".join(text.split()) if node is not first and text.startswith("(") else ""
-
-    def _error(self, key: str, reason: str) -> InputError:
-        return InputError(f"{self.path}: {f'{key}: ' if key else ''}{reason}")
-
-
-def _hint(error: Exception, text: str) -> str:
-    """What may have broken a text: a tuple of quoted strings, which YAML cannot even cut."""
-    mark = getattr(error, "problem_mark", None)
-    if mark is None or not isinstance(error, yaml.parser.ParserError):
-        return ""
-    line = text[text.rfind("\n", 0, mark.index) + 1 : mark.index]
-    is_open = line.rfind("(") > line.rfind(")")
-    return "; in braces or a list write [...] in place of a tuple (...)" if is_open else ""
-
-
-def _expression(node: Node) -> str:
-    """The argument of !!python/object/apply:eval."""
-    arguments = node.value if isinstance(node, SequenceNode) else []
-    if len(arguments) != 1 or arguments[0].tag != f"{_YAML}str":
-        raise InputError('it takes a list of one expression in quotes: ["2 * 3"]')
-    return arguments[0].value
-
-
-def _is_absent(node: Node) -> bool:
-    """Whether a value is not written: that of "b" in {a: 1, b}."""
-    return isinstance(node, ScalarNode) and node.start_mark.index == node.end_mark.index
-
-
-def _parentheses(node: Node) -> int:
-    """How many parentheses a node opens without quotes, less those that it closes."""
-    is_plain = isinstance(node, ScalarNode) and node.style is None
-    return node.value.count("(") - node.value.count(")") if is_plain else 0
-
-
-def _in_brackets(whole: str) -> str:
-    return whole.replace("(", "[").replace(")", "]")
+    except (OSError, HTTPException) as e:
+        of = f" ({BASE} of {shown(above[-1])})" if above else ""
+        reason = " ".join(str(getattr(e, "strerror", None) or e).split())
+        raise InputError(f"{shown(path)} cannot be read: {reason}{of}") from e
+    except BROKEN as e:  # an address that is none, or other characters than text has
+        reason = " ".join(str(e).split())
+        raise InputError(f"{shown(path)} is not a config file: {reason}") from e
+    return parse(path, text)

@@ -3,8 +3,9 @@
 import pytest
 
 from bn_det.config.load import load_config
+from bn_det.config.table import leaves
 from bn_det.errors import InputError
-from hosts import every_host, make_cfg
+from hosts import detectron2, every_host, make_cfg
 from reference import BASE
 
 EVAL = "!!python/object/apply:eval"
@@ -43,7 +44,13 @@ def test_what_files_of_detectron2_have(host, write):
         ("SOLVER: {GAMMA: !!python/name:os }", "SOLVER.GAMMA: the tag !!python/name:os is not"),
         ("SOLVER: {GAMA: 3}", "Non-existent config key: SOLVER.GAMA \\(the .* host does not know"),
         ("SOLVER: 3", "Type mismatch .* \\.\\.\\. .*for config key: SOLVER$"),
-        ("1: 2", "is not a config file: sequence item 0: expected str"),
+        ("1: 2", "a.yaml: 1: a key of type int is not accepted: keys are texts"),
+        ('"a\\nb": 1', "Non-existent config key: a b"),
+        (f'SEED: "0x{"f" * 6000}"', "a.yaml: SEED: an integer of more than 64 bits is not"),
+        (f'SEED: "{"-" * 10**4}1"', "a.yaml is not a config file: a value has too many parts"),
+        ("SOLVER: {BN_MOMENTUM: null, GAMMA: 0.2}", "a.yaml: SOLVER.BN_MOMENTUM: None is not"),
+        ("SOLVER: {BN_MOMENTUM: None}", "BN_MOMENTUM: None is not accepted; use a .* type float$"),
+        ("DATASETS:\n  SOURCES:", "a.yaml: DATASETS.SOURCES: None is not .*; use a .* type list$"),
         ("_BASE_: a.yaml", "_BASE_ goes in a circle: .*a.yaml -> .*a.yaml"),
         ("VERSION: 2\nSOLVER: {BASE_LR: 1.0, BN_MOMENTUM: 2.0}", "SOLVER.BN_MOMENTUM: 2.0 is not"),
     ],
@@ -57,3 +64,58 @@ def test_what_is_refused_leaves_the_config(host, write, text, message):
     with pytest.raises(InputError, match="SOLVER.GAMA"):
         load_config(cfg, BASE, ["SOLVER.BASE_LR", "0.5", "SOLVER.GAMA", "1"], host)
     assert cfg.dump() == before
+
+
+@every_host
+def test_no_key_may_become_none(host, write):
+    """Whatever its default is, by a file or by the command's end."""
+    cfg = make_cfg(host, BASE)
+    # Detectron2 gives None a meaning in keys whose default it is.
+    values = {key: value for key, value in leaves(cfg) if value is not None}
+    assert {"MODEL.DEVICE", "SOLVER.ACCUMULATE", "MODEL.RETINANET.IN_FEATURES"} < set(values)
+    for key, value in values.items():
+        message = f"^{key}: None is not accepted; use a value of type {type(value).__name__}$"
+        for end in ([], [key, "abc"]):  # yacs has lost the type by then
+            with pytest.raises(InputError, match=message):
+                load_config(cfg, "", [key, "None", *end], host)
+    assert dict(leaves(cfg)) == dict(leaves(make_cfg(host, BASE)))
+
+
+@pytest.mark.parametrize("host", [detectron2])
+def test_none_where_it_is_the_default(host):
+    cfg = make_cfg(host, BASE, "SOLVER.WEIGHT_DECAY_BIAS", "None")
+    assert cfg.SOLVER.WEIGHT_DECAY_BIAS is None
+    load_config(cfg, "", ["SOLVER.WEIGHT_DECAY_BIAS", "0.5"], host)
+    assert cfg.SOLVER.WEIGHT_DECAY_BIAS == 0.5
+
+
+@pytest.mark.parametrize(
+    "opts, message",
+    [
+        (["SEED", f"0x{'f' * 6000}"], "SEED: an integer of more than 64 bits is not accepted"),
+        (["INPUT.MIN_SIZE_TRAIN", f"(1, 0x{'f' * 17})"], "INPUT.MIN_SIZE_TRAIN: an integer of"),
+        (["SEED", "-" * 10**4 + "1"], "SEED: '---.* is not accepted: a value has too many parts"),
+        (["SEED", f"a{'.b' * 10**5}"], "SEED: 'a.b.*is not accepted: a value has too many parts"),
+        (["SOLVER\nX", "1"], r"'SOLVER\\nX': '1' is not accepted: Non-existent key: SOLVER X"),
+        (["SOLVER\nX=1", "1"], r"'SOLVER\\nX=1': KEY=VALUE is for"),
+        (["SOLVER\nX"], r"'SOLVER\\nX': has no value"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_values_at_the_end_of_the_command(opts, message):
+    cfg = make_cfg("torchvision", BASE)
+    with pytest.raises(InputError, match=f"^{message}") as e:
+        load_config(cfg, "", opts, "torchvision")
+    assert "\n" not in str(e.value) and len(str(e.value)) < 500
+
+
+def test_a_path_with_a_line_end(write, tmp_path):
+    cfg = make_cfg("torchvision", BASE)
+    for path in (write("SOLVER: {GAMA: 1}", "a\nb.yaml"), write("SEED: a", "a\nb.yaml")):
+        with pytest.raises(InputError, match=r"a\\nb.yaml") as e:
+            load_config(cfg, path, [], "torchvision")
+        assert "\n" not in str(e.value)
+    for name in ("a\nc.yaml", "a\nc.py"):
+        with pytest.raises(InputError, match=r"a\\nc") as e:
+            load_config(cfg, str(tmp_path / name), [], "torchvision")
+        assert "\n" not in str(e.value)
