@@ -43,8 +43,21 @@ class Import(NamedTuple):
     name: str
 
 
+IMPORTERS = ("import_module", "__import__")
+"""Functions that import what a text names."""
+
+
 def imported(tree: ast.AST, module: list[str]) -> Iterator[tuple[int, str]]:
-    """Line and full name of everything that a file imports, at any depth, relative or by name."""
+    """Line and full name of everything that a file imports, at any depth, relative or by name.
+
+    But for what a text names that is made when it runs.
+    """
+    aliases = {
+        alias.asname: alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -54,18 +67,37 @@ def imported(tree: ast.AST, module: list[str]) -> Iterator[tuple[int, str]]:
             names = [*base, *(node.module.split(".") if node.module else [])]
             for alias in node.names:
                 yield node.lineno, ".".join([*names, alias.name])
-        elif isinstance(node, ast.Call) and node.args:
+        elif isinstance(node, ast.Call):
             called = getattr(node.func, "attr", getattr(node.func, "id", ""))
-            argument = node.args[0]
-            if called in ("import_module", "__import__") and isinstance(argument, ast.Constant):
-                yield node.lineno, str(argument.value)
+            name = named(node, module) if aliases.get(called, called) in IMPORTERS else None
+            if name is not None:
+                yield node.lineno, name
+
+
+def named(call: ast.Call, module: list[str]) -> str | None:
+    """The full name that a call of IMPORTERS imports; None where it is made when it runs."""
+    given = dict(zip(("name", "package", "", "fromlist", "level"), call.args, strict=False))
+    given |= {keyword.arg: keyword.value for keyword in call.keywords}
+    constants = {k: v.value for k, v in given.items() if isinstance(v, ast.Constant)}
+    name = constants.get("name")
+    if not isinstance(name, str):
+        return None
+    level = constants.get("level", len(name) - len(name.lstrip(".")))
+    package = constants.get("package")
+    base = package.split(".") if isinstance(package, str) else module[:-1]
+    above = base[: len(base) - level + 1] if level else []
+    return ".".join([*above, *filter(None, name.lstrip(".").split("."))])
 
 
 def imports_of(package: Path) -> list[Import]:
     found = []
     for path in sorted(package.rglob("*.py")):
         module = list(path.relative_to(package.parent).with_suffix("").parts)
-        for line, name in imported(ast.parse(path.read_text()), module):
+        try:
+            tree = ast.parse(path.read_text())
+        except SyntaxError as e:
+            sys.exit(f"{path.relative_to(package.parent)}:{e.lineno}: cannot be read: {e.msg}")
+        for line, name in imported(tree, module):
             found.append(Import(path, line, name))
     return found
 
@@ -88,12 +120,19 @@ def file_of(package: Path, name: str) -> Path | None:
     return None
 
 
+def in_no_room(package: Path) -> Iterator[str]:
+    for path in sorted(package.rglob("*.py")):
+        room = room_of(package, path)
+        if room not in FLOOR_OF:
+            where = path.relative_to(package.parent)
+            yield f"{where}: {room} is no room; they are {list(FLOOR_OF)}"
+
+
 def against_floors(package: Path, imports: list[Import]) -> Iterator[str]:
     for found in imports:
         room = room_of(package, found.path)
         where = f"{found.path.relative_to(package.parent)}:{found.line}"
         if room not in FLOOR_OF:
-            yield f"{where}: {room} is no room; they are {list(FLOOR_OF)}"
             continue
         library = found.name.split(".")[0]
         if library in HOSTS and room != HOSTS[library]:
@@ -132,10 +171,11 @@ def circles(package: Path, imports: list[Import]) -> Iterator[str]:
 
 def main() -> None:
     package = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1] / "bn_det"
+    package = package.resolve()  # "." has no name
     if not (package / "__init__.py").is_file():
         sys.exit(f"{package}: is no package; use a folder with an __init__.py")
     imports = imports_of(package)
-    found = [*against_floors(package, imports), *circles(package, imports)]
+    found = [*in_no_room(package), *against_floors(package, imports), *circles(package, imports)]
     print("\n".join(found) or "import rule: kept")
     sys.exit(bool(found))
 

@@ -44,6 +44,12 @@ def write(package, **files):
         ("tv/model.py", "import bn_det.d2"),
         ("tv/model.py", "import detectron2"),
         ("tv/model.py", "import importlib; importlib.import_module('detectron2.layers')"),
+        ("layers/a.py", "from importlib import import_module as im; im('torchvision')"),
+        ("layers/a.py", "import importlib; importlib.import_module(name='bn_det.tv')"),
+        ("layers/a.py", "import importlib; importlib.import_module('.tv', 'bn_det')"),
+        ("layers/a.py", "import importlib; importlib.import_module('..tv', __package__)"),
+        ("layers/a.py", "__import__('tv', globals(), locals(), ['x'], 2)"),
+        ("layers/a.py", "__import__(name='detectron2')"),
     ],
 )
 def test_violations_are_named(tmp_path, file, line):
@@ -63,8 +69,24 @@ def test_a_folder_that_is_no_package_is_not_taken_for_one(tmp_path):
 
 
 def test_a_file_in_no_room_is_named(tmp_path):
-    done = write(tmp_path / "bn_det", **{"attic/old.py": "import torch"})
-    assert done.returncode == 1 and "bn_det/attic/old.py:1: attic is no room" in done.stdout
+    done = write(tmp_path / "bn_det", **{"attic/old.py": "", "helpers.py": "import torch"})
+    assert done.returncode == 1
+    first, second = done.stdout.splitlines()
+    assert first.startswith("bn_det/attic/old.py: attic is no room")
+    assert second.startswith("bn_det/helpers.py: helpers is no room")
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    done = write(tmp_path / "bn_det", **{"layers/a.py": "\nimport"})
+    assert done.returncode == 1
+    assert done.stderr.startswith("bn_det/layers/a.py:2: cannot be read: ")
+
+
+def test_the_folder_that_one_is_in(tmp_path):
+    write(tmp_path / "bn_det", **{"layers/a.py": "from ..tv import x", "tv/__init__.py": ""})
+    command = [sys.executable, SCRIPT, "."]
+    done = subprocess.run(command, cwd=tmp_path / "bn_det", capture_output=True, text=True)
+    assert done.returncode == 1 and "layers may not import tv" in done.stdout
 
 
 def test_a_circle_is_named_by_the_imports_that_close_it(tmp_path):
