@@ -87,7 +87,8 @@ def ghost_groups(module: nn.Module, groups: Tensor) -> Iterator[None]:
         return args, {"groups": groups, **kwargs}
 
     hooks = [
-        layer.register_forward_pre_hook(give_groups, with_kwargs=True)
+        # Of nested blocks the inner one is asked first, and what is given stays.
+        layer.register_forward_pre_hook(give_groups, prepend=True, with_kwargs=True)
         for layer in module.modules()
         if isinstance(layer, BatchNorm2d)
     ]

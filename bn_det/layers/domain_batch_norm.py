@@ -84,6 +84,7 @@ class DomainBatchNorm2d(BatchNorm2d):
         self.population = population
         self.affine_sharing = affine
         if "per_domain" in (population, affine):
+            of_parameters = {k: choices[k] for k in ("device", "dtype", "bias") if k in choices}
             for k in range(num_domains):
                 own = BatchNorm2d(
                     num_features,
@@ -92,6 +93,7 @@ class DomainBatchNorm2d(BatchNorm2d):
                     affine=affine == "per_domain",
                     track_running_stats=population == "per_domain",
                     update_population=self.update_population,
+                    **of_parameters,
                 )
                 self.add_module(str(k), own)
 

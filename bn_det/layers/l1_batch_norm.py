@@ -45,7 +45,9 @@ class L1BatchNorm2d(nn.BatchNorm2d):
         self._update(mean.detach().flatten(), var.detach().flatten())
         y = values * (var + self.eps).rsqrt()
         if self.weight is not None:
-            y = y * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+            y = y * self.weight.view(-1, 1, 1)
+        if self.bias is not None:
+            y = y + self.bias.view(-1, 1, 1)
         return y.to(x.dtype)
 
     @classmethod

@@ -193,7 +193,7 @@ def _after_call(
     kwargs: dict[str, Any],
     _: Any,
 ) -> None:
-    x = args[0] if args else next(iter(kwargs.values()))
+    x = args[0] if args else next(v for name, v in kwargs.items() if name != "groups")
     sizes = owner.num_samples(x) if isinstance(owner, DomainBatchNorm2d) else [len(x)]
     for index, domains in parts:
         samples[index] += sum(sizes[k] for k in domains)

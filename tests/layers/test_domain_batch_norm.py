@@ -436,3 +436,17 @@ def test_keys(choices):
     layer = make(choices, num_domains=3)
     assert set(layer.state_dict()) == expected
     assert "statistics=" + choices[0] in repr(layer)
+
+
+@pytest.mark.parametrize("choices", EIGHT_CHOICES, ids="-".join)
+def test_dtype_and_device_reach_all_of_a_layer(choices):
+    statistics, population, affine = choices
+    layer = DomainBatchNorm2d(
+        3, 2, statistics=statistics, population=population, affine=affine, dtype=torch.float64
+    )
+    floating = [t for t in layer.state_dict().values() if t.is_floating_point()]
+    assert {t.dtype for t in floating} == {torch.float64}
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    assert {y.dtype for y in layer([x, x])} == {torch.float64}
+    on_meta = DomainBatchNorm2d(3, 2, population=population, affine=affine, device="meta")
+    assert {t.device.type for t in on_meta.state_dict().values()} == {"meta"}

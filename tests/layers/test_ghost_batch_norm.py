@@ -52,6 +52,10 @@ def test_jacobian():
     groups = torch.tensor([5, 0, 5, 2, 0, 2, 2])
     with ghost_groups(layer, groups):
         assert torch.equal(members(layer), groups[:, None] == groups)
+        inner = torch.tensor([1, 1, 0, 0, 0, 1, 1])
+        with ghost_groups(layer, inner):
+            assert torch.equal(members(layer), inner[:, None] == inner)
+        assert torch.equal(members(layer), groups[:, None] == groups)
     assert not torch.equal(members(layer), groups[:, None] == groups), "gone after the block"
     assert torch.equal(members(layer.eval()), torch.eye(7).bool())
 

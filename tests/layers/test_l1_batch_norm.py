@@ -31,12 +31,14 @@ def statistics(x):
     return mean, ((v - mean).abs().sum(0) / len(v)) ** 2 * math.pi / 2
 
 
-@pytest.mark.parametrize("affine", [True, False])
-def test_definition(affine):
+@pytest.mark.parametrize("affine, has_bias", [(True, True), (True, False), (False, False)])
+def test_definition(affine, has_bias):
     layer = make(affine=affine)
+    if not has_bias:
+        layer.register_parameter("bias", None)  # as bias=False of torch 2.14 does
     x = torch.randn(4, C, 3, 5, dtype=torch.float64) * 3 + 2
     weight = layer.weight if affine else torch.ones(C)
-    bias = layer.bias if affine else torch.zeros(C)
+    bias = layer.bias if has_bias else torch.zeros(C)
     mean, var = statistics(x)
     before = layer.running_mean.clone(), layer.running_var.clone()
     torch.testing.assert_close(layer(x), normalize(x, mean, var, weight, bias))

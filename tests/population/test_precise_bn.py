@@ -12,7 +12,13 @@ import torch
 from fvcore.nn.precise_bn import update_bn_stats as fvcore_update_bn_stats
 from torch import nn
 
-from bn_det import BatchNorm2d, DomainBatchNorm2d, convert_batchnorm, update_bn_stats
+from bn_det import (
+    BatchNorm2d,
+    DomainBatchNorm2d,
+    convert_batchnorm,
+    ghost_groups,
+    update_bn_stats,
+)
 from bn_det.errors import InputError
 from bn_det.layers import forward_levels
 from reference import EIGHT_CHOICES, values
@@ -198,6 +204,23 @@ def test_ghost_batches_are_normalization_batches():
     update_bn_stats(bn, batches, 2, estimator="mean_of_batch_variances")
     ghosts = [batches[0][:2], batches[0][2:], batches[1][:2], batches[1][2:]]
     assert_statistics(bn, *brute_force(ghosts, "mean_of_batch_variances"))
+
+
+def test_arguments_that_are_named():
+    """Also in a block that adds one."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = DomainBatchNorm2d(3, 2)
+
+        def forward(self, x):
+            return self.norm(xs=[x, x])
+
+    model, batches = Model().train(), [torch.randn(4, 3, 5, 5) for _ in range(3)]
+    with ghost_groups(model, torch.tensor([0, 1, 0, 1])):
+        report = update_bn_stats(model, batches, 3)
+    assert report.num_samples == 12
 
 
 def test_empty_inputs():
