@@ -31,7 +31,9 @@ def add_host_argument(parser: argparse.ArgumentParser) -> None:
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """--config-file, --host, and KEY VALUE pairs at the end of the command."""
-    parser.add_argument("--config-file", default="", metavar="FILE", help="path to a config file")
+    parser.add_argument(
+        "--config-file", required=True, metavar="FILE", help="such as configs/quick_start.yaml"
+    )
     add_host_argument(parser)
     parser.add_argument(
         "opts",

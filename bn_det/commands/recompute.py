@@ -62,7 +62,7 @@ def with_population(cfg: CfgNode, population: str | None) -> CfgNode:
     """The config of the new checkpoint, whose levels may share or not share statistics."""
     if population is None:
         return cfg
-    parts = [part for part in LEVEL_PARTS if has_our_batch_norm(cfg, part)]
+    parts = parts_with_levels(cfg)
     if not parts:
         raise InputError(
             f"--population: {population!r} is not accepted: the model has no head of ours with "
@@ -74,6 +74,11 @@ def with_population(cfg: CfgNode, population: str | None) -> CfgNode:
         cfg.MODEL[part].BN.POPULATION = population
     cfg.freeze()
     return cfg
+
+
+def parts_with_levels(cfg: CfgNode) -> list[str]:
+    """The parts of the model that have BatchNorm of ours on several levels."""
+    return [part for part in LEVEL_PARTS if has_our_batch_norm(cfg, part)]
 
 
 def transfer(source: nn.Module, target: nn.Module) -> None:
@@ -167,6 +172,8 @@ def run(
     report = recompute(new, batches, cfg, args.adabn, call)
     if world()[0] == 0:
         save(new, report, args.output)
+        for part in parts_with_levels(cfg) if args.population else []:
+            print(f"Its config needs MODEL.{part}.BN.POPULATION {args.population} from now on")
     if args.evaluate:
         results["after"] = evaluate(new)
     if world()[0] == 0 and results:

@@ -42,9 +42,9 @@ def make_norm(
     ghost_size: int = 0,
     ghost_order: str = "contiguous",
     renorm: Sequence[float] = RenormLimits(),
-    statistics: str = "per_domain",
-    population: str = "per_domain",
-    affine: str = "shared",
+    statistics: str | None = None,
+    population: str | None = None,
+    affine: str | None = None,
     **choices: Any,
 ) -> NormFactory | str:
     """The ``norm`` of Detectron2's components, by the choices that MODEL.<part> has in YAML.
@@ -56,20 +56,31 @@ def make_norm(
         num_roi_levels: in the box heads of ``BNCascadeROIHeads``, the number of levels that RoIs
             come from, where the choices of :class:`~bn_det.RoILevelBatchNorm2d` are to apply.
         ghost_size, ghost_order, renorm: as in ``norm_factory``.
-        statistics, population, affine: what levels share.
+        statistics, population, affine: what levels share, "shared" or "per_domain"; by default
+            affine alone.
         choices: of :class:`~bn_det.BatchNorm2d`, such as ``update_population``.
 
     Returns:
         a callable from the number of channels to the layer, or "" for none.
 
     Raises:
-        InputError: the name is unknown, or "GhostBN" has no size.
+        InputError: the name is unknown; "GhostBN" has no size; or what levels share is said where
+            there is no number of them.
     """
+    given = {"statistics": statistics, "population": population, "affine": affine}
+    given = {name: value for name, value in given.items() if value is not None}
     layer, others = partial(BatchNorm2d, **choices), NORMS
     if num_levels is not None or num_roi_levels is not None:
         kind = RoILevelBatchNorm2d if num_levels is None else DomainBatchNorm2d
-        shared = {"statistics": statistics, "population": population, "affine": affine}
-        layer = partial(kind, num_domains=num_levels or num_roi_levels, **shared, **choices)
+        shared = {"statistics": "per_domain", "population": "per_domain", "affine": "shared"}
+        sharing = {**shared, **given}
+        layer = partial(kind, num_domains=num_levels or num_roi_levels, **sharing, **choices)
+    elif given:
+        key, value = next(iter(given.items()))
+        raise InputError(
+            f"norm.{key}: {value!r} is not accepted without norm.num_levels (in a box head "
+            "norm.num_roi_levels), the number of levels that it is about"
+        )
     if num_levels is not None:
         others = {**NORMS, "L1BN": partial(L1BatchNorm2d.of_levels, num_levels=num_levels)}
     norm = norm_factory(

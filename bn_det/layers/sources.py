@@ -17,7 +17,8 @@ _IMAGES = DomainScope(
     "image",
     "source",
     "name the sources of a batch by bn_det.image_sources; in a detector from a config, by "
-    "DATASETS.SOURCES for a whole data set, or by the key 'source' in an image's dict",
+    "DATASETS.SOURCES for a whole data set (in a trainer of your own on Detectron2 after "
+    "bn_det.d2.register_datasets(cfg)), or by the key 'source' in an image's dict",
 )
 
 

@@ -125,7 +125,10 @@ def test_evaluation_with_either_statistics(checkpoint, tmp_path):
 
 def test_bad_input(tmp_path):
     for args, words in (
-        (["--images-per-batch", "0"], "--images-per-batch: 0 is not accepted; use 1 or more"),
+        (
+            ["--config-file", RCNN_BASE, "--images-per-batch", "0"],
+            "--images-per-batch: 0 is not accepted; use 1 or more",
+        ),
         (["--config-file", RCNN_BASE], "MODEL.WEIGHTS: '' is not accepted"),
         (
             ["--config-file", BASE, "MODEL.WEIGHTS", __file__, "DATASETS.TEST", "()"],

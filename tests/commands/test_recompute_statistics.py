@@ -102,13 +102,14 @@ def test_training_images(project, capsys):
     assert "With the statistics before" in shown and "With the statistics after" in shown
 
 
-def test_per_level(project):
+def test_per_level(project, capsys):
     """A checkpoint with shared statistics, per level: the scheme that will use them."""
     shared = ["MODEL.RETINANET.BN.STATISTICS", "shared", "MODEL.RETINANET.BN.POPULATION", "shared"]
     project.checkpoint(*shared)
     output = project.folder / "new.pth"
     args = ["--output", str(output), "--num-iters", "3", "--population", "per_domain"]
     project.run(*args, opts=shared)
+    assert "MODEL.RETINANET.BN.POPULATION per_domain from now on" in capsys.readouterr().out
     model = project.build(*shared, "MODEL.RETINANET.BN.POPULATION", "per_domain")
     model.load_state_dict(load(output))
     layers = [m for m in model.modules() if isinstance(m, DomainBatchNorm2d)]

@@ -67,6 +67,8 @@ def test_no_norm_and_no_such_norm():
         make_norm("bn")
     with pytest.raises(InputError, match=r"norm.ghost_size: 0 .* 'GhostBN' takes 1 sample or more"):
         make_norm("GhostBN")
+    with pytest.raises(InputError, match="norm.population: 'shared' is not .* norm.num_levels"):
+        make_norm("SyncBN", population="shared")
 
 
 class Notes(HookBase):
