@@ -18,8 +18,10 @@ import torch
 import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-# Each child is forked from a server that has imported these once.
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "bn_det", "bn_det.tv.trainer"])
+# Each child is forked from a server that has imported these once, so far as they are installed.
+_CONTEXT.set_forkserver_preload(
+    ["torch", "torch.distributed", "bn_det", "bn_det.tv.trainer", "bn_det.d2.train"]
+)
 
 
 def run_ranks(
