@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from yacs.config import CfgNode
 
 from ..layers.renorm import RenormLimits
 from ..training.agc import AdaptiveGradientClipping
-from ..training.hooks import HOOKS, Hook, Hooks, PreciseBN, VirtualBatch
+from ..training.hooks import (
+    AverageStatistics,
+    FreezeBN,
+    Hook,
+    PreciseBN,
+    RenormSchedule,
+    VirtualBatch,
+)
+from ..training.spikes import LossSpikes
 from .parts import PARTS
+
+
+class Hooks(NamedTuple):
+    """A host's classes of our hooks."""
+
+    average: type[AverageStatistics] = AverageStatistics
+    freeze: type[FreezeBN] = FreezeBN
+    renorm: type[RenormSchedule] = RenormSchedule
+    spikes: type[LossSpikes] = LossSpikes
+
+
+HOOKS = Hooks()
 
 
 def precise_bn_of(cfg: CfgNode) -> dict[str, Any]:
@@ -65,7 +85,7 @@ def build_hooks(
         virtual: what SOLVER.VIRTUAL_IMAGES stands for, where it is.
         classes: the host's.
     """
-    solver, ret = cfg.SOLVER, []
+    solver, ret = cfg.SOLVER, [classes.spikes(cfg.OUTPUT_DIR)]
     if any(cfg.MODEL[part].NORM == "BRN" for part in PARTS):
         node = solver.BRN
         limits = RenormLimits(node.R_MAX, node.D_MAX)

@@ -14,6 +14,7 @@ from .fcos import BNFCOS, BNFCOSHead
 from .hooks import (
     AverageStatistics,
     FreezeBN,
+    LossSpikes,
     PreciseBN,
     RenormSchedule,
     VirtualBatch,
@@ -38,6 +39,7 @@ __all__ = [
     "BNRetinaNet",
     "BNRetinaNetHead",
     "FreezeBN",
+    "LossSpikes",
     "PreciseBN",
     "RenormSchedule",
     "VirtualBatch",

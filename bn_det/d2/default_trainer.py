@@ -40,8 +40,10 @@ class BNHooks:
         self.cfg = cfg.clone()
         self.cfg.defrost()
         self.cfg.TEST.PRECISE_BN.ENABLED = False
-        ret = super().build_hooks()
-        self.cfg = cfg
+        try:
+            ret = super().build_hooks()
+        finally:
+            self.cfg = cfg
         ends = (k for k, h in enumerate(ret) if isinstance(h, (EvalHook, PeriodicCheckpointer)))
         first = next(ends, len(ret))
         precise = virtual = None

@@ -13,10 +13,10 @@ from detectron2.engine import AMPTrainer, HookBase
 from detectron2.utils.events import EventStorage, get_event_storage, has_event_storage
 from torch import nn
 
-from ..config.training import precise_bn_of, with_precise_bn_batches, with_virtual_batches
+from ..config.training import Hooks, precise_bn_of, with_precise_bn_batches, with_virtual_batches
 from ..population.passes import surround_passes
 from ..population.snapshot import same_random_state
-from ..training import hooks
+from ..training import hooks, spikes
 
 
 class AverageStatistics(hooks.AverageStatistics, HookBase):
@@ -58,7 +58,16 @@ class RenormSchedule(hooks.RenormSchedule, HookBase):
     """See :class:`bn_det.training.RenormSchedule`."""
 
 
-HOOKS = hooks.Hooks(AverageStatistics, FreezeBN, RenormSchedule)
+class LossSpikes(spikes.LossSpikes, HookBase):
+    """See :class:`bn_det.training.LossSpikes`."""
+
+    def loss(self) -> float | None:
+        # Rank 0 has it, where metrics are gathered in this iteration.
+        value, iteration = self.trainer.storage.latest().get("total_loss", (None, None))
+        return value if iteration == self.trainer.iter else None
+
+
+HOOKS = Hooks(AverageStatistics, FreezeBN, RenormSchedule, LossSpikes)
 
 
 Load = Callable[[CfgNode], Iterable[Any]]

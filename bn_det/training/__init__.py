@@ -3,6 +3,7 @@
 from .accumulate import GradientAccumulation, accumulate
 from .agc import AdaptiveGradientClipping
 from .hooks import AverageStatistics, FreezeBN, Hook, PreciseBN, RenormSchedule, VirtualBatch
+from .spikes import LossSpikes
 from .virtual_batch import virtual_batch
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "FreezeBN",
     "GradientAccumulation",
     "Hook",
+    "LossSpikes",
     "PreciseBN",
     "RenormSchedule",
     "VirtualBatch",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -267,17 +267,6 @@ class RenormSchedule(Hook):
     def _progress(self, end: int) -> float:
         done = self.trainer.iter - self.warmup_iters
         return min(max(done / max(end - self.warmup_iters, 1), 0.0), 1.0)
-
-
-class Hooks(NamedTuple):
-    """A host's classes of these hooks."""
-
-    average: type[AverageStatistics] = AverageStatistics
-    freeze: type[FreezeBN] = FreezeBN
-    renorm: type[RenormSchedule] = RenormSchedule
-
-
-HOOKS = Hooks()
 
 
 def _batch_norms(model: nn.Module) -> list[nn.Module]:

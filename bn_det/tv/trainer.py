@@ -65,6 +65,8 @@ class Trainer:
         model: without DistributedDataParallel around it.
         iter: the iteration that is done or was done last, from 0; after the training ``max_iter``.
         max_iter: the number of iterations.
+        total_loss: of the last step, the mean of all ranks; None before it, and on other ranks
+            than 0.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -82,6 +84,7 @@ class Trainer:
         self.optimizer = build_optimizer(cfg, self.model)
         self.scheduler = build_lr_scheduler(cfg, self.optimizer)
         self.iter, self.max_iter = -1, cfg.SOLVER.MAX_ITER
+        self.total_loss: float | None = None
         self.checkpointer = Checkpointer(
             self.model, cfg.OUTPUT_DIR, save_to_disk=self.rank == 0, trainer=self
         )
@@ -183,6 +186,7 @@ class Trainer:
                 lr = self.optimizer.param_groups[0]["lr"]
                 losses = self.run_step(of_step)
                 if self._writer:
+                    self.total_loss = losses["total_loss"]
                     self._writer.step(self.iter, lr, data_time, losses)
                 self._call_hooks("after_step")
                 saver.step(self.iter)

@@ -10,7 +10,14 @@ from detectron2.config import LazyCall as L
 from detectron2.data import build_detection_train_loader
 from detectron2.solver.build import get_default_optimizer_params
 
-from bn_det.d2 import AverageStatistics, FreezeBN, PreciseBN, RenormSchedule, VirtualBatch
+from bn_det.d2 import (
+    AverageStatistics,
+    FreezeBN,
+    LossSpikes,
+    PreciseBN,
+    RenormSchedule,
+    VirtualBatch,
+)
 from bn_det.d2.lazy import build_optimizer
 from bn_det.layers.renorm import RenormLimits
 
@@ -41,8 +48,9 @@ optimizer = L(build_optimizer)(
     agc=None,  # or dict(clip_factor=0.01, eps=0.001)
     accumulate=1,
     # What runs of the following, in this order.
-    hooks=["average"],
+    hooks=["loss_spikes", "average"],
     hook_nodes=dict(
+        loss_spikes=L(LossSpikes)(output_dir="${train.output_dir}"),
         renorm=L(RenormSchedule)(
             limits=L(RenormLimits)(r_max=3.0, d_max=5.0),
             warmup_iters=5000,

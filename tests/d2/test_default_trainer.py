@@ -112,6 +112,7 @@ def test_what_fvcore_gets_wrong_is_refused(where, make_cfg, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+OURS = ["LossSpikes", "PreciseBN", "AverageStatistics"]
 OURS_OR_SAVES = (Hook, PeriodicCheckpointer)
 
 
@@ -121,7 +122,7 @@ def test_other_uses_of_the_config(make_cfg):
     DefaultPredictor(cfg)
     for trainer in (Mixed(cfg), Trainer(cfg)):
         kinds = [type(hook).__name__ for hook in trainer._hooks if isinstance(hook, OURS_OR_SAVES)]
-        assert kinds == ["PreciseBN", "AverageStatistics", "PeriodicCheckpointer"]
+        assert kinds == [*OURS, "PeriodicCheckpointer"]
         assert trainer.cfg.TEST.PRECISE_BN.ENABLED
     cfg.TEST.PRECISE_BN.ENABLED = False
     Stock(cfg)
@@ -138,7 +139,7 @@ def test_a_project_without_evaluation(make_cfg):
         pass
 
     kinds = [type(hook).__name__ for hook in MixedShort(make_cfg())._hooks]
-    assert kinds == ["IterationTimer", "LRScheduler", "PreciseBN", "AverageStatistics"]
+    assert kinds == ["IterationTimer", "LRScheduler", *OURS]
 
 
 def test_hooks_that_nothing_would_call():
@@ -262,3 +263,18 @@ def test_with_our_hooks(make_cfg):
         assert torch.equal(statistics_of_mixed[name], value), name
     assert sorted(LOADED) == [2, 3, 4]
     assert isinstance(mixed.model.backbone.bottom_up.stem.conv1.norm, BatchNorm2d)
+
+
+def test_the_config_is_as_it_was_where_a_projects_hooks_fail(make_cfg):
+    class Broken(Stock):
+        def build_hooks(self):
+            raise KeyError("of the project")
+
+    class MixedBroken(BNHooks, Broken):
+        pass
+
+    trainer = MixedBroken.__new__(MixedBroken)
+    trainer.cfg = cfg = make_cfg()
+    with pytest.raises(KeyError, match="of the project"):
+        trainer.build_hooks()
+    assert trainer.cfg is cfg
