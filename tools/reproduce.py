@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 
 from bn_det.commands.cli import add_host_argument, run
-from bn_det.reproduce.main import reproduce, times
+from bn_det.reproduce.main import DEFAULT_SEEDS, reproduce, times
 from bn_det.reproduce.registry import EXPERIMENTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,7 +39,11 @@ def argument_parser() -> argparse.ArgumentParser:
         help="COCO as published, or the small twins on generated data (default)",
     )
     parser.add_argument(
-        "--seeds", type=int, default=1, metavar="N", help="run with SEED 1 to N; 1 by default"
+        "--seeds",
+        type=int,
+        default=DEFAULT_SEEDS,
+        metavar="N",
+        help=f"run with SEED 1 to N; {DEFAULT_SEEDS} by default; 1 is for a look, and no verdict",
     )
     parser.add_argument(
         "--num-gpus",

@@ -28,6 +28,7 @@ class Claim(NamedTuple):
         unit: of the metric.
         at_most: the claim says instead that the metric is no larger than ``smallest``.
         shapes_only: the experiment on COCO does not test it.
+        with_spikes: it is about how much a training bears, so that those with loss spikes count.
     """
 
     name: str
@@ -39,17 +40,20 @@ class Claim(NamedTuple):
     unit: str
     at_most: bool = False
     shapes_only: bool = False
+    with_spikes: bool = False
 
 
 class Verdict(NamedTuple):
     """What came out of a claim.
 
     Attributes:
-        effects: of each seed.
+        effects: of each seed that counts.
         mean: their mean.
         low, high: its 95 % confidence interval (Student's t over seeds, which are paired: each
             effect is of runs with one seed); None with one seed.
-        word: "seen", "not seen" or "opposite"; "" if nothing has been measured.
+        word: "seen", "not seen" or "opposite"; "hint" with one seed, which tells of no seed but
+            itself; "" if nothing that counts has been measured.
+        left_out: seeds that do not count.
     """
 
     effects: tuple[float, ...]
@@ -57,18 +61,21 @@ class Verdict(NamedTuple):
     low: float | None
     high: float | None
     word: str
+    left_out: tuple[int, ...] = ()
 
 
 def judge(claim: Claim, effects: Sequence[float]) -> Verdict:
-    """The verdict on a claim.
+    """The verdict on a claim, by the effects of the seeds that count.
 
     With several seeds a claim is seen if the mean effect is at least the smallest that counts and
     the interval is above zero, opposite if that holds of the effect's negative, and else not seen.
     One that says "at most" is seen if the whole interval is at most that, opposite if all of it is
-    above. With one seed there is no interval, and the effect alone decides.
+    above. With one seed there is no interval, and no verdict.
     """
     if not effects:
         return Verdict((), math.nan, None, None, "")
+    if len(effects) == 1:
+        return Verdict(tuple(effects), effects[0], None, None, "hint")
     centre, low, high = _interval(effects)
     if claim.at_most:
         seen, opposite = high <= claim.smallest, low > claim.smallest
@@ -76,18 +83,14 @@ def judge(claim: Claim, effects: Sequence[float]) -> Verdict:
         seen = centre >= claim.smallest and low > 0
         opposite = centre <= -claim.smallest and high < 0
     word = "seen" if seen else "opposite" if opposite else "not seen"
-    single = len(effects) == 1
-    ends = (None, None) if single else (low, high)
-    return Verdict(tuple(effects), centre, *ends, word)
+    return Verdict(tuple(effects), centre, low, high, word)
 
 
 def _interval(effects: Sequence[float]) -> tuple[float, float, float]:
-    """Mean, and the ends of its 95 % confidence interval; with one seed the mean alone."""
+    """Mean, and the ends of its 95 % confidence interval."""
     from scipy.stats import t  # not for a command's help: it takes a second to import
 
     centre, number = mean(effects), len(effects)
-    if number == 1:
-        return centre, centre, centre
     # Not t.interval, which is NaN where all effects are the same.
     half = float(t.ppf(0.975, number - 1)) * stdev(effects) / math.sqrt(number)
     return centre, centre - half, centre + half
@@ -322,6 +325,7 @@ CLAIMS = (
         "clipping - with the default factor 0.01, relative to the loss without at the usual batch",
         0.05,
         "relative loss",
+        with_spikes=True,
     ),
     Claim(
         "AGC, clip factor",
@@ -332,6 +336,7 @@ CLAIMS = (
         "batch - the same at four times the batch",
         1.0,
         "powers of two",
+        with_spikes=True,
     ),
 )
 

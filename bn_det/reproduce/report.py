@@ -18,6 +18,7 @@ from tabulate import tabulate
 
 from ..errors import InputError
 from ..files import finite, write_aside, write_json, write_text
+from ..training.spikes import FACTOR, spike_text
 from .claims import Claim, Verdict, claims_of, judge
 from .published import NUM_GPUS, what_changes
 from .registry import EXPERIMENTS
@@ -37,6 +38,7 @@ class Report(NamedTuple):
         ledger: the claims that were tested, with their verdicts.
         steps: all of them, in their order.
         failures: what went wrong.
+        spikes: what is noted of the losses of each training, by its name.
     """
 
     title: str
@@ -45,6 +47,7 @@ class Report(NamedTuple):
     ledger: list[tuple[Claim, Verdict]]
     steps: Sequence[Step]
     failures: Sequence[Failure]
+    spikes: dict[str, dict[str, Any]]
 
 
 def make_report(
@@ -56,12 +59,30 @@ def make_report(
 ) -> Report:
     """Of the experiments that are named, as far as their steps have been done."""
     shows = {name: EXPERIMENTS[name].show(results) for name in names}
-    ledger = []
-    for claim in claims_of(names, results.setting.data):
-        effect = EXPERIMENTS[claim.experiment].EFFECTS[claim.name]
-        effects = [e for e in results.over_seeds(effect) if e is not None]
-        ledger.append((claim, judge(claim, effects)))
-    return Report(title, results, shows, ledger, steps, failures)
+    ledger = [
+        (claim, verdict_of(claim, results)) for claim in claims_of(names, results.setting.data)
+    ]
+    spikes = {s.name: results.spikes(s.name) for s in steps if s.is_training}
+    known = {name: noted for name, noted in spikes.items() if noted.get("largest")}
+    return Report(title, results, shows, ledger, steps, failures, known)
+
+
+def verdict_of(claim: Claim, results: Results) -> Verdict:
+    """By the seeds that count: those in which no training that the effect is of had a loss spike.
+
+    Unless the claim is about how much a training bears.
+    """
+    effect = EXPERIMENTS[claim.experiment].EFFECTS[claim.name]
+    effects, left_out = [], []
+    for seed, value in zip(results.seeds, results.over_seeds(effect), strict=True):
+        if value is None:
+            continue
+        trainings = results.trainings_of(effect, seed)
+        if not claim.with_spikes and any(results.spikes(name).get("spikes") for name in trainings):
+            left_out.append(seed)
+        else:
+            effects.append(value)
+    return judge(claim, effects)._replace(left_out=tuple(left_out))
 
 
 def write_report(report: Report, folder: Path) -> None:
@@ -116,14 +137,38 @@ def ledger_markdown(ledger: Sequence[tuple[Claim, Verdict]]) -> str:
 
 
 def effect_text(verdict: Verdict) -> str:
-    """The mean effect, its interval, and the number of seeds."""
+    """The mean effect, its interval, the number of seeds, and those that are left out."""
+    left_out = ", ".join(map(str, verdict.left_out))
+    left_out = f"; loss spikes in seed {left_out}" if left_out else ""
     if not verdict.effects:
-        return "not measured"
+        return f"not measured{left_out}"
     digits = 3 if abs(verdict.mean) < 1 else 2
     text = f"{verdict.mean:+.{digits}f}"
     if verdict.low is None:
-        return f"{text} (one seed)"
-    return f"{text} [{verdict.low:.{digits}f}, {verdict.high:.{digits}f}] ({len(verdict.effects)})"
+        return f"{text} (one seed{left_out})"
+    ends = f"[{verdict.low:.{digits}f}, {verdict.high:.{digits}f}]"
+    return f"{text} {ends} ({len(verdict.effects)}{left_out})"
+
+
+def spikes_text(report: Report) -> list[str]:
+    """Lines on the loss spikes of all trainings."""
+    if not report.spikes:
+        return []
+    lines = [
+        f"{name}: {spike_text(spike)}"
+        for name, noted in report.spikes.items()
+        for spike in noted["spikes"]
+    ]
+    name, most = max(
+        ((name, noted["largest"]) for name, noted in report.spikes.items()),
+        key=lambda of: of[1]["ratio"],
+    )
+    end = (
+        f"the largest loss over its running median: {most['ratio']:.2f}, {name} at iteration "
+        f"{most['iteration']}; {FACTOR:g} is a spike"
+    )
+    count = sum(bool(noted["spikes"]) for noted in report.spikes.values())
+    return [f"Loss spikes in {count} of {len(report.spikes)} trainings; {end}", *lines]
 
 
 def _wanted(claim: Claim) -> str:
@@ -153,6 +198,7 @@ def _as_dict(report: Report) -> dict[str, Any]:
             for step in report.steps
             if step.name in outcomes
         },
+        "loss_spikes": report.spikes,
         "failed": {failure.step.name: failure.reason for failure in report.failures},
     }
 
@@ -184,7 +230,7 @@ body { font: 15px/1.5 sans-serif; max-width: 75em; margin: 2em auto; padding: 0 
 table { border-collapse: collapse; margin: 1em 0 }
 th, td { border: 1px solid #ccc; padding: .25em .6em; text-align: left; vertical-align: top }
 th { background: #f2f2f2 } td.number { text-align: right; white-space: nowrap }
-td.seen { background: #dff0d8 } td.opposite { background: #f2dede }
+td.seen { background: #dff0d8 } td.opposite { background: #f2dede } td.hint { color: #888 }
 img { max-width: 100% } code, pre { font-size: 12px; white-space: pre-wrap } .note { color: #555 }
 .warning { background: #fcf8e3; padding: .5em 1em }
 """
@@ -204,8 +250,11 @@ def _page(report: Report, folder: Path) -> str:
         *_warnings(report),
         "<h2>The ledger of claims</h2>",
         "<p>The claims, their metrics and the smallest effects that count were fixed before the "
-        "first run (docs/claims.md).</p>",
+        "first run (docs/claims.md). One seed is a hint, and no verdict. A seed in which a "
+        "training had a loss spike does not count, but for claims on how much a training bears."
+        "</p>",
         _ledger_html(report.ledger),
+        *_spikes_html(report),
     ]
     for name, show in report.shows.items():
         parts.append(f"<h2>{name}</h2><p>{_rich(_about(EXPERIMENTS[name]))}</p>")
@@ -236,6 +285,12 @@ def _warnings(report: Report) -> list[str]:
         f"Failed: <code>{escape(f.step.name)}</code>: {escape(f.reason)}" for f in report.failures
     ]
     return [f"<p class='warning'>{text}</p>" for text in found]
+
+
+def _spikes_html(report: Report) -> list[str]:
+    first, *spikes = spikes_text(report) or [""]
+    style = "warning" if spikes else "note"
+    return [f"<p class='{style}'>{escape(text)}</p>" for text in (first, *spikes) if text]
 
 
 def _ledger_html(ledger: Sequence[tuple[Claim, Verdict]]) -> str:

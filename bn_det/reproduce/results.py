@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
 from ..commands.results import read_metrics
+from ..training.spikes import read_spikes
 from .runner import Outcome
-from .steps import Setting, Step, Training
+from .steps import Setting, Step, Training, training_of
 
 Values = Sequence[float | None]
 """One for each seed; None where there is none."""
@@ -33,9 +34,11 @@ class Results:
         self, setting: Setting, outcomes: Mapping[str, Outcome], seeds: Sequence[int]
     ) -> None:
         self.setting, self.outcomes, self.seeds = setting, outcomes, seeds
+        self._trainings: set[str] = set()
 
     def json(self, step: Step, file: str) -> Any:
         """The content of a step's file; None if the step has not been done."""
+        self._trainings.add(training_of(step.name))
         if step.name not in self.outcomes:
             return None
         return json.loads((self.setting.runs / step.name / file).read_text())
@@ -56,6 +59,7 @@ class Results:
 
     def metrics(self, training: Training) -> list[dict[str, float]]:
         """The lines of a training's metrics.json, also of one that has diverged, in their order."""
+        self._trainings.add(training.name)
         if training.name not in self.outcomes:
             return []
         folder = self.setting.runs / training.name
@@ -75,6 +79,16 @@ class Results:
     def over_seeds(self, value: Callable[..., float | None], *args: Any) -> list[float | None]:
         """``value(results, seed, *args)`` for each seed."""
         return [value(self, seed, *args) for seed in self.seeds]
+
+    def trainings_of(self, value: Callable[..., Any], seed: int) -> set[str]:
+        """The names of the trainings whose results ``value(results, seed)`` reads."""
+        self._trainings.clear()
+        value(self, seed)
+        return set(self._trainings)
+
+    def spikes(self, name: str) -> dict[str, Any]:
+        """What :class:`bn_det.training.LossSpikes` has noted of a training; {} if there is none."""
+        return read_spikes(self.setting.runs / name) or {}
 
 
 def difference(a: float | None, b: float | None) -> float | None:

@@ -9,16 +9,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from ..config.yaml_file import load_yaml
 from ..errors import InputError
 from ..files import write_json
+from ..training.spikes import read_spikes, spike_text
 from .steps import Step, shown
 
 LOG = "reproduce.log"
+BEGUN = "command.json"
 DONE = "done.json"
 
 _DIVERGED = re.compile(
@@ -49,13 +52,13 @@ def outcome_of(step: Step, runs: Path) -> Outcome | None:
     """What is noted of a step that has been done; None if it has not.
 
     Raises:
-        InputError: another command has been done in its folder.
+        InputError: another command, or one with another config, has been done in its folder.
     """
     path = runs / step.name / DONE
     if not path.is_file():
         return None
     noted = json.loads(path.read_text())
-    _check_command(step, noted["command"], path.parent)
+    _check_same(step, noted, path.parent)
     return Outcome(noted["seconds"], noted["diverged_at"])
 
 
@@ -126,14 +129,14 @@ class Runner:
     def _start(self, step: Step) -> subprocess.Popen:
         folder = self.runs / step.name
         folder.mkdir(parents=True, exist_ok=True)
-        begun = folder / "command.json"
+        begun = folder / BEGUN
         resume = ()
         if step.is_training and begun.is_file() and (folder / "last_checkpoint").is_file():
-            _check_command(step, json.loads(begun.read_text()), folder)
+            _check_same(step, json.loads(begun.read_text()), folder)
             resume = ("--resume",)
         else:  # lines are appended to it
             (folder / "metrics.json").unlink(missing_ok=True)
-        write_json(begun, step.command)
+        write_json(begun, settings_of(step))
         print(f"{'resumes' if resume else 'starts'} {step.name}", flush=True)
         environment = dict(os.environ)
         share = max(1, len(os.sched_getaffinity(0)) // max(1, self.jobs // step.processes))
@@ -160,10 +163,14 @@ class Runner:
             print(f"FAILED {step.name}: {reason}", flush=True)
             return
         outcome = Outcome(round(seconds, 1), int(diverged[1]) if diverged else None)
-        write_json(folder / DONE, {"command": step.command, **outcome._asdict()})
+        # As it was when the step began: the file may have changed since.
+        begun = json.loads((folder / BEGUN).read_text())
+        write_json(folder / DONE, {**begun, **outcome._asdict()})
         self.outcomes[step.name] = outcome
         self.done_seconds += step.seconds
         how = f"diverged at iteration {diverged[1]}" if diverged else "done"
+        for spike in (read_spikes(folder) or {}).get("spikes", []) if step.is_training else []:
+            print(f"LOSS SPIKE in {step.name}: {spike_text(spike)}", flush=True)
         took = timedelta(seconds=round(seconds))
         print(
             f"[{len(self.outcomes)}/{len(self.steps)}] {how} {step.name} in {took}; {self._left()}",
@@ -186,12 +193,44 @@ class Runner:
                 print(f"  {name}: {' '.join(lines[-1].split('  ')[0:3])}", flush=True)
 
 
-def _check_command(step: Step, found: Sequence[str], folder: Path) -> None:
-    if tuple(found) != step.command:
+def settings_of(step: Step) -> dict[str, Any]:
+    """What a step is: its command, and what its config file says with its bases, by key."""
+    config: dict[str, Any] = {}
+    if "--config-file" in step.command:
+        file = step.command[step.command.index("--config-file") + 1]
+        config = dict(sorted(_flat(load_yaml(file))))
+    return {"command": list(step.command), "config": json.loads(json.dumps(config))}
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _check_same(step: Step, found: Any, folder: Path) -> None:
+    """Raise InputError unless what is noted in the step's folder is the step as it is now."""
+    now = settings_of(step)
+    if not isinstance(found, Mapping) or not now.keys() <= found.keys():
         raise InputError(
-            f"--runs: {folder} has another command: {shown(found)}, and not {shown(step.command)}; "
-            "use another folder (or, if only paths differ, the same working directory)"
+            f"--runs: {folder} does not say with which settings it was run, as it was made before "
+            "they were noted; use another folder"
         )
+    if found["command"] != now["command"]:
+        raise InputError(
+            f"--runs: {folder} has another command: {shown(found['command'])}, and not "
+            f"{shown(step.command)}; use another folder (or, if only paths differ, the same "
+            "working directory)"
+        )
+    for key in sorted(now["config"].keys() | found["config"].keys()):
+        before, after = (of["config"].get(key, "not there") for of in (found, now))
+        if before != after:
+            raise InputError(
+                f"--runs: {folder} was run with other settings: {key} was {before!r} in its "
+                f"config, and is {after!r}; use another folder"
+            )
 
 
 def _last_line(path: Path) -> str:

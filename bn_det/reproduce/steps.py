@@ -41,6 +41,11 @@ class Step(NamedTuple):
         return self.command[0].endswith("train_net.py") and "--eval-only" not in self.command
 
 
+def training_of(name: str) -> str:
+    """The name of the training that a step is, or is a measurement of."""
+    return "/".join(name.split("/")[:2])
+
+
 class Setting(NamedTuple):
     """What all steps of a report have in common.
 

@@ -28,9 +28,16 @@ from bn_det.reproduce.experiments import (
 from bn_det.reproduce.main import plan
 from bn_det.reproduce.published import scaled, scaled_iterations, what_changes
 from bn_det.reproduce.registry import EXPERIMENTS, SHAPES_ONLY
-from bn_det.reproduce.report import cell, make_report, write_report
+from bn_det.reproduce.report import (
+    cell,
+    effect_text,
+    make_report,
+    spikes_text,
+    verdict_of,
+    write_report,
+)
 from bn_det.reproduce.results import Picture, Results, Table, average
-from bn_det.reproduce.runner import Outcome, Runner
+from bn_det.reproduce.runner import Outcome, Runner, settings_of
 from bn_det.reproduce.steps import Setting, Step
 from here import run_here
 from waiting import wait_for
@@ -51,9 +58,8 @@ def claim(smallest=1.0, at_most=False):
     "effects, word",
     [
         ([], ""),
-        ([1.2], "seen"),
-        ([0.9], "not seen"),
-        ([-1.2], "opposite"),
+        ([1.2], "hint"),
+        ([-1.2], "hint"),
         ([1.5, 1.6, 1.7], "seen"),
         ([0.2, 3.0, 1.9], "not seen"),  # the interval holds zero
         ([0.5, 0.6, 0.7], "not seen"),  # too small
@@ -67,7 +73,7 @@ def test_verdict(effects, word):
 
 @pytest.mark.parametrize(
     "effects, word",
-    [([0.9], "seen"), ([1.1], "opposite"), ([0.1, 0.2, 0.3], "seen"), ([0.1, 0.9, 0.5], "not seen"),
+    [([0.9], "hint"), ([1.1], "hint"), ([0.1, 0.2, 0.3], "seen"), ([0.1, 0.9, 0.5], "not seen"),
      ([3.0, 3.1, 3.2], "opposite"), ([-3.0, -3.1, -3.2], "seen")],
 )  # fmt: skip
 def test_verdict_of_at_most(effects, word):
@@ -318,6 +324,27 @@ def test_an_interrupted_training_is_resumed(tmp_path):
     assert (runs / "a" / "metrics.json").exists(), "lines are appended to it"
     with pytest.raises(InputError, match="has another command"):
         Runner([other], runs, jobs=1)
+
+
+def test_runs_of_other_settings_are_not_mixed_in(tmp_path):
+    """What a config file, or a base of it, said when a step was run."""
+    base, config, tool = tmp_path / "base.yaml", tmp_path / "config.yaml", script(tmp_path, "")
+    base.write_text("SOLVER: {BASE_LR: 0.02}\n")
+    config.write_text("_BASE_: base.yaml\nSOLVER: {MAX_ITER: 9}\n")
+    step, runs = Step("a", (tool, "--config-file", str(config)), 1), tmp_path / "runs"
+    assert Runner([step], runs, jobs=1).run() == []
+    config.write_text("_BASE_: base.yaml\nSOLVER:\n  MAX_ITER: 9  # the same\n")
+    assert Runner([step], runs, jobs=1).pending() == []
+    base.write_text("SOLVER: {BASE_LR: 0.01}\n")
+    with pytest.raises(InputError, match=r"SOLVER.BASE_LR was 0.02 in its config, and is 0.01"):
+        Runner([step], runs, jobs=1)
+    base.write_text("SOLVER: {BASE_LR: 0.02}\nSEED: 3\n")
+    with pytest.raises(InputError, match=r"SEED was 'not there' in its config, and is 3"):
+        Runner([step], runs, jobs=1)
+    done = runs / "a" / "done.json"
+    done.write_text(json.dumps({"command": step.command, "seconds": 1.0, "diverged_at": None}))
+    with pytest.raises(InputError, match="does not say with which settings it was run"):
+        Runner([step], runs, jobs=1)
 
 
 def test_an_interruption_ends_what_runs(tmp_path):
@@ -592,21 +619,58 @@ def test_report(results, tmp_path):
         assert (tmp_path / "report" / f"{picture.name}.png").stat().st_size > 5000
 
 
+def note_spikes(results, name, spikes=(), ratio=1.5):
+    most = {"iteration": 59, "loss": ratio, "median": 1.0, "ratio": ratio}
+    noted = {"largest": most, "spikes": [{**most, "layers": {"head": 13.0}} for _ in spikes]}
+    (results.setting.runs / name / "loss_spikes.json").write_text(json.dumps(noted))
+
+
+def test_seeds_with_loss_spikes_do_not_count(results, tmp_path):
+    """For claims whose effects are of that training, unless they are on what a training bears."""
+    before = {c.name: verdict_of(c, results) for c in CLAIMS}
+    leapt = multi_domain.training(results.setting, 2, "shared", "shared")
+    note_spikes(results, leapt.name, [1], ratio=4.5)
+    for step in normalizer_free.plan(results.setting, 1):
+        note_spikes(results, step.name, [1])
+    note_spikes(results, multi_domain.training(results.setting, 1, "shared", "shared").name)
+    for c in CLAIMS:
+        verdict = verdict_of(c, results)
+        if c.name == "consistent, shared affine":
+            first, _, third = before[c.name].effects
+            assert verdict.effects == (first, third) and verdict.left_out == (2,)
+            assert effect_text(verdict).endswith("(2; loss spikes in seed 2)")
+        else:
+            assert verdict == before[c.name], c.name
+    report = make_report("all", NAMES, results, plan(NAMES, results.setting, results.seeds), [])
+    first, *lines = spikes_text(report)
+    assert first.startswith("Loss spikes in 9 of 10 trainings; ") and len(lines) == 9
+    assert f"median: 4.50, {leapt.name} at iteration 59" in first
+    write_report(report, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert f"<p class='warning'>{lines[0]}" in page and "head 13 times" in page
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["loss_spikes"][leapt.name]["largest"]["ratio"] == 4.5
+
+
 def test_the_command_reports_what_has_been_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     setting = Setting("shapes", "torchvision", tmp_path / "runs", ROOT)
     steps = plan(["domain-shift"], setting, [1])
     write_results(setting, steps, random.Random(5))
     for step in steps:
-        noted = {"command": step.command, "seconds": 60.0, "diverged_at": None}
+        noted = {**settings_of(step), "seconds": 60.0, "diverged_at": None}
         (setting.runs / step.name / "done.json").write_text(json.dumps(noted))
-    args = ("domain-shift", "--host", "torchvision", "--runs", setting.runs, "--output", "report")
+    args = ["domain-shift", "--host", "torchvision", "--runs", setting.runs, "--output", "report"]
+    args += ["--seeds", 1]
     assert "0 of 4 steps are to be run" in run_here("tools/reproduce.py", *args, "--dry-run").stdout
     done = run_here("tools/reproduce.py", *args)
     assert done.returncode == 0, done.stderr
     content = json.loads(Path("report", "results.json").read_text())
     assert [c["name"] for c in content["claims"]] == ["AdaBN"] and not content["failed"]
     assert Path("report", "domain_shift.png").is_file()
+    assert (
+        "| hint" in done.stdout and "td class='hint'" in Path("report", "report.html").read_text()
+    )
 
 
 def test_a_report_with_nothing_done_says_so(setting, tmp_path):
