@@ -17,7 +17,7 @@ from waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 QUICK = ("SOLVER.MAX_ITER", "2", "SOLVER.WARMUP_ITERS", "0", "TEST.PRECISE_BN.NUM_ITER", "1")
-HOST = ("--host", "torchvision")
+HOST = ("--host", "torchvision", "--seeds", "1")
 LONG = ("domain-shift", *HOST, "SOLVER.MAX_ITER", "100000", "SOLVER.IMS_PER_BATCH", "2")
 
 
@@ -182,6 +182,24 @@ def test_bad_input(tiny, tmp_path, args, words):
     (tmp_path / "file").touch()
     done = run_in(tiny, tmp_path, *HOST, *args)
     assert done.returncode == 1 and words in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+def test_benchmark_of_loss_spikes(tiny, tmp_path, monkeypatch):
+    """A training that is slow, and one that diverges; what has been run is not run again."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tiny))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which the command sets, too
+    small = ("INPUT.MIN_SIZE_TRAIN", "(32,)", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "55")
+    args = ("domain-shift", "--seeds", "1", "--json", "--rates", "0.001", "1e30", "--opts", *small)
+    for _ in range(2):
+        done = run_here("benchmarks/loss_spikes.py", *args)
+        assert done.returncode == 0, done.stderr
+        slow, diverged = json.loads(done.stdout)
+        assert (slow["rate"], slow["threads"]) == (0.001, 1)
+        assert slow["by_seed"]["1"] > 0 and diverged["by_seed"]["1"] is None
+    assert "starts train/" not in done.stderr
+    assert not list(Path("output").rglob("*.pth")), "losses alone"
 
 
 def test_coco_is_looked_for_in_its_folder(tmp_path):

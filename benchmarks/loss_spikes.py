@@ -1,0 +1,140 @@
+#!/usr/bin/env python
+"""How far the trainings of the experiments on shapes are from a loss spike.
+
+The trainings of the experiments that are named are run on each host, with each seed and number of
+threads (rounding decides where it is close), without evaluation. The table has the largest loss
+over its running median of each (``bn_det.training.LossSpikes``; inf where it was not finite at
+last). With ``--rates`` it is done at several learning rates: the largest without a spike over that
+of the config is how far away the edge is. What has been run is not run again.
+
+--opts are for every training: for the first 300 iterations at a constant
+rate, SOLVER.MAX_ITER 300 SOLVER.LR_SCHEDULER_NAME WarmupMultiStepLR SOLVER.STEPS "()".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import NamedTuple
+
+from tabulate import tabulate
+
+from bn_det.commands.cli import choose_host, run
+from bn_det.errors import InputError, check_positive
+from bn_det.files import finite
+from bn_det.reproduce.main import plan
+from bn_det.reproduce.registry import EXPERIMENTS
+from bn_det.reproduce.runner import Runner
+from bn_det.reproduce.steps import Setting
+from bn_det.training.spikes import FACTOR, read_spikes
+
+ROOT = Path(__file__).parents[1]
+OPTS = (
+    *("DATASETS.TEST", "()", "TEST.EVAL_PERIOD", "0", "TEST.PRECISE_BN.ENABLED", "False"),
+    *("SOLVER.CHECKPOINT_PERIOD", "1000000"),
+)
+"""Losses alone."""
+
+
+class Ratios(NamedTuple):
+    """Of trainings that differ by the seed alone.
+
+    Attributes:
+        rate: None for that of the config.
+        by_seed: the largest loss over its running median.
+    """
+
+    host: str
+    training: str
+    threads: int
+    rate: float | None
+    by_seed: dict[int, float]
+
+
+def measure(args: argparse.Namespace) -> Iterator[Ratios]:
+    """Of all trainings; each group of them is run when it is asked for."""
+    for host in args.hosts:
+        choose_host(host)  # whether it is there
+        for threads in args.threads:
+            for rate in args.rates or [None]:
+                yield from measure_group(args, host, threads, rate)
+
+
+def measure_group(
+    args: argparse.Namespace, host: str, threads: int, rate: float | None
+) -> list[Ratios]:
+    """Of the trainings of one host, number of threads and rate."""
+    folder = Path(args.runs) / host / f"threads_{threads}-rate_{rate or 'config'}"
+    own = () if rate is None else ("SOLVER.BASE_LR", str(rate))
+    setting = Setting("shapes", host, folder, ROOT, opts=(*args.opts, *own, *OPTS))
+    steps = {
+        (step.name.removesuffix(f"-seed{seed}"), seed): step
+        for seed in range(1, args.seeds + 1)
+        for step in plan(args.experiments, setting, [seed])
+        # Several processes have one thread each in any case.
+        if step.is_training and (step.processes == 1 or threads == 1)
+    }
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    jobs = max(1, len(os.sched_getaffinity(0)) // threads)
+    folder.mkdir(parents=True, exist_ok=True)
+    runner = Runner(list(steps.values()), folder, jobs)
+    for failure in runner.run():
+        raise InputError(f"{folder / failure.step.name} has failed: {failure.reason}")
+    found: dict[str, dict[int, float]] = {}
+    for (name, seed), step in steps.items():
+        (folder / step.name / "model_final.pth").unlink(missing_ok=True)
+        diverged = runner.outcomes[step.name].diverged_at is not None
+        noted = read_spikes(folder / step.name)
+        ratio = math.inf if diverged or noted is None else noted["largest"]["ratio"]
+        found.setdefault(name, {})[seed] = ratio
+    return [Ratios(host, name, threads, rate, of_seeds) for name, of_seeds in found.items()]
+
+
+def table(found: list[Ratios]) -> str:
+    rows = [
+        [
+            *(of.host, of.training.removeprefix("train/"), of.threads, of.rate or "config"),
+            ", ".join(f"{ratio:.2f}" for ratio in of.by_seed.values()),
+            sum(ratio >= FACTOR for ratio in of.by_seed.values()),
+        ]
+        for of in found
+    ]
+    headers = ["host", "training", "threads", "rate", "largest loss / median, by seed", "spikes"]
+    return tabulate(rows, headers, tablefmt="pipe")
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("experiments", nargs="+", choices=EXPERIMENTS, metavar="EXPERIMENT")
+    parser.add_argument(
+        "--hosts", nargs="+", choices=["detectron2", "torchvision"], default=["torchvision"]
+    )
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="SEED 1 to N")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1], metavar="N")
+    parser.add_argument("--rates", type=float, nargs="+", metavar="LR", help="SOLVER.BASE_LR")
+    parser.add_argument("--runs", default="output/loss_spikes", metavar="DIR")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--opts", nargs="*", default=[], metavar="KEY VALUE", help="for every training"
+    )
+    return parser
+
+
+def main() -> None:
+    args = argument_parser().parse_args()
+    check_positive("--seeds", args.seeds)
+    with redirect_stdout(sys.stderr):
+        found = list(measure(args))
+    print(json.dumps([finite(of._asdict()) for of in found]) if args.json else table(found))
+
+
+if __name__ == "__main__":
+    run(main)
