@@ -61,3 +61,18 @@ def tiny_shapes(tmp_path_factory):
         "DATASETS.TEST",
         "('tiny_val',)",
     ]
+
+
+@pytest.fixture(scope="session")
+def tiny_variants(tmp_path_factory):
+    """A folder of data sets that are taken for the generated ones, with few images."""
+    from bn_det.data.shapes import VARIANTS, Split, generate_shapes
+
+    root = tmp_path_factory.mktemp("datasets")
+    for variant in VARIANTS.values():
+        splits = {
+            name: Split(12 if name == "train" else 4, split.seed)
+            for name, split in variant.splits.items()
+        }
+        generate_shapes(root / variant.name, splits, variant)
+    return root

@@ -175,7 +175,8 @@ def test_plot_metrics(tmp_path):
 
 
 @pytest.mark.slow
-def test_population_statistics_benchmark():
+def test_population_statistics_benchmark(tiny_variants, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tiny_variants))
     small = ["--rounds", "1", "--num-iters", "2", "--reference-samples", "16", "--size", "64"]
     done = run_here("benchmarks/population_statistics.py", "--json", *small, "--tolerance", "100")
     assert done.returncode == 0, done.stderr

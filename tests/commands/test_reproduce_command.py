@@ -1,4 +1,4 @@
-"""tools/reproduce.py, on tiny data."""
+"""tools/reproduce.py, on tiny_variants data."""
 
 import contextlib
 import fcntl
@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from bn_det.data.shapes import VARIANTS, Split, generate_shapes
 from here import run_here
 from waiting import wait_for
 
@@ -21,46 +20,33 @@ HOST = ("--host", "torchvision", "--seeds", "1")
 LONG = ("domain-shift", *HOST, "SOLVER.MAX_ITER", "100000", "SOLVER.IMS_PER_BATCH", "2")
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A folder of data sets that are taken for the generated ones."""
-    root = tmp_path_factory.mktemp("datasets")
-    for variant in VARIANTS.values():
-        splits = {
-            name: Split(12 if name == "train" else 4, split.seed)
-            for name, split in variant.splits.items()
-        }
-        generate_shapes(root / variant.name, splits, variant)
-    return root
-
-
-def command(tiny, folder, *args):
+def command(tiny_variants, folder, *args):
     """How it is started, as subprocess takes it."""
     return {
         "args": [sys.executable, str(ROOT / "tools" / "reproduce.py"), *args],
         "text": True,
         "cwd": folder,
-        "env": {**os.environ, "DETECTRON2_DATASETS": str(tiny), "OMP_NUM_THREADS": "1"},
+        "env": {**os.environ, "DETECTRON2_DATASETS": str(tiny_variants), "OMP_NUM_THREADS": "1"},
     }
 
 
-def run(tiny, folder, *args):
-    return subprocess.run(**command(tiny, folder, *args), capture_output=True, timeout=300)
+def run(tiny_variants, folder, *args):
+    return subprocess.run(**command(tiny_variants, folder, *args), capture_output=True, timeout=300)
 
 
-def run_in(tiny, folder, *args):
+def run_in(tiny_variants, folder, *args):
     """The same, in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setenv("DETECTRON2_DATASETS", str(tiny))
+        patch.setenv("DETECTRON2_DATASETS", str(tiny_variants))
         return run_here("tools/reproduce.py", *args)
 
 
 @contextlib.contextmanager
-def begun(tiny, folder, *args):
+def begun(tiny_variants, folder, *args):
     """It runs; in the end nothing does that works in the folder."""
     pipe = subprocess.PIPE
-    process = subprocess.Popen(**command(tiny, folder, *args), stdout=pipe, stderr=pipe)
+    process = subprocess.Popen(**command(tiny_variants, folder, *args), stdout=pipe, stderr=pipe)
     try:
         yield process
     finally:
@@ -79,9 +65,9 @@ def working_in(folder):
 
 
 @pytest.mark.slow
-def test_an_experiment(tiny, tmp_path):
+def test_an_experiment(tiny_variants, tmp_path):
     """The shortest, from nothing to its report; then once more, with nothing to do."""
-    done = run(tiny, tmp_path, "domain-shift", *HOST, *QUICK)
+    done = run(tiny_variants, tmp_path, "domain-shift", *HOST, *QUICK)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "| domain-shift |           1 |              3 |" in done.stdout
     folder = tmp_path / "output" / "reproduce"
@@ -99,25 +85,27 @@ def test_an_experiment(tiny, tmp_path):
 
     runs = folder / "runs-shapes-torchvision"
     before = {p: p.stat().st_mtime_ns for p in runs.rglob("*.pth")}
-    again = run_in(tiny, tmp_path, *QUICK, *HOST, "domain-shift")
+    again = run_in(tiny_variants, tmp_path, *QUICK, *HOST, "domain-shift")
     assert again.returncode == 2, "KEY VALUE pairs come last"
-    again = run_in(tiny, tmp_path, *HOST, "domain-shift", *QUICK)
+    again = run_in(tiny_variants, tmp_path, *HOST, "domain-shift", *QUICK)
     assert again.returncode == 0 and "0 of 4 steps are to be run" in again.stdout
     assert {p: p.stat().st_mtime_ns for p in runs.rglob("*.pth")} == before
 
     # The training is the base of another experiment.
-    other = run_in(tiny, tmp_path, "population", "--dry-run", *HOST, *QUICK)
+    other = run_in(tiny_variants, tmp_path, "population", "--dry-run", *HOST, *QUICK)
     assert "33 of 34 steps are to be run" in other.stdout
     # Its report is not written over this one.
-    other = run_in(tiny, tmp_path, "frozen", *HOST, "--output", str(report), *QUICK)
+    other = run_in(tiny_variants, tmp_path, "frozen", *HOST, "--output", str(report), *QUICK)
     assert other.returncode == 1
     assert "has a report with experiment 'domain-shift', and this is one with 'frozen'" in (
         other.stderr
     )
-    other = run_in(tiny, tmp_path, "domain-shift", *HOST, *QUICK, "SOLVER.BASE_LR", "0.1")
+    other = run_in(tiny_variants, tmp_path, "domain-shift", *HOST, *QUICK, "SOLVER.BASE_LR", "0.1")
     assert other.returncode == 1 and "has a report with opts" in other.stderr
     where = ("--output", "elsewhere")
-    other = run_in(tiny, tmp_path, "domain-shift", *HOST, *where, *QUICK, "SOLVER.BASE_LR", "0.1")
+    other = run_in(
+        tiny_variants, tmp_path, "domain-shift", *HOST, *where, *QUICK, "SOLVER.BASE_LR", "0.1"
+    )
     assert (
         other.returncode == 1 and "--runs: " in other.stderr and "another command" in other.stderr
     )
@@ -125,13 +113,13 @@ def test_an_experiment(tiny, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes by /proc")
-def test_a_termination_ends_what_runs(tiny, tmp_path):
+def test_a_termination_ends_what_runs(tiny_variants, tmp_path):
     logs = tmp_path / "output" / "reproduce" / "runs-shapes-torchvision"
 
     def trains():
         return any("eta" in p.read_text().lower() for p in logs.rglob("reproduce.log"))
 
-    with begun(tiny, tmp_path, *LONG) as process:
+    with begun(tiny_variants, tmp_path, *LONG) as process:
         wait_for(lambda: trains() or process.poll() is not None)
         assert len(working_in(tmp_path)) > 1, "the command and the training"
         process.terminate()
@@ -139,23 +127,23 @@ def test_a_termination_ends_what_runs(tiny, tmp_path):
         assert process.returncode == 1 and not working_in(tmp_path)
 
 
-def test_a_folder_in_which_another_command_is_at_work(tiny, tmp_path):
+def test_a_folder_in_which_another_command_is_at_work(tiny_variants, tmp_path):
     (tmp_path / "runs").mkdir()
     with open(tmp_path / "runs" / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        done = run_in(tiny, tmp_path, *LONG[:3], "--runs", "runs")
+        done = run_in(tiny_variants, tmp_path, *LONG[:3], "--runs", "runs")
     assert done.returncode == 1 and "another command is at work in runs" in done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes by /proc")
-def test_a_kill_leaves_no_second_writer(tiny, tmp_path):
+def test_a_kill_leaves_no_second_writer(tiny_variants, tmp_path):
     """What the killed command had started may go on, and keeps others out of its folder."""
-    with begun(tiny, tmp_path, *LONG) as process:
+    with begun(tiny_variants, tmp_path, *LONG) as process:
         wait_for(lambda: len(working_in(tmp_path)) > 1)
         process.kill()
         process.communicate()
-        again = run(tiny, tmp_path, *LONG)
+        again = run(tiny_variants, tmp_path, *LONG)
         assert working_in(tmp_path) and "another command is at work in" in again.stderr
 
 
@@ -178,17 +166,17 @@ def test_a_kill_leaves_no_second_writer(tiny, tmp_path):
         ),
     ],
 )
-def test_bad_input(tiny, tmp_path, args, words):
+def test_bad_input(tiny_variants, tmp_path, args, words):
     (tmp_path / "file").touch()
-    done = run_in(tiny, tmp_path, *HOST, *args)
+    done = run_in(tiny_variants, tmp_path, *HOST, *args)
     assert done.returncode == 1 and words in done.stderr, done.stderr
 
 
 @pytest.mark.slow
-def test_benchmark_of_loss_spikes(tiny, tmp_path, monkeypatch):
+def test_benchmark_of_loss_spikes(tiny_variants, tmp_path, monkeypatch):
     """A training that is slow, and one that diverges; what has been run is not run again."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tiny))
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tiny_variants))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which the command sets, too
     small = ("INPUT.MIN_SIZE_TRAIN", "(32,)", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "55")
     args = ("domain-shift", "--seeds", "1", "--json", "--rates", "0.001", "1e30", "--opts", *small)
