@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from here import run_here
 from hosts import detectron2, every_host
 from reference import BASE, norm_opts
 from waiting import wait_for
@@ -115,8 +116,10 @@ def test_an_image_that_one_rank_cannot_read(host, opts, tmp_path):
     (tmp_path / "images" / "000003.png").write_bytes(b"no image")
     sets = [[name, annotations, str(tmp_path / "images")], *rest]
     long = ["DATASETS.REGISTER_COCO", repr(sets), "SOLVER.MAX_ITER", "1000000"]
-    ((code, _, error),) = finish(start(host, "--num-gpus", "2", *opts, *long))
-    assert code == 1 and "000003.png" in error
+    args = ("--host", host, "--config-file", BASE, "--num-gpus", "2", *opts, *long)
+    done = run_here("tools/train_net.py", *args)
+    error = done.stderr
+    assert done.returncode == 1 and "000003.png" in error
     if host == "torchvision":  # whose reader says it in a line
         line = f"error: {tmp_path}/images/000003.png: cannot be read as an image"
         assert error.strip().splitlines()[-1] == line and "Traceback" not in error

@@ -8,9 +8,7 @@ import ast
 import builtins
 import importlib.util
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -66,14 +64,6 @@ def config(tiny_shapes, tmp_path):
 
 
 def run(config, *args):
-    command = [sys.executable, str(TRAIN_NET), "--config-file", str(config), *args]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
-    assert done.returncode == 0, done.stderr
-    return done
-
-
-def run_in_this_process(config, *args):
     try:
         done = run_here("tools/train_net.py", "--config-file", config, *args)
     finally:
@@ -84,25 +74,27 @@ def run_in_this_process(config, *args):
     return done
 
 
-def last_table(done):
+def last_table(output):
     """The lines from the results table on, which ends the output."""
-    lines = done.stdout.strip().splitlines()
+    lines = output.strip().splitlines()
     first = len(lines) - 1 - lines[::-1].index("Evaluation results for bbox:")
     assert all(line.startswith(("|", "Per-category")) for line in lines[first + 1 :])
     return lines[first:]
 
 
-def test_trains_in_two_processes_resumes_and_evaluates(config, tmp_path):
+def test_trains_in_two_processes_resumes_and_evaluates(config, tmp_path, capfd):
     out = tmp_path / "out"
-    assert "AP50" in last_table(run(config, "--num-gpus", "2", "train.max_iter=2"))[1]
-    resumed = last_table(run_in_this_process(config, "--resume"))
+    capfd.readouterr()
+    run(config, "--num-gpus", "2", "train.max_iter=2")
+    assert "AP50" in last_table(capfd.readouterr().out)[1]
+    resumed = last_table(run(config, "--resume").stdout)
     final = torch.load(out / "model_final.pth", weights_only=False)
     assert final["iteration"] == 3
     iterations = [json.loads(line) for line in (out / "metrics.json").read_text().splitlines()]
     assert [m["iteration"] for m in iterations if "total_loss" in m] == [0, 1, 2, 3]
     assert sum("precise_bn/error" in m for m in iterations) == 2
     weights = f"train.init_checkpoint={out / 'model_final.pth'}"
-    assert last_table(run_in_this_process(config, "--eval-only", weights)) == resumed
+    assert last_table(run(config, "--eval-only", weights).stdout) == resumed
 
 
 def fails(monkeypatch, config, *args):
