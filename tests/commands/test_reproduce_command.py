@@ -67,7 +67,7 @@ def working_in(folder):
 @pytest.mark.slow
 def test_an_experiment(tiny_variants, tmp_path):
     """The shortest, from nothing to its report; then once more, with nothing to do."""
-    done = run(tiny_variants, tmp_path, "domain-shift", *HOST, *QUICK)
+    done = run_in(tiny_variants, tmp_path, "domain-shift", *HOST, *QUICK)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "| domain-shift |           1 |              3 |" in done.stdout
     folder = tmp_path / "output" / "reproduce"
