@@ -90,8 +90,8 @@ def measure_group(
     for (name, seed), step in steps.items():
         (folder / step.name / "model_final.pth").unlink(missing_ok=True)
         diverged = runner.outcomes[step.name].diverged_at is not None
-        noted = read_spikes(folder / step.name)
-        ratio = math.inf if diverged or noted is None else noted["largest"]["ratio"]
+        largest = read_spikes(folder / step.name)["largest"]
+        ratio = math.inf if diverged or largest is None else largest["ratio"]
         found.setdefault(name, {})[seed] = ratio
     return [Ratios(host, name, threads, rate, of_seeds) for name, of_seeds in found.items()]
 

@@ -28,8 +28,8 @@ def load_yaml(path: str, open_file: Callable[[str], IO[str]] = open) -> dict[str
 
     Raises:
         InputError: a file cannot be read or is no config file, it has a tag that is not accepted,
-            bases go in a circle, or something is beyond the limits. The message
-            begins with the path of the file, and is one line.
+            bases go in a circle, or something is beyond the limits. The message begins with the
+            path of the file, and is one line.
     """
     return _Files(open_file).load(path)
 

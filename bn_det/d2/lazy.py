@@ -72,9 +72,7 @@ def make_norm(
     layer, others = partial(BatchNorm2d, **choices), NORMS
     if num_levels is not None or num_roi_levels is not None:
         kind = RoILevelBatchNorm2d if num_levels is None else DomainBatchNorm2d
-        shared = {"statistics": "per_domain", "population": "per_domain", "affine": "shared"}
-        sharing = {**shared, **given}
-        layer = partial(kind, num_domains=num_levels or num_roi_levels, **sharing, **choices)
+        layer = partial(kind, num_domains=num_levels or num_roi_levels, **given, **choices)
     elif given:
         key, value = next(iter(given.items()))
         raise InputError(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from ast import literal_eval
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from fvcore.common.config import CfgNode
+from ..config.yaml_file import load_yaml
 
 NUM_GPUS = 8
 
@@ -53,12 +53,21 @@ def scaled_iterations(published: int, num_gpus: int) -> int:
 
 @cache
 def _values(file: str) -> dict[str, Any]:
-    """What a file and its bases set below SOLVER and TEST, by key."""
-    node = CfgNode.load_yaml_with_base(file)
-    found = {}
-    for part in ("SOLVER", "TEST"):
-        found.update({f"{part}.{key}": _decoded(v) for key, v in node.get(part, {}).items()})
-    return found
+    """As file_values, read once: a plan asks for each training of a file."""
+    return {key: _decoded(value) for key, value in file_values(file).items()}
+
+
+def file_values(file: str) -> dict[str, Any]:
+    """What a config file and its bases set, by key."""
+    return dict(sorted(_flat(load_yaml(file))))
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _decoded(value: Any) -> Any:

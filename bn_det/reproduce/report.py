@@ -63,7 +63,7 @@ def make_report(
         (claim, verdict_of(claim, results)) for claim in claims_of(names, results.setting.data)
     ]
     spikes = {s.name: results.spikes(s.name) for s in steps if s.is_training}
-    known = {name: noted for name, noted in spikes.items() if noted.get("largest")}
+    known = {name: noted for name, noted in spikes.items() if noted["largest"]}
     return Report(title, results, shows, ledger, steps, failures, known)
 
 
@@ -74,11 +74,11 @@ def verdict_of(claim: Claim, results: Results) -> Verdict:
     """
     effect = EXPERIMENTS[claim.experiment].EFFECTS[claim.name]
     effects, left_out = [], []
-    for seed, value in zip(results.seeds, results.over_seeds(effect), strict=True):
+    for seed in results.seeds:
+        value, trainings = results.with_trainings(effect, seed)
         if value is None:
             continue
-        trainings = results.trainings_of(effect, seed)
-        if not claim.with_spikes and any(results.spikes(name).get("spikes") for name in trainings):
+        if not claim.with_spikes and any(results.spikes(name)["spikes"] for name in trainings):
             left_out.append(seed)
         else:
             effects.append(value)
@@ -288,9 +288,9 @@ def _warnings(report: Report) -> list[str]:
 
 
 def _spikes_html(report: Report) -> list[str]:
-    first, *spikes = spikes_text(report) or [""]
-    style = "warning" if spikes else "note"
-    return [f"<p class='{style}'>{escape(text)}</p>" for text in (first, *spikes) if text]
+    lines = spikes_text(report)
+    style = "warning" if len(lines) > 1 else "note"
+    return [f"<p class='{style}'>{escape(line)}</p>" for line in lines]
 
 
 def _ledger_html(ledger: Sequence[tuple[Claim, Verdict]]) -> str:

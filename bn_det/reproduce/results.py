@@ -80,15 +80,16 @@ class Results:
         """``value(results, seed, *args)`` for each seed."""
         return [value(self, seed, *args) for seed in self.seeds]
 
-    def trainings_of(self, value: Callable[..., Any], seed: int) -> set[str]:
-        """The names of the trainings whose results ``value(results, seed)`` reads."""
+    def with_trainings(
+        self, value: Callable[..., float | None], seed: int
+    ) -> tuple[float | None, set[str]]:
+        """``value(results, seed)``, and the names of the trainings whose results it reads."""
         self._trainings.clear()
-        value(self, seed)
-        return set(self._trainings)
+        return value(self, seed), set(self._trainings)
 
     def spikes(self, name: str) -> dict[str, Any]:
-        """What :class:`bn_det.training.LossSpikes` has noted of a training; {} if there is none."""
-        return read_spikes(self.setting.runs / name) or {}
+        """What :class:`bn_det.training.LossSpikes` has noted of a training."""
+        return read_spikes(self.setting.runs / name)
 
 
 def difference(a: float | None, b: float | None) -> float | None:

@@ -9,15 +9,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..config.yaml_file import load_yaml
 from ..errors import InputError
 from ..files import write_json
 from ..training.spikes import read_spikes, spike_text
+from .published import file_values
 from .steps import Step, shown
 
 LOG = "reproduce.log"
@@ -28,6 +29,10 @@ _DIVERGED = re.compile(
     r"(?:FloatingPointError: .*?|Loss became infinite or NaN at )iteration[= ](\d+)"
 )
 """What either host says of a loss that is not finite, and when."""
+
+
+Values = Callable[[str], Mapping[str, Any]]
+"""From a config file to its values by key, as :func:`.published.file_values`."""
 
 
 class Outcome(NamedTuple):
@@ -48,8 +53,11 @@ class Failure(NamedTuple):
     reason: str
 
 
-def outcome_of(step: Step, runs: Path) -> Outcome | None:
+def outcome_of(step: Step, runs: Path, values: Values = file_values) -> Outcome | None:
     """What is noted of a step that has been done; None if it has not.
+
+    Args:
+        values: of a config file.
 
     Raises:
         InputError: another command, or one with another config, has been done in its folder.
@@ -58,7 +66,7 @@ def outcome_of(step: Step, runs: Path) -> Outcome | None:
     if not path.is_file():
         return None
     noted = json.loads(path.read_text())
-    _check_same(step, noted, path.parent)
+    _check_same(step, noted, path.parent, values)
     return Outcome(noted["seconds"], noted["diverged_at"])
 
 
@@ -77,7 +85,8 @@ class Runner:
 
     def __init__(self, steps: Sequence[Step], runs: Path, jobs: int) -> None:
         self.steps, self.runs, self.jobs = list(steps), runs, jobs
-        self.outcomes = {s.name: o for s in steps if (o := outcome_of(s, runs)) is not None}
+        once = cache(file_values)  # many steps have the same config
+        self.outcomes = {s.name: o for s in steps if (o := outcome_of(s, runs, once)) is not None}
         self.failures: list[Failure] = []
         self.begin = time.monotonic()
         self.done_seconds = 0.0  # of the steps' estimates, in this call
@@ -169,7 +178,7 @@ class Runner:
         self.outcomes[step.name] = outcome
         self.done_seconds += step.seconds
         how = f"diverged at iteration {diverged[1]}" if diverged else "done"
-        for spike in (read_spikes(folder) or {}).get("spikes", []) if step.is_training else []:
+        for spike in read_spikes(folder)["spikes"]:
             print(f"LOSS SPIKE in {step.name}: {spike_text(spike)}", flush=True)
         took = timedelta(seconds=round(seconds))
         print(
@@ -193,26 +202,18 @@ class Runner:
                 print(f"  {name}: {' '.join(lines[-1].split('  ')[0:3])}", flush=True)
 
 
-def settings_of(step: Step) -> dict[str, Any]:
+def settings_of(step: Step, values: Values = file_values) -> dict[str, Any]:
     """What a step is: its command, and what its config file says with its bases, by key."""
-    config: dict[str, Any] = {}
+    config: Mapping[str, Any] = {}
     if "--config-file" in step.command:
-        file = step.command[step.command.index("--config-file") + 1]
-        config = dict(sorted(_flat(load_yaml(file))))
+        config = values(step.command[step.command.index("--config-file") + 1])
+    # As it is when it has been noted: JSON has no tuples.
     return {"command": list(step.command), "config": json.loads(json.dumps(config))}
 
 
-def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in node.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def _check_same(step: Step, found: Any, folder: Path) -> None:
+def _check_same(step: Step, found: Any, folder: Path, values: Values = file_values) -> None:
     """Raise InputError unless what is noted in the step's folder is the step as it is now."""
-    now = settings_of(step)
+    now = settings_of(step, values)
     if not isinstance(found, Mapping) or not now.keys() <= found.keys():
         raise InputError(
             f"--runs: {folder} does not say with which settings it was run, as it was made before "

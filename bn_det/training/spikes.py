@@ -79,13 +79,13 @@ class LossSpikes(Hook):
         if world()[0] > 0:
             return
         start, noted = self.trainer.iter, read_spikes(self.path.parent)
-        if start == 0 and noted is not None:
-            self.path.unlink()  # of another training
-        elif noted is not None:
+        if start == 0:
+            self.path.unlink(missing_ok=True)  # of another training
+        elif self.path.is_file():
             # What was done after the checkpoint is done again.
             self._spikes = [spike for spike in noted["spikes"] if spike["iteration"] < start]
             largest = noted["largest"]
-            self._largest = largest if largest["iteration"] < start else None
+            self._largest = largest if largest and largest["iteration"] < start else None
             self._write()
 
     def after_step(self) -> None:
@@ -118,10 +118,10 @@ class LossSpikes(Hook):
         write_json(self.path, {"largest": self._largest, "spikes": self._spikes})
 
 
-def read_spikes(folder: Path) -> dict[str, Any] | None:
-    """What is noted of a training in its folder; None of one that was too short, or had no hook."""
+def read_spikes(folder: Path) -> dict[str, Any]:
+    """What is noted in a folder: the "largest", None where nothing is known, and the "spikes"."""
     path = folder / FILE
-    return json.loads(path.read_text()) if path.is_file() else None
+    return json.loads(path.read_text()) if path.is_file() else {"largest": None, "spikes": []}
 
 
 def spike_text(spike: dict[str, Any]) -> str:

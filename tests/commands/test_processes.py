@@ -108,7 +108,7 @@ def test_trains_and_evaluates(host, way, opts, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @every_host
-def test_an_image_that_one_rank_cannot_read(host, opts, tmp_path):
+def test_an_image_that_one_rank_cannot_read(host, opts, tmp_path, capfd):
     (name, annotations, images), *rest = ast.literal_eval(
         opts[opts.index("DATASETS.REGISTER_COCO") + 1]
     )
@@ -118,7 +118,7 @@ def test_an_image_that_one_rank_cannot_read(host, opts, tmp_path):
     long = ["DATASETS.REGISTER_COCO", repr(sets), "SOLVER.MAX_ITER", "1000000"]
     args = ("--host", host, "--config-file", BASE, "--num-gpus", "2", *opts, *long)
     done = run_here("tools/train_net.py", *args)
-    error = done.stderr
+    error = capfd.readouterr().err + done.stderr  # of the ranks, and of what started them
     assert done.returncode == 1 and "000003.png" in error
     if host == "torchvision":  # whose reader says it in a line
         line = f"error: {tmp_path}/images/000003.png: cannot be read as an image"

@@ -1,4 +1,4 @@
-"""tools/reproduce.py, on tiny_variants data."""
+"""tools/reproduce.py, on tiny data."""
 
 import contextlib
 import fcntl

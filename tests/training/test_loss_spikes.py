@@ -32,7 +32,7 @@ class Trainer:
         for self.iter, self.total_loss in enumerate(losses, start):
             step(self)
             self.hook.after_step()
-        return read_spikes(self.hook.path.parent)
+        return read_spikes(self.hook.path.parent) if self.hook.path.is_file() else None
 
 
 def make_trainer(folder, model=None):
@@ -120,6 +120,10 @@ def test_a_resumed_training_keeps_what_was_noted(tmp_path):
     noted = make_trainer(tmp_path).run([1.0] * 30, start=110)
     assert [spike["iteration"] for spike in noted["spikes"]] == [60]
     assert noted["largest"]["ratio"] == 5.0
+    # From before the largest loss: it is not known until there are enough again.
+    for _ in range(2):
+        early = make_trainer(tmp_path).run([1.0] * 10, start=50)
+        assert early == {"largest": None, "spikes": []}
     fresh = make_trainer(tmp_path).run([1.0] * 60)
     assert fresh["spikes"] == [] and fresh["largest"]["ratio"] == 1.0
     assert json.loads((tmp_path / FILE).read_text()) == fresh
