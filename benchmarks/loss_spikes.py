@@ -7,8 +7,9 @@ over its running median of each (``bn_det.training.LossSpikes``; inf where it wa
 last). With ``--rates`` it is done at several learning rates: the largest without a spike over that
 of the config is how far away the edge is. What has been run is not run again.
 
---opts are for every training: for the first 300 iterations at a constant
-rate, SOLVER.MAX_ITER 300 SOLVER.LR_SCHEDULER_NAME WarmupMultiStepLR SOLVER.STEPS "()".
+--opts are for every training: for the first 400 iterations, at a constant
+rate after the warm-up, SOLVER.MAX_ITER 400 SOLVER.LR_SCHEDULER_NAME WarmupMultiStepLR
+SOLVER.STEPS "()".
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import NamedTuple
 from tabulate import tabulate
 
 from bn_det.commands.cli import choose_host, run
-from bn_det.errors import InputError, check_positive
+from bn_det.errors import InputError
 from bn_det.files import finite
 from bn_det.reproduce.main import plan
 from bn_det.reproduce.registry import EXPERIMENTS
@@ -75,7 +76,7 @@ def measure_group(
     setting = Setting("shapes", host, folder, ROOT, opts=(*args.opts, *own, *OPTS))
     steps = {
         (step.name.removesuffix(f"-seed{seed}"), seed): step
-        for seed in range(1, args.seeds + 1)
+        for seed in args.seeds
         for step in plan(args.experiments, setting, [seed])
         # Several processes have one thread each in any case.
         if step.is_training and (step.processes == 1 or threads == 1)
@@ -117,7 +118,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--hosts", nargs="+", choices=["detectron2", "torchvision"], default=["torchvision"]
     )
-    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="SEED 1 to N")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], metavar="SEED")
     parser.add_argument("--threads", type=int, nargs="+", default=[1], metavar="N")
     parser.add_argument("--rates", type=float, nargs="+", metavar="LR", help="SOLVER.BASE_LR")
     parser.add_argument("--runs", default="output/loss_spikes", metavar="DIR")
@@ -130,7 +131,6 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = argument_parser().parse_args()
-    check_positive("--seeds", args.seeds)
     with redirect_stdout(sys.stderr):
         found = list(measure(args))
     print(json.dumps([finite(of._asdict()) for of in found]) if args.json else table(found))

@@ -17,6 +17,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from bn_det.commands.cli import run as run_command
 from bn_det.d2.lazy_train import load_lazy_config
+from bn_det.training import spikes
 from here import run_here
 
 ROOT = Path(__file__).parents[2]
@@ -82,12 +83,15 @@ def last_table(output):
     return lines[first:]
 
 
-def test_trains_in_two_processes_resumes_and_evaluates(config, tmp_path, capfd):
+def test_trains_in_two_processes_resumes_and_evaluates(config, tmp_path, capfd, monkeypatch):
     out = tmp_path / "out"
     capfd.readouterr()
     run(config, "--num-gpus", "2", "train.max_iter=2")
     assert "AP50" in last_table(capfd.readouterr().out)[1]
+    monkeypatch.setattr(spikes, "FIRST", 0)
+    monkeypatch.setattr(spikes, "LEAST", 1)
     resumed = last_table(run(config, "--resume").stdout)
+    assert spikes.read_spikes(out)["largest"]["iteration"] == 3  # two losses are known
     final = torch.load(out / "model_final.pth", weights_only=False)
     assert final["iteration"] == 3
     iterations = [json.loads(line) for line in (out / "metrics.json").read_text().splitlines()]

@@ -26,7 +26,7 @@ def training(setting: Setting, seed: int, images: int, factor: float | None) -> 
         opts += setting.pick(
             [
                 *("SOLVER.BASE_LR", 0.005, "SOLVER.IMS_PER_BATCH", images),
-                *("SOLVER.MAX_ITER", 75, "SOLVER.WARMUP_ITERS", 13),
+                *("SOLVER.MAX_ITER", 75, "SOLVER.WARMUP_ITERS", 25),
             ],
             [
                 *("SOLVER.IMS_PER_BATCH", images, "SOLVER.BASE_LR", 0.04),

@@ -39,7 +39,7 @@ def training(setting: Setting, seed: int, case: str) -> Training:
         return train(setting, f"{DETECTOR}-lr_x4", BASE, seed, 410, opts)
     opts += setting.pick(
         (
-            *("SOLVER.IMS_PER_BATCH", 32, "SOLVER.MAX_ITER", 225, "SOLVER.WARMUP_ITERS", 13),
+            *("SOLVER.IMS_PER_BATCH", 32, "SOLVER.MAX_ITER", 225, "SOLVER.WARMUP_ITERS", 75),
             *("SOLVER.CHECKPOINT_PERIOD", 75),
         ),
         (
