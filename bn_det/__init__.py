@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .layers import (
     BatchNorm2d,
     DomainBatchNorm2d,
+    FrozenBatchNorm,
     L1BatchNorm2d,
     Moments,
     RoILevelBatchNorm2d,
@@ -24,6 +25,7 @@ from .layers import (
     roi_levels,
     shuffle,
     shuffled,
+    thaw,
     trained_with,
 )
 from .population import update_bn_stats
@@ -37,6 +39,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BatchNorm2d",
     "DomainBatchNorm2d",
+    "FrozenBatchNorm",
     "L1BatchNorm2d",
     "Moments",
     "RoILevelBatchNorm2d",
@@ -54,6 +57,7 @@ __all__ = [
     "roi_levels",
     "shuffle",
     "shuffled",
+    "thaw",
     "trained_with",
     "update_bn_stats",
     "virtual_batch",

@@ -4,7 +4,8 @@ from .batch_norm import BatchNorm2d
 from .blocks import ghost_groups, no_population_update, trained_with
 from .convert import convert_batchnorm
 from .domain_batch_norm import SHARING, DomainBatchNorm2d
-from .freeze import freeze
+from .freeze import freeze, thaw
+from .frozen import FrozenBatchNorm
 from .fuse import fuse
 from .l1_batch_norm import L1BatchNorm2d
 from .levels import PerLevel, forward_levels
@@ -29,6 +30,7 @@ __all__ = [
     "WEIGHT_NORMS",
     "BatchNorm2d",
     "DomainBatchNorm2d",
+    "FrozenBatchNorm",
     "L1BatchNorm2d",
     "Moments",
     "PerLevel",
@@ -51,5 +53,6 @@ __all__ = [
     "roi_levels",
     "shuffle",
     "shuffled",
+    "thaw",
     "trained_with",
 ]

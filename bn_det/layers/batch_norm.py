@@ -10,6 +10,7 @@ from weakref import WeakSet
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import InputError, choose
@@ -64,6 +65,12 @@ class BatchNorm2d(nn.BatchNorm2d):
         renorm: a pair of limits for batch renormalization (:class:`RenormLimits`), or None: in
             training, batch statistics are corrected towards those of the population.
 
+    Attributes:
+        frozen: whether its population statistics are final and normalize in any mode
+            (:func:`bn_det.freeze`).
+        takes: the layer of torch whose shapes of input it takes, which the layer was that it has
+            been made of (``convert_batchnorm``).
+
     Shape:
         (N, C, H, W) to the same.
 
@@ -109,6 +116,8 @@ class BatchNorm2d(nn.BatchNorm2d):
         self.train_statistics = train_statistics
         self.update_population = update_population
         self.renorm = None if renorm is None else RenormLimits(*renorm).check()
+        self.frozen = False
+        self.takes: type[_BatchNorm] = nn.BatchNorm2d
         self._extensions: OrderedDict[int, Extension] = OrderedDict()
         self._observers: OrderedDict[int, Observation] = OrderedDict()
 
@@ -131,7 +140,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         """
         by_batch = self._statistics == "batch" or domains[0].population.running_mean is None
         hooks = tuple(self._extensions.values()), tuple(self._observers.values())
-        if not self.training:
+        if not self.training or self.frozen:
             return Plan(domains, self.eps, by_batch, None, None, None, *hooks)
         group = process_group(self.group)
         if groups is not None and group is not None:
@@ -147,13 +156,20 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     @property
     def _statistics(self) -> str:
+        if self.frozen:
+            return "population"
         return self.train_statistics if self.training else self.eval_statistics
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        self.takes._check_input_dim(self, x)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # A layer that was pickled as a whole before there were any.
         vars(self).setdefault("_extensions", OrderedDict())
         vars(self).setdefault("_observers", OrderedDict())
+        vars(self).setdefault("frozen", False)
+        vars(self).setdefault("takes", nn.BatchNorm2d)
 
     def register_extension(self, extend: Extension) -> RemovableHandle:
         """Have a function add to the normalization batches of each call, until it is removed.
@@ -176,7 +192,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def repr_of_choices(self) -> str:
         """What the layer's repr says of the normalization batch, where it is not the default."""
-        choices = ""
+        choices = ", frozen=True" if self.frozen else ""
         if self.group is not None:
             group = process_group(self.group)
             ranks = dist.get_world_size(group) if group else 1

@@ -2,84 +2,215 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable, Iterator
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 
+from .batch_norm import BatchNorm2d
+from .become import become, class_of, with_class
 from .domain_batch_norm import DomainBatchNorm2d
-from .sources import SourceBatchNorm2d
+from .freeze import freeze_statistics, is_frozen
+from .frozen import FrozenBatchNorm
+from .kinds import is_batch_norm, is_host_frozen, selected, what_else, why_lazy
+from .l1_batch_norm import L1BatchNorm2d
+
+logger = logging.getLogger(__name__)
+
+_OF_TORCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_PARAMETERS, _BUFFERS = ("weight", "bias"), ("running_mean", "running_var", "num_batches_tracked")
 
 
-def convert_batchnorm(module: nn.Module, make: Callable[[int], nn.Module]) -> nn.Module:
-    """Replace every BatchNorm2d and SyncBatchNorm in a module, in place.
+def convert_batchnorm(
+    module: nn.Module,
+    make: Callable[[int], nn.Module],
+    modules: str | Iterable[str] | None = None,
+) -> nn.Module:
+    """Exchange the BatchNorm layers of a model for others, in place.
 
     For what can be built from a norm's name alone, such as Detectron2's ResNet from a config;
-    where a callable can be passed instead, pass one. Layers that take a list of domains are left
-    alone. Do not convert Detectron2's RetinaNet head built with "BN": its ``CycleBatchNormList``
-    depends on the order of calls.
+    where a callable can be passed instead, pass one. A layer stays the object that it is, with all
+    that has it or belongs to it: its places, hooks, parametrizations, mode, and parameters and
+    buffers (the same objects where both have them registered alike, so that optimizers stay valid;
+    what a layer has once and the new one for each domain is copied). A layer that takes other
+    inputs than images goes on taking them. What is frozen (:func:`bn_det.freeze`) stays so, and is
+    of the new kind once it is thawed.
+
+    A warning names what is left as it is: layers that compute more than a BatchNorm, or otherwise
+    than their class says (timm's, with an activation); those for lists of domains where the new
+    layer takes a tensor, or the reverse; those that have not been called yet (lazy). A host's
+    FrozenBatchNorm2d is left, too (:func:`bn_det.thaw`). Do not convert Detectron2's RetinaNet head
+    built with "BN": its ``CycleBatchNormList`` depends on the order of calls.
 
     Args:
-        module: the model. A layer that is used in several places is replaced by one layer.
+        module: the model, or a layer.
         make: from the number of channels to the new layer, for example :class:`BatchNorm2d`.
+        modules: names of modules or patterns of names, as in :func:`bn_det.freeze`; None for all.
 
     Returns:
-        The module itself, or the new layer if the module is a BatchNorm. A new layer holds the old
-        one's parameters and buffers (the same objects where both have them registered alike, so
-        that optimizers stay valid; in a :class:`SourceBatchNorm2d` copies), eps, momentum and
-        training mode. A layer that has neither (LocalResponseNorm) begins anew.
+        the module.
 
     Raises:
-        ValueError: the old layer has parameters or buffers that the new one has no place for, or
-            lacks some that the new one needs.
+        ValueError: an old layer has parameters or buffers that the new one has no place for, lacks
+            some that the new one needs, or has different ones for domains that share them in the
+            new one. Nothing is changed then.
     """
-    return _convert(module, make, {})
-
-
-def _convert(
-    module: nn.Module, make: Callable[[int], nn.Module], done: dict[nn.Module, nn.Module]
-) -> nn.Module:
-    if module in done:
-        return done[module]
-    done[module] = module
-    if isinstance(module, DomainBatchNorm2d):
-        return module
-    if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
-        done[module] = _with_state_of(module, make(module.num_features))
-        return done[module]
-    # Not named_children: it leaves out the second name of a shared module.
-    for name, child in module._modules.items():
-        if child is not None:
-            module._modules[name] = _convert(child, make, done)
+    layers = {
+        layer: name
+        for layer, name in selected("convert_batchnorm", module, modules).items()
+        if not is_host_frozen(layer)
+    }
+    made, left = {}, {}
+    for layer, name in layers.items():
+        new = None if (why := why_lazy(layer) or what_else(layer)) else make(layer.num_features)
+        if new is not None:
+            new = _taking_the_same(layer, new)
+            why = _why_other_inputs(layer, new)
+        if why:
+            left[name or type(layer).__name__] = why
+        else:
+            made[layer] = _with_state_of(layer, new)
+    for layer, new in made.items():
+        was_frozen = is_frozen(layer)
+        become(layer, new)
+        if was_frozen and is_batch_norm(layer) and not is_host_frozen(layer):
+            freeze_statistics(layer)
+    if left:
+        reasons = "; ".join(f"{name}: {why}" for name, why in left.items())
+        logger.warning("convert_batchnorm has left %s", reasons)
     return module
 
 
+def takes(layer: nn.Module) -> type[_BatchNorm]:
+    """The layer of torch whose shapes of input a layer takes; SyncBatchNorm's are any."""
+    # A SyncBatchNorm does not tell what it has been made of, unless it has been made here.
+    if (noted := vars(layer).get("takes")) is not None:
+        return noted
+    cls = layer.thawed_type if isinstance(layer, FrozenBatchNorm) else class_of(layer)
+    return next(of_torch for of_torch in _OF_TORCH if issubclass(cls, of_torch))
+
+
+def _taking_the_same(old: nn.Module, new: nn.Module) -> nn.Module:
+    """The new layer, or one that takes what the old one does."""
+    wanted = takes(old)
+    if type(new) in _OF_TORCH[:3] and wanted is nn.SyncBatchNorm:
+        new = BatchNorm2d(new.num_features)  # none of torch's takes any input
+    elif type(new) in _OF_TORCH[:3]:
+        with_class(new, wanted)
+    if isinstance(new, (BatchNorm2d, nn.SyncBatchNorm)):
+        new.takes = wanted
+    return new
+
+
+def _why_other_inputs(old: nn.Module, new: nn.Module) -> str:
+    """Why a new layer cannot be called as the old one is; "" if it can."""
+    if _takes_list(old) != _takes_list(new):
+        kinds = ["a tensor", "a list of domains"]
+        old_takes, new_takes = kinds[_takes_list(old)], kinds[_takes_list(new)]
+        return f"it takes {old_takes}, and a {type(new).__name__} {new_takes}"
+    images_only = isinstance(new, (DomainBatchNorm2d, L1BatchNorm2d)) or is_host_frozen(new)
+    if images_only and takes(old) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
+        return f"it takes what a {takes(old).__name__} does, and a {type(new).__name__} images"
+    return ""
+
+
+def _takes_list(layer: nn.Module) -> bool:
+    return isinstance(layer, DomainBatchNorm2d) and layer.takes_list
+
+
 def _with_state_of(old: nn.Module, new: nn.Module) -> nn.Module:
-    """Give a new layer everything that the old one has."""
-    if isinstance(new, SourceBatchNorm2d):
-        return _with_copies_of(old, new)
-    if isinstance(new, nn.LocalResponseNorm):
-        return new.train(old.training)
-    for name in ("eps", "momentum", "affine", "track_running_stats"):
-        if hasattr(new, name):
+    """Give a new layer everything that the old one has; the old one is as before."""
+    if not is_batch_norm(new) and not new.state_dict():  # LocalResponseNorm
+        return new
+    for holder in _holders(new):
+        holder.eps = old.eps
+        if hasattr(holder, "momentum"):
+            holder.momentum = old.momentum
+    for name in ("affine", "track_running_stats"):
+        if not isinstance(new, DomainBatchNorm2d) and hasattr(new, name):
             setattr(new, name, getattr(old, name))
-    for name, value in (*old._parameters.items(), *old._buffers.items()):
-        if name in new._parameters and (value is None or name in old._parameters):
-            new._parameters[name] = value
-        elif name in new._buffers and (value is not None or isinstance(new, nn.BatchNorm2d)):
-            is_parameter = isinstance(value, nn.Parameter)
-            new._buffers[name] = value.detach() if is_parameter else value
-        elif name != "num_batches_tracked" and (value is not None or name in new._buffers):
-            raise ValueError(f"{type(new).__name__} cannot hold the {name} of {old}")
+    filled: dict[tuple[nn.Module, str], Tensor | None] = {}
+    used: set[int] = set()
+    for source, target, name in _pairs(old, new):
+        value = getattr(source, name)
+        key = target, name
+        if key in filled:
+            if not _is_same(filled[key], value):
+                raise ValueError(
+                    f"{type(new).__name__} cannot hold the {name} of {old}: domains that share it "
+                    "there have different ones"
+                )
+            continue
+        filled[key] = value
+        if name in _PARAMETERS and is_parametrized(source, name):
+            _leave_parametrized(old, new, target, name)
+        else:
+            _put(old, new, target, name, _own(value, used))
     return new.train(old.training)
 
 
-def _with_copies_of(old: nn.Module, new: SourceBatchNorm2d) -> nn.Module:
-    """Give each source of a new layer everything that the old layer has."""
-    state = old.state_dict()
-    try:
-        new.to(next(iter(state.values()))).load_state_dict(state)
-    except RuntimeError as e:
-        raise ValueError(f"{type(new).__name__} cannot hold the state of {old}: {e}") from e
-    for part in (new, *new.children()):
-        part.eps, part.momentum = old.eps, old.momentum
-    return new.train(old.training)
+def _holders(layer: nn.Module) -> Iterator[nn.Module]:
+    yield layer
+    if isinstance(layer, DomainBatchNorm2d):
+        yield from layer.children()
+
+
+def _pairs(old: nn.Module, new: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, str]]:
+    """Every place in a new layer, what fills it, and the name of the tensor, domain by domain."""
+    olds, news = _of_domains(old), _of_domains(new)
+    number = max(len(olds), len(news))
+    if min(len(olds), len(news)) not in (1, number):
+        raise ValueError(
+            f"{type(new).__name__} of {len(news)} domains cannot hold the state of {old}"
+        )
+    for k in range(number):
+        (of_old, affine_of_old), (of_new, affine_of_new) = olds[k % len(olds)], news[k % len(news)]
+        for name in _BUFFERS:
+            if hasattr(of_new, name) or getattr(of_old, name, None) is not None:
+                yield of_old, of_new, name
+        for name in _PARAMETERS:
+            yield affine_of_old, affine_of_new, name
+
+
+def _of_domains(layer: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    if not isinstance(layer, DomainBatchNorm2d):
+        return [(layer, layer)]
+    domains = range(layer.num_domains)
+    return [(layer.population_of(k), layer.affine_of(k)) for k in domains]
+
+
+def _is_same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
+
+
+def _own(value: Tensor | None, used: set[int]) -> Tensor | None:
+    """A tensor, or a copy of it where it has been given away already."""
+    if value is None or id(value) not in used:
+        used.add(id(value))
+        return value
+    copy = value.detach().clone()
+    return nn.Parameter(copy, value.requires_grad) if isinstance(value, nn.Parameter) else copy
+
+
+def _put(
+    old: nn.Module, new: nn.Module, target: nn.Module, name: str, value: Tensor | None
+) -> None:
+    if name in target._parameters:
+        target._parameters[name] = value
+    elif name in target._buffers and (value is not None or isinstance(target, _BatchNorm)):
+        if isinstance(value, nn.Parameter):
+            value.grad = None  # an optimizer that still has it would go on by its momentum
+            value = value.detach()
+        target._buffers[name] = value
+    elif name != "num_batches_tracked" and (value is not None or name in target._buffers):
+        raise ValueError(f"{type(new).__name__} cannot hold the {name} of {old}")
+
+
+def _leave_parametrized(old: nn.Module, new: nn.Module, target: nn.Module, name: str) -> None:
+    """Make room for a parameter that stays with the parametrizations of the old layer."""
+    if target is not new or name not in new._parameters:
+        raise ValueError(f"{type(new).__name__} cannot hold the parametrized {name} of {old}")
+    del new._parameters[name]

@@ -111,6 +111,11 @@ class DomainBatchNorm2d(BatchNorm2d):
             x, self.population_of(k), self.affine_of(k), self.batch_of(k), self.name_of(k)
         )
 
+    @property
+    def takes_list(self) -> bool:
+        """Whether it is called with a list of tensors, or with one of samples of all domains."""
+        return True
+
     def batch_of(self, domain: int) -> int:
         """The number of the normalization batch that the domain's samples are in."""
         return 0 if self.statistics == "shared" else domain

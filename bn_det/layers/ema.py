@@ -18,7 +18,8 @@ from .moments import Moments
 
 def tracks(layer: _BatchNorm) -> bool:
     """Whether a call updates the layer's population statistics in its present mode."""
-    updates = getattr(layer, "update_population", True)  # torch's own layers have no such choice
+    # torch's own layers have no such choices
+    updates = getattr(layer, "update_population", True) and not getattr(layer, "frozen", False)
     return layer.training and updates and layer.track_running_stats
 
 

@@ -1,26 +1,48 @@
-"""BatchNorm whose population statistics are final, for further training."""
+"""BatchNorm that is final, for further training, and that learns again."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Iterator
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..errors import InputError
 from .batch_norm import BatchNorm2d
-from .convert import convert_batchnorm
-from .domain_batch_norm import called_batch_norms, state_holders
+from .become import become, class_of, with_class
+from .domain_batch_norm import DomainBatchNorm2d, state_holders
+from .frozen import FrozenBatchNorm, StaysInEvaluation, staying_class
+from .kinds import STATE, is_host_frozen, selected, what_else, why_lazy
 
 logger = logging.getLogger(__name__)
 
+Modules = str | Iterable[str] | None
+"""Names of modules or patterns of names; None for all."""
 
-def freeze(model: nn.Module, affine: bool = True) -> nn.Module:
-    """Have every BatchNorm of a model normalize by its population statistics, in training, too.
 
-    In place, and for good: the statistics no longer change, as in Detectron2's FrozenBatchNorm2d,
-    neither by training nor by ``update_bn_stats``. torch's layers are exchanged for ours
-    (``convert_batchnorm``).
+def freeze(
+    model: nn.Module,
+    modules: Modules = None,
+    *,
+    statistics: bool = True,
+    affine: bool = True,
+) -> nn.Module:
+    """Have BatchNorm layers normalize by their population statistics, in training, too.
+
+    In place and for good, as Detectron2's FrozenBatchNorm2d: nothing updates the statistics any
+    more, whatever mode the model is put into, and whatever converts it. The layers are the objects
+    that they were, with their hooks, parametrizations and places; :func:`thaw` undoes it. A layer
+    becomes a :class:`FrozenBatchNorm`; one that may do more than normalize (timm's, with an
+    activation) stays in evaluation mode; ours for several domains know that they are frozen.
+
+    Weight and bias need no gradient then, and lose the one that they have: an optimizer that holds
+    them leaves them as they are, to the bit. Where the model is a DistributedDataParallel, which
+    waits for every gradient that it was built for, they go on having one, and it is dropped before
+    each step of an optimizer of torch.
 
     With ``affine=False`` it warns of layers with mean 0 and variance 1: a checkpoint has them where
     statistics have been folded into weight and bias, as in the published ResNets of Caffe. These
@@ -28,33 +50,201 @@ def freeze(model: nn.Module, affine: bool = True) -> nn.Module:
     has such statistics, too, and gets the same warning.
 
     Args:
-        affine: whether weight and bias are frozen, too (they need no gradient).
+        modules: names of modules, or patterns of names (``"backbone.layer[12]*"``): what is in
+            them is frozen. None for all.
+        statistics: whether the statistics are frozen.
+        affine: whether weight and bias are.
 
     Returns:
-        the model, or the new layer if it is a BatchNorm itself.
+        the model.
 
     Raises:
-        InputError: the model has a BatchNorm1d or 3d.
+        InputError: a layer cannot be frozen, as it has no population statistics or has not been
+            called yet; or ``modules`` names nothing. Nothing is changed then.
     """
-    for name, layer in model.named_modules():
-        if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm3d)):
-            raise InputError(
-                f"freeze: {name} is a {type(layer).__name__}; BatchNorm2d and SyncBatchNorm can be "
-                "frozen"
-            )
-    frozen = {"train_statistics": "population", "track_running_stats": False, "renorm": None}
-    model = convert_batchnorm(model, BatchNorm2d)
-    for layer in model.modules():
-        if isinstance(layer, BatchNorm2d):
-            vars(layer).update(frozen)
-            if affine:
-                layer.requires_grad_(False)
-    if not affine:
-        warn_of_folded_statistics(model)
+    _check_choice("freeze", statistics, affine)
+    layers = check_freezing(model, modules, statistics)
+    for layer in layers:
+        if statistics:
+            freeze_statistics(layer)
+    if affine:
+        _freeze_affine(model, layers)
+    else:
+        warn_of_folded_statistics(_unwrapped(model), layers)
     return model
 
 
-def warn_of_folded_statistics(model: nn.Module) -> None:
+def thaw(
+    model: nn.Module,
+    modules: Modules = None,
+    *,
+    statistics: bool = True,
+    affine: bool = True,
+) -> nn.Module:
+    """Undo :func:`freeze`: have BatchNorm layers update their statistics, and learn.
+
+    In place. A FrozenBatchNorm2d of Detectron2 or torchvision becomes a :class:`BatchNorm2d` with
+    the same function in evaluation, whose weight and bias are new parameters: give them to the
+    optimizer (``optimizer.add_param_group``) where there is one already. The parameters of what
+    :func:`freeze` has frozen are the ones that it had.
+
+    Args:
+        modules: as in :func:`freeze`.
+        statistics: whether the statistics move again.
+        affine: whether weight and bias learn again.
+
+    Returns:
+        the model.
+
+    Raises:
+        InputError: ``modules`` names nothing, or ``affine`` alone is asked of a host's layer.
+    """
+    _check_choice("thaw", statistics, affine)
+    layers = selected("thaw", _unwrapped(model), modules)
+    for layer, name in layers.items():
+        if is_host_frozen(layer) and (what := _why_not_thawed(layer, statistics)):
+            raise InputError(f"thaw: {name or type(layer).__name__}: {what}")
+    new = []
+    for layer, name in layers.items():
+        if is_host_frozen(layer):
+            become(layer, _learning(layer, affine))
+            new += [f"{name}.weight", f"{name}.bias"] if affine else []
+        elif statistics:
+            _thaw_statistics(layer)
+    for parameter in _affine_of(_unwrapped(model), layers) if affine else ():
+        parameter.requires_grad_(True)
+        vars(parameter).pop(_IS_HELD, None)
+    if new:
+        logger.info("Parameters that no optimizer has yet: %s", ", ".join(new))
+    return model
+
+
+def is_frozen(layer: nn.Module) -> bool:
+    """Whether a BatchNorm normalizes by statistics that nothing updates, whatever its mode."""
+    if isinstance(layer, (FrozenBatchNorm, StaysInEvaluation)):
+        return True
+    return layer.frozen if isinstance(layer, BatchNorm2d) else is_host_frozen(layer)
+
+
+def _check_choice(what: str, statistics: bool, affine: bool) -> None:
+    if not (statistics or affine):
+        raise InputError(f"{what}: statistics False and affine False leave nothing to do")
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def check_freezing(
+    model: nn.Module, modules: Modules = None, statistics: bool = True
+) -> dict[nn.Module, str]:
+    """The layers that :func:`freeze` would freeze, with their names; raises what it would."""
+    layers = selected("freeze", _unwrapped(model), modules)
+    for layer, name in layers.items():
+        why = why_lazy(layer)
+        if statistics and not why and any(p.running_mean is None for p, _ in state_holders(layer)):
+            why = "it has no population statistics (track_running_stats False) to normalize by"
+        if why:
+            raise InputError(f"freeze: {name or type(layer).__name__} cannot be frozen: {why}")
+    return layers
+
+
+def freeze_statistics(layer: nn.Module) -> None:
+    """Freeze those of a layer that has some."""
+    if is_frozen(layer):
+        return
+    if isinstance(layer, DomainBatchNorm2d):
+        for part in (layer, *layer.children()):
+            part.frozen = True
+    elif what_else(layer):
+        with_class(layer, staying_class(class_of(layer)))
+        layer.eval()
+    else:
+        layer.thawed_type = class_of(layer)
+        with_class(layer, FrozenBatchNorm)
+
+
+def _thaw_statistics(layer: nn.Module) -> None:
+    if isinstance(layer, FrozenBatchNorm):
+        with_class(layer, vars(layer).pop("thawed_type"))
+    elif isinstance(layer, StaysInEvaluation):
+        with_class(layer, layer.thawed_type)
+    elif isinstance(layer, BatchNorm2d):
+        for part in (layer, *layer.children()):
+            part.frozen = False
+
+
+def _why_not_thawed(layer: nn.Module, statistics: bool) -> str:
+    if not statistics:
+        return f"a {type(layer).__name__} has no parameters; thaw its statistics, too"
+    return what_else(layer)
+
+
+@torch.no_grad()
+def _learning(layer: nn.Module, affine: bool) -> BatchNorm2d:
+    """A layer with the function of a host's FrozenBatchNorm2d."""
+    like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+    new = BatchNorm2d(len(layer.weight), getattr(layer, "eps", 0.0), **like)
+    for name in STATE:
+        getattr(new, name).copy_(getattr(layer, name))
+    return new.requires_grad_(affine)
+
+
+def _affine_of(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[Tensor]:
+    """The parameters of layers, and those that their parents have for them.
+
+    Detectron2's CycleBatchNormList has weight and bias for BatchNorm layers that have none.
+    """
+    for layer in layers:
+        yield from layer.parameters()
+    for parent in model.modules():
+        if _is_list_with_affine(parent) and any(m in layers for m in parent.children()):
+            yield from parent.parameters()
+
+
+def _is_list_with_affine(module: nn.Module) -> bool:
+    children = list(module._modules.values())
+    own = [p for p in module._parameters.values() if p is not None]
+    kinds = (_BatchNorm, FrozenBatchNorm)
+    return (
+        module._parameters.keys() == {"weight", "bias"}
+        and all(isinstance(m, kinds) and m.weight is None for m in children)
+        and all(p.shape == (m.num_features,) for m in children for p in own)
+    )
+
+
+_IS_HELD = "_bn_det_is_held"
+"""An attribute of parameters that optimizers are kept from moving."""
+
+
+def _freeze_affine(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    is_awaited = isinstance(model, DistributedDataParallel)
+    for parameter in _affine_of(_unwrapped(model), layers):
+        parameter.grad = None  # momentum would go on by it
+        if is_awaited and parameter.requires_grad:
+            setattr(parameter, _IS_HELD, True)
+            _watch_optimizers()
+        else:
+            parameter.requires_grad_(False)
+
+
+_WATCHED: list[object] = []
+
+
+def _watch_optimizers() -> None:
+    """Have every optimizer of torch drop the gradients of parameters that are held."""
+    if not _WATCHED:
+        _WATCHED.append(register_optimizer_step_pre_hook(_drop_gradients))
+
+
+def _drop_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if hasattr(parameter, _IS_HELD):
+                parameter.grad = None
+
+
+def warn_of_folded_statistics(model: nn.Module, layers: dict[nn.Module, str]) -> None:
     """Warn of layers whose weight and bias are to be trained, but with statistics folded into them.
 
     With scale a = weight / std and shift b = bias - mean * a the layer computes a x + b. A step of
@@ -62,8 +252,9 @@ def warn_of_folded_statistics(model: nn.Module) -> None:
     """
     names = [
         name or type(layer).__name__
-        for layer, name in called_batch_norms(model).items()
-        if any(p.requires_grad for p in layer.parameters()) and _is_trivial(layer)
+        for layer, name in layers.items()
+        if has_trivial_statistics(layer)
+        and any(p.requires_grad for p in _affine_of(model, [layer]))
     ]
     if names:
         logger.warning(
@@ -74,7 +265,7 @@ def warn_of_folded_statistics(model: nn.Module) -> None:
         )
 
 
-def _is_trivial(layer: _BatchNorm) -> bool:
+def has_trivial_statistics(layer: nn.Module) -> bool:
     """Whether normalizing by the layer's population statistics changes nothing, in any domain."""
     holders = {population for population, _ in state_holders(layer)}
     return all(

@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import InputError
 from .batch_norm import BatchNorm2d
-from .domain_batch_norm import DomainBatchNorm2d, called_batch_norms, state_holders
+from .domain_batch_norm import DomainBatchNorm2d, state_holders
+from .kinds import batch_norms, is_batch_norm, what_else
 from .levels import PerLevel
 from .roi_levels import RoILevelBatchNorm2d
 from .sources import SourceBatchNorm2d
@@ -25,7 +25,6 @@ from .sources import SourceBatchNorm2d
 logger = logging.getLogger(__name__)
 
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
-_STATE = ("running_mean", "running_var", "weight", "bias")
 
 
 class FuseReport(NamedTuple):
@@ -68,8 +67,7 @@ def fuse(model: nn.Module) -> FuseReport:
     """
     if model.training:
         raise InputError("fuse: not accepted for a model in training mode; call eval() first")
-    called = called_batch_norms(model)
-    names = {m: n for n, m in model.named_modules() if m in called or _is_frozen(m)}
+    names = batch_norms(model)
     places = Counter(child for parent in model.modules() for child in parent._modules.values())
     left = {layer: _why_not(layer, places[layer]) for layer in names}
     fused, warned = [], set()
@@ -77,7 +75,7 @@ def fuse(model: nn.Module) -> FuseReport:
         if pair.norm in names and not left[pair.norm]:
             left[pair.norm] = (
                 _why_not(pair.conv, places[pair.conv])
-                or _what_else(pair.norm)
+                or what_else(pair.norm)
                 or _what_else_of_convolution(pair)
             )
             if not left[pair.norm]:
@@ -104,25 +102,11 @@ class _Pair(NamedTuple):
     norm_name: str
 
 
-def _is_frozen(module: nn.Module) -> bool:
-    """Whether a module seems to be a host's FrozenBatchNorm2d, which the core does not import.
-
-    By what it has: a BatchNorm's state, all of it buffers. timm's FrozenBatchNormAct2d has it, too:
-    before such a layer is folded, ``_what_else`` looks at what it computes.
-    """
-    buffers = all(module._buffers.get(name) is not None for name in _STATE)
-    return buffers and not isinstance(module, _BatchNorm)
-
-
-def _is_norm(module: nn.Module | None) -> bool:
-    return isinstance(module, _BatchNorm) or (module is not None and _is_frozen(module))
-
-
 def _pairs(model: nn.Module) -> Iterator[_Pair]:
     places = {m: (parent, n) for parent in model.modules() for n, m in parent._modules.items()}
     for module in model.modules():
         children = dict(module.named_children())
-        norms = {n: m for n, m in children.items() if _is_norm(m)}
+        norms = {n: m for n, m in children.items() if is_batch_norm(m)}
         if isinstance(module, nn.Conv2d) and "norm" in norms:
             place = places.get(module, (nn.Module(), ""))  # the model itself is nobody's child
             yield _Pair(module, norms["norm"], *place, module, "norm")
@@ -130,7 +114,7 @@ def _pairs(model: nn.Module) -> Iterator[_Pair]:
             for (conv_name, conv), (norm_name, norm) in pairwise(children.items()):
                 if isinstance(conv, _CONVOLUTIONS) and norm_name in norms:
                     yield _Pair(conv, norm, module, conv_name, module, norm_name)
-        elif norms and not isinstance(module, _BatchNorm):
+        elif norms and not is_batch_norm(module):
             for conv_name, norm_name in _traced_pairs(module):
                 pair = children[conv_name], children[norm_name]
                 yield _Pair(*pair, module, conv_name, module, norm_name)
@@ -161,7 +145,7 @@ def _traced_pairs(module: nn.Module) -> list[tuple[str, str]]:
             isinstance(conv, fx.Node)
             and conv.op == "call_module"
             and isinstance(getattr(module, conv.target, None), _CONVOLUTIONS)
-            and _is_norm(getattr(module, norm.target, None))
+            and is_batch_norm(getattr(module, norm.target, None))
             and list(conv.users) == [norm]
             and number[conv.target] == number[norm.target] == 1
         ):
@@ -187,34 +171,11 @@ def _why_not(module: nn.Module, num_places: int) -> str:
         return "its statistics or its affine are of the level of each RoI"
     if isinstance(module, BatchNorm2d) and module.eval_statistics == "batch":
         return "it normalizes by batch statistics"
-    if isinstance(module, _BatchNorm) and not isinstance(module, DomainBatchNorm2d):
+    if is_batch_norm(module) and not isinstance(module, DomainBatchNorm2d):
         return "" if module.running_mean is not None else "it has no population statistics"
     if isinstance(module, nn.ConvTranspose2d) and module.groups > 1:
         return "its convolution is transposed and has groups"
     return ""
-
-
-@torch.no_grad()
-def _what_else(norm: nn.Module) -> str:
-    """Why a layer cannot be folded by what it computes, whatever its class is.
-
-    A copy with a state in which everything matters is compared with the formula.
-    """
-    if isinstance(norm, DomainBatchNorm2d):
-        return ""
-    norm = copy.deepcopy(norm)
-    state = [getattr(norm, name) for name in _STATE]
-    for tensor, value in zip(state, (0.5, 1e-4, -1.5, 0.25), strict=True):
-        if tensor is not None:
-            tensor.fill_(value)
-    mean = state[0]
-    x = torch.linspace(-3, 3, 4 * len(mean), dtype=mean.dtype, device=mean.device)
-    x = x.view(2, len(mean), 2, 1)
-    expected = F.batch_norm(x, *state, eps=getattr(norm, "eps", 0.0))
-    # 1 % for half precision; an eps that is left out would be 5 %.
-    if torch.allclose(norm(x), expected, rtol=0.01, atol=0.01):
-        return ""
-    return f"a {type(norm).__name__} does not only normalize"
 
 
 @torch.no_grad()

@@ -124,7 +124,27 @@ def _normalize(
 ) -> Tensor:
     if x.numel() == 0:  # for which ATen's backward would end the process
         return _affine_of_nothing(x, weight, bias)
+    if torch.is_grad_enabled() and x.requires_grad and not _learns(weight, bias):
+        return _scale_and_shift(x, mean, var, weight, bias, eps)
     return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+
+
+def _learns(weight: Tensor | None, bias: Tensor | None) -> bool:
+    return any(p is not None and p.requires_grad for p in (weight, bias))
+
+
+def _scale_and_shift(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """The same, but that a scale per channel is all that is held for the backward pass.
+
+    ``F.batch_norm`` holds x, whatever it is that needs a gradient.
+    """
+    scale = (var + eps).rsqrt()
+    scale = scale if weight is None else scale * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
+    shape = (1, -1) + (1,) * (x.dim() - 2)
+    return torch.addcmul(shift.view(shape), x, scale.view(shape)).to(x.dtype)
 
 
 def _affine_of_nothing(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

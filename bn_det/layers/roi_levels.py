@@ -60,6 +60,10 @@ class RoILevelBatchNorm2d(DomainBatchNorm2d):
         rois = _ROIS.partition(x, self.num_domains)
         return rois.join(super().forward(rois.split(x)))
 
+    @property
+    def takes_list(self) -> bool:
+        return False
+
     def name_of(self, domain: int) -> str:
         return f"level {domain}"
 

@@ -124,6 +124,10 @@ class SourceBatchNorm2d(DomainBatchNorm2d):
         joined = [of_level.join(ys[k :: self._levels]) for k, of_level in enumerate(images)]
         return joined[0] if self.num_levels is None else joined
 
+    @property
+    def takes_list(self) -> bool:
+        return self.num_levels is not None
+
     def batch_of(self, domain: int) -> int:
         return domain // self._levels if self.statistics == "shared" else domain
 

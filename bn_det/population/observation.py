@@ -59,8 +59,9 @@ def population_layers(model: nn.Module) -> list[PopulationLayer]:
 
 
 def _is_updated(layer: _BatchNorm) -> bool:
-    has_statistics = layer.track_running_stats and layer.running_mean is not None
-    return layer.training and has_statistics and not isinstance(layer, L1BatchNorm2d)
+    if isinstance(layer, L1BatchNorm2d) or getattr(layer, "frozen", False):
+        return False
+    return layer.training and layer.track_running_stats and layer.running_mean is not None
 
 
 class Observed(NamedTuple):

@@ -11,12 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import nn
 
 from ..layers import BatchNorm2d
-from ..layers.freeze import warn_of_folded_statistics
+from ..layers.freeze import check_freezing, freeze
 from ..layers.renorm import RenormLimits
 from ..population.average import average_population_statistics
 from ..population.observation import population_layers
@@ -185,11 +183,9 @@ class FreezeBN(Hook):
     """From an iteration on, train with population statistics that stay as they are.
 
     FrozenBN in the last part of a training, as Wu & Johnson, *Rethinking "Batch" in BatchNorm*, use
-    it in the last 20 of 100 epochs. Layers are put into evaluation mode before every step, as an
-    evaluation puts the model back into training mode. Parameters stay registered and keep their
-    gradients, as DistributedDataParallel and the optimizer expect. Where weight and bias go on
-    learning it warns of statistics that were folded into them (see :func:`bn_det.freeze`): those
-    that nothing has updated since a checkpoint was loaded.
+    it in the last 20 of 100 epochs. Layers are frozen by :func:`bn_det.freeze`, which warns of
+    statistics that were folded into weight and bias where these go on learning: those that nothing
+    has updated since a checkpoint was loaded.
 
     Args:
         iteration: the first one with frozen layers, counted from 0.
@@ -197,32 +193,28 @@ class FreezeBN(Hook):
             do not move them.
         precise: run right before freezing, as stale statistics would be frozen for good. Without
             it the ranks' EMAs are averaged.
+
+    Raises:
+        InputError: before the training begins, if a layer cannot be frozen.
     """
 
     def __init__(
         self, iteration: int, *, affine: bool = False, precise: PreciseBN | None = None
     ) -> None:
         self.iteration, self.affine, self.precise = iteration, affine, precise
-        self._affine: list[tuple[Tensor, Tensor]] | None = None
+        self._is_done = False
+
+    def before_train(self) -> None:
+        check_freezing(self.trainer.model)
 
     def before_step(self) -> None:
-        if self.trainer.iter < self.iteration:
+        if self._is_done or self.trainer.iter < self.iteration:
             return
-        model = self.trainer.model
-        if self._affine is None:
-            # A resumed run has frozen statistics already, unless it begins right here.
-            if self.trainer.iter == self.iteration:
-                self._make_final(model)
-            self._affine = self._parameters(model) if self.affine else []
-            if not self.affine:
-                warn_of_folded_statistics(model)
-        for layer in _batch_norms(model):
-            layer.eval()
-
-    @torch.no_grad()
-    def after_step(self) -> None:
-        for parameter, frozen in self._affine or []:
-            parameter.copy_(frozen)
+        # A resumed run has frozen statistics already, unless it begins right here.
+        if self.trainer.iter == self.iteration:
+            self._make_final(self.trainer.model)
+        freeze(self.trainer.model, affine=self.affine)
+        self._is_done = True
 
     def _make_final(self, model: nn.Module) -> None:
         logger.info("BatchNorm is frozen from iteration %d on", self.iteration)
@@ -231,10 +223,6 @@ class FreezeBN(Hook):
             self.precise.update()
         else:
             average_population_statistics(model)
-
-    def _parameters(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-        layers = _batch_norms(model)
-        return [(p, p.detach().clone()) for layer in layers for p in layer.parameters()]
 
 
 class RenormSchedule(Hook):
@@ -267,7 +255,3 @@ class RenormSchedule(Hook):
     def _progress(self, end: int) -> float:
         done = self.trainer.iter - self.warmup_iters
         return min(max(done / max(end - self.warmup_iters, 1), 0.0), 1.0)
-
-
-def _batch_norms(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if isinstance(m, _BatchNorm)]

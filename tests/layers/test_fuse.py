@@ -16,13 +16,10 @@ from bn_det import (
     DomainBatchNorm2d,
     L1BatchNorm2d,
     SourceBatchNorm2d,
-    freeze,
     fuse,
-    update_bn_stats,
 )
 from bn_det.errors import InputError
 from bn_det.layers import PerLevel, forward_levels
-from kinds import call, every_kind, inputs_of, make, outputs_and_gradients
 
 C = 6
 
@@ -374,102 +371,3 @@ def test_export():
     program = torch.export.export(model, (x,))
     assert not any("batch_norm" in str(node.target) for node in program.graph.nodes)
     torch.testing.assert_close(program.module()(x), model(x))
-
-
-@every_kind
-@pytest.mark.parametrize("affine", [True, False])
-def test_freeze(kind, affine):
-    """Outputs and gradients of test time in training; no statistic changes, even by PreciseBN."""
-    layer, expected = make(kind), make(kind).eval()
-    layer = freeze(layer, affine=affine).train()
-    before = copy.deepcopy(layer.state_dict())
-    assert all(p.requires_grad != affine for p in layer.parameters())
-    expected.requires_grad_(not affine)
-    found = outputs_and_gradients(layer, inputs_of(kind))
-    wanted = outputs_and_gradients(expected, inputs_of(kind))
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
-    assert update_bn_stats(layer, [inputs_of(kind)], 1, call=call).layers == []
-    assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
-
-
-def test_freeze_torchs_layers():
-    model = nn.Sequential(nn.Conv2d(3, C, 1), nn.BatchNorm2d(C), nn.SyncBatchNorm(C))
-    frozen = freeze(randomize(model)).train()
-    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
-    y = frozen(x)
-    assert torch.equal(y, frozen.eval()(x))
-    with pytest.raises(InputError, match="0 is a BatchNorm1d"):
-        freeze(nn.Sequential(nn.BatchNorm1d(3)))
-
-
-def make_norm(mean, var, weight, bias):
-    layer = nn.BatchNorm2d(len(mean), eps=0.0).double()
-    layer.running_mean, layer.running_var = mean.clone(), var.clone()
-    layer.weight.data, layer.bias.data = weight.clone(), bias.clone()
-    return nn.Sequential(layer)
-
-
-def scale_and_shift(model):
-    """Those of the function a x + b that a frozen layer is."""
-    (layer,) = model
-    scale = (layer.weight / layer.running_var.sqrt()).detach()
-    return scale, layer.bias.detach() - layer.running_mean * scale
-
-
-def test_folded_statistics_are_learnt_otherwise(caplog):
-    """One function before a step of SGD, two after it; freeze warns of the one, and says where."""
-    mean, var, weight, bias = torch.tensor(
-        [[3, -1, 0], [4, 0.25, 1], [1.5, 0.5, 1], [0.25, 1, -1]], dtype=torch.float64
-    )
-    trained = make_norm(mean, var, weight, bias)
-    a, b = scale_and_shift(trained)
-    folded = make_norm(torch.zeros_like(mean), torch.ones_like(var), a, b)
-    with caplog.at_level(logging.WARNING):
-        trained = freeze(trained, affine=False)
-        freeze(copy.deepcopy(folded))
-        assert not caplog.records
-        folded = freeze(folded, affine=False)
-    (record,) = caplog.records
-    assert "mean 0 and variance 1: 0." in record.message
-
-    x = (mean + torch.randn(50, 3, dtype=torch.float64) * var.sqrt())[..., None, None]
-    target = torch.randn_like(x)
-    steps = []
-    for model in (trained, folded):
-        optimizer = torch.optim.SGD(model.train().parameters(), 0.1)
-        torch.testing.assert_close(scale_and_shift(model), (a, b), rtol=1e-15, atol=1e-15)
-        F.mse_loss(model(x), target).backward()
-        optimizer.step()
-        new_a, new_b = scale_and_shift(model)
-        steps.append((new_a - a, new_b - b))
-    (of_a, of_b), (of_a_folded, of_b_folded) = steps
-    # By the chain rule, with weight = a std and bias = b + mean a.
-    expected_a = (of_a_folded - mean * of_b_folded) / var
-    torch.testing.assert_close(of_a, expected_a, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(of_b, of_b_folded - mean * of_a, rtol=1e-12, atol=1e-12)
-    # Where x is the mean it moves by bias' step alone, or with the mean's share of weight's, too.
-    moved, moved_folded = ((of_a * mean + of_b) for of_a, of_b in steps)
-    ratios = moved_folded / moved
-    assert ratios[0] > 20 and ratios[1] > 1.9 and ratios[2] == 1, "28, 2.001, and nothing folded"
-
-
-@pytest.mark.parametrize(
-    "name, value, warns",
-    [
-        ("running_var", 1.0, True),
-        ("running_var", 1 - 1e-5, True),  # Detectron2's with nothing to normalize
-        ("running_var", 1 + 1e-3, False),
-        ("running_mean", 1e-9, False),
-    ],
-)
-@pytest.mark.parametrize("sharing", ["shared", "per_domain"])
-def test_when_freezing_warns(name, value, warns, sharing, caplog):
-    head = DomainBatchNorm2d(C, 3, population=sharing, affine=sharing)
-    model = nn.ModuleDict({"head": head, "conv": nn.Conv2d(C, C, 1)})
-    head.population_of(1).get_buffer(name)[2] = value
-    freeze(copy.deepcopy(model).requires_grad_(False), affine=False)
-    freeze(nn.BatchNorm2d(C, track_running_stats=False), affine=False)
-    freeze(nn.BatchNorm2d(C, affine=False), affine=False)
-    assert not caplog.records
-    freeze(model, affine=False)
-    assert ["variance 1: head." in message for message in caplog.messages] == [True] * warns

@@ -1,0 +1,75 @@
+"""BatchNorm whose population statistics are final."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
+
+from .kernels import normalize
+
+
+class FrozenBatchNorm(_NormBase):
+    """What a BatchNorm becomes by :func:`bn_det.freeze`, and ceases to be by :func:`bn_det.thaw`.
+
+    It normalizes by its population statistics, in training, too, and never updates them. Its state
+    dict is that of the layer that it was. It is no BatchNorm by type, so that nothing that walks
+    over a model (``convert_sync_batchnorm``, fvcore's PreciseBN, our functions) takes it for one
+    that moves.
+
+    Where neither weight nor bias is trained, nothing but a scale per channel is held for the
+    backward pass, as by Detectron2's FrozenBatchNorm2d.
+
+    Attributes:
+        thawed_type: the class of the layer that it was; all attributes of that layer are still
+            there.
+
+    Shape:
+        as of the layer that it was; an empty input gives an empty output.
+    """
+
+    thawed_type: type[_NormBase]
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        self.thawed_type._check_input_dim(self, x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input_dim(x)
+        statistics = [self.running_mean], [self.running_var]
+        return normalize([x], *statistics, [self.weight], [self.bias], self.eps)[0]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, was={self.thawed_type.__name__}"
+
+
+class StaysInEvaluation:
+    """Mixed into the class of a layer that is frozen as it is, as it may do more than normalize.
+
+    In evaluation mode, which it never leaves, it normalizes by its population statistics.
+    """
+
+    thawed_type: type[_NormBase]
+
+    def train(self, mode: bool = True) -> Any:
+        return super().train(False)
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        # Its class is made when it is frozen, and is nowhere to be found by name.
+        state = self.__getstate__() if hasattr(self, "__getstate__") else dict(vars(self))
+        return _new, (self.thawed_type,), state
+
+
+_CLASSES: dict[type, type] = {}
+
+
+def staying_class(cls: type) -> type:
+    """A class of layers, and that they stay in evaluation mode; always the same for a class."""
+    if cls not in _CLASSES:
+        of_class = {"__doc__": StaysInEvaluation.__doc__, "thawed_type": cls}
+        _CLASSES[cls] = type(f"Frozen{cls.__name__}", (StaysInEvaluation, cls), of_class)
+    return _CLASSES[cls]
+
+
+def _new(thawed_type: type) -> Any:
+    return object.__new__(staying_class(thawed_type))

@@ -1,0 +1,133 @@
+"""What kind of BatchNorm a module is, whoever wrote it, and which of a model's are meant."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+
+from ..errors import InputError, nearest
+from .batch_norm import BatchNorm2d
+from .become import class_of
+from .domain_batch_norm import DomainBatchNorm2d
+from .frozen import FrozenBatchNorm
+from .l1_batch_norm import L1BatchNorm2d
+
+STATE = ("running_mean", "running_var", "weight", "bias")
+"""What normalizes in evaluation."""
+
+_KNOWN = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(BatchNorm2d, L1BatchNorm2d, FrozenBatchNorm),
+)
+"""Those of a tensor that are known to normalize, and to do nothing else."""
+
+
+def is_batch_norm(module: nn.Module | None) -> bool:
+    """Whether a module is a BatchNorm: torch's, ours, frozen by either host, or of a kind of it."""
+    return isinstance(module, (_BatchNorm, FrozenBatchNorm)) or is_host_frozen(module)
+
+
+def is_host_frozen(module: nn.Module | None) -> bool:
+    """Whether a module seems to be a host's FrozenBatchNorm2d, which this room does not import.
+
+    By what it has: a BatchNorm's state, all of it buffers. timm's FrozenBatchNormAct2d has it, too;
+    :func:`what_else` looks at what a layer computes.
+    """
+    if module is None or isinstance(module, (_BatchNorm, FrozenBatchNorm)):
+        return False
+    return all(module._buffers.get(name) is not None for name in STATE)
+
+
+def batch_norms(model: nn.Module) -> dict[nn.Module, str]:
+    """Every BatchNorm that is called, with its name: not those that hold what is a domain's."""
+    names = {m: name for name, m in model.named_modules() if is_batch_norm(m)}
+    domains = [m for m in names if isinstance(m, DomainBatchNorm2d)]
+    held = {part for layer in domains for part in layer.children()}
+    return {layer: name for layer, name in names.items() if layer not in held}
+
+
+def selected(
+    what: str, model: nn.Module, modules: str | Iterable[str] | None
+) -> dict[nn.Module, str]:
+    """The BatchNorm layers of some sub-trees of a model, with their names.
+
+    Args:
+        what: begins messages.
+        modules: names of modules, or patterns of names as a shell has them (``"layer[34]*"``); each
+            stands for all that is in the modules it names. None for the whole model.
+
+    Raises:
+        InputError: a name or pattern has no BatchNorm in it.
+    """
+    layers = batch_norms(model)
+    if modules is None:
+        return layers
+    patterns = [modules] if isinstance(modules, str) else list(modules)
+    found: dict[nn.Module, str] = {}
+    for pattern in patterns:
+        of_pattern = {layer: name for layer, name in layers.items() if _is_in(name, pattern)}
+        if not of_pattern:
+            known = {name for name, _ in model.named_modules() if name}
+            why = f"there is no BatchNorm in {pattern!r}"
+            raise InputError(f"{what}: {why}" + ("" if pattern in known else _near(pattern, known)))
+        found.update(of_pattern)
+    return {layer: name for layer, name in layers.items() if layer in found}
+
+
+def _near(pattern: str, known: set[str]) -> str:
+    return f", and no module of that name; {nearest(pattern, known)}"
+
+
+def _is_in(name: str, pattern: str) -> bool:
+    """Whether a module, or one that it is in, has a name that fits."""
+    parts = name.split(".")
+    return any(fnmatchcase(".".join(parts[:k]), pattern) for k in range(1, len(parts) + 1))
+
+
+def why_lazy(layer: nn.Module) -> str:
+    """Why nothing can be done with a layer yet, if it has not seen its first input."""
+    tensors = (*layer._parameters.values(), *layer._buffers.values())
+    return "it has not been called yet (lazy)" if any(map(is_lazy, tensors)) else ""
+
+
+@torch.no_grad()
+def what_else(layer: nn.Module) -> str:
+    """Why a layer cannot be exchanged by what it computes, whatever its class is; "" if it can.
+
+    Not where its class is known. A copy with a state in which everything matters is compared with
+    the formula.
+    """
+    if isinstance(layer, DomainBatchNorm2d) or class_of(layer) in _KNOWN:
+        return ""
+    layer = copy.deepcopy(layer).eval()
+    state = [getattr(layer, name) for name in STATE]
+    for tensor, value in zip(state, (0.5, 1e-4, -1.5, 0.25), strict=True):
+        if tensor is not None:
+            tensor.fill_(value)
+    does_more = f"a {type(layer).__name__} does not only normalize"
+    if state[0] is None:
+        return does_more  # than can be tried out
+    x = _probe(layer, state[0])
+    expected = F.batch_norm(x, *state, eps=getattr(layer, "eps", 0.0))
+    try:
+        y = layer.forward(x)  # without its hooks
+    except Exception:  # whatever it wants to be called with
+        return does_more
+    # 1 % for half precision; an eps that is left out would be 5 %.
+    same = isinstance(y, Tensor) and y.shape == x.shape
+    return "" if same and torch.allclose(y, expected, rtol=0.01, atol=0.01) else does_more
+
+
+def _probe(layer: nn.Module, mean: Tensor) -> Tensor:
+    """An input of a layer's number of dimensions, with values on both sides of the mean."""
+    x = torch.linspace(-3, 3, 4 * len(mean), dtype=mean.dtype, device=mean.device)
+    num_dims = {nn.BatchNorm1d: 3, nn.BatchNorm3d: 5}
+    dims = next((n for cls, n in num_dims.items() if isinstance(layer, cls)), 4)
+    return x.view(2, len(mean), 2, *[1] * (dims - 3))

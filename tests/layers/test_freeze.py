@@ -1,0 +1,412 @@
+"""Freezing and thawing: what holds a freeze, whatever is done to the model afterwards."""
+
+import copy
+import io
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
+
+from bn_det import (
+    BatchNorm2d,
+    DomainBatchNorm2d,
+    FrozenBatchNorm,
+    L1BatchNorm2d,
+    convert_batchnorm,
+    freeze,
+    thaw,
+    update_bn_stats,
+)
+from bn_det.errors import InputError
+from bn_det.layers.freeze import is_frozen
+from kinds import call, every_kind, inputs_of, make, outputs_and_gradients
+
+C = 6
+
+
+class Plain(nn.BatchNorm2d):
+    """A project's own subclass, which only normalizes."""
+
+
+class WithActivation(nn.BatchNorm2d):
+    """One that does more, as timm's."""
+
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def parametrized():
+    layer = nn.BatchNorm2d(C)
+    parametrize.register_parametrization(layer, "weight", Doubled())
+    return layer
+
+
+LAYERS = {
+    "BatchNorm1d": lambda: nn.BatchNorm1d(C),
+    "BatchNorm2d": lambda: nn.BatchNorm2d(C),
+    "BatchNorm3d": lambda: nn.BatchNorm3d(C),
+    "SyncBatchNorm": lambda: nn.SyncBatchNorm(C),
+    "no affine": lambda: nn.BatchNorm2d(C, affine=False),
+    "no bias": lambda: nn.BatchNorm2d(C, bias=False),
+    "subclass": lambda: Plain(C),
+    "activation": lambda: WithActivation(C),
+    "parametrized": parametrized,
+    "ours": lambda: BatchNorm2d(C),
+    "ghost": lambda: BatchNorm2d(C, ghost_size=2),
+    "renorm": lambda: BatchNorm2d(C, renorm=(3, 5)),
+    "batch in evaluation": lambda: BatchNorm2d(C, eval_statistics="batch"),
+    "L1": lambda: L1BatchNorm2d(C),
+}
+every_layer = pytest.mark.parametrize("name", LAYERS)
+
+
+def make_net(name):
+    """The layer, and one after it that is not frozen."""
+    torch.manual_seed(0)
+    net = nn.Sequential(LAYERS[name](), nn.Dropout(0.0)).double()
+    for key, t in (*net.named_parameters(), *net.named_buffers()):
+        if t.is_floating_point():
+            low = -0.5 if key.endswith(("bias", "mean")) else 0.5
+            nn.init.uniform_(t, low, low + 1.5)
+    return net
+
+
+def input_of(name, seed=0):
+    shape = (4, C, *{"BatchNorm1d": [5], "BatchNorm3d": [2, 3, 2]}.get(name, [3, 5]))
+    generator = torch.Generator().manual_seed(seed)
+    return 3 * torch.randn(shape, generator=generator, dtype=torch.float64) + 1
+
+
+def by_population(name):
+    """What the layer computes by its population statistics, from torch's function."""
+    layer, x = make_net(name)[0], input_of(name)
+    y = F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias, eps=1e-5)
+    return y.relu() if name == "activation" else y
+
+
+def pickled(net):
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def loaded(net):
+    """The same state in a model that has been frozen before it was loaded."""
+    other = freeze(copy.deepcopy(net))
+    for t in (*other.parameters(), *other.buffers()):
+        t.data.zero_()
+    other.load_state_dict(net.state_dict())
+    return other
+
+
+HOLDERS = {
+    "train()": lambda net: net.eval().train(),
+    "deepcopy": copy.deepcopy,
+    "pickle": pickled,
+    "state dict": loaded,
+    "freeze again": freeze,
+    "convert_sync_batchnorm": nn.SyncBatchNorm.convert_sync_batchnorm,
+    "to torch's": lambda net: convert_batchnorm(net, nn.BatchNorm2d),
+    "to ours": lambda net: convert_batchnorm(net, BatchNorm2d),
+    "to SyncBatchNorm": lambda net: convert_batchnorm(net, nn.SyncBatchNorm),
+    "to ghost batches": lambda net: convert_batchnorm(net, lambda c: BatchNorm2d(c, ghost_size=2)),
+}
+
+
+CASES = [
+    (name, holder)
+    for name in LAYERS
+    for holder in HOLDERS
+    # What torch refuses; and what it takes the activation from, frozen or not.
+    if (name, holder) not in (("parametrized", "pickle"), ("activation", "convert_sync_batchnorm"))
+]
+
+
+@pytest.mark.parametrize("name, holder", CASES)
+def test_a_freeze_holds(name, holder):
+    """Outputs of the population statistics in training and evaluation, and nothing moves."""
+    net = HOLDERS[holder](freeze(make_net(name)))
+    before = copy.deepcopy(net.state_dict())
+    for mode in (True, False):
+        y = net.train(mode)(input_of(name))
+        torch.testing.assert_close(y, by_population(name), rtol=1e-12, atol=1e-12)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert not any(p.requires_grad for p in net.parameters())
+    assert is_frozen(net[0])
+    report = update_bn_stats(net.train(), [input_of(name)], 1)
+    assert report.layers == []
+
+
+@every_layer
+def test_thaw_undoes_a_freeze(name):
+    """Training goes on as that of a model that has never been frozen."""
+    net, other = make_net(name), make_net(name)
+    layer, parameters, kind = net[0], list(net.parameters()), type(net[0]).__name__
+    hook = layer.register_forward_hook(lambda *_: None)
+    thaw(freeze(net))
+    assert net[0] is layer and type(layer).__name__ == kind and hook.id in layer._forward_hooks
+    assert all(a is b for a, b in zip(net.parameters(), parameters, strict=True))
+    for n in (net, other):
+        y = n.train()(input_of(name).requires_grad_())
+        y.square().sum().backward()
+        if parameters:
+            torch.optim.SGD(n.parameters(), 0.1).step()
+    torch.testing.assert_close(net.state_dict(), other.state_dict(), rtol=0, atol=0)
+    assert not torch.equal(net[0].running_mean, make_net(name)[0].running_mean)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize(
+    "make_optimizer",
+    [
+        lambda ps: torch.optim.SGD(ps, 0.1, momentum=0.9, weight_decay=0.1),
+        lambda ps: torch.optim.AdamW(ps, 0.1, weight_decay=0.1),
+    ],
+)
+@every_layer
+def test_in_the_midst_of_a_training(name, make_optimizer, set_to_none):
+    """No momentum and no weight decay moves what is frozen; statistics alone can be frozen, too."""
+    for affine in (True, False):
+        net = nn.Sequential(make_net(name), nn.Linear(1, 1).double())
+        optimizer = make_optimizer(net.parameters())
+
+        def step(net=net, optimizer=optimizer):
+            optimizer.zero_grad(set_to_none=set_to_none)
+            net.train()  # which some loops do in each step
+            y = net[0](input_of(name)).mean() * torch.ones(1, dtype=torch.float64)
+            (net[1](y).sum() * 5).square().backward()
+            optimizer.step()
+
+        step()
+        freeze(net, affine=affine)
+        before = copy.deepcopy(net[0].state_dict())
+        step()
+        step()
+        for key, value in net[0].state_dict().items():
+            moves = not affine and key.endswith(("weight", "bias", "original"))
+            assert torch.equal(value, before[key]) != moves, key
+
+
+def test_statistics_and_affine_apart():
+    net = make_net("BatchNorm2d").train()
+    freeze(net, statistics=False)
+    assert type(net[0]) is nn.BatchNorm2d and not net[0].weight.requires_grad
+    net(input_of("BatchNorm2d"))
+    assert net[0].num_batches_tracked == 1
+    freeze(net, affine=False)
+    assert type(net[0]) is FrozenBatchNorm
+    thaw(net, affine=False)
+    assert type(net[0]) is nn.BatchNorm2d and not net[0].weight.requires_grad
+    thaw(net, statistics=False)
+    assert net[0].weight.requires_grad
+    for function in (freeze, thaw):
+        with pytest.raises(InputError, match="statistics False and affine False leave nothing"):
+            function(net, statistics=False, affine=False)
+
+
+def make_tree():
+    def part():
+        return nn.Sequential(nn.BatchNorm2d(C), nn.Sequential(nn.BatchNorm2d(C)))
+
+    return nn.ModuleDict({"stem": nn.BatchNorm2d(C), "layer1": part(), "layer10": part()})
+
+
+@pytest.mark.parametrize(
+    "modules, expected",
+    [
+        ("stem", {"stem"}),
+        (["stem", "layer1"], {"stem", "layer1.0", "layer1.1.0"}),
+        ("layer1*", {"layer1.0", "layer1.1.0", "layer10.0", "layer10.1.0"}),
+        ("layer*.1", {"layer1.1.0", "layer10.1.0"}),
+        ("layer1.1.0", {"layer1.1.0"}),
+        (None, {"stem", "layer1.0", "layer1.1.0", "layer10.0", "layer10.1.0"}),
+    ],
+)
+def test_parts_of_a_model(modules, expected):
+    model = freeze(make_tree(), modules)
+    kinds = (nn.BatchNorm2d, FrozenBatchNorm)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
+    assert {name for name, m in layers.items() if is_frozen(m)} == expected
+    learning = {name for name, m in layers.items() if m.weight.requires_grad}
+    assert learning == layers.keys() - expected
+    thaw(model, modules)
+    assert not any(is_frozen(m) for m in layers.values())
+
+
+def test_without_assignment():
+    """The layer itself is frozen, and not a copy that nobody has."""
+    model = make_tree()
+    freeze(model.stem)
+    freeze(nn.ModuleList([model.layer1[0]]))
+    assert is_frozen(model.stem) and is_frozen(model.layer1[0])
+
+
+def test_what_cannot_be_frozen():
+    model = make_tree()
+    model.layer1[0] = nn.BatchNorm2d(C, track_running_stats=False)
+    model.layer10[0] = nn.LazyBatchNorm2d()
+    for modules, words in [
+        (None, "layer1.0 cannot be frozen: it has no population statistics"),
+        ("layer10", r"layer10.0 cannot be frozen: it has not been called yet \(lazy\)"),
+        ("layer2", "no BatchNorm in 'layer2', and no module of that name; nearest names: .'layer1"),
+        (["stem", "head.*"], "freeze: there is no BatchNorm in 'head.*'"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            freeze(model, modules)
+    assert not is_frozen(model.stem) and model.stem.weight.requires_grad, "nothing is changed"
+    freeze(nn.Sequential(nn.BatchNorm2d(C, track_running_stats=False)), statistics=False)
+    with pytest.raises(InputError, match="BatchNorm2d cannot be frozen"):
+        freeze(nn.BatchNorm2d(C, track_running_stats=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(4, C, 8, 8), (0, C, 8, 8), (1, C, 1, 1)])
+def test_a_frozen_layer(dtype, affine, shape):
+    """Equal to torch's function in float64, within the input's precision; gradients, too."""
+    layer = make_net("BatchNorm2d")[0]
+    expected = copy.deepcopy(layer).eval().requires_grad_(not affine)
+    freeze(layer.float(), affine=affine)
+    x = (3 * torch.randn(shape) + 1).to(dtype).to(memory_format=torch.channels_last)
+    own, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
+    y, wanted = layer(own), expected(theirs)
+    assert y.dtype == dtype
+    dy = torch.randn(shape).to(dtype)
+    y.backward(dy)
+    wanted.backward(dy.double())
+    # One rounding of the output; the affine's gradient adds up in float32.
+    precision = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 10 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(y.double(), wanted, **precision)
+    torch.testing.assert_close(own.grad.double(), theirs.grad, **precision)
+    if not affine:
+        torch.testing.assert_close(
+            layer.weight.grad.double(), expected.weight.grad, rtol=1e-2, atol=1e-2
+        )
+
+
+def held(layer, x):
+    """Bytes that a call holds for its backward pass."""
+    sizes = []
+
+    def pack(t):
+        sizes.append(t.numel() * t.element_size())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        layer(x)
+    return sum(sizes)
+
+
+@pytest.mark.parametrize(
+    "make_layer",
+    [lambda: nn.BatchNorm2d(C), lambda: DomainBatchNorm2d(C, 2), lambda: L1BatchNorm2d(C)],
+)
+def test_what_a_frozen_layer_holds(make_layer):
+    """A scale per channel; torch's own layer in evaluation holds its input."""
+    x = torch.randn(8, C, 32, 32, requires_grad=True)
+    layer = freeze(make_layer())
+    number = 2 if isinstance(layer, DomainBatchNorm2d) else 1
+    assert held(layer, [x, x] if number == 2 else x) == number * C * 4
+    assert held(nn.BatchNorm2d(C).eval(), x) > x.numel() * 4
+
+
+def test_thaw_refuses():
+    with pytest.raises(InputError, match="thaw: there is no BatchNorm in 'a'"):
+        thaw(make_tree(), "a")
+
+
+@every_kind
+@pytest.mark.parametrize("affine", [True, False])
+def test_freeze(kind, affine):
+    """Outputs and gradients of test time in training; no statistic changes, even by PreciseBN."""
+    layer, expected = make(kind), make(kind).eval()
+    layer = freeze(layer, affine=affine).train()
+    before = copy.deepcopy(layer.state_dict())
+    assert all(p.requires_grad != affine for p in layer.parameters())
+    expected.requires_grad_(not affine)
+    found = outputs_and_gradients(layer, inputs_of(kind))
+    wanted = outputs_and_gradients(expected, inputs_of(kind))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    assert update_bn_stats(layer, [inputs_of(kind)], 1, call=call).layers == []
+    assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
+
+
+def make_norm(mean, var, weight, bias):
+    layer = nn.BatchNorm2d(len(mean), eps=0.0).double()
+    layer.running_mean, layer.running_var = mean.clone(), var.clone()
+    layer.weight.data, layer.bias.data = weight.clone(), bias.clone()
+    return nn.Sequential(layer)
+
+
+def scale_and_shift(model):
+    """Those of the function a x + b that a frozen layer is."""
+    (layer,) = model
+    scale = (layer.weight / layer.running_var.sqrt()).detach()
+    return scale, layer.bias.detach() - layer.running_mean * scale
+
+
+def test_folded_statistics_are_learnt_otherwise(caplog):
+    """One function before a step of SGD, two after it; freeze warns of the one, and says where."""
+    mean, var, weight, bias = torch.tensor(
+        [[3, -1, 0], [4, 0.25, 1], [1.5, 0.5, 1], [0.25, 1, -1]], dtype=torch.float64
+    )
+    trained = make_norm(mean, var, weight, bias)
+    a, b = scale_and_shift(trained)
+    folded = make_norm(torch.zeros_like(mean), torch.ones_like(var), a, b)
+    with caplog.at_level(logging.WARNING):
+        trained = freeze(trained, affine=False)
+        freeze(copy.deepcopy(folded))
+        assert not caplog.records
+        folded = freeze(folded, affine=False)
+    (record,) = caplog.records
+    assert "mean 0 and variance 1: 0." in record.message
+
+    x = (mean + torch.randn(50, 3, dtype=torch.float64) * var.sqrt())[..., None, None]
+    target = torch.randn_like(x)
+    steps = []
+    for model in (trained, folded):
+        optimizer = torch.optim.SGD(model.train().parameters(), 0.1)
+        torch.testing.assert_close(scale_and_shift(model), (a, b), rtol=1e-15, atol=1e-15)
+        F.mse_loss(model(x), target).backward()
+        optimizer.step()
+        new_a, new_b = scale_and_shift(model)
+        steps.append((new_a - a, new_b - b))
+    (of_a, of_b), (of_a_folded, of_b_folded) = steps
+    # By the chain rule, with weight = a std and bias = b + mean a.
+    expected_a = (of_a_folded - mean * of_b_folded) / var
+    torch.testing.assert_close(of_a, expected_a, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(of_b, of_b_folded - mean * of_a, rtol=1e-12, atol=1e-12)
+    # Where x is the mean it moves by bias' step alone, or with the mean's share of weight's, too.
+    moved, moved_folded = ((of_a * mean + of_b) for of_a, of_b in steps)
+    ratios = moved_folded / moved
+    assert ratios[0] > 20 and ratios[1] > 1.9 and ratios[2] == 1, "28, 2.001, and nothing folded"
+
+
+@pytest.mark.parametrize(
+    "name, value, warns",
+    [
+        ("running_var", 1.0, True),
+        ("running_var", 1 - 1e-5, True),  # Detectron2's with nothing to normalize
+        ("running_var", 1 + 1e-3, False),
+        ("running_mean", 1e-9, False),
+    ],
+)
+@pytest.mark.parametrize("sharing", ["shared", "per_domain"])
+def test_when_freezing_warns(name, value, warns, sharing, caplog):
+    head = DomainBatchNorm2d(C, 3, population=sharing, affine=sharing)
+    model = nn.ModuleDict({"head": head, "conv": nn.Conv2d(C, C, 1)})
+    head.population_of(1).get_buffer(name)[2] = value
+    freeze(copy.deepcopy(model).requires_grad_(False), affine=False)
+    freeze(nn.BatchNorm2d(C, affine=False), affine=False)
+    assert not caplog.records
+    freeze(model, affine=False)
+    assert ["variance 1: head." in message for message in caplog.messages] == [True] * warns
