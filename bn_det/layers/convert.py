@@ -140,8 +140,8 @@ def _with_state_of(old: nn.Module, new: nn.Module) -> nn.Module:
         if key in filled:
             if not _is_same(filled[key], value):
                 raise ValueError(
-                    f"{type(new).__name__} cannot hold the {name} of {old}: domains that share it "
-                    "there have different ones"
+                    f"{type(new).__name__} cannot hold the {name} of a {_name(old)}: domains "
+                    "that share it there have different ones"
                 )
             continue
         filled[key] = value
@@ -150,6 +150,10 @@ def _with_state_of(old: nn.Module, new: nn.Module) -> nn.Module:
         else:
             _put(old, new, target, name, _own(value, used))
     return new.train(old.training)
+
+
+def _name(layer: nn.Module) -> str:
+    return class_of(layer).__name__
 
 
 def _holders(layer: nn.Module) -> Iterator[nn.Module]:
@@ -164,7 +168,7 @@ def _pairs(old: nn.Module, new: nn.Module) -> Iterator[tuple[nn.Module, nn.Modul
     number = max(len(olds), len(news))
     if min(len(olds), len(news)) not in (1, number):
         raise ValueError(
-            f"{type(new).__name__} of {len(news)} domains cannot hold the state of {old}"
+            f"{type(new).__name__} of {len(news)} domains cannot hold the state of a {_name(old)}"
         )
     for k in range(number):
         (of_old, affine_of_old), (of_new, affine_of_new) = olds[k % len(olds)], news[k % len(news)]
@@ -206,11 +210,13 @@ def _put(
             value = value.detach()
         target._buffers[name] = value
     elif name != "num_batches_tracked" and (value is not None or name in target._buffers):
-        raise ValueError(f"{type(new).__name__} cannot hold the {name} of {old}")
+        raise ValueError(f"{type(new).__name__} cannot hold the {name} of a {_name(old)}")
 
 
 def _leave_parametrized(old: nn.Module, new: nn.Module, target: nn.Module, name: str) -> None:
     """Make room for a parameter that stays with the parametrizations of the old layer."""
     if target is not new or name not in new._parameters:
-        raise ValueError(f"{type(new).__name__} cannot hold the parametrized {name} of {old}")
+        raise ValueError(
+            f"{type(new).__name__} cannot hold the parametrized {name} of a {_name(old)}"
+        )
     del new._parameters[name]

@@ -13,6 +13,11 @@ from reference import randomize
 
 make_cfg = partial(hosts.make_cfg, "detectron2")
 
+STOCK_RETINANET = [
+    *("MODEL.META_ARCHITECTURE", "RetinaNet"),
+    *("MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone"),
+]
+
 
 def make_batch(num_objects, size=128):
     """An image for each number of objects."""

@@ -14,13 +14,10 @@ from torch import nn
 
 import export
 from bn_det import fuse
+from d2_models import STOCK_RETINANET
 from export import check_onnx, check_program, check_trace, fused, make_images, medium_score
 from reference import BASE, RCNN_BASE, assert_close_by_scale, norm_opts
 
-STOCK_RETINANET = [
-    *("MODEL.META_ARCHITECTURE", "RetinaNet"),
-    *("MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone"),
-]
 STOCK_RCNN = [
     *("MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead"),
     *("MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"),

@@ -1,13 +1,12 @@
-"""Norms by name, conversion of built models, and heads on all levels."""
+"""Norms by name, and heads on all levels."""
 
-import copy
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from bn_det import BatchNorm2d, DomainBatchNorm2d, convert_batchnorm, forward_levels
+from bn_det import BatchNorm2d, DomainBatchNorm2d, forward_levels
 from bn_det.errors import InputError
 from bn_det.layers import BATCH_NORMS, norm_factory
 
@@ -40,52 +39,6 @@ def test_unknown_norm():
         InputError, match=r"MODEL.X.NORM: 'bn' .*\['', 'BN', 'SyncBN', 'GhostBN', 'BRN', .*'GN'\]"
     ):
         norm_factory("bn", BatchNorm2d, OTHERS, "MODEL.X.NORM")
-
-
-def model():
-    shared = nn.BatchNorm2d(4)
-    net = nn.Sequential(
-        nn.Conv2d(3, 4, 1),
-        nn.Sequential(shared, nn.ReLU()),
-        nn.BatchNorm2d(4, eps=0.1, momentum=0.3, affine=False).eval(),
-        shared,
-        nn.BatchNorm2d(4, track_running_stats=False),
-        DomainBatchNorm2d(4, 2),
-        nn.SyncBatchNorm(4),
-    ).double()
-    for t in (*net.parameters(), *net.buffers()):
-        if t.is_floating_point():
-            t.data.uniform_(0.5, 2)
-    return net
-
-
-def test_convert_keeps_everything():
-    net = model()
-    before = copy.deepcopy(net)
-    parameters, domains = list(net.parameters()), net[5]
-    assert convert_batchnorm(net, BatchNorm2d) is net
-    assert all(a is b for a, b in zip(net.parameters(), parameters, strict=True))
-    assert list(net.state_dict()) == list(before.state_dict())
-    torch.testing.assert_close(net.state_dict(), before.state_dict(), rtol=0, atol=0)
-    assert net[1][0] is net[3] and type(net[3]) is BatchNorm2d
-    assert net[5] is domains and type(domains.get_submodule("0")) is BatchNorm2d
-    assert (net[2].eps, net[2].momentum, net[2].training) == (0.1, 0.3, False)
-    assert type(net[6]) is BatchNorm2d
-    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
-    for ours, theirs in zip(net[1:5], before[1:5], strict=True):
-        torch.testing.assert_close(ours(x), theirs(x))
-
-
-def test_convert_a_single_layer():
-    old = nn.BatchNorm2d(4).half().eval()
-    new = convert_batchnorm(old, BatchNorm2d)
-    assert type(new) is BatchNorm2d and new.weight is old.weight
-    assert new.running_var is old.running_var and not new.training
-
-
-def test_convert_to_a_layer_without_place():
-    with pytest.raises(ValueError, match="GroupNorm cannot hold the running_mean"):
-        convert_batchnorm(nn.Sequential(nn.BatchNorm2d(4)), partial(nn.GroupNorm, 2))
 
 
 def test_forward_levels_sees_all_levels():
