@@ -68,6 +68,7 @@ COLLECTIVES = (
     "all_gather",
     "all_gather_into_tensor",
     "all_gather_object",
+    "all_gather_single",
     "all_reduce",
     "all_to_all",
     "all_to_all_single",
@@ -83,17 +84,18 @@ COLLECTIVES = (
 def counted_collectives() -> Iterator[Counter]:
     """The number of calls of each function of torch.distributed that the block makes."""
     counts: Counter = Counter()
-    real = {name: getattr(dist, name) for name in COLLECTIVES}
+    real = {name: getattr(dist, name) for name in COLLECTIVES if hasattr(dist, name)}
+    names = {"all_gather_single": "all_gather_into_tensor"}  # since torch 2.14
 
     def counted(name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            counts[name] += 1
+            counts[names.get(name, name)] += 1
             return real[name](*args, **kwargs)
 
         return call
 
     try:
-        for name in COLLECTIVES:
+        for name in real:
             setattr(dist, name, counted(name))
         yield counts
     finally:

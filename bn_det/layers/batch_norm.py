@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -97,6 +98,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         renorm: tuple[float, float] | None = None,
         **kwargs: Any,
     ) -> None:
+        check_arguments(eps, momentum)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **kwargs)
         if ghost_size is not None and ghost_size < 1:
             raise InputError(f"ghost_size: {ghost_size!r} is not accepted; use 1 or more, or None")
@@ -217,6 +219,17 @@ class BatchNorm2d(nn.BatchNorm2d):
         }
         check_agreement(type(self).__name__, values, group)
         _AGREED.add(self)
+
+
+def check_arguments(eps: float, momentum: float | None) -> None:
+    """Raise InputError unless they are such that an EMA and a root can be taken."""
+    if not 0 <= eps < math.inf:
+        raise InputError(f"eps: {eps!r} is not accepted; use 0.0 or more")
+    if momentum is not None and not 0 <= momentum <= 1:
+        raise InputError(
+            f"momentum: {momentum!r} is not accepted; use 0.0 to 1.0, the weight of a new batch in "
+            "the EMA (1 - decay), or None for the mean of all batches"
+        )
 
 
 def _registered(hooks: OrderedDict[int, Any], hook: Callable[..., Any]) -> RemovableHandle:

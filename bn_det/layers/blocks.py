@@ -7,32 +7,43 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..errors import choose
+from ..errors import InputError, choose
 from .batch_norm import STATISTICS, BatchNorm2d
+from .become import become, class_of
+from .convert import as_ours
+from .freeze import is_frozen
+from .kinds import batch_norms
 
 
 @contextmanager
 def evaluated_with(module: nn.Module, statistics: str) -> Iterator[None]:
-    """Inside the block, what normalizes every BatchNorm of ours in a module in evaluation.
+    """Inside the block, what normalizes the BatchNorm layers of a module in evaluation.
+
+    torch's own are ours as long as the block lasts; frozen ones stay as they are.
 
     Args:
         statistics: "population" or "batch".
+
+    Raises:
+        InputError: a layer cannot be told: one whose class has a forward method of its own.
     """
     choose("statistics", statistics, STATISTICS)
-    with _set(_ours(module), eval_statistics=statistics):
+    told = _told("evaluated_with", module, statistics, "population")
+    with told, _set(_ours(module), eval_statistics=statistics):
         yield
 
 
 @contextmanager
 def trained_with(module: nn.Module, statistics: str) -> Iterator[None]:
-    """Inside the block, what normalizes every BatchNorm of ours in a module in training.
+    """Inside the block, what normalizes the BatchNorm layers of a module in training.
 
-    Args:
-        statistics: "population" or "batch".
+    As :func:`evaluated_with`.
     """
     choose("statistics", statistics, STATISTICS)
-    with _set(_ours(module), train_statistics=statistics):
+    told = _told("trained_with", module, statistics, "batch")
+    with told, _set(_ours(module), train_statistics=statistics):
         yield
 
 
@@ -43,7 +54,7 @@ def no_population_update(module: nn.Module) -> Iterator[None]:
     For a pass over other data than those of test time, the generator's step of a GAN for example.
     For every BatchNorm layer, torch's and ours; what normalizes does not change.
     """
-    layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    layers = [m for m in module.modules() if isinstance(m, _BatchNorm)]
     # In training mode torch's own layers then normalize by the batch, as before, and in evaluation
     # mode by the buffers that they still have.
     with _set(layers, track_running_stats=False):
@@ -55,12 +66,78 @@ def _ours(module: nn.Module) -> list[BatchNorm2d]:
 
 
 @contextmanager
-def _set(layers: Sequence[nn.Module], **values: Any) -> Iterator[None]:
-    """Attributes of layers inside the block."""
+def _told(what: str, module: nn.Module, statistics: str, default: str) -> Iterator[None]:
+    """Inside the block, torch's own layers can be told what normalizes: they are ours.
+
+    Args:
+        default: what normalizes them by itself; nothing need be told then.
+    """
+    others = {
+        layer: name
+        for layer, name in batch_norms(module).items()
+        if not isinstance(layer, BatchNorm2d) and not is_frozen(layer) and statistics != default
+    }
+    for layer, name in others.items():
+        if class_of(layer).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+            raise InputError(
+                f"{what}: {name or 'the module'} is a {class_of(layer).__name__}, which cannot be "
+                f"told to normalize by {statistics!r}; use convert_batchnorm first"
+            )
+    before = [(layer, type(layer), dict(vars(layer))) for layer in others]
+    try:
+        for layer in others:
+            become(layer, as_ours(layer))
+        yield
+    finally:
+        for layer, cls, content in before:
+            _take_back(layer, cls, content)
+
+
+def _take_back(layer: nn.Module, cls: type[nn.Module], content: dict[str, Any]) -> None:
+    """Give a layer the class and the attributes that it had, with the tensors that it has now."""
+    for name in ("_parameters", "_buffers"):
+        content[name].update(vars(layer)[name])
+    content["training"] = layer.training
+    vars(layer).clear()
+    vars(layer).update(content)
+    layer.__class__ = cls
+
+
+class _ForNow:
+    """Mixed into a value of an attribute: what is copied or pickled has the one before."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self.before
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        return _itself, (self.before,)
+
+
+class _Flag(_ForNow, int):
+    pass
+
+
+class _Choice(_ForNow, str):
+    pass
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+def _for_now(value: bool | str, before: bool | str) -> bool | str:
+    inside = (_Choice if isinstance(value, str) else _Flag)(value)
+    inside.before = before
+    return inside
+
+
+@contextmanager
+def _set(layers: Sequence[nn.Module], **values: bool | str) -> Iterator[None]:
+    """Attributes of layers inside the block; not of copies that are made there."""
     before = [{name: getattr(layer, name) for name in values} for layer in layers]
     try:
-        for layer in layers:
-            vars(layer).update(values)
+        for layer, own in zip(layers, before, strict=True):
+            vars(layer).update({name: _for_now(v, own[name]) for name, v in values.items()})
         yield
     finally:
         for layer, own in zip(layers, before, strict=True):

@@ -47,7 +47,9 @@ def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """From the same shape (*) on each rank to (number of ranks, *) on all, in one collective."""
     x = x.contiguous()
     gathered = x.new_empty(dist.get_world_size(group), x.numel())
-    dist.all_gather_into_tensor(gathered.view(-1), x.view(-1), group=group)
+    # torch 2.14 has another name for it, and warns of the old one.
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    getattr(dist, name)(gathered.view(-1), x.view(-1), group=group)
     return gathered.view(-1, *x.shape)
 
 

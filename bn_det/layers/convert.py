@@ -84,6 +84,15 @@ def convert_batchnorm(
     return module
 
 
+def as_ours(layer: nn.Module) -> BatchNorm2d:
+    """A layer of ours with all that one of torch's has; the same function in either mode."""
+    group = None
+    if isinstance(layer, nn.SyncBatchNorm):
+        group = layer.process_group or "world"
+    new = _taking_the_same(layer, BatchNorm2d(layer.num_features, group=group))
+    return _with_state_of(layer, new)
+
+
 def takes(layer: nn.Module) -> type[_BatchNorm]:
     """The layer of torch whose shapes of input a layer takes; SyncBatchNorm's are any."""
     # A SyncBatchNorm does not tell what it has been made of, unless it has been made here.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .batch import check_size
+from .batch_norm import check_arguments
 from .ema import count_batch, tracks
 from .kernels import normalize
 from .levels import PerLevel
@@ -31,6 +33,12 @@ class L1BatchNorm2d(nn.BatchNorm2d):
     Raises:
         InputError: in training there is a single value per channel.
     """
+
+    def __init__(
+        self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, **kwargs: Any
+    ) -> None:
+        check_arguments(eps, momentum)
+        super().__init__(num_features, eps, momentum, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
