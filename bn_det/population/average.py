@@ -2,38 +2,118 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
-from ..layers.comm import Group, all_gather, process_group
+from ..errors import InputError, choose
+from ..layers.comm import Group, all_gather, check_agreement, process_group
+
+HOW = ("averaged", "pooled")
+"""Of variances: their mean over ranks; or that of all ranks' values together."""
 
 
 @torch.no_grad()
-def average_population_statistics(model: nn.Module, group: Group = "world") -> None:
-    """Give every rank the mean of all ranks' EMAs, in place, in one collective.
+def average_population_statistics(
+    model: nn.Module, group: Group = "world", how: str = "averaged"
+) -> None:
+    """Give every rank the same population statistics, made of all ranks' EMAs, in place.
 
     With BatchNorm of each process by itself, every rank has its own EMA, and a checkpoint holds
     rank 0's. All of them estimate the mean and the expected variance of one process's batch; so
-    does their average, from as many times the data. (The variance of all ranks' samples together,
-    which also counts how the ranks' means differ, would be that of another normalization batch.)
+    does their average, from as many times the data. A rank weighs by the batches that its layer has
+    tracked (``num_batches_tracked``), so that one which has tracked none counts for nothing; where
+    no rank has, or there is no counter, all weigh alike. The counter becomes the ranks' mean.
 
-    Every rank of the group has to call it. Afterwards ranks are equal to the bit. Layers without
-    population statistics are left alone.
+    Every rank of the group has to call it. Afterwards ranks are equal to the bit. Layers are
+    matched by their names; those without population statistics are left alone. Two collectives.
+
+    Args:
+        how: "averaged", the mean of the ranks' variances, as an EMA averages those of batches; or
+            "pooled", the variance of all ranks' values together, which counts how the ranks' means
+            differ, too: that of another, larger normalization batch.
+
+    Raises:
+        InputError: on every rank, if ranks have other layers than each other, or one of them has
+            statistics that are NaN or infinite. Nothing is changed then.
     """
+    choose("how", how, HOW)
     group = process_group(group)
-    buffers = _population_buffers(model)
-    if group is None or not buffers:
+    layers = _layers(model)
+    if group is None:
         return
-    every = all_gather(torch.cat([b.double().flatten() for b in buffers]), group)
-    # Each rank adds up the same numbers in the same order.
-    means = every.mean(0).split([b.numel() for b in buffers])
-    for buffer, mean in zip(buffers, means, strict=True):
-        mean = mean if buffer.is_floating_point() else mean.round()
-        buffer.copy_(mean.view_as(buffer))
+    names = {name: f"{layer.num_features} channels" for name, layer in layers.items()}
+    known = {"layers with population statistics": list(names), **names}
+    check_agreement("average_population_statistics", known, group)
+    if not layers:
+        return
+    own = torch.cat([_flat(layer) for layer in layers.values()])
+    sizes = [2 * layer.num_features + 1 for layer in layers.values()]
+    every = all_gather(own, group).split(sizes, 1)
+    merged = []
+    for name, layer, of_ranks in zip(layers, layers.values(), every, strict=True):
+        merged.append(_merged(_OfRanks.of(of_ranks, layer.num_features), name, how))
+    for layer, (count, mean, var) in zip(layers.values(), merged, strict=True):
+        layer.running_mean.copy_(mean)
+        layer.running_var.copy_(var)
+        if layer.num_batches_tracked is not None:
+            layer.num_batches_tracked.copy_(count.round())
 
 
-def _population_buffers(model: nn.Module) -> list[Tensor]:
-    names = ("running_mean", "running_var", "num_batches_tracked")
-    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    buffers = [getattr(layer, name) for layer in layers for name in names]
-    return [b for b in buffers if b is not None]
+class _OfRanks(NamedTuple):
+    """A layer's statistics on each rank; float64.
+
+    Attributes:
+        counts: shape (ranks,), the batches tracked.
+        means, variances: shape (ranks, C).
+    """
+
+    counts: Tensor
+    means: Tensor
+    variances: Tensor
+
+    @classmethod
+    def of(cls, flat: Tensor, channels: int) -> _OfRanks:
+        counts, means, variances = flat.split([1, channels, channels], 1)
+        return cls(counts.squeeze(1), means, variances)
+
+
+def _layers(model: nn.Module) -> dict[str, nn.Module]:
+    """By name, in its order, which is the same on all ranks that have the same layers."""
+    layers = {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
+    }
+    return dict(sorted(layers.items()))
+
+
+def _flat(layer: nn.Module) -> Tensor:
+    mean, var, count = layer.running_mean, layer.running_var, layer.num_batches_tracked
+    count = mean.new_zeros(1) if count is None else count.view(1)
+    return torch.cat([t.double() for t in (count, mean, var)])
+
+
+def _merged(of: _OfRanks, name: str, how: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and variance. Each rank adds up the same numbers in the same order."""
+    counts = of.counts if of.counts.any() else torch.ones_like(of.counts)
+    weights = (counts / counts.sum()).unsqueeze(1)
+    counted = weights.squeeze(1) > 0
+    _check_finite(of, counted, name)
+    means, variances, weights = of.means[counted], of.variances[counted], weights[counted]
+    mean = (weights * means).sum(0)
+    if how == "pooled":
+        variances = variances + (means - mean).square()
+    return of.counts.mean(), mean, (weights * variances).sum(0)
+
+
+def _check_finite(of: _OfRanks, counted: Tensor, name: str) -> None:
+    finite = torch.cat([of.means, of.variances], 1).isfinite().all(1)
+    broken: Sequence[int] = (~finite & counted).nonzero().flatten().tolist()
+    if broken:
+        raise InputError(
+            f"average_population_statistics: {name}: statistics of rank {broken[0]} are NaN or "
+            "infinite; nothing is changed"
+        )
