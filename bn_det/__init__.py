@@ -15,6 +15,7 @@ from .layers import (
     SourceBatchNorm2d,
     bake_weight_norms,
     convert_batchnorm,
+    evaluated_with,
     forward_levels,
     freeze,
     fuse,
@@ -28,7 +29,12 @@ from .layers import (
     thaw,
     trained_with,
 )
-from .population import update_bn_stats
+from .population import (
+    average_population_statistics,
+    evaluated_losses,
+    unchanged_statistics,
+    update_bn_stats,
+)
 from .training import virtual_batch
 
 if TYPE_CHECKING:
@@ -45,8 +51,11 @@ __all__ = [
     "RoILevelBatchNorm2d",
     "SourceBatchNorm2d",
     "add_bn_det_config",
+    "average_population_statistics",
     "bake_weight_norms",
     "convert_batchnorm",
+    "evaluated_losses",
+    "evaluated_with",
     "forward_levels",
     "freeze",
     "fuse",
@@ -59,6 +68,7 @@ __all__ = [
     "shuffled",
     "thaw",
     "trained_with",
+    "unchanged_statistics",
     "update_bn_stats",
     "virtual_batch",
 ]

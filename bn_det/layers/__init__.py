@@ -1,7 +1,7 @@
 """Normalization layers, and what puts them into models."""
 
 from .batch_norm import BatchNorm2d
-from .blocks import ghost_groups, no_population_update, trained_with
+from .blocks import evaluated_with, ghost_groups, no_population_update, trained_with
 from .convert import convert_batchnorm
 from .domain_batch_norm import SHARING, DomainBatchNorm2d
 from .freeze import freeze, thaw
@@ -38,6 +38,7 @@ __all__ = [
     "SourceBatchNorm2d",
     "bake_weight_norms",
     "convert_batchnorm",
+    "evaluated_with",
     "forward_levels",
     "freeze",
     "fuse",

@@ -2,6 +2,7 @@
 
 from .average import average_population_statistics
 from .report import LayerReport, PopulationReport
+from .unchanged import evaluated_losses, unchanged_statistics
 from .update import ShortLoaderError, update_bn_stats
 
 __all__ = [
@@ -9,5 +10,7 @@ __all__ = [
     "PopulationReport",
     "ShortLoaderError",
     "average_population_statistics",
+    "evaluated_losses",
+    "unchanged_statistics",
     "update_bn_stats",
 ]

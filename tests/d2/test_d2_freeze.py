@@ -10,11 +10,11 @@ import torch
 from detectron2.layers import CycleBatchNormList, FrozenBatchNorm2d, NaiveSyncBatchNorm, get_norm
 from torch import nn
 
-from bn_det import BatchNorm2d, convert_batchnorm, freeze, thaw
+from bn_det import BatchNorm2d, convert_batchnorm, evaluated_losses, freeze, thaw
 from bn_det.layers.freeze import is_frozen
-from d2_models import STOCK_RETINANET
+from d2_models import STOCK_RETINANET, make_batch
 from export import make_model
-from reference import BASE
+from reference import BASE, RCNN_BASE
 
 C = 4
 
@@ -108,3 +108,22 @@ def test_naive_sync_batch_norm_becomes_ours(caplog):
     assert [type(m) for m in model] == [BatchNorm2d, FrozenBatchNorm2d]
     torch.testing.assert_close(model(x), expected)
     assert not caplog.messages
+
+
+@pytest.mark.parametrize("base", [BASE, RCNN_BASE])
+def test_losses_as_in_evaluation(base):
+    """The same each time, of population statistics; what the model counts stays, too."""
+    model = make_model("detectron2", base)
+    batch, before = make_batch([3, 2]), copy.deepcopy(model.train().state_dict())
+    normalizer = getattr(model, "loss_normalizer", None)
+    losses = []
+    for _ in range(2):
+        with torch.no_grad(), evaluated_losses(model):
+            losses.append(model(batch))
+    assert losses[0].keys() >= {"loss_cls", "loss_box_reg"}
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert model.training and getattr(model, "loss_normalizer", None) == normalizer
+    with torch.no_grad(), evaluated_losses(freeze(model)):
+        frozen = model(batch)
+    torch.testing.assert_close(frozen, losses[0], rtol=1e-3, atol=1e-3)

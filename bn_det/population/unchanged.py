@@ -1,0 +1,83 @@
+"""Passes that leave a model as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..layers.kinds import batch_norms, is_batch_norm
+from .passes import surroundings, unwrapped
+from .snapshot import Snapshot, same_random_state
+
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+@contextmanager
+def unchanged_statistics(model: nn.Module) -> Iterator[None]:
+    """Check that a block leaves the population statistics of a model as they are.
+
+    For code that only looks: a probe, a visualization, an evaluation of somebody else's. Whatever
+    has moved is put back at the end of the block, also after an error.
+
+    Raises:
+        InputError: after the block, if statistics have moved; it names the layers.
+    """
+    held = [
+        (f"{name}.{key}" if name else key, layer._buffers, key, buffer, buffer.clone())
+        for name, layer in model.named_modules()
+        if is_batch_norm(layer)
+        for key in _BUFFERS
+        if (buffer := layer._buffers.get(key)) is not None
+    ]
+    moved = []
+    try:
+        yield
+    finally:
+        for name, buffers, key, buffer, value in held:
+            if buffers.get(key) is not buffer or not _is_same(buffer, value):
+                moved.append(name)
+                buffers[key] = buffer
+                with torch.no_grad():
+                    buffer.copy_(value)
+    if moved:
+        names = ", ".join(moved[:3]) + (f" and {len(moved) - 3} more" if len(moved) > 3 else "")
+        raise InputError(
+            f"unchanged_statistics: {names} moved inside the block, and are put back: a forward "
+            "pass in training mode moves them; call eval() before it"
+        )
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+@contextmanager
+def evaluated_losses(model: nn.Module) -> Iterator[None]:
+    """Inside the block a detector computes its losses, normalizing as in evaluation.
+
+        with torch.no_grad(), bn_det.evaluated_losses(model):
+            losses = model(images, targets)
+
+    A detector of Detectron2 or torchvision has losses in training mode alone, in which BatchNorm
+    normalizes by the batch and takes validation images into its statistics. Here all of it is in
+    training mode but BatchNorm and dropout. After the block, and after an error in it, everything
+    is as it was: modes, statistics, whatever else the model counts, and random states.
+    """
+    model = unwrapped(model)
+    with ExitStack() as stack:
+        stack.enter_context(surroundings())
+        tensors = (*model.parameters(), *model.buffers())
+        stack.enter_context(same_random_state({t.device for t in tensors}))
+        stack.callback(Snapshot(model).restore)
+        model.train()
+        for module in (*batch_norms(model), *_dropouts(model)):
+            module.eval()
+        yield
+
+
+def _dropouts(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
