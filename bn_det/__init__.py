@@ -33,6 +33,7 @@ from .population import (
     average_population_statistics,
     evaluated_losses,
     unchanged_statistics,
+    unfold,
     update_bn_stats,
 )
 from .training import virtual_batch
@@ -69,6 +70,7 @@ __all__ = [
     "thaw",
     "trained_with",
     "unchanged_statistics",
+    "unfold",
     "update_bn_stats",
     "virtual_batch",
 ]

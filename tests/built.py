@@ -14,7 +14,7 @@ from bn_det import BatchNorm2d, L1BatchNorm2d
 from bn_det.config.nf import NFBackbone
 from bn_det.config.parts import DENSE
 from bn_det.config.table import BOTH, COLUMNS, DETECTRON2, OTHER_WEIGHTS, leaves
-from bn_det.layers.domain_batch_norm import called_batch_norms
+from bn_det.layers.kinds import batch_norms
 from bn_det.tv import get_cfg
 from hosts import HOSTS, detectron2
 
@@ -136,7 +136,7 @@ _CLASSES = {
 def norms_in(part: nn.Module) -> dict[nn.Module, str]:
     """The layers of a part that normalize activations, and what a config calls each."""
     others = {m: _CLASSES.get(type(m).__name__) for m in part.modules()}
-    found = {layer: _name(layer) for layer in called_batch_norms(part)}
+    found = {layer: _name(layer) for layer in batch_norms(part)}
     return {**found, **{layer: name for layer, name in others.items() if name}}
 
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import check_positive, choose
 from .batch_norm import BatchNorm2d
@@ -161,14 +160,6 @@ class DomainBatchNorm2d(BatchNorm2d):
                     f"{self.name_of(k)}: shape (N, {self.num_features}, H, W) expected, "
                     f"got {tuple(x.shape)}"
                 )
-
-
-def called_batch_norms(model: nn.Module) -> dict[_BatchNorm, str]:
-    """Every BatchNorm of a model with its name, but those that only hold what is a domain's."""
-    names = {m: name for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
-    domains = [m for m in names if isinstance(m, DomainBatchNorm2d)]
-    held = {part for layer in domains for part in layer.children()}
-    return {layer: name for layer, name in names.items() if layer not in held}
 
 
 def state_holders(layer: nn.Module) -> list[tuple[nn.Module, nn.Module]]:

@@ -164,9 +164,10 @@ def _in_one(plan: Plan, domain: Domain) -> Tensor:
 def _with_moments(x: Tensor, affine: _BatchNorm, eps: float) -> tuple[Tensor, Batch]:
     """Normalize x by its own statistics, as torch does it, and say what they are."""
     size, dtype = x.numel() // x.shape[1], torch.promote_types(x.dtype, torch.float32)
-    # An EMA with the whole weight on the new batch.
+    # An EMA with the whole weight on the new batch; weight and bias have to be of its type.
     mean, var = torch.zeros(2, x.shape[1], dtype=dtype, device=x.device)
-    y = F.batch_norm(x, mean, var, affine.weight, affine.bias, True, 1.0, eps)
+    weight, bias = (p if p is None else p.to(dtype) for p in (affine.weight, affine.bias))
+    y = F.batch_norm(x, mean, var, weight, bias, True, 1.0, eps)
     count = torch.tensor(float(size), dtype=torch.float64, device=x.device)
     return y, Batch(Moments(count, mean, var * ((size - 1) / size)), size)
 

@@ -275,3 +275,24 @@ def has_trivial_statistics(layer: nn.Module) -> bool:
         and bool(((holder.running_var - 1).abs() <= 2 * layer.eps).all())
         for holder in holders
     )
+
+
+def is_folded(layer: nn.Module) -> bool:
+    """Whether statistics seem to have been folded into weight and bias.
+
+    These are trained then, and nothing has updated the statistics since. (So it looks, too, where
+    nothing has ever updated them.) A new layer has a constant weight and no bias.
+    """
+    if not has_trivial_statistics(layer):
+        return False
+    holders = state_holders(layer)
+    counters = [getattr(population, "num_batches_tracked", None) for population, _ in holders]
+    if any(counter is not None and counter > 0 for counter in counters):
+        return False
+    return any(_is_trained(affine) for _, affine in holders)
+
+
+def _is_trained(affine: nn.Module) -> bool:
+    weight, bias = affine.weight, affine.bias
+    varies = weight is not None and not bool((weight == weight[0]).all())
+    return varies or (bias is not None and bool(bias.any()))

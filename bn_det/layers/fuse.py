@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..errors import InputError
 from .batch_norm import BatchNorm2d
 from .domain_batch_norm import DomainBatchNorm2d, state_holders
-from .kinds import batch_norms, is_batch_norm, what_else
+from .kinds import STATE, batch_norms, is_batch_norm, what_else
 from .levels import PerLevel
 from .roi_levels import RoILevelBatchNorm2d
 from .sources import SourceBatchNorm2d
@@ -169,12 +169,26 @@ def _why_not(module: nn.Module, num_places: int) -> str:
         return "its statistics are of the source of each image"
     if isinstance(module, RoILevelBatchNorm2d) and len(state_holders(module)) > 1:
         return "its statistics or its affine are of the level of each RoI"
-    if isinstance(module, BatchNorm2d) and module.eval_statistics == "batch":
+    by_batch = isinstance(module, BatchNorm2d) and module.eval_statistics == "batch"
+    if by_batch and not module.frozen:
         return "it normalizes by batch statistics"
-    if is_batch_norm(module) and not isinstance(module, DomainBatchNorm2d):
-        return "" if module.running_mean is not None else "it has no population statistics"
+    if is_batch_norm(module):
+        return _why_no_constant(module)
     if isinstance(module, nn.ConvTranspose2d) and module.groups > 1:
         return "its convolution is transposed and has groups"
+    return ""
+
+
+def _why_no_constant(norm: nn.Module) -> str:
+    """Why a BatchNorm is no scale and shift, if so."""
+    for population, affine in state_holders(norm):
+        if population.running_mean is None:
+            return "it has no population statistics"
+        for holder, names in ((population, STATE[:2]), (affine, STATE[2:])):
+            for name in names:
+                value = getattr(holder, name)
+                if value is not None and not value.isfinite().all():
+                    return f"its {name} is NaN or infinite"
     return ""
 
 

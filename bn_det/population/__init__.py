@@ -3,6 +3,7 @@
 from .average import average_population_statistics
 from .report import LayerReport, PopulationReport
 from .unchanged import evaluated_losses, unchanged_statistics
+from .unfold import unfold
 from .update import ShortLoaderError, update_bn_stats
 
 __all__ = [
@@ -12,5 +13,6 @@ __all__ = [
     "average_population_statistics",
     "evaluated_losses",
     "unchanged_statistics",
+    "unfold",
     "update_bn_stats",
 ]

@@ -10,13 +10,16 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from ..layers.batch import Batch
 from ..layers.batch_norm import BatchNorm2d
 from ..layers.comm import process_group
-from ..layers.domain_batch_norm import DomainBatchNorm2d, called_batch_norms
+from ..layers.domain_batch_norm import DomainBatchNorm2d
 from ..layers.forward import Domain, Observation, Plan, batch_norm
+from ..layers.freeze import is_frozen
+from ..layers.frozen import FrozenBatchNorm, StaysInEvaluation
+from ..layers.kinds import batch_norms, is_host_frozen
 from ..layers.l1_batch_norm import L1BatchNorm2d
 from ..layers.moments import Moments
 from ..layers.shuffle import is_shuffled
@@ -35,33 +38,45 @@ class PopulationLayer(NamedTuple):
     """
 
     name: str
-    module: _BatchNorm
-    owner: _BatchNorm
+    module: nn.Module
+    owner: nn.Module
     domains: list[int]
 
 
-def population_layers(model: nn.Module) -> list[PopulationLayer]:
+def population_layers(model: nn.Module, frozen: bool = False) -> list[PopulationLayer]:
     """The places of population statistics that training updates: those in training mode.
 
     Not those of L1BatchNorm2d, which are an EMA of something else than mean and variance.
+
+    Args:
+        frozen: whether those of frozen layers count, too, in whatever mode they are.
     """
+    places = places_of(model, batch_norms(model))
+    return [place for place in places if _is_updated(place, frozen)]
+
+
+def places_of(model: nn.Module, owners: dict[nn.Module, str]) -> list[PopulationLayer]:
+    """Every place of population statistics of some layers of a model."""
     names = {module: name for name, module in model.named_modules()}
-    layers = []
-    for owner, name in called_batch_norms(model).items():
+    places = []
+    for owner, name in owners.items():
         if isinstance(owner, DomainBatchNorm2d):
-            domains: dict[_BatchNorm, list[int]] = {}
+            domains: dict[nn.Module, list[int]] = {}
             for k in range(owner.num_domains):
                 domains.setdefault(owner.population_of(k), []).append(k)
-            layers += [PopulationLayer(names[m], m, owner, ks) for m, ks in domains.items()]
+            places += [PopulationLayer(names[m], m, owner, ks) for m, ks in domains.items()]
         else:
-            layers.append(PopulationLayer(name, owner, owner, [0]))
-    return [layer for layer in layers if layer.owner.training and _is_updated(layer.module)]
+            places.append(PopulationLayer(name, owner, owner, [0]))
+    return places
 
 
-def _is_updated(layer: _BatchNorm) -> bool:
-    if isinstance(layer, L1BatchNorm2d) or getattr(layer, "frozen", False):
+def _is_updated(layer: PopulationLayer, frozen: bool) -> bool:
+    module = layer.module
+    if is_frozen(layer.owner):
+        return frozen
+    if isinstance(module, L1BatchNorm2d) or not (layer.owner.training and module.training):
         return False
-    return layer.training and layer.track_running_stats and layer.running_mean is not None
+    return module.track_running_stats and module.running_mean is not None
 
 
 class Observed(NamedTuple):
@@ -79,6 +94,8 @@ class Observed(NamedTuple):
 class Observer:
     """Runs a model as in training, but that its population statistics stay as they are.
 
+    Frozen layers among those that are looked at normalize by their batch, as others do.
+
     What the layers of a model do is changed while it runs, by observers of ours and by attributes
     of the instances; putting the attributes back, the observers among them, is the caller's part,
     also after a failure.
@@ -90,18 +107,25 @@ class Observer:
 
     Args:
         call: runs the model on a batch.
+        by_batch: whether the layers normalize by their batch, or else by their population
+            statistics.
 
     Attributes:
+        num_calls: how often layers have been called, in all passes.
         in_step: whether the processes have to run passes at the same time, as the model exchanges
             something in them.
     """
 
     def __init__(
-        self, call: Callable[[Any], Any], model: nn.Module, layers: Sequence[PopulationLayer]
+        self,
+        call: Callable[[Any], Any],
+        model: nn.Module,
+        layers: Sequence[PopulationLayer],
+        by_batch: bool = True,
     ) -> None:
-        self.call, self.model, self.layers = call, model, layers
+        self.call, self.model, self.layers, self.by_batch = call, model, layers, by_batch
         self.in_step = any(_exchanges(module) for module in model.modules())
-        self._num_passes = 0
+        self._num_passes = self.num_calls = 0
         self._owners = list(dict.fromkeys(layer.owner for layer in layers))
         self._usual_calls: dict[nn.Module, int] | None = None
         self._calls_vary = False
@@ -115,6 +139,7 @@ class Observer:
         self._install(observed, calls, stop_at)
         with suppress(_Done):
             self.call(inputs)
+        self.num_calls += sum(calls.values())
         if self._usual_calls is None:
             self._usual_calls = calls
             self._calls_vary = 0 in calls.values()
@@ -131,12 +156,14 @@ class Observer:
         calls: dict[nn.Module, int],
         stop_at: dict[nn.Module, int] | None,
     ) -> None:
+        for owner in self._owners:
+            self._prepare(owner)
         for layer, seen in zip(self.layers, observed.batches, strict=True):
             take = partial(_take, layer, seen)
             if isinstance(layer.owner, BatchNorm2d):
                 layer.owner.register_observer(take)
-            elif type(layer.module).forward in _USUAL_FORWARDS:
-                layer.module.forward = partial(_forward, layer, take)
+            elif _is_known(layer.module):
+                layer.module.forward = partial(_forward, layer, take, self.by_batch)
             else:
                 layer.module.register_forward_pre_hook(partial(_take_input, take))
                 continue
@@ -151,13 +178,31 @@ class Observer:
             after = partial(_after_call, parts, observed.samples, calls, stop_at)
             owner.register_forward_hook(after, with_kwargs=True)
 
+    def _prepare(self, owner: nn.Module) -> None:
+        """Have a layer normalize by what it is to, for a pass."""
+        if isinstance(owner, StaysInEvaluation):
+            owner.training = self.by_batch
+            owner.track_running_stats = False
+        elif isinstance(owner, BatchNorm2d):
+            if owner.frozen:  # ranks do not expect it to exchange anything
+                owner.group = None
+            for part in (owner, *owner.children()):
+                part.training, part.frozen = part.training or part.frozen, False
+            if not self.by_batch:
+                owner.train_statistics = "population"
+
 
 class _Done(BaseException):
     """Leaves a forward pass; no Exception, so that no model takes it for one."""
 
 
-_USUAL_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-"""Of torch's own layers, for one dimension or more."""
+_USUAL_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, FrozenBatchNorm.forward)
+"""Of torch's own layers, for one dimension or more, and of what these become if they are frozen."""
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether a layer that is not ours only normalizes."""
+    return type(module).forward in _USUAL_FORWARDS or is_host_frozen(module)
 
 
 def _take(
@@ -176,12 +221,15 @@ def _take_input(take: Observation, module: _BatchNorm, inputs: tuple) -> None:
         take(module, [Batch(Moments.of(x), x.numel() // x.shape[1])])
 
 
-def _forward(layer: PopulationLayer, take: Observation, x: Tensor) -> Tensor:
-    """What a BatchNorm of torch computes in training; it need not update an EMA for that."""
+def _forward(layer: PopulationLayer, take: Observation, by_batch: bool, x: Tensor) -> Tensor:
+    """What a BatchNorm of torch computes in its mode; it need not update an EMA for that."""
     bn = layer.module
-    bn._check_input_dim(x)
+    if isinstance(bn, _NormBase):
+        bn._check_input_dim(x)
     domains = [Domain(x, bn, bn, name=layer.name)]
-    return batch_norm(Plan(domains, bn.eps, group=_group_of(bn), observers=[take]))[0]
+    by_batch = by_batch and (bn.training or is_frozen(bn))
+    plan = Plan(domains, bn.eps, by_batch, _group_of(bn), observers=[take])
+    return batch_norm(plan)[0]
 
 
 def _after_call(
@@ -203,7 +251,9 @@ def _after_call(
         raise _Done
 
 
-def _group_of(owner: _BatchNorm) -> dist.ProcessGroup | None:
+def _group_of(owner: nn.Module) -> dist.ProcessGroup | None:
+    if is_frozen(owner):
+        return None
     if isinstance(owner, nn.SyncBatchNorm):
         return process_group(owner.process_group or "world")
     return process_group(getattr(owner, "group", None))

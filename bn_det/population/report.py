@@ -134,13 +134,17 @@ def make_report(
                 samples,
                 estimate.mean_error,
                 estimate.var_error,
-                _root_mean_square((old_mean - estimate.mean) / estimate.var.sqrt()),
-                _root_mean_square((old_var - estimate.var) / estimate.var),
+                _shift(old_mean, estimate.mean, estimate.var.sqrt()),
+                _shift(old_var, estimate.var, estimate.var),
             )
         )
     return PopulationReport(reports, unused, reason, last_layer)
 
 
-def _root_mean_square(x: Tensor) -> float:
-    """Over channels; one without variance, where nothing is relative to it, counts as zero."""
-    return float(torch.where(x.isfinite(), x, 0.0).square().mean().sqrt())
+def _shift(old: Tensor, new: Tensor, unit: Tensor) -> float:
+    """Root mean square over channels of old - new in units; infinite if an old value is not finite.
+
+    A channel without variance, where nothing is relative to it, counts as zero.
+    """
+    shifts = torch.where(unit > 0, (old - new) / unit, 0.0)
+    return float(torch.where(old.isfinite(), shifts, torch.inf).square().mean().sqrt())

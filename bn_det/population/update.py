@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from ..errors import InputError, check_positive, choose
 from ..layers.comm import Group, all_gather, process_group, report_disagreement
+from ..layers.freeze import is_folded, is_frozen
+from ..layers.kinds import batch_norms
 from .estimate import ESTIMATORS, Accumulator, Estimate, estimates
 from .observation import Observed, Observer, PopulationLayer, population_layers
 from .passes import surroundings, unwrapped
@@ -40,6 +43,8 @@ def update_bn_stats(
     allow_short: bool = False,
     call: Callable[[nn.Module, Any], Any] | None = None,
     group: Group = "world",
+    frozen: bool = False,
+    initial: bool = False,
 ) -> PopulationReport:
     """Recompute the population statistics of a fixed model (PreciseBN), on all ranks the same.
 
@@ -51,6 +56,11 @@ def update_bn_stats(
     model computes what it computes in training, with one exception: a
     :class:`~bn_det.DomainBatchNorm2d` with population statistics per domain normalizes per domain,
     as it will at test time.
+
+    Refused are layers with mean 0 and variance 1, no batch tracked, and weight and bias that have
+    been trained. Either statistics have been folded into weight and bias, and real ones beside
+    these would make another function of the model: :func:`bn_det.unfold` keeps it. Or training has
+    never updated them (a teacher whose parameters alone are averaged): say so by ``initial=True``.
 
     Nothing else changes: not parameters, other buffers, attributes of modules, hooks or random
     states; nor do the statistics, if anything fails. (It takes the memory of a second model.) A
@@ -74,31 +84,57 @@ def update_bn_stats(
         allow_short: take a loader that ends early for complete.
         call: how the model is run on a batch, ``model(batch)`` by default.
         group: the processes that have to call this, each with the same model.
+        frozen: whether frozen layers (:func:`bn_det.freeze`, FrozenBatchNorm2d of either host) get
+            new statistics, too. In the passes they normalize as if they were not frozen.
+        initial: whether statistics that look folded are replaced.
 
     Returns:
         what has been done, by layer and domain.
 
     Raises:
         InputError: an argument is not accepted; ranks disagree; a layer has seen NaN or infinity
-            (the message names it and the batch).
+            (the message names it and the batch); no layer has been called; statistics look folded;
+            or new ones do not fit the type of the buffers.
         ShortLoaderError: the loader has ended early; an InputError and an AssertionError.
         RuntimeError: another rank failed.
     """
     _check_arguments(num_iters, progress, estimator, tolerance)
     model = unwrapped(model)
-    layers = population_layers(model)
+    layers = population_layers(model, frozen)
     if not layers:
-        logger.warning("update_bn_stats: the model has no BatchNorm in training mode to update")
+        logger.warning("update_bn_stats has nothing to update: %s", _why_none(model))
+    if not initial:
+        _refuse_folded(layers)
+    how = How(num_iters, estimator, tolerance, allow_short, process_group(group))
     observer = Observer(partial(call, model) if call else model, model, layers)
-    run = _Run(observer, num_iters, estimator, tolerance, allow_short, process_group(group))
+    found, report = measure_statistics(observer, data_loader, how, progress)
+    _write(layers, found)
+    return report
+
+
+class How(NamedTuple):
+    """Arguments of :func:`update_bn_stats`."""
+
+    num_iters: int
+    estimator: str
+    tolerance: float
+    allow_short: bool
+    group: dist.ProcessGroup | None
+
+
+def measure_statistics(
+    observer: Observer, data_loader: Iterable[Any], how: How, progress: str | None
+) -> tuple[list[Estimate | None], PopulationReport]:
+    """The statistics of what the layers of a model see, which is left as it is; with the report."""
+    model = observer.model
+    run = _Run(observer, how)
     with torch.no_grad(), ExitStack() as stack:
         stack.enter_context(surroundings())
         tensors = chain(model.parameters(), model.buffers())
         stack.enter_context(same_random_state({t.device for t in tensors}))
-        found = run.estimate(data_loader, stack.enter_context(_shown(progress, num_iters)))
-        report = make_report(layers, found, run.samples, run.reason, run.last_layer)
-        _write(layers, found)
-    return report
+        found = run.estimate(data_loader, stack.enter_context(_shown(progress, how.num_iters)))
+        report = make_report(observer.layers, found, run.samples, run.reason, run.last_layer)
+    return found, report
 
 
 _END = object()
@@ -114,6 +150,7 @@ class _Share(NamedTuple):
     sums: Tensor
     samples: list[int]
     num_batches: int
+    num_calls: int
     has_ended: bool
     error: str
 
@@ -127,22 +164,15 @@ class _Run:
         last_layer: the name of the layer that was the last to be precise, or is the least so.
     """
 
-    def __init__(
-        self,
-        observer: Observer,
-        num_iters: int,
-        estimator: str,
-        tolerance: float,
-        allow_short: bool,
-        group: dist.ProcessGroup | None,
-    ) -> None:
-        self.observer, self.group = observer, group
+    def __init__(self, observer: Observer, how: How) -> None:
+        self.observer, self.group = observer, how.group
         self.layers = layers = observer.layers
-        self.num_iters, self.tolerance, self.allow_short = num_iters, tolerance, allow_short
-        self.channels = [layer.module.num_features for layer in layers]
+        self.num_iters, self.tolerance = how.num_iters, how.tolerance
+        self.allow_short = how.allow_short
+        self.channels = [len(layer.module.running_mean) for layer in layers]
         device = layers[0].module.running_mean.device if layers else None
-        self.estimator = estimator
-        self.accumulator = Accumulator(self.channels, estimator, device)
+        self.estimator = how.estimator
+        self.accumulator = Accumulator(self.channels, how.estimator, device)
         self.snapshot = Snapshot(observer.model)
         self.own_samples = [0] * len(layers)
         self.num_batches = 0
@@ -222,6 +252,7 @@ class _Run:
             name = self.layers[finite.index(False)].name
             self.error = InputError(
                 f"{name}: its input has NaN or infinity in batch {self.num_batches}"
+                f"{_broken_parameter(self.observer.model)}"
             )
         self.num_batches += 1
         for k, num in enumerate(observed.samples):
@@ -237,7 +268,8 @@ class _Run:
         }
         error = "" if self.error is None else f"{type(self.error).__name__}: {self.error}"
         sums = self.accumulator.sums.cpu()
-        own = _Share(settings, sums, self.own_samples, self.num_batches, self.has_ended, error)
+        done = self.num_batches, self.observer.num_calls, self.has_ended
+        own = _Share(settings, sums, self.own_samples, *done, error)
         if self.group is None:
             return [own]
         every: list[Any] = [None] * dist.get_world_size(self.group)
@@ -269,6 +301,10 @@ class _Run:
             self.reason = "end of data"
         elif num_batches == self.num_iters:
             self.reason = "num_iters"
+        if self.reason and not any(of_rank.num_calls for of_rank in every):
+            raise InputError(
+                "update_bn_stats: the model, as it is called, reaches none of its BatchNorm layers"
+            )
         if self.reason != "tolerance" or not self.last_layer:
             self.last_layer = self.layers[errors.index(max(errors))].name
         return bool(self.reason)
@@ -311,20 +347,65 @@ def _short(found: str, num_iters: int, where: str = "") -> ShortLoaderError:
     )
 
 
+def _why_none(model: nn.Module) -> str:
+    """For a message: what is the matter with each BatchNorm that is not updated."""
+    layers = batch_norms(model)
+    if not layers:
+        return "the model has no BatchNorm"
+    kinds = Counter(
+        "frozen (frozen=True updates them)"
+        if is_frozen(layer)
+        else "in evaluation mode (call train() before)"
+        if not layer.training
+        else "without population statistics that it can have"
+        for layer in layers
+    )
+    return "; ".join(f"{number} of {len(layers)} layers {kind}" for kind, number in kinds.items())
+
+
+def _refuse_folded(layers: Sequence[PopulationLayer]) -> None:
+    owners = dict.fromkeys(layer.owner for layer in layers)
+    names = [next(of.name for of in layers if of.owner is o) for o in owners if is_folded(o)]
+    if names:
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise InputError(
+            f"update_bn_stats: {names[0]}{others} has mean 0 and variance 1, no batch tracked, and "
+            "weight and bias that are trained: its statistics are folded into these, and others "
+            "would change the model (bn_det.unfold keeps its function); or they have never been "
+            "updated, then say initial=True"
+        )
+
+
+def _broken_parameter(model: nn.Module) -> str:
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            return f"; {name} of the model is not finite itself"
+    return ""
+
+
 @torch.no_grad()
 def _write(layers: Sequence[PopulationLayer], found: Sequence[Estimate | None]) -> None:
     """Put estimates into the layers: into all of them, or, if interrupted, into none."""
-    written: list[tuple[Tensor, Tensor]] = []
+    values = [
+        (layer.name, buffer, value)
+        for layer, estimate in zip(layers, found, strict=True)
+        if estimate is not None
+        for buffer, value in (
+            (layer.module.running_mean, estimate.mean),
+            (layer.module.running_var, estimate.var),
+        )
+    ]
+    for name, buffer, value in values:
+        if not value.to(buffer.dtype).isfinite().all():
+            raise InputError(
+                f"update_bn_stats: {name}: {value.abs().max():.4g} does not fit a buffer of "
+                f"{buffer.dtype}; make the model's buffers float32. Nothing is changed"
+            )
+    before = [(buffer, buffer.clone()) for _, buffer, _ in values]
     try:
-        for layer, estimate in zip(layers, found, strict=True):
-            if estimate is not None:
-                for buffer, value in (
-                    (layer.module.running_mean, estimate.mean),
-                    (layer.module.running_var, estimate.var),
-                ):
-                    written.append((buffer, buffer.clone()))
-                    buffer.copy_(value)
+        for _, buffer, value in values:
+            buffer.copy_(value)
     except BaseException:
-        for buffer, before in written:
-            buffer.copy_(before)
+        for buffer, value in before:
+            buffer.copy_(value)
         raise

@@ -125,7 +125,8 @@ class PreciseBN(_RunsModel, _Periodic):
         message = "PreciseBN: %d/%d batches"
         batches = with_progress(self.data_loader, self.num_iter, logger, message)
         with self.context():
-            report = update_bn_stats(self.model, batches, self.num_iter, **self.how)
+            # Statistics that training does not update look folded.
+            report = update_bn_stats(self.model, batches, self.num_iter, initial=True, **self.how)
         logger.info("Population statistics have been recomputed (PreciseBN):\n%s", report)
         scalars = {
             "num_batches": report.num_batches,

@@ -13,9 +13,10 @@ from ..errors import InputError
 from ..layers.batch import Batch
 from ..layers.batch_norm import BatchNorm2d
 from ..layers.blocks import no_population_update
-from ..layers.domain_batch_norm import called_batch_norms
 from ..layers.ema import refuse_recomputation
 from ..layers.forward import Extension
+from ..layers.freeze import is_frozen
+from ..layers.kinds import batch_norms
 from ..population.passes import surroundings, unwrapped
 
 
@@ -99,7 +100,8 @@ class _Seen:
 
 def _layers(model: nn.Module) -> dict[BatchNorm2d, str]:
     """The layers in training mode, each with its name."""
-    layers = {m: name for m, name in called_batch_norms(model).items() if m.training}
+    named = batch_norms(model).items()
+    layers = {m: name for m, name in named if m.training and not is_frozen(m)}
     for layer, name in layers.items():
         if not isinstance(layer, BatchNorm2d):
             raise InputError(

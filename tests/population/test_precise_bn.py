@@ -491,7 +491,7 @@ def test_without_layers(caplog):
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
     report = update_bn_stats(model, make_batches(), 2)
     assert not report.layers and report.reason == "no layers"
-    assert "no BatchNorm in training mode" in caplog.text
+    assert "1 of 1 layers in evaluation mode (call train() before)" in caplog.text
     json.dumps(report.as_dict())
     str(report)
 

@@ -133,7 +133,7 @@ def test_freeze(affine, precise):
         # Of the model that the 4th step has made.
         expected = make_model()
         expected.load_state_dict({**expected.state_dict(), **seen[3][1]})
-        update_bn_stats(expected.train(), make_batches(5), 5)
+        update_bn_stats(expected.train(), make_batches(5), 5, initial=True)
         assert_equal(statistics_of(expected), seen[-1][0])
         assert [iteration for iteration, _ in trainer.scalars] == [1, 3, 4]
     else:

@@ -1,0 +1,102 @@
+"""Statistics that have been folded into weight and bias, made real again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import InputError, check_positive
+from ..layers.comm import Group, process_group
+from ..layers.domain_batch_norm import state_holders
+from ..layers.frameworks import with_statistics
+from ..layers.freeze import is_folded
+from ..layers.kinds import selected
+from .estimate import Estimate
+from .observation import Observer, PopulationLayer, places_of
+from .passes import unwrapped
+from .report import PopulationReport
+from .update import How, measure_statistics
+
+
+def unfold(
+    model: nn.Module,
+    data_loader: Iterable[Any],
+    num_iters: int = 200,
+    progress: str | None = None,
+    *,
+    modules: str | Iterable[str] | None = None,
+    allow_short: bool = False,
+    call: Callable[[nn.Module, Any], Any] | None = None,
+    group: Group = "world",
+) -> PopulationReport:
+    """Give a model whose statistics are folded into weight and bias real ones, in place.
+
+    In published ResNets from Caffe, for example, every layer has mean 0 and variance 1, and what
+    normalized is in weight and bias. Such a layer is right only as long as it is frozen: in
+    training, a BatchNorm would normalize by the batch, and then apply weights that are of the order
+    of one over the standard deviation.
+
+    The statistics are measured in passes through the model as it is, in which every layer applies
+    its folded affine, and weight and bias are then changed so that the function in evaluation stays
+    the same, but for rounding. Afterwards it is a BatchNorm like any other: :func:`bn_det.thaw` it,
+    or train it. Layers that are not folded are left alone.
+
+    Args:
+        data_loader, num_iters, progress, allow_short, call, group: as in
+            :func:`bn_det.update_bn_stats`.
+        modules: names of modules or patterns of names, as in :func:`bn_det.freeze`; None for all.
+
+    Returns:
+        the statistics that have been found, by layer.
+
+    Raises:
+        InputError: no layer is folded, and whatever ``update_bn_stats`` raises.
+    """
+    check_positive("num_iters", num_iters)
+    model = unwrapped(model)
+    layers = selected("unfold", model, modules)
+    folded = {layer: name for layer, name in layers.items() if is_folded(layer)}
+    if not folded:
+        raise InputError(
+            "unfold: no layer is folded (mean 0 and variance 1, no batch tracked, weight and bias "
+            "trained)"
+        )
+    for layer, name in folded.items():
+        _refuse(layer, name)
+    places = places_of(model, folded)
+    how = How(num_iters, "population_variance", 0.0, allow_short, process_group(group))
+    observer = Observer(partial(call, model) if call else model, model, places, by_batch=False)
+    found, report = measure_statistics(observer, data_loader, how, progress)
+    _write(places, found)
+    return report
+
+
+def _refuse(layer: nn.Module, name: str) -> None:
+    holders = state_holders(layer)
+    if len({affine for _, affine in holders}) < len({population for population, _ in holders}):
+        raise InputError(
+            f"unfold: {name}: statistics of each domain cannot be taken out of an affine that "
+            "domains share; convert it to an affine per domain first"
+        )
+
+
+@torch.no_grad()
+def _write(places: list[PopulationLayer], found: list[Estimate | None]) -> None:
+    """New statistics, and the weight and bias with which the function is the same."""
+    for place, estimate in zip(places, found, strict=True):
+        if estimate is None:
+            continue
+        layer, new = place.module, (estimate.mean, estimate.var)
+        old = layer.running_mean.double(), layer.running_var.double()
+        for population, affine in state_holders(place.owner):
+            if population is layer:
+                affines = affine.weight.double(), affine.bias.double()
+                weight, bias = with_statistics(*affines, old, new, place.owner.eps)
+                affine.weight.copy_(weight)
+                affine.bias.copy_(bias)
+        layer.running_mean.copy_(new[0])
+        layer.running_var.copy_(new[1])
