@@ -26,6 +26,7 @@ from .layers import (
     roi_levels,
     shuffle,
     shuffled,
+    states,
     thaw,
     trained_with,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "roi_levels",
     "shuffle",
     "shuffled",
+    "states",
     "thaw",
     "trained_with",
     "unchanged_statistics",

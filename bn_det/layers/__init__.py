@@ -14,6 +14,7 @@ from .norms import BASELINES, BATCH_NORMS, norm_factory
 from .roi_levels import RoILevelBatchNorm2d, roi_levels
 from .shuffle import shuffle, shuffled
 from .sources import SourceBatchNorm2d, image_sources, record_sources
+from .states import LayerState, States, states
 from .weight_norms import (
     WEIGHT_NORMS,
     bake_weight_norms,
@@ -32,10 +33,12 @@ __all__ = [
     "DomainBatchNorm2d",
     "FrozenBatchNorm",
     "L1BatchNorm2d",
+    "LayerState",
     "Moments",
     "PerLevel",
     "RoILevelBatchNorm2d",
     "SourceBatchNorm2d",
+    "States",
     "bake_weight_norms",
     "convert_batchnorm",
     "evaluated_with",
@@ -54,6 +57,7 @@ __all__ = [
     "roi_levels",
     "shuffle",
     "shuffled",
+    "states",
     "thaw",
     "trained_with",
 ]

@@ -111,7 +111,7 @@ def thaw(
             new += [f"{name}.weight", f"{name}.bias"] if affine else []
         elif statistics:
             _thaw_statistics(layer)
-    for parameter in _affine_of(_unwrapped(model), layers) if affine else ():
+    for parameter in affine_of(_unwrapped(model), layers) if affine else ():
         parameter.requires_grad_(True)
         vars(parameter).pop(_IS_HELD, None)
     if new:
@@ -190,7 +190,7 @@ def _learning(layer: nn.Module, affine: bool) -> BatchNorm2d:
     return new.requires_grad_(affine)
 
 
-def _affine_of(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[Tensor]:
+def affine_of(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[Tensor]:
     """The parameters of layers, and those that their parents have for them.
 
     Detectron2's CycleBatchNormList has weight and bias for BatchNorm layers that have none.
@@ -219,7 +219,7 @@ _IS_HELD = "_bn_det_is_held"
 
 def _freeze_affine(model: nn.Module, layers: Iterable[nn.Module]) -> None:
     is_awaited = isinstance(model, DistributedDataParallel)
-    for parameter in _affine_of(_unwrapped(model), layers):
+    for parameter in affine_of(_unwrapped(model), layers):
         parameter.grad = None  # momentum would go on by it
         if is_awaited and parameter.requires_grad:
             setattr(parameter, _IS_HELD, True)
@@ -253,8 +253,7 @@ def warn_of_folded_statistics(model: nn.Module, layers: dict[nn.Module, str]) ->
     names = [
         name or type(layer).__name__
         for layer, name in layers.items()
-        if has_trivial_statistics(layer)
-        and any(p.requires_grad for p in _affine_of(model, [layer]))
+        if has_trivial_statistics(layer) and any(p.requires_grad for p in affine_of(model, [layer]))
     ]
     if names:
         logger.warning(
