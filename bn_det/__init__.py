@@ -29,6 +29,7 @@ from .layers import (
     states,
     thaw,
     trained_with,
+    unfuse,
 )
 from .population import (
     average_population_statistics,
@@ -73,6 +74,7 @@ __all__ = [
     "trained_with",
     "unchanged_statistics",
     "unfold",
+    "unfuse",
     "update_bn_stats",
     "virtual_batch",
 ]

@@ -12,6 +12,7 @@ from yacs.config import CfgNode
 
 from ..errors import LOAD_ERRORS, InputError
 from ..files import write_aside, write_text
+from ..layers.unfuse import fused_layers
 
 
 class CheckpointerMixin:
@@ -67,7 +68,10 @@ class CheckpointerMixin:
         return loaded if "model" in loaded else {"model": loaded}
 
     def _load_model(self, checkpoint: Any) -> Any:
+        weights = set(checkpoint["model"])  # which fvcore takes out
         incompatible = super()._load_model(checkpoint)
+        if any(name.endswith("running_mean") for name in incompatible.missing_keys):
+            self._refuse_fused(weights)
         for key, found, expected in incompatible.incorrect_shapes:
             if self.must_match or not any(p in key for p in self.PREDICTORS):
                 raise InputError(
@@ -84,6 +88,14 @@ class CheckpointerMixin:
                 f"{len(incompatible.missing_keys) - 1} more of the model of this config"
             )
         return incompatible
+
+    def _refuse_fused(self, weights: set[str]) -> None:
+        fused = fused_layers(self.model, weights)
+        if fused:
+            raise InputError(
+                f"the checkpoint is of a fused model: {fused[0]} and {len(fused) - 1} more are "
+                "inside the convolutions before them; bn_det.unfuse(model, file) reads it"
+            )
 
 
 class _SafeCheckpointer(_Checkpointer):

@@ -15,6 +15,7 @@ from .roi_levels import RoILevelBatchNorm2d, roi_levels
 from .shuffle import shuffle, shuffled
 from .sources import SourceBatchNorm2d, image_sources, record_sources
 from .states import LayerState, States, states
+from .unfuse import unfuse
 from .weight_norms import (
     WEIGHT_NORMS,
     bake_weight_norms,
@@ -60,4 +61,5 @@ __all__ = [
     "states",
     "thaw",
     "trained_with",
+    "unfuse",
 ]

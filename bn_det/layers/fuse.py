@@ -57,7 +57,8 @@ def fuse(model: nn.Module) -> FuseReport:
     them: which of its layers a level gets depends on the number of calls before.
 
     A fused convolution must not be trained: its gradients are those of other parameters than weight
-    and bias were, and the model learns otherwise. It warns, once for a model.
+    and bias were, and the model learns otherwise. It warns, once for a model; :func:`bn_det.unfuse`
+    undoes it.
 
     Args:
         model: in evaluation mode.
@@ -71,7 +72,7 @@ def fuse(model: nn.Module) -> FuseReport:
     places = Counter(child for parent in model.modules() for child in parent._modules.values())
     left = {layer: _why_not(layer, places[layer]) for layer in names}
     fused, warned = [], set()
-    for pair in list(_pairs(model)):
+    for pair in list(pairs(model)):
         if pair.norm in names and not left[pair.norm]:
             left[pair.norm] = (
                 _why_not(pair.conv, places[pair.conv])
@@ -91,7 +92,7 @@ def fuse(model: nn.Module) -> FuseReport:
     )
 
 
-class _Pair(NamedTuple):
+class Pair(NamedTuple):
     """A convolution and its BatchNorm, and where they are: the names in their parents."""
 
     conv: nn.Module
@@ -102,22 +103,23 @@ class _Pair(NamedTuple):
     norm_name: str
 
 
-def _pairs(model: nn.Module) -> Iterator[_Pair]:
+def pairs(model: nn.Module) -> Iterator[Pair]:
+    """Every BatchNorm that certainly gets the output of one convolution, with that one."""
     places = {m: (parent, n) for parent in model.modules() for n, m in parent._modules.items()}
     for module in model.modules():
         children = dict(module.named_children())
         norms = {n: m for n, m in children.items() if is_batch_norm(m)}
         if isinstance(module, nn.Conv2d) and "norm" in norms:
             place = places.get(module, (nn.Module(), ""))  # the model itself is nobody's child
-            yield _Pair(module, norms["norm"], *place, module, "norm")
+            yield Pair(module, norms["norm"], *place, module, "norm")
         elif norms and type(module).forward is nn.Sequential.forward:
             for (conv_name, conv), (norm_name, norm) in pairwise(children.items()):
                 if isinstance(conv, _CONVOLUTIONS) and norm_name in norms:
-                    yield _Pair(conv, norm, module, conv_name, module, norm_name)
+                    yield Pair(conv, norm, module, conv_name, module, norm_name)
         elif norms and not is_batch_norm(module):
             for conv_name, norm_name in _traced_pairs(module):
                 pair = children[conv_name], children[norm_name]
-                yield _Pair(*pair, module, conv_name, module, norm_name)
+                yield Pair(*pair, module, conv_name, module, norm_name)
 
 
 class _ChildrenAreLeaves(fx.Tracer):
@@ -193,7 +195,7 @@ def _why_no_constant(norm: nn.Module) -> str:
 
 
 @torch.no_grad()
-def _what_else_of_convolution(pair: _Pair) -> str:
+def _what_else_of_convolution(pair: Pair) -> str:
     """Why a convolution cannot take a BatchNorm by what it computes: with its own weights, say.
 
     The outputs for noise are compared, before and after, with the first domain's statistics.
@@ -216,37 +218,64 @@ def _what_else_of_convolution(pair: _Pair) -> str:
     return f"a {type(conv).__name__} does not only convolve"
 
 
-def _fold(pair: _Pair, warned: set[str]) -> None:
+class _Fused(NamedTuple):
+    """What a convolution was before a BatchNorm was folded into it, for :func:`unfuse`.
+
+    Attributes:
+        norm: the layer, which is in no model meanwhile.
+        norm_name: its name where it was: in the convolution, or in its parent.
+        is_inside: whether that is the convolution.
+        had_bias: whether the convolution had one.
+    """
+
+    norm: nn.Module
+    norm_name: str
+    is_inside: bool
+    had_bias: bool
+
+
+def _fold(pair: Pair, warned: set[str]) -> None:
     conv, norm = pair.conv, pair.norm
     holders = state_holders(norm)
+    was = _Fused(norm, pair.norm_name, pair.norm_parent is conv, conv.bias is not None)
     # Before the convolution is copied. Detectron2's takes None for no norm.
     setattr(pair.norm_parent, pair.norm_name, None if pair.norm_parent is conv else nn.Identity())
     if len(holders) > 1:
         convs = [_folded(copy.deepcopy(conv), *holder, norm.eps) for holder in holders]
         setattr(pair.conv_parent, pair.conv_name, PerLevel(convs))
+        pair.conv_parent._modules[pair.conv_name].was = was
     else:
         convs = [_folded(conv, *holders[0], norm.eps)]
+        conv.was = was
     for folded in convs:
         folded.warned_of_training = warned
-        folded.register_forward_pre_hook(_warn_of_training)
+        folded.register_forward_pre_hook(warn_of_training)
 
 
-@torch.no_grad()
-def _folded(conv: nn.Module, population: nn.Module, affine: nn.Module, eps: float) -> nn.Module:
-    """The convolution, with the layer's statistics and affine in its weight and bias."""
+def scale_and_shift(population: nn.Module, affine: nn.Module, eps: float) -> tuple[Tensor, Tensor]:
+    """A BatchNorm in evaluation is x * scale + shift; both of shape (C,), float64."""
     mean, var = population.running_mean.double(), population.running_var.double()
     scale = (var + eps).rsqrt()
     if affine.weight is not None:
         scale = scale * affine.weight.double()
     shift = -mean * scale
-    if affine.bias is not None:
-        shift = shift + affine.bias.double()
+    return scale, shift if affine.bias is None else shift + affine.bias.double()
+
+
+def of_outputs(conv: nn.Module, values: Tensor) -> Tensor:
+    """A value for each output channel of a convolution, in a shape that fits its weight."""
+    shape = [1] * conv.weight.dim()
+    shape[1 if isinstance(conv, nn.ConvTranspose2d) else 0] = -1
+    return values.view(shape)
+
+
+@torch.no_grad()
+def _folded(conv: nn.Module, population: nn.Module, affine: nn.Module, eps: float) -> nn.Module:
+    """The convolution, with the layer's statistics and affine in its weight and bias."""
+    scale, shift = scale_and_shift(population, affine, eps)
     if conv.bias is not None:
         shift = shift + conv.bias.double() * scale
-    out_dim = 1 if isinstance(conv, nn.ConvTranspose2d) else 0
-    shape = [1] * conv.weight.dim()
-    shape[out_dim] = -1
-    conv.weight.copy_(conv.weight.double() * scale.view(shape))
+    conv.weight.copy_(conv.weight.double() * of_outputs(conv, scale))
     bias = shift.to(conv.weight.dtype)
     if conv.bias is None:
         conv.bias = nn.Parameter(bias, requires_grad=conv.weight.requires_grad)
@@ -255,7 +284,7 @@ def _folded(conv: nn.Module, population: nn.Module, affine: nn.Module, eps: floa
     return conv
 
 
-def _warn_of_training(conv: nn.Module, _: tuple[Tensor]) -> None:
+def warn_of_training(conv: nn.Module, _: tuple[Tensor]) -> None:
     # A plain function, which a fused model can be scripted with (torch.jit.script).
     if not torch.jit.is_scripting():
         warned = conv.warned_of_training
