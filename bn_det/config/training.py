@@ -46,8 +46,12 @@ def precise_bn_of(cfg: CfgNode) -> dict[str, Any]:
 
 def uses_precise_bn(cfg: CfgNode) -> bool:
     """Whether a training needs a PreciseBN hook, now and then or before freezing."""
-    before_freezing = cfg.SOLVER.FREEZE_BN_ITER > 0 and cfg.SOLVER.FREEZE_BN_PRECISE
-    return cfg.TEST.PRECISE_BN.ENABLED or before_freezing
+    return cfg.TEST.PRECISE_BN.ENABLED or _is_precise_before_freezing(cfg)
+
+
+def _is_precise_before_freezing(cfg: CfgNode) -> bool:
+    # What a training begins with has the statistics of its checkpoint.
+    return cfg.SOLVER.FREEZE_BN_ITER > 0 and cfg.SOLVER.FREEZE_BN_PRECISE
 
 
 def source_of(cfg: CfgNode) -> dict[str, int]:
@@ -91,10 +95,15 @@ def build_hooks(
         limits = RenormLimits(node.R_MAX, node.D_MAX)
         iters = node.WARMUP_ITERS, node.R_MAX_ITER, node.D_MAX_ITER
         ret.append(classes.renorm(limits, *iters))
-    if solver.FREEZE_BN_ITER > 0:
-        before = precise if solver.FREEZE_BN_PRECISE else None
-        hook = classes.freeze(solver.FREEZE_BN_ITER, affine=solver.FREEZE_BN_AFFINE, precise=before)
-        ret.append(hook)
+    if solver.FREEZE_BN_ITER > 0 or solver.FREEZE_BN_MODULES:
+        ret.append(
+            classes.freeze(
+                solver.FREEZE_BN_ITER,
+                affine=solver.FREEZE_BN_AFFINE,
+                precise=precise if _is_precise_before_freezing(cfg) else None,
+                modules=list(solver.FREEZE_BN_MODULES) or None,
+            )
+        )
     if virtual is not None:
         ret.append(virtual)
     if cfg.TEST.PRECISE_BN.ENABLED:

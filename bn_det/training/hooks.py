@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..layers import BatchNorm2d
-from ..layers.freeze import check_freezing, freeze
+from ..layers.freeze import Modules, check_freezing, freeze
 from ..layers.renorm import RenormLimits
 from ..population.average import average_population_statistics
 from ..population.observation import population_layers
@@ -194,19 +194,27 @@ class FreezeBN(Hook):
             do not move them.
         precise: run right before freezing, as stale statistics would be frozen for good. Without
             it the ranks' EMAs are averaged.
+        modules: names of modules or patterns of names, as in :func:`bn_det.freeze`; None for all.
 
     Raises:
-        InputError: before the training begins, if a layer cannot be frozen.
+        InputError: before the training begins, if a layer cannot be frozen, or ``modules`` names
+            nothing.
     """
 
     def __init__(
-        self, iteration: int, *, affine: bool = False, precise: PreciseBN | None = None
+        self,
+        iteration: int,
+        *,
+        affine: bool = False,
+        precise: PreciseBN | None = None,
+        modules: Modules = None,
     ) -> None:
         self.iteration, self.affine, self.precise = iteration, affine, precise
+        self.modules = modules
         self._is_done = False
 
     def before_train(self) -> None:
-        check_freezing(self.trainer.model)
+        check_freezing(self.trainer.model, self.modules)
 
     def before_step(self) -> None:
         if self._is_done or self.trainer.iter < self.iteration:
@@ -214,11 +222,15 @@ class FreezeBN(Hook):
         # A resumed run has frozen statistics already, unless it begins right here.
         if self.trainer.iter == self.iteration:
             self._make_final(self.trainer.model)
-        freeze(self.trainer.model, affine=self.affine)
+        freeze(self.trainer.model, self.modules, affine=self.affine)
         self._is_done = True
 
     def _make_final(self, model: nn.Module) -> None:
-        logger.info("BatchNorm is frozen from iteration %d on", self.iteration)
+        logger.info(
+            "BatchNorm is frozen from iteration %d on, in %s",
+            self.iteration,
+            self.modules or "all of the model",
+        )
         if self.precise is not None:
             self.precise.trainer = self.trainer
             self.precise.update()

@@ -61,6 +61,7 @@ optimizer = L(build_optimizer)(
             iteration=0,  # to be set where it runs
             affine=False,
             precise="${..precise_bn}",
+            modules=None,  # names or patterns of names of modules; None for all
         ),
         virtual_batch=L(VirtualBatch)(
             model="${...params.model}",

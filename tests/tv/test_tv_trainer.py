@@ -317,6 +317,21 @@ def test_frozen_bn(make_cfg, tmp_path, precise):
     )
 
 
+def test_frozen_modules(make_cfg, tmp_path):
+    """By name or pattern, from the start; what is named and not there is told before it."""
+    opts = ["SOLVER.CHECKPOINT_PERIOD", "1", "SOLVER.FREEZE_BN_AFFINE", "True", *NO_TEST]
+    names = "('backbone.body.bn1', 'backbone.body.layer[12]')"
+    train(make_cfg(*opts, "SOLVER.FREEZE_BN_MODULES", names))
+    saved = [
+        torch.load(tmp_path / f"model_{k:07d}.pth", weights_only=True)["model"] for k in (0, 5)
+    ]
+    parts = ("backbone.body.bn1.", "backbone.body.layer1.", "backbone.body.layer2.")
+    for name in (k for k in saved[0] if k.endswith(("running_mean", "bn1.weight"))):
+        assert torch.equal(saved[0][name], saved[1][name]) == name.startswith(parts), name
+    with pytest.raises(InputError, match="no BatchNorm in 'backbone.body.layer5', .* nearest"):
+        train(make_cfg(*opts, "SOLVER.FREEZE_BN_MODULES", "('backbone.body.layer5',)"))
+
+
 def test_virtual_images(make_cfg, tmp_path):
     """Each step's statistics are of its images and the extra ones; a resumed run has the same."""
     opts = ["SOLVER.VIRTUAL_IMAGES", "3", "SOLVER.CHECKPOINT_PERIOD", "4", *NO_TEST]
