@@ -23,7 +23,12 @@ def argument_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--weights", required=True, metavar="W", help="the checkpoint to read")
-    parser.add_argument("--output", required=True, metavar="O", help="the checkpoint to write")
+    parser.add_argument(
+        "--output",
+        metavar="O",
+        help="the checkpoint to write, and beside it the table as JSON; without it they are only "
+        "looked at",
+    )
     parser.add_argument(
         "--dataset",
         metavar="D",
@@ -52,6 +57,12 @@ def argument_parser() -> argparse.ArgumentParser:
         help="stop when the standard error of all statistics is below; 0.05 is precise enough as a "
         "rule",
     )
+    parser.add_argument(
+        "--initial",
+        action="store_true",
+        help="also where mean 0 and variance 1 look folded, as training never updated them "
+        "(initial=True in messages)",
+    )
     parser.add_argument("--evaluate", action="store_true", help="show AP before and after")
     add_process_arguments(parser)
     add_config_arguments(parser)
@@ -61,7 +72,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    args = argument_parser().parse_args()
+    args = argument_parser().parse_intermixed_args()
     import_host(args.host, "recompute").main(args)
 
 

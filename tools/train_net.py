@@ -31,7 +31,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    args = argument_parser().parse_args()
+    args = argument_parser().parse_intermixed_args()
     import_host(args.host, "train").main(args)
 
 

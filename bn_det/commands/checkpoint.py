@@ -14,6 +14,9 @@ from ..errors import LOAD_ERRORS, InputError
 from ..files import write_aside, write_text
 from ..layers.unfuse import fused_layers
 
+_HOST_OF = {"backbone.bottom_up.": "Detectron2", "backbone.body.": "torchvision"}
+"""By how names of weights begin."""
+
 
 class CheckpointerMixin:
     """What both hosts add to fvcore's Checkpointer; put it before that class in the bases.
@@ -69,6 +72,7 @@ class CheckpointerMixin:
 
     def _load_model(self, checkpoint: Any) -> Any:
         weights = set(checkpoint["model"])  # which fvcore takes out
+        self._refuse_others(checkpoint, weights)
         incompatible = super()._load_model(checkpoint)
         if any(name.endswith("running_mean") for name in incompatible.missing_keys):
             self._refuse_fused(weights)
@@ -78,16 +82,29 @@ class CheckpointerMixin:
                     f"{key}: the checkpoint has shape {tuple(found)}, the model of this config "
                     f"{tuple(expected)}"
                 )
-        # BatchNorm makes up a num_batches_tracked that a checkpoint lacks.
-        names = {k for k in self.model.state_dict() if not k.endswith("num_batches_tracked")}
-        if names <= set(incompatible.missing_keys):
-            raise InputError("the checkpoint has no weights with the names of this config's model")
         if self.must_match and incompatible.missing_keys:
             raise InputError(
                 f"{incompatible.missing_keys[0]}: the checkpoint lacks it and "
                 f"{len(incompatible.missing_keys) - 1} more of the model of this config"
             )
         return incompatible
+
+    def _refuse_others(self, checkpoint: dict[str, Any], weights: set[str]) -> None:
+        """Before fvcore lists every weight that is missing."""
+        own = {name.removeprefix("module.") for name in self.model.state_dict()}
+        if checkpoint.get("matching_heuristics") or any(
+            name.removeprefix("module.") in own for name in weights
+        ):
+            return
+        for start, host in _HOST_OF.items():
+            if any(name.startswith(start) for name in weights):
+                hint = f"they are those of a detector of {host}; use --host {host.lower()}"
+                break
+        else:
+            hint = f"its first is {min(weights)!r}, the model's {min(own)!r}" if weights else "none"
+        raise InputError(
+            f"the checkpoint has no weights with the names of this config's model: {hint}"
+        )
 
     def _refuse_fused(self, weights: set[str]) -> None:
         fused = fused_layers(self.model, weights)

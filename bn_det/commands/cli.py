@@ -30,17 +30,17 @@ def add_host_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """--config-file, --host, and KEY VALUE pairs at the end of the command."""
+    """--config-file, --host, and KEY VALUE pairs; for ``parser.parse_intermixed_args``."""
     parser.add_argument(
         "--config-file", required=True, metavar="FILE", help="such as configs/quick_start.yaml"
     )
     add_host_argument(parser)
     parser.add_argument(
         "opts",
-        nargs=argparse.REMAINDER,
+        nargs="*",
         default=[],
         metavar="KEY VALUE",
-        help="config options that replace the file's, at the end of the command",
+        help="config options that replace the file's",
     )
 
 
@@ -93,7 +93,7 @@ def measure_command(
     add_config_arguments(parser)
     # What the set-up that evaluation shares asks for.
     parser.set_defaults(eval_only=True, resume=False, num_gpus=1, num_machines=1)
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     check_positive("--images-per-batch", args.images_per_batch)
     logging.basicConfig(
         level=logging.INFO, format="[%(asctime)s %(name)s]: %(message)s", datefmt="%m/%d %H:%M:%S"

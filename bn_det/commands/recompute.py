@@ -51,6 +51,8 @@ def check(args: argparse.Namespace, cfg: CfgNode) -> None:
     """Raise InputError, before any work, for what the set-up of an evaluation does not look at."""
     check_ims_per_batch(cfg, world_size(args.num_gpus, args.num_machines))
     with_population(cfg, args.population)
+    if args.output is None:
+        return
     output, weights = Path(args.output), Path(args.weights)
     if output.is_dir() or (output.exists() and output.samefile(weights)):
         raise InputError(
@@ -104,6 +106,7 @@ def recompute(
     batches: Iterable[Any],
     cfg: CfgNode,
     adabn: bool,
+    initial: bool = False,
     call: Callable[[nn.Module, Any], Any] | None = None,
 ) -> PopulationReport:
     """Recompute all statistics of a model, which is then in evaluation mode.
@@ -112,6 +115,7 @@ def recompute(
         batches: as ``call`` takes them; with ``adabn`` all of the data set, once.
         adabn: run the model in test mode, its BatchNorm layers alone normalizing by batch. A RoI
             head then sees the proposals of test time, a mask head the boxes that are detected.
+        initial: as in ``update_bn_stats``.
     """
     model.train(not adabn)
     for layer in model.modules():
@@ -127,6 +131,7 @@ def recompute(
         estimator=node.ESTIMATOR,
         allow_short=adabn,
         call=call,
+        initial=initial,
     )
     if not report.layers:
         raise InputError(
@@ -139,7 +144,6 @@ def recompute(
 
 def save(model: nn.Module, report: PopulationReport, output: str) -> None:
     """Write the new checkpoint and, beside it, the report as JSON; on rank 0."""
-    print(report)
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     with write_aside(path) as aside:
@@ -169,15 +173,18 @@ def run(
         results["before"] = evaluate(old.eval())
     if new is not old:
         transfer(old, new)
-    report = recompute(new, batches, cfg, args.adabn, call)
+    report = recompute(new, batches, cfg, args.adabn, args.initial, call)
     if world()[0] == 0:
+        print(report)
+    if world()[0] == 0 and args.output is not None:
         save(new, report, args.output)
         for part in parts_with_levels(cfg) if args.population else []:
             print(f"Its config needs MODEL.{part}.BN.POPULATION {args.population} from now on")
     if args.evaluate:
         results["after"] = evaluate(new)
     if world()[0] == 0 and results:
-        content = {**report.as_dict(), "results": finite(results)}
-        write_json(Path(args.output).with_suffix(".json"), content)
+        if args.output is not None:
+            content = {**report.as_dict(), "results": finite(results)}
+            write_json(Path(args.output).with_suffix(".json"), content)
         for when, of_all in results.items():
             print(f"With the statistics {when}:\n{results_table(of_all)}")

@@ -66,6 +66,12 @@ class PopulationReport(NamedTuple):
         """The largest standard error of a layer."""
         return max((max(of.mean_error, of.var_error) for of in self.layers), default=0.0)
 
+    @property
+    def furthest(self) -> list[LayerReport]:
+        """The layers whose old statistics were furthest from the new ones, three at most."""
+        by_shift = sorted(self.layers, key=lambda of: -max(of.mean_shift, of.var_shift))
+        return by_shift[:_NUM_FURTHEST]
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON, which has no infinity: the errors after a single batch are None."""
         summary = {
@@ -74,6 +80,7 @@ class PopulationReport(NamedTuple):
             "error": finite(self.error),
             "reason": self.reason,
             "last_layer": self.last_layer,
+            "furthest": [of.name for of in self.furthest],
             "unused": self.unused,
         }
         layers = [finite(of._asdict()) for of in self.layers]
@@ -107,8 +114,19 @@ class PopulationReport(NamedTuple):
     def _summary(self) -> str:
         return (
             f"{self.num_batches} batches, {self.num_samples} samples; stopped by {self.reason}; "
-            f"largest standard error {self.error:.4f}, last layer {self.last_layer}"
+            f"largest standard error {self.error:.4f}, last layer {self.last_layer}\n"
+            f"Furthest from the new ones: {'; '.join(map(_how_far, self.furthest))}"
         )
+
+
+_NUM_FURTHEST = 3
+
+
+def _how_far(of: LayerReport) -> str:
+    return (
+        f"{of.name} (mean by {of.mean_shift:.2g} standard deviations, variance by "
+        f"{100 * of.var_shift:.2g} %)"
+    )
 
 
 def make_report(

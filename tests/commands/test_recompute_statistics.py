@@ -57,7 +57,7 @@ class Project:
     def run(self, *args, opts=(), config=BASE):
         command = ["--config-file", config, "--weights", str(self.weights), *args]
         tool = _tool()
-        parsed = tool.argument_parser().parse_args([*command, *self.opts, *opts])
+        parsed = tool.argument_parser().parse_intermixed_args([*command, *self.opts, *opts])
         self.module.main(parsed)
 
 
@@ -100,6 +100,35 @@ def test_training_images(project, capsys):
     shown = capsys.readouterr().out
     assert "error of variance" in shown
     assert "With the statistics before" in shown and "With the statistics after" in shown
+
+
+def test_looking_alone(project, capsys):
+    """Without --output nothing is written; which layer is furthest off, in units."""
+    model = project.checkpoint()
+    name = FIRST_NORM[BASE][project.host]
+    model.get_submodule(name).running_var.mul_(1e4)
+    torch.save({"model": model.state_dict()}, project.weights)
+    before = {path: path.read_bytes() for path in project.folder.iterdir() if path.is_file()}
+    project.run("--num-iters", "2")
+    shown = capsys.readouterr().out
+    assert f"Furthest from the new ones: {name} (mean by " in shown and "variance by " in shown
+    after = {path: path.read_bytes() for path in project.folder.iterdir() if path.is_file()}
+    assert {p: after[p] for p in before} == before
+    assert not [p for p in after if p.suffix in (".pth", ".json") and p not in before]
+
+
+def test_folded_statistics_are_refused(project):
+    """Unless the command says that they were never updated."""
+    model = project.checkpoint()
+    for layer in model.modules():
+        if getattr(layer, "running_mean", None) is not None:
+            layer.reset_running_stats()
+            if layer.weight is not None:
+                torch.nn.init.uniform_(layer.weight)
+    torch.save({"model": model.state_dict()}, project.weights)
+    with pytest.raises(InputError, match="its statistics are folded .*initial=True"):
+        project.run("--num-iters", "2")
+    project.run("--num-iters", "2", "--initial")
 
 
 def test_per_level(project, capsys):

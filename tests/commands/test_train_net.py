@@ -207,13 +207,21 @@ def test_checkpoints_that_do_not_fit(monkeypatch, host, options, tmp_path):
     broken.write_bytes(b"no checkpoint")
     assert f"{broken}: cannot be loaded" in message(*options, "MODEL.WEIGHTS", broken)
     torch.save({"model": {"a": torch.zeros(1)}}, broken)
-    assert "no weights with the names" in message(*options, "MODEL.WEIGHTS", broken)
+    found = message(*options, "MODEL.WEIGHTS", broken)
+    assert (
+        "no weights with the names of this config's model: its first is 'a', the model's" in found
+    )
+    starts = {"detectron2": "backbone.body.conv1", "torchvision": "backbone.bottom_up.stem.conv1"}
+    torch.save({"model": {f"{starts[host]}.weight": torch.zeros(1)}}, broken)
+    (other,) = starts.keys() - {host}
+    found = message(*options, "MODEL.WEIGHTS", broken)
+    assert f"use --host {other}" in found and other in found.lower()
 
     succeeds(host, *options, "SOLVER.MAX_ITER", "1", "DATASETS.TEST", "()")
     weights = ["MODEL.WEIGHTS", tmp_path / "out" / "model_final.pth"]
     other = ["MODEL.FPN.OUT_CHANNELS", "32"]
     for flags in ([], ["--eval-only"], ["--resume"]):
-        found = message(*flags, *options, *weights, *other)
+        found = message(*options, *weights, *flags, *other)  # flags anywhere
         assert "the checkpoint has shape" in found and "(64, " in found and "(32, " in found
     more = ["MODEL.RETINANET.NUM_CLASSES", "7"]
     assert "cls_" in message("--eval-only", *options, *weights, *more)
