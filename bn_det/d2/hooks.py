@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -10,16 +11,38 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
 from detectron2.engine import AMPTrainer, HookBase
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage, has_event_storage
+from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..config.training import Hooks, precise_bn_of, with_precise_bn_batches, with_virtual_batches
+from ..errors import InputError
 from ..population.passes import surround_passes
 from ..population.snapshot import same_random_state
 from ..training import hooks, spikes
 
 
-class AverageStatistics(hooks.AverageStatistics, HookBase):
+class _BeforeSaving:
+    """Mixed into a hook that changes the model before others evaluate and save it."""
+
+    def before_train(self) -> None:
+        registered = getattr(self.trainer, "_hooks", [])
+        if self in registered:  # in a LazyConfig file's training it runs in the optimizer
+            for other in registered[: registered.index(self)]:
+                if isinstance(other, (EvalHook, PeriodicCheckpointer)):
+                    name, its = type(self).__name__, type(other).__name__
+                    raise InputError(
+                        f"{name} is registered after {its}, which would get the model as it is "
+                        f"before {name}; register it before"
+                    )
+        if not logging.getLogger("bn_det").hasHandlers():  # a project that sets up its own alone
+            setup_logger(distributed_rank=comm.get_rank(), name="bn_det")
+        super().before_train()
+
+
+class AverageStatistics(_BeforeSaving, hooks.AverageStatistics, HookBase):
     """See :class:`bn_det.training.AverageStatistics`."""
 
 
@@ -31,7 +54,7 @@ def _context_of_training(self: HookBase) -> AbstractContextManager:
     return nullcontext()
 
 
-class PreciseBN(hooks.PreciseBN, HookBase):
+class PreciseBN(_BeforeSaving, hooks.PreciseBN, HookBase):
     """See :class:`bn_det.training.PreciseBN`.
 
     To be registered before the hooks that evaluate and save, in place of Detectron2's; from a

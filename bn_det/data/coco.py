@@ -90,8 +90,9 @@ def check_names(key: str, names: Iterable[str], known: Iterable[str]) -> None:
     known = list(known)
     for name in names:
         if name not in known:
+            own = "; DATASETS.REGISTER_COCO adds one of your files" * key.startswith("DATASETS.")
             raise InputError(
-                f"{key}: {name!r} is not a registered data set; {nearest(name, known)}"
+                f"{key}: {name!r} is not a registered data set; {nearest(name, known)}{own}"
             )
 
 

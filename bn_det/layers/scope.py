@@ -19,10 +19,12 @@ class DomainScope:
     Args:
         sample, domain: what messages call a sample and its domain.
         how_to_name: what they tell one to do where it is not said.
+        where_not: where other samples are found, for a message that ends with it.
     """
 
-    def __init__(self, sample: str, domain: str, how_to_name: str) -> None:
+    def __init__(self, sample: str, domain: str, how_to_name: str, where_not: str = "") -> None:
         self.sample, self.domain, self.how_to_name = sample, domain, how_to_name
+        self.where_not = where_not
         self._current: ContextVar[_Named | None] = ContextVar(domain, default=None)
 
     @contextmanager
@@ -56,6 +58,7 @@ class DomainScope:
             raise InputError(
                 f"the {self.domain}s of {sum(partition.sizes)} {self.sample}s are named, and the "
                 f"layer got {len(x)} samples: they have to be those {self.sample}s"
+                f"{self.where_not}"
             )
         return partition
 
