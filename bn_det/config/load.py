@@ -12,6 +12,7 @@ from ..errors import InputError, shown
 from .arithmetic import MAX_BITS
 from .check import check_values
 from .keys import check_keys
+from .unread import check_read
 from .yaml_file import load_yaml
 
 _BROKEN = (AttributeError, MemoryError, RecursionError, TypeError)
@@ -37,6 +38,7 @@ def load_config(cfg: CfgNode, config_file: str, opts: Sequence[str], host: str) 
         _merge_file(merged, config_file, host)
     _merge_opts(merged, opts, host)
     check_values(merged)
+    check_read(merged)
     cfg.clear()
     cfg.update(merged)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from operator import attrgetter
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -12,6 +13,7 @@ from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 
 from ..config.keys import check_keys
 from ..config.training import build_hooks, uses_precise_bn
+from ..config.unread import HOOK_KEYS, TRAINER_KEYS, set_keys
 from ..errors import InputError
 from ..layers import BATCH_NORMS, BatchNorm2d, DomainBatchNorm2d
 from ..layers.norms import NormFactory
@@ -24,6 +26,8 @@ class BNHooks:
     They come before those that evaluate and save, and our PreciseBN takes the place of
     Detectron2's.
     """
+
+    reads_keys = HOOK_KEYS
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -70,6 +74,7 @@ def check_trainer(cfg: CfgNode, part: str, make: NormFactory | None) -> None:
         part: of the model, one of PARTS.
         make: makes its norm.
     """
+    _check_keys_of_trainer(cfg)
     norm = cfg.MODEL[part].NORM
     trainer = _builder() if cfg.TEST.PRECISE_BN.ENABLED and norm in BATCH_NORMS else None
     if trainer is None or isinstance(trainer, BNHooks):
@@ -82,6 +87,23 @@ def check_trainer(cfg: CfgNode, part: str, make: NormFactory | None) -> None:
             "runs fvcore's PreciseBN, which gets that wrong; put bn_det.d2.BNHooks before "
             f"DefaultTrainer in the bases of {name}, which runs ours, or use False"
         )
+
+
+def _check_keys_of_trainer(cfg: CfgNode) -> None:
+    """Raise InputError for keys that our trainer or our hooks read, in one that has neither."""
+    asked = set_keys(cfg, (*HOOK_KEYS, *TRAINER_KEYS))
+    trainer = _builder() if asked else None
+    if trainer is None:
+        return
+    for key in asked:
+        if key not in getattr(trainer, "reads_keys", ()):
+            needs = "put bn_det.d2.BNHooks before DefaultTrainer in its bases"
+            if key in TRAINER_KEYS:
+                needs = "use bn_det.d2.train.Trainer (tools/train_net.py)"
+            raise InputError(
+                f"{key}: {attrgetter(key)(cfg)!r} does nothing in {type(trainer).__name__}, a "
+                f"DefaultTrainer: {needs}, or leave the key at its default"
+            )
 
 
 def suits_fvcore(layer: BatchNorm2d) -> bool:

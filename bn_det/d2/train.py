@@ -23,6 +23,7 @@ from ..config.check import check_ims_per_batch, resolve_device
 from ..config.keys import add_bn_det_config
 from ..config.load import load_config
 from ..config.training import clipping_of
+from ..config.unread import HOOK_KEYS, TRAINER_KEYS
 from ..data.coco import CocoSource, check_names, check_num_classes, load_coco
 from .accumulate import AccumulatingAMPTrainer, AccumulatingTrainer
 from .datasets import build_train_loader, register_datasets
@@ -35,6 +36,8 @@ class Trainer(EvaluatesOnSuccess, BNHooks, DefaultTrainer):
 
     It trains in processes on the CPU, too.
     """
+
+    reads_keys = (*HOOK_KEYS, *TRAINER_KEYS)
 
     build_bn_loader = staticmethod(build_detection_train_loader)  # any images, in any case
 

@@ -278,3 +278,27 @@ def test_the_config_is_as_it_was_where_a_projects_hooks_fail(make_cfg):
     with pytest.raises(KeyError, match="of the project"):
         trainer.build_hooks()
     assert trainer.cfg is cfg
+
+
+@pytest.mark.parametrize(
+    "key, value, with_hooks",
+    [
+        ("SOLVER.FREEZE_BN_ITER", "1", True),
+        ("SOLVER.FREEZE_BN_MODULES", "('backbone',)", True),
+        ("SOLVER.VIRTUAL_IMAGES", "2", True),
+        ("SOLVER.ACCUMULATE", "2", False),
+        ("SOLVER.AGC.ENABLED", "True", False),
+        ("DATALOADER.CATEGORIES_PER_BATCH", "1", False),
+    ],
+)
+def test_keys_that_a_trainer_does_not_read(make_cfg, key, value, with_hooks):
+    """They are refused as its model is built; BNHooks reads what is a hook."""
+    cfg = make_cfg(key, value, "TEST.PRECISE_BN.ENABLED", "False")
+    with pytest.raises(InputError, match=f"{key}: .* does nothing in Stock, a DefaultTrainer: "):
+        Stock(cfg)
+    if with_hooks:
+        assert Mixed(cfg)
+    else:
+        with pytest.raises(InputError, match="use bn_det.d2.train.Trainer"):
+            Mixed(cfg)
+    Trainer(cfg)

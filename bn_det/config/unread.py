@@ -1,0 +1,99 @@
+"""Which of our keys a set-up reads: what is set and read by nothing is refused, or warned of."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from operator import attrgetter
+
+from yacs.config import CfgNode
+
+from ..errors import InputError
+from ..layers import BASELINES, BATCH_NORMS
+from .keys import our_keys
+from .parts import PARTS, ROI_PARTS, has_our_batch_norm, why_not_ours
+
+logger = logging.getLogger(__name__)
+
+OUR_NORMS = {"GhostBN", "BRN", *BASELINES}
+"""The names of norms that Detectron2's own components do not know."""
+
+
+def check_read(cfg: CfgNode) -> None:
+    """Raise InputError, or warn, for keys of ours with another value than by default, for nothing.
+
+    It is an error where somebody else's component is built in the place of ours, and a warning
+    where ours is built with a norm that the key is not for, as a config may inherit it.
+    """
+    for part in PARTS:
+        _check_norm(cfg, part)
+    default = our_keys()
+    for key, reason, is_error in _unread(cfg):
+        value = attrgetter(key)(cfg)
+        if value == attrgetter(key)(default):
+            continue
+        if is_error:
+            raise InputError(f"{key}: {value!r} is not accepted with {reason}")
+        logger.warning("%s: %r does nothing with %s", key, value, reason)
+
+
+def _check_norm(cfg: CfgNode, part: str) -> None:
+    norm, reason = cfg.MODEL[part].NORM, why_not_ours(cfg, part)
+    if norm in OUR_NORMS and reason and _is_built(cfg, part):
+        raise InputError(f"MODEL.{part}.NORM: {norm!r} is not accepted with {reason}")
+
+
+def _is_built(cfg: CfgNode, part: str) -> bool:
+    """Whether the detector has the part, whoever builds it."""
+    dense = {"RETINANET": ("RetinaNet", "BNRetinaNet"), "BN_FCOS": ("FCOS", "BNFCOS")}
+    architecture = cfg.MODEL.META_ARCHITECTURE
+    if part in dense:
+        return architecture in dense[part]
+    is_dense = any(architecture in names for names in dense.values())
+    return part in ("RESNETS", "FPN") or not is_dense
+
+
+def _unread(cfg: CfgNode) -> Iterator[tuple[str, str, bool]]:
+    """Keys that nothing reads: each with the reason, and whether another component is it."""
+    for part in PARTS:
+        reason, norm = why_not_ours(cfg, part), cfg.MODEL[part].NORM
+        of_norm = f"MODEL.{part}.NORM {norm!r}"
+        keys = [f"BN.{key}" for key in cfg.MODEL[part].get("BN", {})]
+        keys += ["SHUFFLE"] if part in ROI_PARTS else []
+        for key in keys:
+            if reason and _is_built(cfg, part):
+                yield f"MODEL.{part}.{key}", reason, True
+            elif norm not in BATCH_NORMS and key != "SHUFFLE":  # of which its head warns
+                yield f"MODEL.{part}.{key}", f"{of_norm}, which has no batch", False
+        for key in ("GHOST_SIZE", "GHOST_ORDER"):
+            if reason and _is_built(cfg, part):
+                yield f"MODEL.{part}.{key}", reason, True
+            elif norm != "GhostBN":
+                yield f"MODEL.{part}.{key}", f"{of_norm}; it is for 'GhostBN'", False
+    if not any(has_our_batch_norm(cfg, part) for part in PARTS):
+        for key in ("SOLVER.BN_MOMENTUM", "SOLVER.UPDATE_POPULATION"):
+            yield key, "no part of the model that has BatchNorm of ours", False
+    if not any(cfg.MODEL[part].NORM == "BRN" for part in PARTS):
+        for key in cfg.SOLVER.BRN:
+            yield f"SOLVER.BRN.{key}", "no NORM 'BRN'", False
+    if not cfg.MODEL.BN_SOURCES.PARTS:
+        yield "MODEL.BN_SOURCES.AFFINE", "MODEL.BN_SOURCES.PARTS ()", False
+    if not cfg.SOLVER.AGC.ENABLED:
+        for key in cfg.SOLVER.AGC:
+            yield f"SOLVER.AGC.{key}", "SOLVER.AGC.ENABLED False", False
+
+
+HOOK_KEYS = (
+    *("SOLVER.FREEZE_BN_ITER", "SOLVER.FREEZE_BN_MODULES", "SOLVER.VIRTUAL_IMAGES"),
+    *("SOLVER.FREEZE_BN_AFFINE", "SOLVER.FREEZE_BN_PRECISE"),
+)
+"""What our hooks read."""
+
+TRAINER_KEYS = ("SOLVER.ACCUMULATE", "SOLVER.AGC.ENABLED", "DATALOADER.CATEGORIES_PER_BATCH")
+"""What our trainers read, beside their hooks."""
+
+
+def set_keys(cfg: CfgNode, keys: tuple[str, ...]) -> list[str]:
+    """Those of some keys of ours that have another value than by default."""
+    default = our_keys()
+    return [key for key in keys if attrgetter(key)(cfg) != attrgetter(key)(default)]

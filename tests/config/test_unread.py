@@ -1,0 +1,54 @@
+"""Keys that are set and that nothing reads."""
+
+import pytest
+
+from bn_det.errors import InputError
+from hosts import INSTALLED, every_host, make_cfg
+from reference import BASE, RCNN_BASE
+
+
+@every_host
+@pytest.mark.parametrize(
+    "base, opts, words",
+    [
+        (BASE, ["MODEL.RETINANET.NORM", "GN", "MODEL.RETINANET.BN.POPULATION", "shared"],
+         "MODEL.RETINANET.BN.POPULATION: 'shared' does nothing with MODEL.RETINANET.NORM 'GN'"),
+        (BASE, ["MODEL.FPN.GHOST_SIZE", "2"],
+         "MODEL.FPN.GHOST_SIZE: 2 does nothing with MODEL.FPN.NORM 'BN'; it is for 'GhostBN'"),
+        (BASE, ["SOLVER.BRN.R_MAX", "2.0"], "SOLVER.BRN.R_MAX: 2.0 does nothing with no NORM"),
+        (BASE, ["SOLVER.AGC.CLIP_FACTOR", "0.1"],
+         "SOLVER.AGC.CLIP_FACTOR: 0.1 does nothing with SOLVER.AGC.ENABLED False"),
+        (RCNN_BASE, ["MODEL.ROI_BOX_HEAD.NORM", "", "MODEL.ROI_MASK_HEAD.NORM", "",
+                     "SOLVER.BN_MOMENTUM", "0.2"],
+         "SOLVER.BN_MOMENTUM: 0.2 does nothing with no part of the model that has BatchNorm"),
+    ],
+)  # fmt: skip
+def test_warnings(host, base, opts, words, caplog):
+    """Where a norm is not what a key is for, as a config may inherit it."""
+    make_cfg(host, base, *opts)
+    assert words in caplog.text
+    caplog.clear()
+    make_cfg(host, base)
+    assert not caplog.text
+
+
+@pytest.mark.skipif(not INSTALLED, reason="Detectron2 is not installed")
+@pytest.mark.parametrize(
+    "base, opts, key",
+    [
+        (BASE, ["MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.RETINANET.BN.AFFINE", "per_domain"],
+         "MODEL.RETINANET.BN.AFFINE: 'per_domain'"),
+        (BASE, ["MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.RETINANET.NORM", "GhostBN",
+                "MODEL.RETINANET.GHOST_SIZE", "2"], "MODEL.RETINANET.NORM: 'GhostBN'"),
+        (BASE, ["MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone",
+                "MODEL.RESNETS.NORM", "BRN"], "MODEL.RESNETS.NORM: 'BRN'"),
+        (RCNN_BASE, ["MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead",
+                     "MODEL.ROI_BOX_HEAD.SHUFFLE", "True"], "MODEL.ROI_BOX_HEAD.SHUFFLE: True"),
+        (RCNN_BASE, ["MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead",
+                     "MODEL.ROI_MASK_HEAD.GHOST_SIZE", "4"], "MODEL.ROI_MASK_HEAD.GHOST_SIZE: 4"),
+    ],
+)  # fmt: skip
+def test_errors(base, opts, key):
+    """Where Detectron2's component is built, which does not know it."""
+    with pytest.raises(InputError, match=f"{key} is not accepted with MODEL.*use one of"):
+        make_cfg("detectron2", base, *opts)
