@@ -6,13 +6,18 @@ of another domain than the model is used on. This recomputes all of them on the 
 (PreciseBN) and writes a new checkpoint; the old one is left as it is. The table says how far the
 old statistics were from the new ones. With --adabn they are recomputed on the test images, which
 need no labels, with the preprocessing and the proposals of test time.
+
+Without --config-file, any model of torch: --model names a function that makes it, --data one that
+gives batches, and --call, if it is not called on a batch alone, one that calls it.
 """
 
 from __future__ import annotations
 
 import argparse
 
+from bn_det.commands import recompute_any
 from bn_det.commands.cli import add_config_arguments, add_process_arguments, import_host, run
+from bn_det.errors import InputError
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -63,9 +68,15 @@ def argument_parser() -> argparse.ArgumentParser:
         help="also where mean 0 and variance 1 look folded, as training never updated them "
         "(initial=True in messages)",
     )
+    for flag, what in (
+        ("model", "makes the model, without a config"),
+        ("data", "gives its batches"),
+        ("call", "takes the model and a batch, and calls it; by default model(batch)"),
+    ):
+        parser.add_argument(f"--{flag}", metavar="MODULE:FUNCTION", help=f"a function that {what}")
     parser.add_argument("--evaluate", action="store_true", help="show AP before and after")
     add_process_arguments(parser)
-    add_config_arguments(parser)
+    add_config_arguments(parser, required=False)
     # What the set-up that evaluation shares asks for.
     parser.set_defaults(eval_only=True, resume=False)
     return parser
@@ -73,7 +84,12 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = argument_parser().parse_intermixed_args()
-    import_host(args.host, "recompute").main(args)
+    if (args.config_file is None) == (args.model is None):
+        raise InputError("--config-file or --model: one of them is needed")
+    if args.model is not None:
+        recompute_any.main(args)
+    else:
+        import_host(args.host, "recompute").main(args)
 
 
 if __name__ == "__main__":

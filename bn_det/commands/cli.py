@@ -29,10 +29,10 @@ def add_host_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+def add_config_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """--config-file, --host, and KEY VALUE pairs; for ``parser.parse_intermixed_args``."""
     parser.add_argument(
-        "--config-file", required=True, metavar="FILE", help="such as configs/quick_start.yaml"
+        "--config-file", required=required, metavar="FILE", help="such as configs/quick_start.yaml"
     )
     add_host_argument(parser)
     parser.add_argument(

@@ -137,11 +137,17 @@ class _CategorySampler(Sampler):
         return self.num_samples
 
 
-def build_test_loader(cfg: CfgNode, dataset: CocoDataset, batch_size: int = 1) -> DataLoader:
-    """This process's share of a data set in its order; by default one image a batch."""
+def build_test_loader(
+    cfg: CfgNode, dataset: CocoDataset, batch_size: int = 1, masks: bool = False
+) -> DataLoader:
+    """This process's share of a data set in its order; by default one image a batch.
+
+    Args:
+        masks: whether targets have them; evaluation reads them elsewhere.
+    """
     size = cfg.INPUT.MIN_SIZE_TEST
     resize = v2.RandomShortestSize([size], cfg.INPUT.MAX_SIZE_TEST) if size else v2.Identity()
-    images = DetectionDataset(dataset.records, resize, cfg.INPUT.FORMAT)
+    images = DetectionDataset(dataset.records, resize, cfg.INPUT.FORMAT, masks=masks)
     draws = _Draws(SequentialSampler(images), 0, len(images), share(len(images)))
     return _loader(cfg, images, draws, batch_size)
 

@@ -1,0 +1,120 @@
+"""One checkpoint of several: their weights averaged, and the statistics that fit best."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from ..errors import LOAD_ERRORS, InputError
+from ..files import write_aside, write_json
+from ..population.averaged_weights import STATISTICS, averaged_state
+from ..population.progress import with_progress
+from ..population.unchanged import evaluated_losses
+from ..population.update import update_bn_stats
+
+logger = logging.getLogger(__name__)
+
+CHOICES = (*STATISTICS, "recomputed")
+
+
+class Host(NamedTuple):
+    """What a host gives the command.
+
+    Attributes:
+        model: of the config, with any weights.
+        training: batches to recompute statistics from.
+        testing: from nothing to the annotated batches of DATASETS.TEST, and their number.
+        losses_of: from a model that has losses and a batch to them.
+    """
+
+    model: nn.Module
+    training: Iterable[Any]
+    testing: Callable[[], tuple[Iterable[Any], int]]
+    losses_of: Callable[[nn.Module, Any], dict[str, Tensor]]
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise InputError, before any work."""
+    if len(args.inputs) < 2:
+        raise InputError("--inputs: one checkpoint is not accepted; name two or more")
+    for path in args.inputs:
+        if not Path(path).is_file():
+            raise InputError(f"--inputs: there is no file {path}")
+    output = Path(args.output)
+    if output.is_dir() or any(output.exists() and output.samefile(p) for p in args.inputs):
+        raise InputError(
+            f"--output: {args.output!r} is not accepted; use another file than --inputs"
+        )
+
+
+def run(args: argparse.Namespace, num_iter: int, host: Host) -> None:
+    """The command, with what a host gives it."""
+    states = [_weights(path) for path in args.inputs]
+    made: dict[str, dict[str, Tensor]] = {}
+    losses: dict[str, float] = {}
+    for path, state in zip(args.inputs, states, strict=True):
+        losses[path] = _loss(host, state, path)
+    for choice in args.statistics:
+        made[choice] = _with_statistics(host, states, choice, num_iter)
+        losses[choice] = _loss(host, made[choice], choice)
+    best = min(made, key=losses.__getitem__)
+    rows = [[name, loss, "written" if name == best else ""] for name, loss in losses.items()]
+    print(tabulate(rows, ["checkpoint, or statistics of the average", "loss", ""], tablefmt="pipe"))
+    path = Path(args.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with write_aside(path) as aside:
+        torch.save({"model": made[best]}, aside)
+    write_json(path.with_suffix(".json"), {"losses": losses, "statistics": best})
+    print(f"Saved to {path}, with statistics {best}, and the table to {path.with_suffix('.json')}")
+
+
+def _weights(path: str) -> dict[str, Tensor]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        state = loaded.get("model", loaded)
+        return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    except LOAD_ERRORS as e:
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise InputError(f"{path}: cannot be loaded as a checkpoint: {reason}") from e
+
+
+def _load(host: Host, state: dict[str, Tensor], name: str) -> None:
+    try:
+        host.model.load_state_dict(state)
+    except RuntimeError as e:
+        reason = " ".join(str(e).split())
+        raise InputError(f"{name}: the weights do not fit the config's model: {reason}") from e
+
+
+def _with_statistics(
+    host: Host, states: list[dict[str, Tensor]], choice: str, num_iter: int
+) -> dict[str, Tensor]:
+    kind = "averaged" if choice == "recomputed" else choice
+    state = averaged_state(states, kind)
+    if choice != "recomputed":
+        return state
+    _load(host, state, choice)
+    batches = with_progress(host.training, num_iter, logger, "Statistics: %d/%d batches")
+    model = host.model.train()
+    update_bn_stats(model, batches, num_iter, call=host.losses_of, initial=True)
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+@torch.no_grad()
+def _loss(host: Host, state: dict[str, Tensor], name: str) -> float:
+    """The mean over the batches of the test set; what a detector samples is the same each time."""
+    _load(host, state, name)
+    batches, number = host.testing()
+    total = 0.0
+    for batch in with_progress(batches, number, logger, f"Losses of {name}: %d/%d batches"):
+        with evaluated_losses(host.model):
+            torch.manual_seed(0)
+            total += float(sum(host.losses_of(host.model, batch).values()))
+    return total / number

@@ -1,0 +1,126 @@
+"""Recomputing the population statistics of any model of torch, file to file."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LOAD_ERRORS, InputError
+from ..files import write_aside, write_json
+from ..population.progress import with_progress
+from ..population.update import update_bn_stats
+
+logger = logging.getLogger(__name__)
+
+_NODES = ("model", "state_dict")
+"""Where a checkpoint has its weights, if not by themselves."""
+
+_NUM_ITERS = 200
+"""Batches, where the command does not say; as many as there are, at most."""
+
+
+def main(args: argparse.Namespace) -> None:
+    """As tools/recompute_statistics.py says of --model."""
+    logging.basicConfig(level=logging.INFO, format="[%(asctime)s]: %(message)s", datefmt="%H:%M:%S")
+    if not args.data:
+        raise InputError("--data: is needed with --model: MODULE:FUNCTION that gives the batches")
+    _check_output(args.output, args.weights)
+    functions = {flag: _function(flag, getattr(args, flag)) for flag in ("model", "data", "call")}
+    checkpoint, weights = _read(args.weights)
+    model = _called("--model", functions["model"])
+    if not isinstance(model, nn.Module):
+        raise InputError(f"--model: {args.model} gave a {type(model).__name__}, and no module")
+    _load(model, weights, args.weights)
+    number = args.num_iters or _NUM_ITERS
+    batches = _called("--data", functions["data"])
+    report = update_bn_stats(
+        model.train(),
+        with_progress(batches, number, logger, "Population statistics: %d/%d batches"),
+        number,
+        tolerance=args.tolerance or 0.0,
+        allow_short=True,
+        call=functions["call"],
+        initial=args.initial,
+    )
+    if not report.layers:
+        raise InputError("--model: it has no BatchNorm with population statistics to recompute")
+    print(report)
+    if args.output is not None:
+        _save(checkpoint, model, report.as_dict(), Path(args.output))
+
+
+def _function(flag: str, name: str | None) -> Callable[..., Any] | None:
+    """What MODULE:FUNCTION means; the folder that the command is in counts, too."""
+    if name is None:
+        return None
+    module, colon, attribute = name.partition(":")
+    if not colon or not attribute:
+        raise InputError(f"--{flag}: {name!r} is not accepted; use MODULE:FUNCTION")
+    sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise InputError(f"--{flag}: {name!r} cannot be imported: {e}") from e
+    finally:
+        sys.path.remove(os.getcwd())
+
+
+def _called(flag: str, function: Callable[[], Any]) -> Any:
+    try:
+        return function()
+    except TypeError as e:
+        raise InputError(f"{flag}: it has to be a function without arguments: {e}") from e
+
+
+def _read(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A checkpoint, and the weights in it."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except LOAD_ERRORS as e:
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise InputError(f"--weights: {path}: cannot be loaded as a checkpoint: {reason}") from e
+    if not isinstance(checkpoint, dict):
+        raise InputError(f"--weights: {path} has a {type(checkpoint).__name__}, and no weights")
+    for node in _NODES:
+        if isinstance(checkpoint.get(node), dict):
+            return checkpoint, checkpoint[node]
+    return checkpoint, checkpoint
+
+
+def _load(model: nn.Module, weights: dict[str, Tensor], path: str) -> None:
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as e:
+        reason = " ".join(str(e).split())
+        raise InputError(f"--weights: {path} does not fit the model: {reason}") from e
+
+
+def _check_output(output: str | None, weights: str) -> None:
+    path = Path(output or "")
+    if output and (path.is_dir() or (path.exists() and path.samefile(weights))):
+        raise InputError(f"--output: {output!r} is not accepted; use another file than --weights")
+
+
+def _save(checkpoint: dict[str, Any], model: nn.Module, report: dict, output: Path) -> None:
+    """The checkpoint as it was but for its statistics, and the report beside it."""
+    state = model.state_dict()
+    for node in _NODES:
+        if isinstance(checkpoint.get(node), dict):
+            checkpoint = {**checkpoint, node: state}
+            break
+    else:
+        checkpoint = dict(state)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with write_aside(output) as aside:
+        torch.save(checkpoint, aside)
+    write_json(output.with_suffix(".json"), report)
+    print(f"Saved to {output}, and the table to {output.with_suffix('.json')}")

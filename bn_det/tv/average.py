@@ -1,0 +1,38 @@
+"""Averaging checkpoints on the torchvision host."""
+
+from __future__ import annotations
+
+import argparse
+from itertools import chain
+
+import torch
+from fvcore.common.config import CfgNode
+
+from ..commands.average import Host, check, run
+from ..config.training import with_precise_bn_batches
+from .data import build_test_loader, build_train_loader, has_objects
+from .model import build_model
+from .train import setup, start_log
+from .trainer import check_datasets, load_datasets, losses_of, shared_seed
+
+
+def main(args: argparse.Namespace) -> None:
+    """As tools/average_checkpoints.py says."""
+    check(args)
+    cfg = setup(args)
+    check_datasets(cfg, "TRAIN")
+    start_log(args, cfg)
+    torch.manual_seed(shared_seed(cfg))
+    batches = with_precise_bn_batches(cfg)
+    training = build_train_loader(batches, load_datasets(batches, "TRAIN"), shared_seed(cfg), 0)
+    run(args, cfg.TEST.PRECISE_BN.NUM_ITER, Host(build_model(cfg), training,
+                                                 lambda: _testing(cfg), losses_of))  # fmt: skip
+
+
+def _testing(cfg: CfgNode) -> tuple:
+    loaders = []
+    for dataset in load_datasets(cfg, "TEST"):
+        with_objects = dataset._replace(records=[r for r in dataset.records if has_objects(r)])
+        size, masks = cfg.SOLVER.IMS_PER_BATCH, cfg.MODEL.MASK_ON
+        loaders.append(build_test_loader(cfg, with_objects, size, masks))
+    return chain(*loaders), sum(map(len, loaders))

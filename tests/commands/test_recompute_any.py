@@ -1,0 +1,100 @@
+"""tools/recompute_statistics.py on models of other projects."""
+
+import json
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from bn_det import update_bn_stats
+from here import run_here
+
+PROJECT = """
+import torch
+from torch import nn
+
+def make():
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+
+def nothing():
+    return 3
+
+def batches():
+    torch.manual_seed(1)
+    return [{"image": torch.randn(4, 3, 5, 5) + k} for k in range(5)]
+
+def call(model, batch):
+    return model(batch["image"])
+
+def takes_one(argument):
+    pass
+"""
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    (tmp_path / "other_project.py").write_text(PROJECT)
+    monkeypatch.chdir(tmp_path)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    nn.init.normal_(model[1].running_mean)
+    return model
+
+
+def run(*args):
+    return run_here("tools/recompute_statistics.py", *args)
+
+
+FLAGS = ("--model", "other_project:make", "--data", "other_project:batches", "--call",
+         "other_project:call", "--weights", "old.pth")  # fmt: skip
+
+
+@pytest.mark.parametrize("node", ["model", "state_dict", None])
+def test_file_to_file(project, node, tmp_path):
+    """The checkpoint is as it was, but for the statistics, which are those of the batches."""
+    state = project.state_dict()
+    old = {node: state, "epoch": 3, "optimizer": {"lr": 0.1}} if node else state
+    torch.save(old, "old.pth")
+    done = run(*FLAGS, "--output", "made/new.pth")
+    assert done.returncode == 0, done.stderr
+    new = torch.load("made/new.pth", weights_only=True)
+    assert new.keys() == old.keys() and new.get("epoch") == old.get("epoch")
+    found = new[node] if node else new
+    namespace = {}
+    exec(PROJECT, namespace)
+    expected = namespace["make"]()
+    expected.load_state_dict(state)
+    update_bn_stats(expected.train(), namespace["batches"](), 5, call=namespace["call"])
+    torch.testing.assert_close(dict(found), dict(expected.state_dict()), rtol=0, atol=0)
+    assert json.loads((tmp_path / "made/new.json").read_text())["num_batches"] == 5
+    assert "Furthest from the new ones: 1 (mean by" in done.stdout
+    looked = run(*FLAGS, "--num-iters", "2")
+    assert looked.returncode == 0 and "2 batches, 8 samples" in looked.stdout
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--weights", "old.pth"], "--config-file or --model: one of them is needed"),
+        ([*FLAGS, "--config-file", "x.yaml"], "--config-file or --model: one of them is needed"),
+        ([*FLAGS[:2], *FLAGS[-2:]], "--data: is needed with --model"),
+        ([*FLAGS, "--model", "other_project"], "--model: 'other_project' is not accepted; use MOD"),
+        ([*FLAGS, "--model", "nowhere:make"], "'nowhere:make' cannot be imported: No module named"),
+        ([*FLAGS, "--data", "other_project:none"], "--data: .* cannot be imported: .* 'none'"),
+        ([*FLAGS, "--model", "other_project:nothing"], "gave a int, and no module"),
+        ([*FLAGS, "--data", "other_project:takes_one"], "has to be a function without arguments"),
+        ([*FLAGS, "--weights", "none.pth"], "none.pth: cannot be loaded as a checkpoint"),
+        ([*FLAGS, "--weights", "number.pth"], "number.pth has a int, and no weights"),
+        ([*FLAGS, "--weights", "other.pth"], "other.pth does not fit the model: .*1.weight"),
+        ([*FLAGS, "--output", "old.pth"], "--output: 'old.pth' is not accepted"),
+    ],
+)
+def test_bad_input(project, args, words):
+    torch.save(project.state_dict(), "old.pth")
+    torch.save(3, "number.pth")
+    torch.save({"1.weight": torch.zeros(2)}, "other.pth")
+    before = torch.load("old.pth", weights_only=True)
+    done = run(*args)
+    assert done.returncode == 1
+    assert re.search(words, done.stderr), done.stderr
+    torch.testing.assert_close(torch.load("old.pth", weights_only=True), before, rtol=0, atol=0)
