@@ -152,12 +152,12 @@ def our_keys(node: type[CfgNode] = CfgNode) -> CfgNode:
     cfg.SOLVER.AVERAGE_BN_STATISTICS = True
 
     # From which iteration on BatchNorm is frozen in training; 0 for never. FREEZE_BN_MODULES: in
-    # which modules, by names or patterns of names, with FREEZE_BN_ITER 0 from the start; () for
+    # which modules, by names or patterns of names, with FREEZE_BN_ITER 0 from the start; [] for
     # all.
     # FREEZE_BN_AFFINE: weight and bias, too. FREEZE_BN_PRECISE: with statistics that PreciseBN
     # recomputes right before, but at the start.
     cfg.SOLVER.FREEZE_BN_ITER = 0
-    cfg.SOLVER.FREEZE_BN_MODULES = ()
+    cfg.SOLVER.FREEZE_BN_MODULES = []
     cfg.SOLVER.FREEZE_BN_AFFINE = False
     cfg.SOLVER.FREEZE_BN_PRECISE = True
 
