@@ -58,11 +58,9 @@ def convert_batchnorm(
             some that the new one needs, or has different ones for domains that share them in the
             new one. Nothing is changed then.
     """
-    layers = {
-        layer: name
-        for layer, name in selected("convert_batchnorm", module, modules).items()
-        if not is_host_frozen(layer)
-    }
+    layers = selected("convert_batchnorm", module, modules)
+    of_hosts = [name for layer, name in layers.items() if is_host_frozen(layer)]
+    layers = {layer: name for layer, name in layers.items() if not is_host_frozen(layer)}
     made, left = {}, {}
     for layer, name in layers.items():
         new = None if (why := why_lazy(layer) or what_else(layer)) else make(layer.num_features)
@@ -78,6 +76,8 @@ def convert_batchnorm(
         become(layer, new)
         if was_frozen and is_batch_norm(layer) and not is_host_frozen(layer):
             freeze_statistics(layer)
+    if of_hosts:  # as most backbones have: no warning
+        logger.info("convert_batchnorm has left what is frozen: %s", ", ".join(of_hosts))
     if left:
         reasons = "; ".join(f"{name}: {why}" for name, why in left.items())
         logger.warning("convert_batchnorm has left %s", reasons)

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from ..layers.batch import Batch
 from ..layers.batch_norm import BatchNorm2d
 from ..layers.comm import process_group
-from ..layers.domain_batch_norm import DomainBatchNorm2d
+from ..layers.domain_batch_norm import DomainBatchNorm2d, state_holders
 from ..layers.forward import Domain, Observation, Plan, batch_norm
 from ..layers.freeze import is_frozen
 from ..layers.frozen import FrozenBatchNorm, StaysInEvaluation
@@ -53,6 +53,26 @@ def population_layers(model: nn.Module, frozen: bool = False) -> list[Population
     """
     places = places_of(model, batch_norms(model))
     return [place for place in places if _is_updated(place, frozen)]
+
+
+def left_out(model: nn.Module, layers: Sequence[PopulationLayer]) -> dict[str, str]:
+    """The BatchNorm layers of a model that are not among some, each with what is the matter."""
+    owners = {layer.owner for layer in layers}
+    return {
+        name: _why_left(layer) for layer, name in batch_norms(model).items() if layer not in owners
+    }
+
+
+def _why_left(layer: nn.Module) -> str:
+    if is_frozen(layer):
+        return "frozen (frozen=True updates them)"
+    if isinstance(layer, L1BatchNorm2d):
+        return "of mean absolute deviations, which are no variances"
+    if any(population.running_mean is None for population, _ in state_holders(layer)):
+        return "without population statistics"
+    if not layer.training:
+        return "in evaluation mode (call train() before)"
+    return "with statistics that are off (track_running_stats False)"
 
 
 def places_of(model: nn.Module, owners: dict[nn.Module, str]) -> list[PopulationLayer]:

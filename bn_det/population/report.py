@@ -41,6 +41,7 @@ class PopulationReport(NamedTuple):
     Attributes:
         layers: those whose statistics have been recomputed.
         unused: names of those that were in no pass, and are as they were.
+        left: names of all other BatchNorm layers, which are as they were, too, with reasons.
         reason: why it stopped: "num_iters", "tolerance", "end of data", or "no layers".
         last_layer: the layer that was the last to be as precise as the tolerance asks; without
             one, or where it was not reached, the least precise layer.
@@ -48,6 +49,7 @@ class PopulationReport(NamedTuple):
 
     layers: list[LayerReport]
     unused: list[str]
+    left: dict[str, str]
     reason: str
     last_layer: str
 
@@ -82,6 +84,7 @@ class PopulationReport(NamedTuple):
             "last_layer": self.last_layer,
             "furthest": [of.name for of in self.furthest],
             "unused": self.unused,
+            "left": self.left,
         }
         layers = [finite(of._asdict()) for of in self.layers]
         return {**summary, "layers": layers}
@@ -90,6 +93,10 @@ class PopulationReport(NamedTuple):
         lines = [self._table(), self._summary()] if self.layers else ["No layer has been used"]
         if self.unused:
             lines.append(f"Not used, left as they were: {', '.join(self.unused)}")
+        for why in dict.fromkeys(self.left.values()):
+            names = [name for name, reason in self.left.items() if reason == why]
+            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            lines.append(f"Left as they were: {names[0]}{others}: {why}")
         return "\n".join(lines)
 
     def _table(self) -> str:
@@ -133,10 +140,15 @@ def make_report(
     layers: Sequence[PopulationLayer],
     found: Sequence[Estimate | None],
     num_samples: Sequence[int],
+    left: dict[str, str],
     reason: str,
     last_layer: str,
 ) -> PopulationReport:
-    """From what has been found for each layer, before it is written."""
+    """From what has been found for each layer, before it is written.
+
+    Args:
+        left: the other layers, with reasons.
+    """
     reports, unused = [], []
     for layer, estimate, samples in zip(layers, found, num_samples, strict=True):
         if estimate is None:
@@ -156,7 +168,7 @@ def make_report(
                 _shift(old_var, estimate.var, estimate.var),
             )
         )
-    return PopulationReport(reports, unused, reason, last_layer)
+    return PopulationReport(reports, unused, left, reason, last_layer)
 
 
 def _shift(old: Tensor, new: Tensor, unit: Tensor) -> float:

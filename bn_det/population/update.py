@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from ..errors import InputError, check_positive, choose
 from ..layers.comm import Group, all_gather, process_group, report_disagreement
-from ..layers.freeze import is_folded, is_frozen
-from ..layers.kinds import batch_norms
+from ..layers.freeze import is_folded
 from .estimate import ESTIMATORS, Accumulator, Estimate, estimates
-from .observation import Observed, Observer, PopulationLayer, population_layers
+from .observation import Observed, Observer, PopulationLayer, left_out, population_layers
 from .passes import surroundings, unwrapped
 from .report import PopulationReport, make_report
 from .snapshot import Snapshot, same_random_state
@@ -133,7 +132,9 @@ def measure_statistics(
         tensors = chain(model.parameters(), model.buffers())
         stack.enter_context(same_random_state({t.device for t in tensors}))
         found = run.estimate(data_loader, stack.enter_context(_shown(progress, how.num_iters)))
-        report = make_report(observer.layers, found, run.samples, run.reason, run.last_layer)
+        left = left_out(model, observer.layers)
+        done = run.samples, left, run.reason, run.last_layer
+        report = make_report(observer.layers, found, *done)
     return found, report
 
 
@@ -349,18 +350,11 @@ def _short(found: str, num_iters: int, where: str = "") -> ShortLoaderError:
 
 def _why_none(model: nn.Module) -> str:
     """For a message: what is the matter with each BatchNorm that is not updated."""
-    layers = batch_norms(model)
-    if not layers:
+    left = left_out(model, [])
+    if not left:
         return "the model has no BatchNorm"
-    kinds = Counter(
-        "frozen (frozen=True updates them)"
-        if is_frozen(layer)
-        else "in evaluation mode (call train() before)"
-        if not layer.training
-        else "without population statistics that it can have"
-        for layer in layers
-    )
-    return "; ".join(f"{number} of {len(layers)} layers {kind}" for kind, number in kinds.items())
+    reasons = Counter(left.values())
+    return "; ".join(f"{number} of {len(left)} layers {why}" for why, number in reasons.items())
 
 
 def _refuse_folded(layers: Sequence[PopulationLayer]) -> None:
