@@ -66,8 +66,8 @@ def _unread(cfg: CfgNode) -> Iterator[tuple[str, str, bool]]:
             elif norm not in BATCH_NORMS and key != "SHUFFLE":  # of which its head warns
                 yield f"MODEL.{part}.{key}", f"{of_norm}, which has no batch", False
         for key in ("GHOST_SIZE", "GHOST_ORDER"):
-            if reason and _is_built(cfg, part):
-                yield f"MODEL.{part}.{key}", reason, True
+            if reason and _is_built(cfg, part):  # and with 'GhostBN' it is an error above
+                yield f"MODEL.{part}.{key}", reason, False
             elif norm != "GhostBN":
                 yield f"MODEL.{part}.{key}", f"{of_norm}; it is for 'GhostBN'", False
     if not any(has_our_batch_norm(cfg, part) for part in PARTS):

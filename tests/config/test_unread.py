@@ -44,8 +44,6 @@ def test_warnings(host, base, opts, words, caplog):
                 "MODEL.RESNETS.NORM", "BRN"], "MODEL.RESNETS.NORM: 'BRN'"),
         (RCNN_BASE, ["MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead",
                      "MODEL.ROI_BOX_HEAD.SHUFFLE", "True"], "MODEL.ROI_BOX_HEAD.SHUFFLE: True"),
-        (RCNN_BASE, ["MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead",
-                     "MODEL.ROI_MASK_HEAD.GHOST_SIZE", "4"], "MODEL.ROI_MASK_HEAD.GHOST_SIZE: 4"),
     ],
 )  # fmt: skip
 def test_errors(base, opts, key):

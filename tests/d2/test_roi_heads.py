@@ -36,7 +36,7 @@ STOCK = [
 
 def heads_norm(norm, shuffle=False):
     """KEY VALUE pairs for both heads."""
-    keys = {"NORM": norm, "GHOST_SIZE": 4, "SHUFFLE": shuffle}
+    keys = {"NORM": norm, "GHOST_SIZE": 4 * (norm == "GhostBN"), "SHUFFLE": shuffle}
     return [o for head in HEADS for k, v in keys.items() for o in (f"MODEL.{head}.{k}", v)]
 
 

@@ -203,7 +203,8 @@ def test_precise_statistics():
     """The variance of all RoIs of a level, and their number."""
     layer = make(("shared", "per_domain", "shared"))
     batches = [(rois(levels, seed=k), levels) for k, levels in enumerate(BATCHES.values())]
-    report = update_bn_stats(layer, batches, len(batches), call=lambda m, b: run(m, *b))
+    how = {"call": lambda m, b: run(m, *b), "initial": True}
+    report = update_bn_stats(layer, batches, len(batches), **how)
     for k, of_this in enumerate(report.layers):
         mine = [x[of_level(levels, k)] for x, levels in batches]
         mean, var = reference.mean_var(mine)
