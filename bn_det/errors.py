@@ -47,6 +47,11 @@ def one_line(error: InputError) -> str:
     return str(error).strip().splitlines()[-1].removeprefix("bn_det.errors.InputError: ")
 
 
+def reason_of(error: Exception) -> str:
+    """The first line of what somebody else's code raised, or what it is where it says nothing."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 LOAD_ERRORS = (
     pickle.UnpicklingError,
     AssertionError,

@@ -12,12 +12,13 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from ..errors import LOAD_ERRORS, InputError
-from ..files import write_aside, write_json
+from ..errors import InputError
+from ..layers.state_dicts import read_weights
 from ..population.averaged_weights import STATISTICS, averaged_state
 from ..population.progress import with_progress
 from ..population.unchanged import evaluated_losses
 from ..population.update import update_bn_stats
+from .checkpoint import check_output, save_with_table
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +48,7 @@ def check(args: argparse.Namespace) -> None:
     for path in args.inputs:
         if not Path(path).is_file():
             raise InputError(f"--inputs: there is no file {path}")
-    output = Path(args.output)
-    if output.is_dir() or any(output.exists() and output.samefile(p) for p in args.inputs):
-        raise InputError(
-            f"--output: {args.output!r} is not accepted; use another file than --inputs"
-        )
+    check_output(args.output, args.inputs, "--inputs")
 
 
 def run(args: argparse.Namespace, num_iter: int, host: Host) -> None:
@@ -67,22 +64,12 @@ def run(args: argparse.Namespace, num_iter: int, host: Host) -> None:
     best = min(made, key=losses.__getitem__)
     rows = [[name, loss, "written" if name == best else ""] for name, loss in losses.items()]
     print(tabulate(rows, ["checkpoint, or statistics of the average", "loss", ""], tablefmt="pipe"))
-    path = Path(args.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with write_aside(path) as aside:
-        torch.save({"model": made[best]}, aside)
-    write_json(path.with_suffix(".json"), {"losses": losses, "statistics": best})
-    print(f"Saved to {path}, with statistics {best}, and the table to {path.with_suffix('.json')}")
+    print(f"The average with statistics {best} is the best")
+    save_with_table({"model": made[best]}, {"losses": losses, "statistics": best}, args.output)
 
 
 def _weights(path: str) -> dict[str, Tensor]:
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-        state = loaded.get("model", loaded)
-        return {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    except LOAD_ERRORS as e:
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise InputError(f"{path}: cannot be loaded as a checkpoint: {reason}") from e
+    return {name: v for name, v in read_weights(path).items() if isinstance(v, Tensor)}
 
 
 def _load(host: Host, state: dict[str, Tensor], name: str) -> None:

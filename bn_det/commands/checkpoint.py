@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from fvcore.common.checkpoint import Checkpointer as _Checkpointer
 from yacs.config import CfgNode
 
-from ..errors import LOAD_ERRORS, InputError
-from ..files import write_aside, write_text
+from ..errors import LOAD_ERRORS, InputError, reason_of
+from ..files import write_aside, write_json, write_text
 from ..layers.unfuse import fused_layers
 
 _HOST_OF = {"backbone.bottom_up.": "Detectron2", "backbone.body.": "torchvision"}
@@ -63,8 +65,7 @@ class CheckpointerMixin:
         except InputError:
             raise
         except LOAD_ERRORS as e:
-            reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-            raise InputError(f"{path}: cannot be loaded as a checkpoint: {reason}") from e
+            raise InputError(f"{path}: cannot be loaded as a checkpoint: {reason_of(e)}") from e
 
     def _load_file(self, f: str) -> dict[str, Any]:
         loaded = super()._load_file(f)
@@ -146,3 +147,27 @@ def check_files(
     # Detectron2 takes options after a question mark.
     if path and "://" not in path and not os.path.isfile(path.split("?")[0]):
         raise InputError(f"{key}: there is no file {path}")
+
+
+def check_output(output: str | None, inputs: Sequence[str], flag: str) -> None:
+    """Raise InputError unless a command can write its --output beside what it reads.
+
+    Args:
+        output: None for nothing to write.
+        inputs: what it reads, by this flag.
+    """
+    if output is None:
+        return
+    path = Path(output)
+    if path.is_dir() or any(path.exists() and path.samefile(of) for of in inputs):
+        raise InputError(f"--output: {output!r} is not accepted; use another file than {flag}")
+
+
+def save_with_table(content: dict[str, Any], table: dict[str, Any], output: str) -> None:
+    """Write a checkpoint, and beside it a table as JSON."""
+    path = Path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with write_aside(path) as aside:
+        torch.save(content, aside)
+    write_json(path.with_suffix(".json"), table)
+    print(f"Saved to {path}, and the table to {path.with_suffix('.json')}")

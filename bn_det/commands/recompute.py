@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from yacs.config import CfgNode
@@ -21,12 +20,14 @@ from yacs.config import CfgNode
 from ..config.check import check_ims_per_batch
 from ..config.parts import LEVEL_PARTS, has_our_batch_norm
 from ..errors import InputError
-from ..files import finite, write_aside, write_json
+from ..files import finite, write_json
 from ..layers import DomainBatchNorm2d
 from ..layers.comm import world
+from ..layers.kinds import STATISTICS
 from ..population.progress import with_progress
 from ..population.report import PopulationReport
 from ..population.update import update_bn_stats
+from .checkpoint import check_output, save_with_table
 from .launch import world_size
 from .results import results_table
 
@@ -51,13 +52,7 @@ def check(args: argparse.Namespace, cfg: CfgNode) -> None:
     """Raise InputError, before any work, for what the set-up of an evaluation does not look at."""
     check_ims_per_batch(cfg, world_size(args.num_gpus, args.num_machines))
     with_population(cfg, args.population)
-    if args.output is None:
-        return
-    output, weights = Path(args.output), Path(args.weights)
-    if output.is_dir() or (output.exists() and output.samefile(weights)):
-        raise InputError(
-            f"--output: {args.output!r} is not accepted; use another file than --weights"
-        )
+    check_output(args.output, [args.weights], "--weights")
 
 
 def with_population(cfg: CfgNode, population: str | None) -> CfgNode:
@@ -97,7 +92,7 @@ def transfer(source: nn.Module, target: nn.Module) -> None:
         if isinstance(module, DomainBatchNorm2d):
             for k in reversed(range(module.num_domains)):
                 old, new = layers[name].population_of(k), module.population_of(k)
-                for buffer in ("running_mean", "running_var", "num_batches_tracked"):
+                for buffer in STATISTICS:
                     getattr(new, buffer).copy_(getattr(old, buffer))
 
 
@@ -142,16 +137,6 @@ def recompute(
     return report
 
 
-def save(model: nn.Module, report: PopulationReport, output: str) -> None:
-    """Write the new checkpoint and, beside it, the report as JSON; on rank 0."""
-    path = Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with write_aside(path) as aside:
-        torch.save({"model": model.state_dict()}, aside)
-    write_json(path.with_suffix(".json"), report.as_dict())
-    print(f"Saved to {path}, and the table to {path.with_suffix('.json')}")
-
-
 def run(
     args: argparse.Namespace,
     cfg: CfgNode,
@@ -177,7 +162,7 @@ def run(
     if world()[0] == 0:
         print(report)
     if world()[0] == 0 and args.output is not None:
-        save(new, report, args.output)
+        save_with_table({"model": new.state_dict()}, report.as_dict(), args.output)
         for part in parts_with_levels(cfg) if args.population else []:
             print(f"Its config needs MODEL.{part}.BN.POPULATION {args.population} from now on")
     if args.evaluate:

@@ -8,16 +8,15 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..errors import LOAD_ERRORS, InputError
-from ..files import write_aside, write_json
+from ..errors import InputError
+from ..layers.state_dicts import read_checkpoint
 from ..population.progress import with_progress
 from ..population.update import update_bn_stats
+from .checkpoint import check_output, save_with_table
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +32,7 @@ def main(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s]: %(message)s", datefmt="%H:%M:%S")
     if not args.data:
         raise InputError("--data: is needed with --model: MODULE:FUNCTION that gives the batches")
-    _check_output(args.output, args.weights)
+    check_output(args.output, [args.weights], "--weights")
     functions = {flag: _function(flag, getattr(args, flag)) for flag in ("model", "data", "call")}
     checkpoint, weights = _read(args.weights)
     model = _called("--model", functions["model"])
@@ -55,7 +54,7 @@ def main(args: argparse.Namespace) -> None:
         raise InputError("--model: it has no BatchNorm with population statistics to recompute")
     print(report)
     if args.output is not None:
-        _save(checkpoint, model, report.as_dict(), Path(args.output))
+        _save(checkpoint, model, report.as_dict(), args.output)
 
 
 def _function(flag: str, name: str | None) -> Callable[..., Any] | None:
@@ -84,10 +83,9 @@ def _called(flag: str, function: Callable[[], Any]) -> Any:
 def _read(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A checkpoint, and the weights in it."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except LOAD_ERRORS as e:
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise InputError(f"--weights: {path}: cannot be loaded as a checkpoint: {reason}") from e
+        checkpoint = read_checkpoint(path)
+    except InputError as e:
+        raise InputError(f"--weights: {e}") from e
     if not isinstance(checkpoint, dict):
         raise InputError(f"--weights: {path} has a {type(checkpoint).__name__}, and no weights")
     for node in _NODES:
@@ -104,23 +102,9 @@ def _load(model: nn.Module, weights: dict[str, Tensor], path: str) -> None:
         raise InputError(f"--weights: {path} does not fit the model: {reason}") from e
 
 
-def _check_output(output: str | None, weights: str) -> None:
-    path = Path(output or "")
-    if output and (path.is_dir() or (path.exists() and path.samefile(weights))):
-        raise InputError(f"--output: {output!r} is not accepted; use another file than --weights")
-
-
-def _save(checkpoint: dict[str, Any], model: nn.Module, report: dict, output: Path) -> None:
+def _save(checkpoint: dict[str, Any], model: nn.Module, report: dict, output: str) -> None:
     """The checkpoint as it was but for its statistics, and the report beside it."""
     state = model.state_dict()
-    for node in _NODES:
-        if isinstance(checkpoint.get(node), dict):
-            checkpoint = {**checkpoint, node: state}
-            break
-    else:
-        checkpoint = dict(state)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with write_aside(output) as aside:
-        torch.save(checkpoint, aside)
-    write_json(output.with_suffix(".json"), report)
-    print(f"Saved to {output}, and the table to {output.with_suffix('.json')}")
+    node = next((node for node in _NODES if isinstance(checkpoint.get(node), dict)), None)
+    content = dict(state) if node is None else {**checkpoint, node: state}
+    save_with_table(content, report, output)

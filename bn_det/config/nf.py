@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from yacs.config import CfgNode
 
-from ..errors import LOAD_ERRORS, InputError, check_rate, nearest
+from ..errors import LOAD_ERRORS, InputError, check_rate, nearest, reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def make_nf(
     except Exception as e:  # whatever a download raises: some of it is not even an OSError
         if pretrained != "timm":
             raise
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        reason = reason_of(e)
         raise InputError(f"{key}: timm's weights of {name} cannot be had: {reason}") from e
     if pretrained not in ("", "timm"):
         _load(net, pretrained, name, key)

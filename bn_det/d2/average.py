@@ -6,8 +6,6 @@ import argparse
 
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader, get_detection_dataset_dicts
-from detectron2.utils.events import EventStorage
-from torch import nn
 
 from ..commands.average import Host, check, run
 from ..config.training import with_precise_bn_batches
@@ -22,7 +20,7 @@ def main(args: argparse.Namespace) -> None:
     set_up_process(args, cfg)
     model = Trainer.build_model(cfg)
     training = build_detection_train_loader(with_precise_bn_batches(cfg))
-    host = Host(model, training, lambda: _testing(cfg), _losses_of)
+    host = Host(model, training, lambda: _testing(cfg), lambda m, batch: m(batch))
     run(args, cfg.TEST.PRECISE_BN.NUM_ITER, host)
 
 
@@ -30,8 +28,3 @@ def _testing(cfg: CfgNode) -> tuple:
     dataset = get_detection_dataset_dicts(cfg.DATASETS.TEST, filter_empty=True)
     loader = annotated_loader(cfg, dataset, cfg.SOLVER.IMS_PER_BATCH)
     return loader, len(loader)
-
-
-def _losses_of(model: nn.Module, batch: list) -> dict:
-    with EventStorage():
-        return model(batch)

@@ -14,7 +14,7 @@ from .batch_norm import STATISTICS, BatchNorm2d
 from .become import become, class_of
 from .convert import as_ours
 from .freeze import is_frozen
-from .kinds import batch_norms
+from .kinds import FORWARDS_OF_TORCH, batch_norms
 
 
 @contextmanager
@@ -78,7 +78,7 @@ def _told(what: str, module: nn.Module, statistics: str, default: str) -> Iterat
         if not isinstance(layer, BatchNorm2d) and not is_frozen(layer) and statistics != default
     }
     for layer, name in others.items():
-        if class_of(layer).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+        if class_of(layer).forward not in FORWARDS_OF_TORCH:
             raise InputError(
                 f"{what}: {name or 'the module'} is a {class_of(layer).__name__}, which cannot be "
                 f"told to normalize by {statistics!r}; use convert_batchnorm first"

@@ -12,16 +12,24 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .batch_norm import BatchNorm2d
 from .become import become, class_of, with_class
-from .domain_batch_norm import DomainBatchNorm2d
+from .domain_batch_norm import DomainBatchNorm2d, holders_of_domains
 from .freeze import freeze_statistics, is_frozen
 from .frozen import FrozenBatchNorm
-from .kinds import is_batch_norm, is_host_frozen, selected, what_else, why_lazy
+from .kinds import (
+    OF_TORCH,
+    STATE,
+    STATISTICS,
+    is_batch_norm,
+    is_host_frozen,
+    selected,
+    what_else,
+    why_lazy,
+)
 from .l1_batch_norm import L1BatchNorm2d
 
 logger = logging.getLogger(__name__)
 
-_OF_TORCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_PARAMETERS, _BUFFERS = ("weight", "bias"), ("running_mean", "running_var", "num_batches_tracked")
+_PARAMETERS = STATE[2:]
 
 
 def convert_batchnorm(
@@ -72,8 +80,10 @@ def convert_batchnorm(
         else:
             made[layer] = _with_state_of(layer, new)
     for layer, new in made.items():
-        was_frozen = is_frozen(layer)
+        was_frozen, parameters = is_frozen(layer), set(layer.parameters())
         become(layer, new)
+        for parameter in parameters - set(layer.parameters()):
+            parameter.grad = None  # an optimizer that still has it would go on by its momentum
         if was_frozen and is_batch_norm(layer) and not is_host_frozen(layer):
             freeze_statistics(layer)
     if of_hosts:  # as most backbones have: no warning
@@ -99,15 +109,15 @@ def takes(layer: nn.Module) -> type[_BatchNorm]:
     if (noted := vars(layer).get("takes")) is not None:
         return noted
     cls = layer.thawed_type if isinstance(layer, FrozenBatchNorm) else class_of(layer)
-    return next(of_torch for of_torch in _OF_TORCH if issubclass(cls, of_torch))
+    return next(of_torch for of_torch in OF_TORCH if issubclass(cls, of_torch))
 
 
 def _taking_the_same(old: nn.Module, new: nn.Module) -> nn.Module:
     """The new layer, or one that takes what the old one does."""
     wanted = takes(old)
-    if type(new) in _OF_TORCH[:3] and wanted is nn.SyncBatchNorm:
+    if type(new) in OF_TORCH[:3] and wanted is nn.SyncBatchNorm:
         new = BatchNorm2d(new.num_features)  # none of torch's takes any input
-    elif type(new) in _OF_TORCH[:3]:
+    elif type(new) in OF_TORCH[:3]:
         with_class(new, wanted)
     if isinstance(new, (BatchNorm2d, nn.SyncBatchNorm)):
         new.takes = wanted
@@ -173,7 +183,7 @@ def _holders(layer: nn.Module) -> Iterator[nn.Module]:
 
 def _pairs(old: nn.Module, new: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, str]]:
     """Every place in a new layer, what fills it, and the name of the tensor, domain by domain."""
-    olds, news = _of_domains(old), _of_domains(new)
+    olds, news = holders_of_domains(old), holders_of_domains(new)
     number = max(len(olds), len(news))
     if min(len(olds), len(news)) not in (1, number):
         raise ValueError(
@@ -181,18 +191,11 @@ def _pairs(old: nn.Module, new: nn.Module) -> Iterator[tuple[nn.Module, nn.Modul
         )
     for k in range(number):
         (of_old, affine_of_old), (of_new, affine_of_new) = olds[k % len(olds)], news[k % len(news)]
-        for name in _BUFFERS:
+        for name in STATISTICS:
             if hasattr(of_new, name) or getattr(of_old, name, None) is not None:
                 yield of_old, of_new, name
         for name in _PARAMETERS:
             yield affine_of_old, affine_of_new, name
-
-
-def _of_domains(layer: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-    if not isinstance(layer, DomainBatchNorm2d):
-        return [(layer, layer)]
-    domains = range(layer.num_domains)
-    return [(layer.population_of(k), layer.affine_of(k)) for k in domains]
 
 
 def _is_same(a: Tensor | None, b: Tensor | None) -> bool:
@@ -214,10 +217,7 @@ def _put(
     if name in target._parameters:
         target._parameters[name] = value
     elif name in target._buffers and (value is not None or isinstance(target, _BatchNorm)):
-        if isinstance(value, nn.Parameter):
-            value.grad = None  # an optimizer that still has it would go on by its momentum
-            value = value.detach()
-        target._buffers[name] = value
+        target._buffers[name] = value.detach() if isinstance(value, nn.Parameter) else value
     elif name != "num_batches_tracked" and (value is not None or name in target._buffers):
         raise ValueError(f"{type(new).__name__} cannot hold the {name} of a {_name(old)}")
 

@@ -162,9 +162,13 @@ class DomainBatchNorm2d(BatchNorm2d):
                 )
 
 
-def state_holders(layer: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-    """What holds population statistics, and what the affine: each pair that a domain has."""
+def holders_of_domains(layer: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """What holds population statistics, and what the affine, of each domain; one for all others."""
     if not isinstance(layer, DomainBatchNorm2d):
         return [(layer, layer)]
-    domains = range(layer.num_domains)
-    return list(dict.fromkeys((layer.population_of(k), layer.affine_of(k)) for k in domains))
+    return [(layer.population_of(k), layer.affine_of(k)) for k in range(layer.num_domains)]
+
+
+def state_holders(layer: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """What holds population statistics, and what the affine: each pair that a domain has."""
+    return list(dict.fromkeys(holders_of_domains(layer)))

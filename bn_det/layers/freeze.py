@@ -16,7 +16,7 @@ from .batch_norm import BatchNorm2d
 from .become import become, class_of, with_class
 from .domain_batch_norm import DomainBatchNorm2d, state_holders
 from .frozen import FrozenBatchNorm, StaysInEvaluation, staying_class
-from .kinds import STATE, is_host_frozen, selected, what_else, why_lazy
+from .kinds import STATE, is_host_frozen, selected, unwrapped, what_else, why_lazy
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def freeze(
     if affine:
         _freeze_affine(model, layers)
     else:
-        warn_of_folded_statistics(_unwrapped(model), layers)
+        warn_of_folded_statistics(unwrapped(model), layers)
     return model
 
 
@@ -100,7 +100,7 @@ def thaw(
         InputError: ``modules`` names nothing, or ``affine`` alone is asked of a host's layer.
     """
     _check_choice("thaw", statistics, affine)
-    layers = selected("thaw", _unwrapped(model), modules)
+    layers = selected("thaw", unwrapped(model), modules)
     for layer, name in layers.items():
         if is_host_frozen(layer) and (what := _why_not_thawed(layer, statistics)):
             raise InputError(f"thaw: {name or type(layer).__name__}: {what}")
@@ -111,7 +111,7 @@ def thaw(
             new += [f"{name}.weight", f"{name}.bias"] if affine else []
         elif statistics:
             _thaw_statistics(layer)
-    for parameter in affine_of(_unwrapped(model), layers) if affine else ():
+    for parameter in affine_of(unwrapped(model), layers) if affine else ():
         parameter.requires_grad_(True)
         vars(parameter).pop(_IS_HELD, None)
     if new:
@@ -131,15 +131,11 @@ def _check_choice(what: str, statistics: bool, affine: bool) -> None:
         raise InputError(f"{what}: statistics False and affine False leave nothing to do")
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
 def check_freezing(
     model: nn.Module, modules: Modules = None, statistics: bool = True
 ) -> dict[nn.Module, str]:
     """The layers that :func:`freeze` would freeze, with their names; raises what it would."""
-    layers = selected("freeze", _unwrapped(model), modules)
+    layers = selected("freeze", unwrapped(model), modules)
     for layer, name in layers.items():
         why = why_lazy(layer)
         if statistics and not why and any(p.running_mean is None for p, _ in state_holders(layer)):
@@ -219,7 +215,7 @@ _IS_HELD = "_bn_det_is_held"
 
 def _freeze_affine(model: nn.Module, layers: Iterable[nn.Module]) -> None:
     is_awaited = isinstance(model, DistributedDataParallel)
-    for parameter in affine_of(_unwrapped(model), layers):
+    for parameter in affine_of(unwrapped(model), layers):
         parameter.grad = None  # momentum would go on by it
         if is_awaited and parameter.requires_grad:
             setattr(parameter, _IS_HELD, True)

@@ -218,7 +218,7 @@ def _what_else_of_convolution(pair: Pair) -> str:
     return f"a {type(conv).__name__} does not only convolve"
 
 
-class _Fused(NamedTuple):
+class Fused(NamedTuple):
     """What a convolution was before a BatchNorm was folded into it, for :func:`unfuse`.
 
     Attributes:
@@ -237,7 +237,7 @@ class _Fused(NamedTuple):
 def _fold(pair: Pair, warned: set[str]) -> None:
     conv, norm = pair.conv, pair.norm
     holders = state_holders(norm)
-    was = _Fused(norm, pair.norm_name, pair.norm_parent is conv, conv.bias is not None)
+    was = Fused(norm, pair.norm_name, pair.norm_parent is conv, conv.bias is not None)
     # Before the convolution is copied. Detectron2's takes None for no norm.
     setattr(pair.norm_parent, pair.norm_name, None if pair.norm_parent is conv else nn.Identity())
     if len(holders) > 1:

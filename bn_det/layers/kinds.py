@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from ..errors import InputError, nearest
@@ -22,11 +23,26 @@ from .l1_batch_norm import L1BatchNorm2d
 STATE = ("running_mean", "running_var", "weight", "bias")
 """What normalizes in evaluation."""
 
-_KNOWN = (
-    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
-    *(BatchNorm2d, L1BatchNorm2d, FrozenBatchNorm),
-)
+STATISTICS = (*STATE[:2], "num_batches_tracked")
+"""What training updates."""
+
+OF_TORCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+FORWARDS_OF_TORCH = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+"""Torch's own layers, the last for any number of dimensions, and their forward methods."""
+
+_KNOWN = (*OF_TORCH, BatchNorm2d, L1BatchNorm2d, FrozenBatchNorm)
 """Those of a tensor that are known to normalize, and to do nothing else."""
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Without what compiles it or shares its gradients, which would see every pass."""
+    while True:
+        if isinstance(model, (DataParallel, DistributedDataParallel)):
+            model = model.module
+        elif isinstance(model, torch._dynamo.OptimizedModule):
+            model = model._orig_mod
+        else:
+            return model
 
 
 def is_batch_norm(module: nn.Module | None) -> bool:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Container, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import LOAD_ERRORS, InputError
+from ..errors import InputError
 from .domain_batch_norm import state_holders
-from .fuse import of_outputs, pairs, scale_and_shift, warn_of_training
+from .fuse import Fused, of_outputs, pairs, scale_and_shift, warn_of_training
 from .kinds import STATE
 from .levels import PerLevel
-
-State = Mapping[str, Tensor]
+from .state_dicts import State, first_difference, read_weights
 
 
 def unfuse(model: nn.Module, file: str | os.PathLike | State | None = None) -> nn.Module:
@@ -47,9 +46,9 @@ def unfuse(model: nn.Module, file: str | os.PathLike | State | None = None) -> n
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent._modules.items()
-        if hasattr(child, "was")
+        if isinstance(getattr(child, "was", None), Fused)
     ]
-    if hasattr(model, "was"):
+    if isinstance(getattr(model, "was", None), Fused):
         places.append((nn.ModuleDict({"model": model}), "model", model))
     if not places:
         raise InputError("unfuse: no BatchNorm of this model has been fused by bn_det.fuse")
@@ -113,7 +112,7 @@ def _join(*names: str) -> str:
 
 
 def _load(model: nn.Module, file: str | os.PathLike | State) -> nn.Module:
-    state = dict(file) if isinstance(file, Mapping) else _read(file)
+    state = dict(file) if isinstance(file, Mapping) else read_weights(file)
     fused = _fused_pairs(model, state)
     if not fused:
         raise InputError(
@@ -122,32 +121,14 @@ def _load(model: nn.Module, file: str | os.PathLike | State) -> nn.Module:
         )
     for pair in fused:
         _unfuse_state(state, pair)
-    _check_fits(model.state_dict(), state)
+    if different := first_difference(model.state_dict(), state):  # before anything is loaded
+        name, own, other = different
+        raise InputError(
+            f"unfuse: the weights do not fit the model: {name} is {other} in them and {own} in the "
+            "model"
+        )
     model.load_state_dict(state)
     return model
-
-
-def _check_fits(own: State, state: State) -> None:
-    """Before anything is loaded."""
-    for name in (*own, *state):
-        shapes = [tuple(of[name].shape) if name in of else "nothing" for of in (own, state)]
-        if shapes[0] != shapes[1]:
-            raise InputError(
-                f"unfuse: the weights do not fit the model: {name} is {shapes[1]} in them and "
-                f"{shapes[0]} in the model"
-            )
-
-
-def _read(file: str | os.PathLike) -> dict[str, Tensor]:
-    try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except LOAD_ERRORS as e:
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise InputError(f"{file}: cannot be loaded as a checkpoint: {reason}") from e
-    content: Any = loaded.get("model", loaded) if isinstance(loaded, dict) else None
-    if not isinstance(content, Mapping):
-        raise InputError(f"{file}: is no state dict, and has none under 'model'")
-    return dict(content)
 
 
 @torch.no_grad()

@@ -6,19 +6,17 @@ Generalization*, 2018) is a model that no training has seen, so that no statisti
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError, choose
+from ..layers.kinds import STATE
+from ..layers.state_dicts import State, first_difference
 
 STATISTICS = ("copied", "averaged", "pooled")
 """Of the last checkpoint; means of all, variances too; or with the spread of the means."""
-
-_RUNNING = ("running_mean", "running_var")
-
-State = Mapping[str, Tensor]
 
 
 def averaged_state(states: Sequence[State], statistics: str) -> dict[str, Tensor]:
@@ -36,12 +34,17 @@ def averaged_state(states: Sequence[State], statistics: str) -> dict[str, Tensor
     """
     choose("statistics", statistics, STATISTICS)
     for number, state in enumerate(states[1:], 2):
-        _check_same(states[0], state, number)
+        if different := first_difference(states[0], state):
+            name, of_first, of_other = different
+            raise InputError(
+                f"checkpoints 1 and {number} are of different models: {name} is {of_first} in the "
+                f"first, and {of_other} in the other"
+            )
     averaged = {
         name: _mean([state[name] for state in states]) if value.is_floating_point() else value
         for name, value in states[-1].items()
     }
-    of_statistics = [name for name in averaged if name.rpartition(".")[2] in _RUNNING]
+    of_statistics = [name for name in averaged if name.rpartition(".")[2] in STATE[:2]]
     if statistics == "copied":
         averaged.update((name, states[-1][name]) for name in of_statistics)
     elif statistics == "pooled":
@@ -59,13 +62,3 @@ def _mean(values: Sequence[Tensor]) -> Tensor:
     for value in values:
         mean += value.double()
     return (mean / len(values)).to(values[0].dtype)
-
-
-def _check_same(first: State, other: State, number: int) -> None:
-    for name in (*first, *other):
-        shapes = [tuple(of[name].shape) if name in of else "nothing" for of in (first, other)]
-        if shapes[0] != shapes[1]:
-            raise InputError(
-                f"checkpoints 1 and {number} are of different models: {name} is {shapes[0]} in the "
-                f"first, and {shapes[1]} in the other"
-            )

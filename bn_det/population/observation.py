@@ -19,7 +19,7 @@ from ..layers.domain_batch_norm import DomainBatchNorm2d, state_holders
 from ..layers.forward import Domain, Observation, Plan, batch_norm
 from ..layers.freeze import is_frozen
 from ..layers.frozen import FrozenBatchNorm, StaysInEvaluation
-from ..layers.kinds import batch_norms, is_host_frozen
+from ..layers.kinds import FORWARDS_OF_TORCH, batch_norms, is_host_frozen
 from ..layers.l1_batch_norm import L1BatchNorm2d
 from ..layers.moments import Moments
 from ..layers.shuffle import is_shuffled
@@ -216,7 +216,7 @@ class _Done(BaseException):
     """Leaves a forward pass; no Exception, so that no model takes it for one."""
 
 
-_USUAL_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, FrozenBatchNorm.forward)
+_USUAL_FORWARDS = (*FORWARDS_OF_TORCH, FrozenBatchNorm.forward)
 """Of torch's own layers, for one dimension or more, and of what these become if they are frozen."""
 
 

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
-from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 _SURROUNDINGS: list[Callable[[], AbstractContextManager]] = []
 
@@ -27,14 +25,3 @@ def surroundings() -> Iterator[None]:
             # What is compiled would be compiled anew, for the layers as they are in the passes.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Without what compiles it or shares its gradients, which would see every pass."""
-    while True:
-        if isinstance(model, (DataParallel, DistributedDataParallel)):
-            model = model.module
-        elif isinstance(model, torch._dynamo.OptimizedModule):
-            model = model._orig_mod
-        else:
-            return model

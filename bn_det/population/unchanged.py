@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..layers.kinds import batch_norms, is_batch_norm
-from .passes import surroundings, unwrapped
+from ..layers.kinds import STATISTICS, batch_norms, is_batch_norm, unwrapped
+from .passes import surroundings
 from .snapshot import Snapshot, same_random_state
-
-_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @contextmanager
@@ -30,7 +28,7 @@ def unchanged_statistics(model: nn.Module) -> Iterator[None]:
         (f"{name}.{key}" if name else key, layer._buffers, key, buffer, buffer.clone())
         for name, layer in model.named_modules()
         if is_batch_norm(layer)
-        for key in _BUFFERS
+        for key in STATISTICS
         if (buffer := layer._buffers.get(key)) is not None
     ]
     moved = []

@@ -14,10 +14,9 @@ from ..layers.comm import Group, process_group
 from ..layers.domain_batch_norm import state_holders
 from ..layers.frameworks import with_statistics
 from ..layers.freeze import is_folded
-from ..layers.kinds import selected
+from ..layers.kinds import selected, unwrapped
 from .estimate import Estimate
 from .observation import Observer, PopulationLayer, places_of
-from .passes import unwrapped
 from .report import PopulationReport
 from .update import How, measure_statistics
 

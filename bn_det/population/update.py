@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from ..errors import InputError, check_positive, choose
 from ..layers.comm import Group, all_gather, process_group, report_disagreement
 from ..layers.freeze import is_folded
+from ..layers.kinds import unwrapped
 from .estimate import ESTIMATORS, Accumulator, Estimate, estimates
 from .observation import Observed, Observer, PopulationLayer, left_out, population_layers
-from .passes import surroundings, unwrapped
+from .passes import surroundings
 from .report import PopulationReport, make_report
 from .snapshot import Snapshot, same_random_state
 

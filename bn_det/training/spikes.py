@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..files import write_json
 from ..layers.comm import world
-from ..population.passes import unwrapped
+from ..layers.kinds import unwrapped
 from .hooks import Hook
 
 logger = logging.getLogger(__name__)

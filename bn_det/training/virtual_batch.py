@@ -16,8 +16,8 @@ from ..layers.blocks import no_population_update
 from ..layers.ema import refuse_recomputation
 from ..layers.forward import Extension
 from ..layers.freeze import is_frozen
-from ..layers.kinds import batch_norms
-from ..population.passes import surroundings, unwrapped
+from ..layers.kinds import batch_norms, unwrapped
+from ..population.passes import surroundings
 
 
 @contextmanager
