@@ -52,12 +52,16 @@ def inputs_of(kind, seed=0):
 def make(kind, **kwargs):
     """A layer whose every parameter and statistic matters."""
     torch.manual_seed(0)
-    layer = KINDS[kind](**kwargs).double()
-    for name, t in (*layer.named_parameters(), *layer.named_buffers()):
-        if not name.endswith("tracked"):
+    return fill(KINDS[kind](**kwargs).double())
+
+
+def fill(module):
+    """Give a module a state in which every parameter and statistic matters."""
+    for name, t in (*module.named_parameters(), *module.named_buffers()):
+        if t.is_floating_point():
             low = -0.5 if name.endswith(("bias", "mean")) else 0.5
             nn.init.uniform_(t, low, low + 1.5)
-    return layer
+    return module
 
 
 def call(layer, xs, sources=SOURCES):

@@ -41,6 +41,7 @@ from bn_det import (
 from bn_det.errors import InputError
 from bn_det.layers.freeze import is_folded, is_frozen
 from bn_det.layers.kinds import batch_norms
+from kinds import fill
 
 C = 4
 
@@ -81,10 +82,7 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.tower = nn.Sequential(nn.Conv2d(3, C, 1), KINDS[kind](C))
-        for name, t in (*self.named_parameters(), *self.named_buffers()):
-            if t.is_floating_point():
-                low = -0.5 if name.endswith(("bias", "mean")) else 0.5
-                nn.init.uniform_(t, low, low + 1.5)
+        fill(self)
         self.takes_list = getattr(self.layer, "takes_list", False)
         self.takes_list = getattr(self.layer, "takes_list", False)
         self.to(dtype).train(mode == "training")

@@ -14,18 +14,10 @@ from bn_det import BatchNorm2d, convert_batchnorm, evaluated_losses, freeze, tha
 from bn_det.layers.freeze import is_frozen
 from d2_models import STOCK_RETINANET, make_batch
 from export import make_model
+from kinds import fill
 from reference import BASE, RCNN_BASE
 
 C = 4
-
-
-def fill(module):
-    """Every parameter and statistic matters."""
-    for name, t in (*module.named_parameters(), *module.named_buffers()):
-        if t.is_floating_point():
-            low = -0.5 if name.endswith(("bias", "mean")) else 0.5
-            nn.init.uniform_(t, low, low + 1.5)
-    return module
 
 
 @pytest.mark.parametrize("kind", ["BN", "SyncBN", "naiveSyncBN", "naiveSyncBN_N"])

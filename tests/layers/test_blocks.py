@@ -19,7 +19,7 @@ from bn_det import (
 )
 from bn_det.errors import InputError
 from bn_det.layers.blocks import evaluated_with
-from kinds import C
+from kinds import C, fill
 
 LAYERS = {
     nn.BatchNorm1d: (6, C, 5),
@@ -41,11 +41,7 @@ class WithActivation(nn.BatchNorm2d):
 def make_net(kind):
     torch.manual_seed(0)
     net = nn.Sequential(kind(C)).double()
-    for name, t in (*net.named_parameters(), *net.named_buffers()):
-        if t.is_floating_point():
-            low = -0.5 if name.endswith(("bias", "mean")) else 0.5
-            nn.init.uniform_(t, low, low + 1.5)
-    return net
+    return fill(net)
 
 
 def by_population(layer, x):

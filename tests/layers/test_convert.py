@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torchvision.ops import FrozenBatchNorm2d
 
 from bn_det import (
     BatchNorm2d,
@@ -21,6 +22,7 @@ from bn_det import (
     thaw,
 )
 from bn_det.layers.freeze import is_frozen
+from kinds import fill
 from reference import EIGHT_CHOICES
 
 C = 4
@@ -40,16 +42,6 @@ TENSOR_KINDS = {
     "RoI levels": lambda c: RoILevelBatchNorm2d(c, 2),
 }
 IMAGES_ONLY = ("L1BN", "sources", "RoI levels")
-
-
-def fill(module, seed=0):
-    """Every parameter and statistic matters."""
-    torch.manual_seed(seed)
-    for name, t in (*module.named_parameters(), *module.named_buffers()):
-        if t.is_floating_point():
-            low = -0.5 if name.endswith(("bias", "mean")) else 0.5
-            nn.init.uniform_(t, low, low + 1.5)
-    return module
 
 
 def evaluated(layer, x):
@@ -278,3 +270,18 @@ def test_a_layer_without_place_changes_nothing():
         assert [type(m) for m in model] == [nn.BatchNorm2d] * 2
     convert_batchnorm(model, lambda _: nn.LocalResponseNorm(3))
     assert [type(m) for m in model] == [nn.LocalResponseNorm] * 2
+
+
+def test_gradients_of_what_is_no_parameter_any_more():
+    """They are dropped, as an optimizer goes on by them; not where the conversion fails."""
+    model = nn.Sequential(nn.BatchNorm2d(C), nn.BatchNorm2d(C, affine=False))
+    parameters = list(model.parameters())
+    for parameter in parameters:
+        parameter.grad = torch.ones(C)
+    with pytest.raises(ValueError, match="FrozenBatchNorm2d cannot hold the weight"):
+        convert_batchnorm(model, FrozenBatchNorm2d)
+    assert all(parameter.grad is not None for parameter in parameters)
+    convert_batchnorm(model, BatchNorm2d)
+    assert all(parameter.grad is not None for parameter in parameters)
+    convert_batchnorm(model, FrozenBatchNorm2d, "0")
+    assert all(parameter.grad is None for parameter in parameters)

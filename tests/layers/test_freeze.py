@@ -22,7 +22,7 @@ from bn_det import (
 )
 from bn_det.errors import InputError
 from bn_det.layers.freeze import is_frozen
-from kinds import call, every_kind, inputs_of, make, outputs_and_gradients
+from kinds import call, every_kind, fill, inputs_of, make, outputs_and_gradients
 
 C = 6
 
@@ -72,11 +72,7 @@ def make_net(name):
     """The layer, and one after it that is not frozen."""
     torch.manual_seed(0)
     net = nn.Sequential(LAYERS[name](), nn.Dropout(0.0)).double()
-    for key, t in (*net.named_parameters(), *net.named_buffers()):
-        if t.is_floating_point():
-            low = -0.5 if key.endswith(("bias", "mean")) else 0.5
-            nn.init.uniform_(t, low, low + 1.5)
-    return net
+    return fill(net)
 
 
 def input_of(name, seed=0):
