@@ -24,7 +24,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from bn_det.population.passes import unwrapped
+from bn_det.layers.kinds import unwrapped
 from ranks import run_ranks
 from reference import values
 
