@@ -43,6 +43,8 @@ class Partition(NamedTuple):
 
     def split(self, x: Tensor) -> Sequence[Tensor]:
         """From (N, *) to the parts (sizes[k], *)."""
+        if self.order is None and len(self.sizes) == 1:
+            return [x]  # a view's backward pass would copy the gradient
         return (x if self.order is None else _selected(x, self.order)).split(self.sizes)
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
