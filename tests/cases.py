@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import bn_det
 from bn_det import BatchNorm2d, DomainBatchNorm2d
+from bn_det.layers import kernels
 from reference import EIGHT_CHOICES
 
 C = 5
@@ -165,3 +166,33 @@ def run(case, layer, data, device, dtype, memory_format=torch.contiguous_format)
         grads = [g.to(device, dtype) for g in grads[: len(ys)]]
         found.append([*ys, *torch.autograd.grad(ys, inputs, grads, materialize_grads=True)])
     return [*found, list(layer.buffers())]
+
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3}
+"""Of the largest value of a tensor, or of 1: ten times the error of the CPU's kernels and more."""
+
+
+def assert_same(found, expected, tolerance):
+    for a, b in zip(found, expected, strict=True):
+        a, b = a.detach().cpu().double(), b.detach().cpu().double()
+        scale = max(1.0, b.abs().max().item()) if b.numel() else 1.0
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance * scale)
+
+
+def check_as_in_float64(name, device, dtype, memory_format):
+    """That a case is computed as by ATen's kernels on the CPU in float64, from the same values."""
+    case = CASES[name]
+    layer = make_layer(case)
+    # Both get the values that the type can hold.
+    data = [[[x.to(dtype) for x in xs] for xs in make_data(case)] for _ in range(3)]
+    with kernels.implementation("aten"):
+        expected = run(case, layer, data, "cpu", torch.float64)
+    found = run(case, layer, data, device, dtype, memory_format)
+    for of_call, wanted in zip(found, expected, strict=True):
+        assert all(t.device.type == device for t in of_call)
+        assert_same(of_call, wanted, TOLERANCE[dtype])
+    num_outputs = len(found[0]) - len(list(layer.parameters()))
+    for y in found[0][: num_outputs // 2]:
+        assert y.dtype == dtype
+        # An empty part, as of a level without RoIs, has torch.cat forget it.
+        assert "RoI" in name or y.is_contiguous(memory_format=memory_format)

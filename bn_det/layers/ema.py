@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .batch import Batch
+from . import kernels
 from .moments import Moments
+
+Seen = tuple[_BatchNorm, list[int]]
+"""A layer, and the numbers of the normalization batches that move its EMA."""
 
 
 def tracks(layer: _BatchNorm) -> bool:
@@ -34,16 +37,29 @@ def count_batch(layer: _BatchNorm) -> float:
 
 
 @torch.no_grad()
-def update(layer: _BatchNorm, batches: Sequence[Batch]) -> None:
-    """Move the EMA towards the mean and the unbiased variance of a normalization batch.
+def update(batches: Moments, sizes: Sequence[int], seen: Sequence[Seen]) -> None:
+    """Move EMAs towards the mean and the unbiased variance of normalization batches.
 
     Of several batches, towards the means of theirs, weighted by the number of values. Empty ones
     change nothing.
+
+    Args:
+        batches: stacked.
+        sizes: values per channel of each, of which only 0 and more are told apart.
+        seen: the layers, in the order in which they are to move.
     """
-    present = [b.moments for b in batches if b.size > 0]
-    momentum = count_batch(layer) if present else 0.0
-    if momentum > 0:
-        mean, var = mean_statistics(present)
+    moving = [(layer, [k for k in rows if sizes[k] > 0]) for layer, rows in seen if tracks(layer)]
+    moving = [(layer, rows) for layer, rows in moving if rows]
+    if not moving or _in_backward_pass():
+        return
+    layers, sets = zip(*moving, strict=True)
+    triton = kernels.one_launch([layer.running_mean for layer in layers], len(batches.mean))
+    if triton is not None:
+        triton.update_emas(batches, sets, layers)
+        return
+    for layer, rows in moving:
+        momentum = count_batch(layer)
+        mean, var = mean_statistics([batches.row(k) for k in rows])
         layer.running_mean.mul_(1 - momentum).add_(mean * momentum)
         layer.running_var.mul_(1 - momentum).add_(var * momentum)
 

@@ -7,7 +7,8 @@ only makes the plan.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -19,8 +20,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from . import ema
 from .batch import Batch, check_size
 from .joint import joint_batch_norm
-from .kernels import normalize
-from .moments import Moments
+from .kernels import normalize_one, one_launch
+from .moments import Moments, Parts
 from .partition import Partition
 from .renorm import RenormLimits, correction, renormalized
 
@@ -116,8 +117,23 @@ class _Piece(NamedTuple):
     batch: tuple[int, int]
 
 
-Seen = list[tuple[_BatchNorm, list[Batch]]]
-"""What populations see in a call: of each normalization batch the part that is theirs."""
+class _Merged(NamedTuple):
+    """The sets of values that are normalized together, or that a population sees together.
+
+    Attributes:
+        moments: of each set, stacked.
+        sizes: of each, as in :class:`Batch`.
+        batch_of: for each piece the number of its normalization batch.
+        seen: what each population sees: of each normalization batch the part that is its own.
+    """
+
+    moments: Moments
+    sizes: list[int]
+    batch_of: list[int]
+    seen: list[ema.Seen]
+
+    def batch(self, number: int) -> Batch:
+        return Batch(self.moments.row(number), self.sizes[number])
 
 
 def _in_steps(plan: Plan, partitions: Sequence[Partition]) -> list[Tensor]:
@@ -127,16 +143,16 @@ def _in_steps(plan: Plan, partitions: Sequence[Partition]) -> list[Tensor]:
         for k, (domain, of) in enumerate(zip(plan.domains, partitions, strict=True))
         for ghost, x in enumerate(of.split(domain.x))
     ]
-    parts = _batch_of_each(plan, pieces)
-    batches, seen = _merged(plan, pieces, parts)
-    _show(plan, seen)
+    parts, sizes = _parts(plan, pieces)
+    merged = _merged(plan, pieces, parts, sizes)
+    _show(plan, merged)
     if plan.by_batch:
-        ys = _by_batch(plan, pieces, batches)
-        of_domain = _grouped(ys, [piece.domain for piece in pieces])
-        ys = [of.join(of_domain[k]) for k, of in enumerate(partitions)]
+        ys = _by_batch(plan, pieces, merged)
+        parts_of = _grouped(ys, [piece.domain for piece in pieces])
+        ys = [of.join(parts_of[k]) for k, of in enumerate(partitions)]
     else:
         ys = [_by_population(plan, domain) for domain in plan.domains]
-    _update(seen)
+    ema.update(merged.moments, merged.sizes, merged.seen)
     return ys
 
 
@@ -148,10 +164,10 @@ def _in_one(plan: Plan, domain: Domain) -> Tensor:
     size = x.numel() // x.shape[1]
     _check_size(size, [domain])
     if plan.observers:
-        y, batch = _with_moments(x, affine, plan.eps)
-        seen = [(population, [batch])]
-        _show(plan, seen)
-        _update(seen)
+        y, moments = _with_moments(x, affine, plan.eps)
+        merged = _Merged(Moments.stack([moments]), [size], [0], [(population, [0])])
+        _show(plan, merged)
+        ema.update(merged.moments, merged.sizes, merged.seen)
         return y
     # A weight of 0 does not keep an infinite variance out, so evaluation gives no buffers.
     # Training does in any case: a recomputation has to save what the first pass saved.
@@ -161,7 +177,7 @@ def _in_one(plan: Plan, domain: Domain) -> Tensor:
     return F.batch_norm(x, *running, affine.weight, affine.bias, True, momentum, plan.eps)
 
 
-def _with_moments(x: Tensor, affine: _BatchNorm, eps: float) -> tuple[Tensor, Batch]:
+def _with_moments(x: Tensor, affine: _BatchNorm, eps: float) -> tuple[Tensor, Moments]:
     """Normalize x by its own statistics, as torch does it, and say what they are."""
     size, dtype = x.numel() // x.shape[1], torch.promote_types(x.dtype, torch.float32)
     # An EMA with the whole weight on the new batch; weight and bias have to be of its type.
@@ -169,7 +185,7 @@ def _with_moments(x: Tensor, affine: _BatchNorm, eps: float) -> tuple[Tensor, Ba
     weight, bias = (p if p is None else p.to(dtype) for p in (affine.weight, affine.bias))
     y = F.batch_norm(x, mean, var, weight, bias, True, 1.0, eps)
     count = torch.tensor(float(size), dtype=torch.float64, device=x.device)
-    return y, Batch(Moments(count, mean, var * ((size - 1) / size)), size)
+    return y, Moments(count, mean, var * ((size - 1) / size))
 
 
 def _partitions(plan: Plan) -> list[Partition]:
@@ -197,47 +213,71 @@ def _are_alone(plan: Plan, partitions: Sequence[Partition]) -> bool:
         return False
     if any(len(of.sizes) > 1 for of in partitions):
         return False
+    if len(plan.domains) > 1 and one_launch([domain.x for domain in plan.domains]):
+        return False
     are_apart = len({domain.batch for domain in plan.domains}) == len(plan.domains)
     return are_apart or not any(domain.x.numel() for domain in plan.domains)
 
 
-def _batch_of_each(plan: Plan, pieces: Sequence[_Piece]) -> list[Batch]:
-    """Each piece on all processes as a batch by itself, and what extensions add to it."""
-    moments = Moments.of_each([piece.x for piece in pieces])
+def _parts(plan: Plan, pieces: Sequence[_Piece]) -> tuple[Parts, list[int]]:
+    """Moments of the pieces on all processes, with what extensions add; and their sizes."""
+    parts = Parts.of([piece.x for piece in pieces])
     sizes = [piece.x.numel() // piece.x.shape[1] for piece in pieces]
     if plan.group is not None:
-        moments = Moments.all_reduce(moments, plan.group)
-        # With more than one value here there is no need to wait for the device.
-        sizes = [n if n > 1 else int(m.count) for n, m in zip(sizes, moments, strict=True)]
-    parts = [Batch(m, n) for m, n in zip(moments, sizes, strict=True)]
+        parts = parts.all_gather(plan.group)
+        sizes = parts.sizes(sizes)
+    if not plan.extensions:
+        return parts, sizes
+    each = parts.merge([[k] for k in range(len(pieces))])
+    batches = [Batch(each.row(k), n) for k, n in enumerate(sizes)]
     for extend in plan.extensions:
-        parts = extend(parts, [piece.domain for piece in pieces])
-    return parts
+        batches = extend(batches, [piece.domain for piece in pieces])
+    return Parts.of_rows([b.moments for b in batches]), [b.size for b in batches]
 
 
-def _merged(
-    plan: Plan, pieces: Sequence[_Piece], parts: Sequence[Batch]
-) -> tuple[dict[tuple[int, int], Batch], Seen]:
-    """The normalization batches by their keys, and what populations see of them."""
-    unions: dict[tuple[int, ...], Batch] = {}
+def _merged(plan: Plan, pieces: Sequence[_Piece], parts: Parts, sizes: Sequence[int]) -> _Merged:
+    """Normalization batches, and what populations see of them."""
+    populations = [plan.domains[piece.domain].population for piece in pieces]
+    holders = list(dict.fromkeys(populations))
+    places = tuple([holders.index(population) for population in populations])
+    sets, batch_of, seen = _sets(tuple([piece.batch for piece in pieces]), places)
+    totals = [sum([sizes[k] for k in of_set]) for of_set in sets]
+    for total, of_set in zip(totals, sets, strict=True):
+        if total == 1:
+            _check_size(total, [plan.domains[pieces[k].domain] for k in of_set])
+    seen_by = [(holders[holder], numbers) for holder, numbers in seen]
+    return _Merged(parts.merge(sets), totals, batch_of, seen_by)
 
-    def union(numbers: Sequence[int]) -> Batch:
-        key = tuple(numbers)
-        if key not in unions:
-            unions[key] = Batch.merge([parts[k] for k in numbers])
-            _check_size(unions[key].size, [domains[k] for k in numbers])
-        return unions[key]
 
-    numbers = range(len(pieces))
-    domains = [plan.domains[piece.domain] for piece in pieces]
-    keys = [piece.batch for piece in pieces]
-    batches = {key: union(of_batch) for key, of_batch in _grouped(numbers, keys).items()}
+@lru_cache(maxsize=1024)
+def _sets(
+    batches: tuple[tuple[int, int], ...], populations: tuple[int, ...]
+) -> tuple[list[tuple[int, ...]], list[int], list[tuple[int, list[int]]]]:
+    """The sets of pieces whose moments are needed.
+
+    Args:
+        batches: the key of each piece's batch.
+        populations: the number of each piece's population.
+
+    Returns:
+        the sets, without repetition; for each piece the number of its batch's; and what populations
+        see, in order: of each normalization batch of a domain the number of their own part.
+    """
+    sets: dict[tuple[int, ...], int] = {}
+
+    def number(of_pieces: Sequence[int]) -> int:
+        return sets.setdefault(tuple(of_pieces), len(sets))
+
+    numbers = range(len(batches))
+    number_of = {key: number(of_batch) for key, of_batch in _grouped(numbers, batches).items()}
+    owners = [
+        (batch, population) for (batch, _), population in zip(batches, populations, strict=True)
+    ]
     seen = []
-    owners = [(domain.batch, domain.population) for domain in domains]
     for (_, population), of_population in _grouped(numbers, owners).items():
-        by_batch = _grouped(of_population, [keys[k] for k in of_population])
-        seen.append((population, [union(of_batch) for of_batch in by_batch.values()]))
-    return batches, seen
+        by_batch = _grouped(of_population, [batches[k] for k in of_population])
+        seen.append((population, [number(of_batch) for of_batch in by_batch.values()]))
+    return list(sets), [number_of[key] for key in batches], seen
 
 
 def _check_size(size: int, domains: Iterable[Domain]) -> None:
@@ -248,42 +288,39 @@ def _check_size(size: int, domains: Iterable[Domain]) -> None:
         check_size(size, f"{name}: " if name else "")
 
 
-def _show(plan: Plan, seen: Seen) -> None:
+def _show(plan: Plan, merged: _Merged) -> None:
     for observe in plan.observers:
-        for population, batches in seen:
-            observe(population, batches)
+        for population, numbers in merged.seen:
+            observe(population, [merged.batch(number) for number in numbers])
 
 
-def _update(seen: Seen) -> None:
-    for population, batches in seen:
-        if ema.tracks(population):
-            ema.update(population, batches)
-
-
-def _by_batch(
-    plan: Plan, pieces: Sequence[_Piece], batches: Mapping[tuple[int, int], Batch]
-) -> list[Tensor]:
+def _by_batch(plan: Plan, pieces: Sequence[_Piece], merged: _Merged) -> list[Tensor]:
     """Each piece normalized by its batch."""
-    affines = [_affine(plan, plan.domains[p.domain], batches[p.batch]) for p in pieces]
-    number = {key: k for k, key in enumerate(batches)}
+    domains = [plan.domains[piece.domain] for piece in pieces]
+    if plan.renorm is None:
+        holders = list(dict.fromkeys(domain.affine for domain in domains))
+        affines = [(holder.weight, holder.bias) for holder in holders]
+        affine_of = [holders.index(domain.affine) for domain in domains]
+    else:
+        moments = [merged.moments.row(number) for number in merged.batch_of]
+        affines = [_renormalizing(plan, *pair) for pair in zip(domains, moments, strict=True)]
+        affine_of = list(range(len(pieces)))
     return joint_batch_norm(
         [piece.x for piece in pieces],
-        [batch.moments for batch in batches.values()],
-        [number[piece.batch] for piece in pieces],
+        merged.moments,
+        merged.batch_of,
         *zip(*affines, strict=True),
+        affine_of,
         plan.eps,
         plan.group,
     )
 
 
-def _affine(plan: Plan, domain: Domain, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
-    """Weight and bias to use after normalization by a batch."""
-    weight, bias = domain.affine.weight, domain.affine.bias
-    if plan.renorm is None:
-        return weight, bias
+def _renormalizing(plan: Plan, domain: Domain, moments: Moments) -> tuple[Tensor, Tensor]:
+    """Weight and bias that turn normalization by a batch into batch renormalization."""
     ema.refuse_recomputation("batch renormalization")
-    r, d = correction(batch.moments, domain.population, plan.eps, plan.renorm)
-    return renormalized(weight, bias, r, d)
+    r, d = correction(moments, domain.population, plan.eps, plan.renorm)
+    return renormalized(domain.affine.weight, domain.affine.bias, r, d)
 
 
 def _by_population(plan: Plan, domain: Domain) -> Tensor:
@@ -293,8 +330,7 @@ def _by_population(plan: Plan, domain: Domain) -> Tensor:
     if not plan.by_batch and ema.tracks(population):
         ema.refuse_recomputation("normalizing by an EMA that is updated")
         mean, var = mean.clone(), var.clone()  # the update comes before the backward pass
-    (y,) = normalize([domain.x], [mean], [var], [affine.weight], [affine.bias], plan.eps)
-    return y
+    return normalize_one(domain.x, mean, var, affine.weight, affine.bias, plan.eps)
 
 
 def _grouped(values: Iterable[T], keys: Iterable[K]) -> dict[K, list[T]]:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
-from .kernels import normalize
+from .kernels import normalize_one
 
 
 class FrozenBatchNorm(_NormBase):
@@ -36,8 +36,8 @@ class FrozenBatchNorm(_NormBase):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
-        statistics = [self.running_mean], [self.running_var]
-        return normalize([x], *statistics, [self.weight], [self.bias], self.eps)[0]
+        statistics = self.running_mean, self.running_var
+        return normalize_one(x, *statistics, self.weight, self.bias, self.eps)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, was={self.thawed_type.__name__}"

@@ -10,16 +10,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from .kernels import backward_inputs, backward_sums, normalize
+from . import kernels
 from .moments import Moments
 
 
 def joint_batch_norm(
     xs: Sequence[Tensor],
-    batches: Sequence[Moments],
+    batches: Moments,
     batch_of: Sequence[int],
     weights: Sequence[Tensor | None],
     biases: Sequence[Tensor | None],
+    affine_of: Sequence[int],
     eps: float,
     group: dist.ProcessGroup | None = None,
 ) -> list[Tensor]:
@@ -30,10 +31,11 @@ def joint_batch_norm(
 
     Args:
         xs: tensors of shape (N_k, C, H_k, W_k). Any may be empty.
-        batches: the moments of each normalization batch: of exactly the tensors in it, on all
-            ranks of the group.
+        batches: the moments of each normalization batch, stacked: of exactly the tensors in it, on
+            all ranks of the group.
         batch_of: for each tensor the index of its batch.
-        weights, biases: one of shape (C,), or None, for each tensor.
+        weights, biases: of each affine one of shape (C,), or all None.
+        affine_of: for each tensor the index of its affine.
         eps: added to the variance.
         group: the processes that batches have been merged over; every one of them has to run the
             backward pass, which is one collective. Gradients of weights and biases are those of
@@ -45,79 +47,68 @@ def joint_batch_norm(
     Raises:
         RuntimeError: from the backward pass, if second derivatives are asked for.
     """
-    dtype = batches[0].mean.dtype
+    dtype = batches.mean.dtype
     affine = (None if p is None else p.to(dtype) for p in (*weights, *biases))
     # It needs a gradient on every rank. Otherwise one whose tensors happen to need none (zeros made
     # up for no proposals) would be missing from the collective.
     anchor = None
     if group is not None:
         anchor = torch.zeros((), dtype=dtype, requires_grad=torch.is_grad_enabled())
-    call = _Call(tuple(batch_of), len(batches), eps, group)
-    return list(_JointBatchNorm.apply(call, anchor, *_flatten(batches), *xs, *affine))
+    call = _Call(tuple(batch_of), tuple(affine_of), len(weights), eps, group)
+    return list(_JointBatchNorm.apply(call, anchor, *batches, *xs, *affine))
 
 
 class _Call(NamedTuple):
     """What both passes need beside tensors."""
 
     batch_of: tuple[int, ...]
-    num_batches: int
+    affine_of: tuple[int, ...]
+    num_affines: int
     eps: float
     group: dist.ProcessGroup | None
 
-    def unflatten(self, flat: Sequence[Tensor]) -> tuple[Moments, Sequence[Tensor | None]]:
-        """Counts, means and variances, each a list with those of each tensor; and what follows."""
-        size = 3 * self.num_batches
-        batches = [flat[k : k + 3] for k in range(0, size, 3)]
-        return Moments(*zip(*(batches[b] for b in self.batch_of), strict=True)), flat[size:]
-
-
-def _flatten(batches: Sequence[Moments]) -> list[Tensor]:
-    return [tensor for moments in batches for tensor in moments]
+    @property
+    def num_tensors(self) -> int:
+        return len(self.batch_of)
 
 
 class _JointBatchNorm(torch.autograd.Function):
-    """y_k = (x_k - mean) / sqrt(var + eps) * weight_k + bias_k, mean and var of k's batch."""
+    """y_k = (x_k - mean) / sqrt(var + eps) * weight + bias, of the batch and affine of k."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, call: _Call, anchor: Tensor | None, *flat: Tensor | None):
-        moments, rest = call.unflatten(flat)
-        num = len(call.batch_of)
-        xs, weights, biases = rest[:num], rest[num : 2 * num], rest[2 * num :]
-        ctx.save_for_backward(*flat[:-num])
+        num = 3 + call.num_tensors
+        batches, xs = flat[:3], flat[3:num]
+        weights, biases = flat[num : num + call.num_affines], flat[num + call.num_affines :]
+        ctx.save_for_backward(*batches, *xs, *weights)
         ctx.call = call
-        return tuple(normalize(xs, moments.mean, moments.var, weights, biases, call.eps))
+        return tuple(
+            kernels.normalize(xs, batches, call.batch_of, weights, biases, call.affine_of, call.eps)
+        )
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor):
-        num, num_constant = len(ctx.call.batch_of), 2 + 3 * ctx.call.num_batches
-        needed = ctx.needs_input_grad[num_constant:]
-        flat = _JointBatchNormBackward.apply(ctx.call, needed[:num], *ctx.saved_tensors, *grads)
+    def backward(ctx: FunctionCtx, *dys: Tensor):
+        needed = ctx.needs_input_grad[_NUM_CONSTANT:]
+        needs_x = any(needed[: ctx.call.num_tensors])
+        inputs = ctx.call, needs_x, *ctx.saved_tensors, *dys
+        if torch.is_grad_enabled():
+            flat = _JointBatchNormBackward.apply(*inputs)
+        else:
+            flat = _backward(*inputs)
         wanted = [g if n else None for g, n in zip(flat, needed, strict=True)]
-        return *[None] * num_constant, *wanted
+        return *[None] * _NUM_CONSTANT, *wanted
+
+
+_NUM_CONSTANT = 5
+"""Inputs without a gradient: the call, the anchor, and the moments of the batches."""
 
 
 class _JointBatchNormBackward(torch.autograd.Function):
-    """The backward pass as a function of its own, so that differentiating it can be refused.
-
-    Ioffe & Szegedy, *Batch Normalization*, 2015, Sec. 3, with the two sums over the whole
-    normalization batch, times the weights of the tensors in it.
-    """
+    """The backward pass as a function of its own, so that differentiating it can be refused."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, call: _Call, needs_x: tuple[bool, ...], *flat: Tensor | None):
-        moments, rest = call.unflatten(flat)
-        num = len(call.batch_of)
-        xs, weights, grads = rest[:num], rest[num : 2 * num], rest[2 * num :]
-        statistics = moments.mean, moments.var
-        sums = backward_sums(grads, xs, *statistics, call.eps)
-        batch_sums = _sum_over_batches(call, sums, weights)
-        sums_of = [batch_sums[b] for b in call.batch_of]
-        pieces = list(zip(grads, xs, *statistics, weights, sums_of, moments.count, strict=True))
-        needed = [piece for piece, is_needed in zip(pieces, needs_x, strict=True) if is_needed]
-        found = iter(backward_inputs(*zip(*needed, strict=True), call.eps) if needed else ())
-        grad_xs = [next(found) if is_needed else None for is_needed in needs_x]
-        grad_biases, grad_weights = zip(*sums, strict=True)
-        return *grad_xs, *grad_weights, *grad_biases
+    def forward(ctx: FunctionCtx, call: _Call, needs_x: bool, *flat: Tensor | None):
+        return _backward(call, needs_x, *flat)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor):
@@ -127,14 +118,21 @@ class _JointBatchNormBackward(torch.autograd.Function):
         )
 
 
-def _sum_over_batches(
-    call: _Call, sums: Sequence[tuple[Tensor, Tensor]], weights: Sequence[Tensor | None]
-) -> Tensor:
-    """Shape (number of batches, 2, C): the weighted sums of each batch's tensors, on all ranks."""
-    totals = sums[0][0].new_zeros(call.num_batches, 2, len(sums[0][0]))
-    for batch, pair, weight in zip(call.batch_of, sums, weights, strict=True):
-        pair = torch.stack(pair)
-        totals[batch] += pair if weight is None else pair * weight
+def _backward(call: _Call, needs_x: bool, *flat: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients of tensors, weights and biases.
+
+    Ioffe & Szegedy, *Batch Normalization*, 2015, Sec. 3, with the two sums over the whole
+    normalization batch, times the weights of the tensors in it.
+    """
+    num = 3 + call.num_tensors
+    batches, xs, dys = flat[:3], flat[3:num], flat[num + call.num_affines :]
+    weights = flat[num : num + call.num_affines]
+    pieces = dys, xs, batches, call.batch_of, weights, call.affine_of
+    of_batches, of_affines = kernels.backward_sums(*pieces, call.eps)
     if call.group is not None:
-        dist.all_reduce(totals, group=call.group)
-    return totals
+        dist.all_reduce(of_batches, group=call.group)
+    dxs = [None] * len(xs)
+    if needs_x:
+        dxs = kernels.backward_inputs(*pieces, of_batches, call.eps)
+    grad_biases, grad_weights = of_affines.unbind(1)
+    return *dxs, *grad_weights.unbind(), *grad_biases.unbind()

@@ -1,64 +1,211 @@
-"""The kernels of batch normalization, each over a list of pieces: ATen's, which run everywhere.
+"""The kernels of batch normalization, each over a list of pieces, in Triton or by ATen.
 
-All that is computed value by value is here, and nothing else: what pieces have in common is merged
-on numbers per channel, in :mod:`bn_det.layers.moments`. A piece is a tensor of shape (N, C, *), in
-any memory format, and may be empty; statistics, weights and biases have shape (C,).
+All that is computed value by value is behind this, and what pieces have in common is merged on
+numbers per channel. A piece is a tensor of shape (N, C, *), in any memory format, and may be
+empty; weights and biases have shape (C,). ATen's kernels run everywhere; Triton's take a list in
+one launch, and are for GPUs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..errors import choose
+from . import aten_kernels
+from .aten_kernels import Stack
+
+logger = logging.getLogger(__name__)
+
+IMPLEMENTATIONS = ("aten", "triton")
+_MOST = 16
+"""Pieces, sets and batches that one launch of Triton's takes."""
+
+_TOO_LARGE = 2**30
+"""For numbers of 32 bits; a launch does not count there."""
+
+_PLAIN = {Tensor, nn.Parameter}
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_wanted: str | None = None
 
 
-def mean_var(xs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Mean and biased variance of each piece, in float32 at least; zeros of an empty one."""
-    return [_mean_var(x) for x in xs]
+@contextmanager
+def implementation(name: str) -> Iterator[None]:
+    """Have the kernels be those of ATen, or Triton's wherever they can be, in the block.
+
+    Triton's take tensors of the CPU where ``TRITON_INTERPRET=1`` was set before its import.
+    """
+    global _wanted
+    choose("implementation", name, IMPLEMENTATIONS)
+    before, _wanted = _wanted, name
+    try:
+        yield
+    finally:
+        _wanted = before
+
+
+def one_launch(xs: Sequence[Tensor], number: int = 0) -> ModuleType | None:
+    """Triton's kernels, if they take this list; else None.
+
+    Args:
+        number: of sets, batches or affines, if there are more of them than tensors.
+    """
+    first = xs[0]
+    if _wanted is None and first.device.type != "cuda":
+        return None
+    if _wanted == "aten" or max(len(xs), number) > _MOST or torch.compiler.is_compiling():
+        return None
+    dtype, device = first.dtype, first.device
+    for x in xs:  # which have to be tensors, and not what stands for them
+        if type(x) not in _PLAIN or x.dtype != dtype or x.device != device:
+            return None
+        if x.numel() >= _TOO_LARGE:
+            return None
+    if dtype not in _DTYPES:
+        return None
+    return _triton() if _wanted == "triton" else _working(device)
+
+
+@cache
+def _triton() -> ModuleType:
+    from . import triton_kernels
+
+    return triton_kernels
+
+
+@cache
+def _working(device: torch.device) -> ModuleType | None:
+    """Triton's kernels, if they work on a device; it is told once if not."""
+    try:
+        kernels = _triton()
+        kernels.check(device)
+    except Exception as e:  # whatever is missing: Triton, a compiler, a device that it knows
+        logger.warning(
+            "BatchNorm over lists of tensors is slower than it could be on %s, as Triton's kernels "
+            "do not work there (%s: %s)",
+            device,
+            type(e).__name__,
+            str(e).strip().partition("\n")[0],
+        )
+        return None
+    return kernels
+
+
+def moments(xs: Sequence[Tensor]) -> tuple[Stack, tuple[int, ...]]:
+    """Of parts of the pieces, in float32 at least; and the number of each piece's first part.
+
+    An empty piece has one part, of zeros.
+    """
+    triton = _with_channels(xs)
+    if triton is not None:
+        return triton.moments(xs)
+    return aten_kernels.moments(xs), tuple(range(len(xs)))
+
+
+def merge(stack: Stack, firsts: tuple[int, ...], sets: Sequence[Sequence[int]]) -> Stack:
+    """Moments of sets of pieces from those of their parts.
+
+    Args:
+        firsts: the first part of each piece, as from :func:`moments`.
+        sets: numbers of pieces.
+    """
+    num_parts = len(stack[0])
+    triton = one_launch(stack[1:], max(len(firsts), len(sets)))
+    if triton is not None and (num_parts > len(firsts) or any(len(s) > 1 for s in sets)):
+        return triton.merge(stack, firsts, sets)
+    ends = (*firsts[1:], num_parts)
+    parts = [range(first, end) for first, end in zip(firsts, ends, strict=True)]
+    return aten_kernels.merge(stack, [[row for k in of for row in parts[k]] for of in sets])
+
+
+def pack(stack: Stack, firsts: tuple[int, ...]) -> Tensor:
+    """Moments of each piece, as one float64 tensor of shape (number of pieces, 1 + 2 C)."""
+    triton = one_launch(stack[1:], len(firsts))
+    if triton is not None:
+        return triton.pack(stack, firsts)
+    count, mean, var = merge(stack, firsts, [[k] for k in range(len(firsts))])
+    return torch.cat([count.unsqueeze(1), mean.double(), var.double()], 1)
+
+
+def merge_packed(gathered: Tensor, sets: Sequence[Sequence[int]], dtype: torch.dtype) -> Stack:
+    """Moments of sets of pieces, over ranks.
+
+    Args:
+        gathered: what each rank has packed, shape (number of ranks, number of pieces, 1 + 2 C).
+        dtype: of means and variances.
+    """
+    num_pieces, size = gathered.shape[1:]
+    triton = one_launch([gathered], max(num_pieces, len(sets)))
+    if triton is not None:
+        return triton.merge_packed(gathered, sets, dtype)
+    counts, means, variances = gathered.split([1, size // 2, size // 2], 2)
+    count, mean, var = aten_kernels.merged_rows(counts.squeeze(2), means, variances)
+    return aten_kernels.merge((count, mean.to(dtype), var.to(dtype)), sets)
 
 
 def normalize(
     xs: Sequence[Tensor],
-    means: Sequence[Tensor],
-    variances: Sequence[Tensor],
+    batches: Stack,
+    batch_of: Sequence[int],
     weights: Sequence[Tensor | None],
     biases: Sequence[Tensor | None],
+    affine_of: Sequence[int],
     eps: float,
 ) -> list[Tensor]:
-    """(x - mean) / sqrt(var + eps) * weight + bias of each piece, by constant statistics.
+    """(x - mean) / sqrt(var + eps) * weight + bias of each piece.
 
-    Differentiable in pieces, weights and biases.
+    Args:
+        batches: moments of normalization batches.
+        batch_of: of each piece the number of its batch.
+        weights, biases: of each affine; all are None, or none is.
+        affine_of: of each piece the number of its affine.
     """
-    return [
-        _normalize(x, mean, var, weight, bias, eps)
-        for x, mean, var, weight, bias in zip(xs, means, variances, weights, biases, strict=True)
-    ]
+    call = xs, batches, tuple(batch_of), weights, biases, tuple(affine_of), eps
+    triton = _with_channels(xs, max(len(batches[0]), len(weights)))
+    return (triton or aten_kernels).normalize(*call)
+
+
+def normalize_one(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """The same of one piece, by constant statistics; differentiable in x, weight and bias."""
+    return aten_kernels.normalize_one(x, mean, var, weight, bias, eps)
 
 
 def backward_sums(
     dys: Sequence[Tensor],
     xs: Sequence[Tensor],
-    means: Sequence[Tensor],
-    variances: Sequence[Tensor],
+    batches: Stack,
+    batch_of: Sequence[int],
+    weights: Sequence[Tensor | None],
+    affine_of: Sequence[int],
     eps: float,
-) -> list[tuple[Tensor, Tensor]]:
-    """Per channel the sum of dy, and the sum of dy times the normalized x, of each piece."""
-    return [
-        _sums(dy, x, mean, var, eps)
-        for dy, x, mean, var in zip(dys, xs, means, variances, strict=True)
-    ]
+) -> tuple[Tensor, Tensor]:
+    """Per channel the sum of dy, and the sum of dy times the normalized x.
+
+    Returns:
+        of each batch, times the weights of its pieces, shape (number of batches, 2, C); and of
+        each affine, shape (number of affines, 2, C).
+    """
+    call = dys, xs, batches, tuple(batch_of), weights, tuple(affine_of), eps
+    triton = _with_channels([*xs, *dys][: 2 * len(xs)], max(len(batches[0]), len(weights)))
+    return (triton or aten_kernels).backward_sums(*call)
 
 
 def backward_inputs(
     dys: Sequence[Tensor],
     xs: Sequence[Tensor],
-    means: Sequence[Tensor],
-    variances: Sequence[Tensor],
+    batches: Stack,
+    batch_of: Sequence[int],
     weights: Sequence[Tensor | None],
-    sums: Sequence[Tensor],
-    counts: Sequence[Tensor],
+    affine_of: Sequence[int],
+    sums: Tensor,
     eps: float,
 ) -> list[Tensor]:
     """dx of each piece: (dy weight - (sum_0 + z sum_1) / count) / sqrt(var + eps).
@@ -66,131 +213,12 @@ def backward_inputs(
     z is the normalized x (Ioffe & Szegedy, *Batch Normalization*, 2015, Sec. 3).
 
     Args:
-        sums: for each piece those of :func:`backward_sums`, times the weights, added up over its
-            normalization batch; shape (2, C).
-        counts: the number of values per channel in that batch.
+        sums: of each batch, as from :func:`backward_sums`, on all ranks.
     """
-    pieces = zip(dys, xs, means, variances, weights, sums, counts, strict=True)
-    return [_input(*piece, eps) for piece in pieces]
+    call = dys, xs, batches, tuple(batch_of), weights, tuple(affine_of), sums, eps
+    triton = _with_channels(xs, max(len(batches[0]), len(weights)))
+    return (triton or aten_kernels).backward_inputs(*call)
 
 
-_PART_SIZE = 2**19
-"""Values that are centered at once: 2 MiB of float32."""
-
-
-def _mean_var(x: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    if x.numel() == 0:
-        zeros = torch.zeros(x.shape[1], dtype=dtype, device=x.device)
-        return zeros, zeros.clone()
-    return (_two_pass_mean_var if x.device.type == "cpu" else _fused_mean_var)(x, dtype)
-
-
-def _two_pass_mean_var(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Corrected two-pass algorithm on the CPU.
-
-    ``batch_norm_update_stats`` takes three times as long on large NCHW inputs (its second pass is
-    not vectorized) and loses the variance of channels_last data with a large mean;
-    ``torch.var_mean`` takes ten times as long.
-    """
-    num_samples, num_channels = x.shape[:2]
-    rows = x.reshape(num_samples * num_channels, -1)
-    count = rows.numel() // num_channels
-    mean = rows.mean(1, dtype=dtype).view(num_samples, num_channels).mean(0)
-    shift = mean.repeat(num_samples).unsqueeze(1)
-    # Some rows at a time, in one buffer: memory for all would be fresh, and slow, at each call.
-    step = max(1, _PART_SIZE // rows.shape[1])
-    buffer = torch.empty(min(step, len(rows)), rows.shape[1], dtype=dtype)
-    norms, sums = [], []
-    for part, part_shift in zip(rows.split(step), shift.split(step), strict=True):
-        centered = torch.sub(part, part_shift, out=buffer[: len(part)])
-        norms.append(torch.linalg.vector_norm(centered, dim=1))
-        sums.append(centered.sum(1))
-    square_mean = torch.cat(norms).square().view(num_samples, num_channels).sum(0) / count
-    rounding = torch.cat(sums).view(num_samples, num_channels).sum(0) / count
-    return mean + rounding, (square_mean - rounding.square()).clamp(min=0)
-
-
-def _fused_mean_var(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """One kernel (Welford's algorithm on CUDA, in every memory format)."""
-    # Without float32 buffers, half inputs would get half statistics.
-    buffers = torch.zeros(2, x.shape[1], dtype=dtype, device=x.device)
-    mean, var = torch.batch_norm_update_stats(x, buffers[0], buffers[1], 0.0)
-    return mean.to(dtype), var.to(dtype)
-
-
-def _normalize(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
-    if x.numel() == 0:  # for which ATen's backward would end the process
-        return _affine_of_nothing(x, weight, bias)
-    if torch.is_grad_enabled() and x.requires_grad and not _learns(weight, bias):
-        return _scale_and_shift(x, mean, var, weight, bias, eps)
-    return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
-
-
-def _learns(weight: Tensor | None, bias: Tensor | None) -> bool:
-    return any(p is not None and p.requires_grad for p in (weight, bias))
-
-
-def _scale_and_shift(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
-    """The same, but that a scale per channel is all that is held for the backward pass.
-
-    ``F.batch_norm`` holds x, whatever it is that needs a gradient.
-    """
-    scale = (var + eps).rsqrt()
-    scale = scale if weight is None else scale * weight
-    shift = -mean * scale if bias is None else bias - mean * scale
-    shape = (1, -1) + (1,) * (x.dim() - 2)
-    return torch.addcmul(shift.view(shape), x, scale.view(shape)).to(x.dtype)
-
-
-def _affine_of_nothing(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """An empty output that keeps x, weight and bias in the graph, with zero gradients.
-
-    DistributedDataParallel waits for the gradient of every parameter.
-    """
-    shape = (-1,) + (1,) * (x.dim() - 2)
-    y = x.clone() if weight is None else x * weight.to(x.dtype).view(shape)
-    return y if bias is None else y + bias.to(x.dtype).view(shape)
-
-
-def _sums(dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    if x.numel() == 0:
-        return torch.zeros_like(mean), torch.zeros_like(mean)
-    # In evaluation mode, gradients of weight and bias alone: the two sums in one vectorized pass.
-    # CUDA's kernel wants the batch statistics that this mode does not have to be empty, not None.
-    nothing = mean.new_empty(0)
-    _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-        dy,
-        x,
-        torch.ones_like(mean),
-        mean,
-        var,
-        nothing,
-        nothing,
-        False,
-        eps,
-        [False, True, True],
-    )
-    return grad_bias, grad_weight
-
-
-def _input(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    sums: Tensor,
-    count: Tensor,
-    eps: float,
-) -> Tensor:
-    """In two passes and one allocation: an affine function of z, and then of dy."""
-    inv_std = (var + eps).rsqrt()
-    offset, slope = -inv_std / count.clamp(min=1).to(inv_std.dtype) * sums
-    dx = _normalize(x, mean, var, slope, offset, eps)
-    dy_scale = inv_std if weight is None else inv_std * weight
-    return dx.addcmul_(dy, dy_scale.view(-1, *[1] * (x.dim() - 2)))
+def _with_channels(xs: Sequence[Tensor], number: int = 0) -> ModuleType | None:
+    return one_launch(xs, number) if xs[0].shape[1] else None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .batch import check_size
 from .batch_norm import check_arguments
 from .ema import count_batch, tracks
-from .kernels import normalize
+from .kernels import normalize_one
 from .levels import PerLevel
 
 
@@ -43,8 +43,8 @@ class L1BatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
         if x.numel() == 0 or (not self.training and self.running_mean is not None):
-            statistics = [self.running_mean], [self.running_var]
-            return normalize([x], *statistics, [self.weight], [self.bias], self.eps)[0]
+            statistics = self.running_mean, self.running_var
+            return normalize_one(x, *statistics, self.weight, self.bias, self.eps)
         check_size(x.numel() // x.shape[1])
         values = x.to(torch.promote_types(x.dtype, torch.float32))
         mean = values.mean((0, 2, 3), keepdim=True)

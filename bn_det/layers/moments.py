@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import kernels
+from .aten_kernels import merged_rows
 from .comm import all_gather
-from .kernels import mean_var
 
 
 class Moments(NamedTuple):
@@ -25,6 +26,8 @@ class Moments(NamedTuple):
             and variance are zero by convention and weigh nothing in a merge.
         mean: shape (C,); float32 for inputs of lower precision, else the input's dtype.
         var: biased variance, same shape and dtype.
+
+    Those of n sets may be stacked: shapes (n,), (n, C) and (n, C).
     """
 
     count: Tensor
@@ -38,14 +41,7 @@ class Moments(NamedTuple):
         Raises:
             ValueError: x has fewer than two dimensions, or is not floating point.
         """
-        return cls.of_each([x])[0]
-
-    @classmethod
-    @torch.no_grad()
-    def of_each(cls, xs: Sequence[Tensor]) -> list[Moments]:
-        """Those of several tensors; see :meth:`of`."""
-        counts = [_count(x) for x in xs]
-        return [cls(n, *of_x) for n, of_x in zip(counts, mean_var(xs), strict=True)]
+        return Parts.of([x]).merge([[0]]).row(0)
 
     @classmethod
     def merge(cls, parts: Sequence[Moments]) -> Moments:
@@ -58,30 +54,16 @@ class Moments(NamedTuple):
             raise ValueError("nothing to merge: parts is empty")
         if len(parts) == 1:
             return parts[0]
-        return _merge(*(torch.stack(field) for field in zip(*parts, strict=True)))
+        return cls(*merged_rows(*cls.stack(parts)))
 
     @classmethod
-    def all_reduce(cls, parts: Sequence[Moments], group: dist.ProcessGroup) -> list[Moments]:
-        """Each of several moments merged over the ranks of a group, in one collective.
+    def stack(cls, rows: Sequence[Moments]) -> Moments:
+        """Those of several sets, stacked."""
+        return cls(*(torch.stack(field) for field in zip(*rows, strict=True)))
 
-        Args:
-            parts: as many on every rank, with the same number of channels. Any may be empty.
-
-        Returns:
-            the same on every rank, to the bit.
-        """
-        fields = [torch.stack(field) for field in zip(*parts, strict=True)]
-        counts, means, variances = fields[0].unsqueeze(1), *fields[1:]
-        packed = torch.cat([counts, means.double(), variances.double()], 1)
-        counts, means, variances = all_gather(packed, group).split(
-            [1, means.shape[1], means.shape[1]], 2
-        )
-        merged = _merge(counts.squeeze(2), means, variances)
-        dtype = parts[0].mean.dtype
-        return [
-            cls(count, mean.to(dtype), var.to(dtype))
-            for count, mean, var in zip(*merged, strict=True)
-        ]
+    def row(self, number: int) -> Moments:
+        """Those of one of the sets that are stacked."""
+        return Moments(*(field[number] for field in self))
 
     @property
     def unbiased_var(self) -> Tensor:
@@ -90,22 +72,62 @@ class Moments(NamedTuple):
         return self.var * correction.to(self.var.dtype)
 
 
-def _count(x: Tensor) -> Tensor:
-    if x.dim() < 2 or not x.is_floating_point():
-        raise ValueError(
-            f"moments need a floating point tensor of shape (N, C, *), got {x.dtype} of shape "
-            f"{tuple(x.shape)}"
-        )
-    size = x.numel() // max(x.shape[1], 1)
-    return torch.full((), size, dtype=torch.float64, device=x.device)
+class Parts(NamedTuple):
+    """Moments of several tensors, before they are merged.
 
+    Attributes:
+        moments: of parts of this rank's tensors, stacked.
+        firsts: the first part of each tensor.
+        gathered: what all ranks of a group have, shape (number of ranks, number of tensors, *).
+    """
 
-def _merge(counts: Tensor, means: Tensor, variances: Tensor) -> Moments:
-    """Merge over the first dimension: counts of shape (n, *), means and variances (n, *, C)."""
-    # Float64 costs nothing at this size, and keeps a merge of many from drifting.
-    dtype, means, variances = means.dtype, means.double(), variances.double()
-    total = counts.sum(0)
-    weights = (counts / total.clamp(min=1)).unsqueeze(-1)
-    mean = (weights * means).sum(0)
-    var = (weights * (variances + (means - mean).square())).sum(0)
-    return Moments(total, mean.to(dtype), var.to(dtype))
+    moments: Moments
+    firsts: tuple[int, ...]
+    gathered: Tensor | None = None
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, xs: Sequence[Tensor]) -> Parts:
+        """Of tensors of shape (N, C, *), with as many channels; see :meth:`Moments.of`."""
+        for x in xs:
+            if x.dim() < 2 or not x.is_floating_point():
+                raise ValueError(
+                    "moments need a floating point tensor of shape (N, C, *), got "
+                    f"{x.dtype} of shape {tuple(x.shape)}"
+                )
+        stack, firsts = kernels.moments(xs)
+        return cls(Moments(*stack), firsts)
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[Moments]) -> Parts:
+        """Of tensors whose moments are known."""
+        return cls(Moments.stack(rows), tuple(range(len(rows))))
+
+    def all_gather(self, group: dist.ProcessGroup) -> Parts:
+        """Those of all ranks of a group, in one collective.
+
+        There are as many tensors on every rank, with the same number of channels; any may be empty.
+        What merges from them is the same on every rank, to the bit.
+        """
+        return self._replace(gathered=all_gather(kernels.pack(self.moments, self.firsts), group))
+
+    def merge(self, sets: Sequence[Sequence[int]]) -> Moments:
+        """The moments of sets of the tensors, stacked.
+
+        Args:
+            sets: the tensors' numbers.
+        """
+        if self.gathered is None:
+            return Moments(*kernels.merge(self.moments, self.firsts, sets))
+        return Moments(*kernels.merge_packed(self.gathered, sets, self.moments.mean.dtype))
+
+    def sizes(self, here: Sequence[int]) -> list[int]:
+        """Values per channel of each tensor, of which only 0, 1 and more are told apart.
+
+        Args:
+            here: of those on this rank. Where it is more than one there is no need to wait for the
+                device.
+        """
+        if self.gathered is None:
+            return list(here)
+        return [n if n > 1 else int(self.gathered[:, k, 0].sum()) for k, n in enumerate(here)]

@@ -1,43 +1,62 @@
-"""The kernels over lists of pieces, against float64."""
+"""The kernels over lists of pieces, ATen's and Triton's, against float64.
+
+Triton's are run by its interpreter, on the CPU, in a process of their own.
+"""
+
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from kernel_cases import EPS, SHAPES, by_autograd, make_case, statistics
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from bn_det.layers.kernels import backward_inputs, backward_sums, mean_var, normalize
+from bn_det.layers import ema, kernels
+from bn_det.layers.moments import Moments
+from cases import CASES, check_as_in_float64, domain_layer
+from reference import EIGHT_CHOICES
 
-SHAPES = [(2, 3, 5, 7), (0, 3, 4, 4), (4, 3, 1, 1), (1, 3, 2, 2)]
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-EPS = 1e-3
-
-
-def pieces(dtype, memory_format, shapes=SHAPES):
-    xs = [torch.randn(shape, dtype=torch.float64) * 2 + 3 for shape in shapes]
-    return [x.to(dtype).to(memory_format=memory_format) for x in xs]
-
-
-def statistics(dtype):
-    """Of each piece; kernels take them in float32 at least."""
-    dtype = torch.promote_types(dtype, torch.float32)
-    means = [torch.randn(3, dtype=dtype) for _ in SHAPES]
-    return means, [torch.rand(3, dtype=dtype) + 0.5 for _ in SHAPES]
+CASES_AND_DTYPES = [
+    *((name, torch.float32) for name in SHAPES),
+    *(("levels", dtype) for dtype in (torch.float64, torch.float16, torch.bfloat16)),
+]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="of Triton, under its interpreter")
 
 
-def affines(dtype):
-    dtype = torch.promote_types(dtype, torch.float32)
-    return [None, *(torch.randn(3, dtype=dtype) for _ in SHAPES[1:])]
+@pytest.fixture(autouse=True)
+def implementation():
+    with kernels.implementation("triton" if INTERPRETED else "aten"):
+        yield
 
 
-def column(x):
-    return x.double().view(1, -1, 1, 1)
+def test_of_triton_under_its_interpreter():
+    """This file anew, in a process where Triton's kernels take tensors of the CPU."""
+    pytest.importorskip("triton")
+    if INTERPRETED:
+        pytest.skip("this is that process")
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", __file__]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert "passed" in done.stdout
 
 
-def normalized(x, mean, var):
-    return (x.double() - column(mean)) * (column(var) + EPS).rsqrt()
-
-
-@pytest.fixture(params=DTYPES, ids=str)
-def dtype(request):
+@pytest.fixture(params=CASES_AND_DTYPES, ids=lambda pair: f"{pair[0]}-{pair[1]}")
+def name_and_dtype(request):
     return request.param
+
+
+@pytest.fixture
+def name(name_and_dtype):
+    return name_and_dtype[0]
+
+
+@pytest.fixture
+def dtype(name_and_dtype):
+    return name_and_dtype[1]
 
 
 @pytest.fixture(params=[torch.contiguous_format, torch.channels_last], ids=str)
@@ -48,70 +67,212 @@ def memory_format(request):
 def assert_near(found, expected, dtype):
     # Pieces are rounded to their dtype once, before; outputs and sums once more.
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3}.get(dtype, 4e-2)
-    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found.double(), expected.double(), rtol=tolerance, atol=tolerance)
 
 
-def test_mean_var(dtype, memory_format):
-    for x, (mean, var) in zip(xs := pieces(dtype, memory_format), mean_var(xs), strict=True):
-        assert mean.dtype == var.dtype == torch.promote_types(dtype, torch.float32)
-        rows = x.double().transpose(0, 1).flatten(1)
-        expected = (rows.mean(1), rows.var(1, correction=0)) if x.numel() else torch.zeros(2, 3)
-        # Moments are in float32 at least, whatever the pieces are in.
-        rounding = torch.float64 if dtype == torch.float64 else torch.float32
-        for found, of_reference in zip((mean, var), expected, strict=True):
-            assert_near(found, of_reference.double(), rounding)
+def rounding(dtype):
+    """Of what is computed per channel, in float32 at least."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def test_normalize(dtype, memory_format):
-    xs, (means, variances) = pieces(dtype, memory_format), statistics(dtype)
-    weights, biases = affines(dtype), affines(dtype)
-    ys = normalize(xs, means, variances, weights, biases, EPS)
-    for x, y, mean, var, weight, bias in zip(
-        xs, ys, means, variances, weights, biases, strict=True
+def moments_of(xs, sets):
+    return Moments(*kernels.merge(*kernels.moments(xs), sets))
+
+
+def test_moments(name, dtype, memory_format):
+    case = make_case(name, dtype, memory_format)
+    # In any order, with a set that holds another, and one that is held twice.
+    sets = [[k] for k in reversed(range(len(case.xs)))] + [list(range(len(case.xs)))]
+    found = moments_of(case.xs, sets)
+    assert found.mean.dtype == found.var.dtype == torch.promote_types(dtype, torch.float32)
+    for k, of_set in enumerate(sets):
+        count, mean, var = statistics([case.xs[n] for n in of_set])
+        assert found.count[k] == count
+        assert_near(found.mean[k], mean, rounding(dtype))
+        assert_near(found.var[k], var, rounding(dtype))
+
+
+def test_moments_of_a_large_mean(memory_format):
+    case = make_case("tiles", torch.float32, memory_format, mean=1e4)
+    found = moments_of(case.xs, [[0, 1]]).row(0)
+    _, mean, var = statistics(case.xs)
+    # The mean is rounded to 5e-4 in float32; the variance does not lose what it is less than that.
+    torch.testing.assert_close(found.mean.double(), mean, rtol=1e-7, atol=0)
+    torch.testing.assert_close(found.var.double(), var, rtol=1e-3, atol=0)
+
+
+def test_moments_of_ranks(name, dtype):
+    """What ranks have packed merges into what one process would find that holds everything."""
+    case, other = (make_case(name, dtype, torch.contiguous_format) for _ in range(2))
+    ranks = torch.stack([kernels.pack(*kernels.moments(c.xs)) for c in (case, other)])
+    sets = [list(range(len(case.xs))), [0]]
+    found = Moments(*kernels.merge_packed(ranks, sets, torch.promote_types(dtype, torch.float32)))
+    for k, of_set in enumerate(sets):
+        count, mean, var = statistics([c.xs[n] for c in (case, other) for n in of_set])
+        assert found.count[k] == count
+        assert_near(found.mean[k], mean, rounding(dtype))
+        assert_near(found.var[k], var, rounding(dtype))
+
+
+def test_what_is_not_finite_stays():
+    x = torch.randn(2, 3, 4, 4)
+    x[0, 0, 0, 0], x[1, 1, 2, 2] = float("nan"), float("inf")
+    found = moments_of([x, torch.randn(1, 3, 4, 4)], [[0, 1]]).row(0)
+    assert found.mean.isfinite().tolist() == found.var.isfinite().tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_normalize_and_backward(name, dtype, memory_format, affine):
+    case = make_case(name, dtype, memory_format, affine)
+    batches = moments_of(case.xs, case.sets)
+    of_affines = case.weights, case.biases, case.affine_of
+    ys = kernels.normalize(case.xs, batches, case.batch_of, *of_affines, EPS)
+    pieces = case.dys, case.xs, batches, case.batch_of, case.weights, case.affine_of
+    of_batches, sums = kernels.backward_sums(*pieces, EPS)
+    dxs = kernels.backward_inputs(*pieces, of_batches, EPS)
+
+    expected_ys, expected_dxs, of_parameters = by_autograd(case)
+    for found, expected in ((ys, expected_ys), (dxs, expected_dxs)):
+        for t, x, of_reference in zip(found, case.xs, expected, strict=True):
+            assert t.shape == x.shape and t.dtype == x.dtype
+            assert t.stride() == x.stride() or x.shape[2:].numel() == 1
+            assert_near(t, of_reference.detach(), dtype)
+    num = len(sums)
+    for k, (dweight, dbias) in enumerate(
+        zip(of_parameters[:num], of_parameters[num:], strict=True)
     ):
-        assert y.shape == x.shape and y.dtype == x.dtype
-        assert y.is_contiguous(memory_format=memory_format)
-        expected = normalized(x, mean, var)
-        expected = expected if weight is None else expected * column(weight) + column(bias)
-        assert_near(y, expected, dtype)
+        scale = max(1.0, dweight.abs().max().item(), dbias.abs().max().item())
+        assert_near(sums[k, 0] / scale, dbias / scale, rounding(dtype))
+        assert_near(sums[k, 1] / scale, dweight / scale, rounding(dtype))
+
+
+def test_gradients_in_another_memory_format():
+    case = make_case("tiles", torch.float32, torch.channels_last)
+    other = case._replace(dys=[dy.contiguous() for dy in case.dys])
+    batches = moments_of(case.xs, case.sets)
+    found = []
+    for c in (case, other):
+        pieces = c.dys, c.xs, batches, c.batch_of, c.weights, c.affine_of
+        found.append(kernels.backward_inputs(*pieces, kernels.backward_sums(*pieces, EPS)[0], EPS))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@interpreted
+def test_emas_move_as_those_of_a_loop():
+    sizes = [60, 0, 5]
+    batches = Moments(
+        torch.tensor(sizes, dtype=torch.float64), torch.randn(3, 130), torch.rand(3, 130)
+    )
+    found, expected = (
+        [nn.BatchNorm2d(130, momentum=m) for m in (0.1, None, 0.0, 0.3)] for _ in range(2)
+    )
+    for pair in zip(found, expected, strict=True):
+        statistics = torch.randn(130), torch.rand(130)
+        for layer in pair:
+            layer.running_mean, layer.running_var = (t.clone() for t in statistics)
+            layer.num_batches_tracked.fill_(3)
+    # One after the other for the first; the last sees nothing.
+    for name, layers in (("triton", found), ("aten", expected)):
+        seen = [(layers[0], [0]), (layers[1], [0, 2]), (layers[0], [2]), (layers[2], [2])]
+        with kernels.implementation(name):
+            ema.update(batches, sizes, [*seen, (layers[3], [1])])
+    for a, b in zip(found, expected, strict=True):
+        assert a.num_batches_tracked == b.num_batches_tracked
+        torch.testing.assert_close(a.running_mean, b.running_mean, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(a.running_var, b.running_var, rtol=1e-6, atol=1e-6)
 
 
 def test_an_empty_piece_keeps_its_affine_in_the_graph():
     x = torch.empty(0, 3, 2, 2, requires_grad=True)
     weight, bias = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
-    (y,) = normalize([x], [torch.zeros(3)], [torch.ones(3)], [weight], [bias], EPS)
+    y = kernels.normalize_one(x, torch.zeros(3), torch.ones(3), weight, bias, EPS)
     y.sum().backward()
     assert x.grad.shape == x.shape
     assert not weight.grad.any() and not bias.grad.any()
 
 
-def test_backward(dtype, memory_format):
-    """Sums and inputs are the parts of autograd's derivative of one batch of all pieces."""
-    xs, dys = pieces(dtype, memory_format), pieces(dtype, memory_format)
-    weights = affines(dtype)
-    doubles = [x.double().requires_grad_() for x in xs]
-    together = torch.cat([x.transpose(0, 1).flatten(1) for x in doubles], 1)
-    mean, var = together.mean(1), together.var(1, correction=0)
-    scales = [torch.ones(3).double() if w is None else w.double() for w in weights]
-    ys = [
-        (x - mean.view(1, -1, 1, 1)) * (var.view(1, -1, 1, 1) + EPS).rsqrt() * column(scale)
-        for x, scale in zip(doubles, scales, strict=True)
-    ]
-    expected = torch.autograd.grad(ys, doubles, [dy.double() for dy in dys])
+@interpreted
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ghosts",
+        "virtual batch",
+        "levels shared-shared-shared",
+        "levels shared-per_domain-per_domain",
+        "levels per_domain-shared-shared",
+        "levels, renorm",
+        "sources of levels",
+        "RoI levels, shared",
+    ],
+)
+def test_layers(name):
+    assert name in CASES
+    check_as_in_float64(name, "cpu", torch.float32, torch.contiguous_format)
 
-    stored = torch.promote_types(dtype, torch.float32)
-    means, variances = [[s.detach().to(stored)] * len(xs) for s in (mean, var)]
-    sums = backward_sums(dys, xs, means, variances, EPS)
-    for x, dy, (sum_dy, sum_dy_z) in zip(xs, dys, sums, strict=True):
-        z = normalized(x, mean, var).detach()
-        assert_near(sum_dy, dy.double().sum((0, 2, 3)), dtype)
-        assert_near(sum_dy_z, (dy.double() * z).sum((0, 2, 3)), dtype)
-    of_batch = sum(torch.stack(s) * scale.to(stored) for s, scale in zip(sums, scales, strict=True))
-    count = torch.tensor(float(together.shape[1]), dtype=torch.float64)
-    num = len(xs)
-    found = backward_inputs(
-        dys, xs, means, variances, weights, [of_batch] * num, [count] * num, EPS
-    )
-    for dx, x, of_reference in zip(found, xs, expected, strict=True):
-        assert dx.shape == x.shape and dx.dtype == x.dtype
-        assert_near(dx, of_reference, dtype)
+
+ALLOCATIONS = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
+VIEWS = {"unbind", "select", "slice", "detach", "view", "alias"}
+
+
+class Operations(TorchDispatchMode):
+    """The names of what is computed by ATen."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name not in ALLOCATIONS | VIEWS:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@interpreted
+@pytest.mark.parametrize("choices", EIGHT_CHOICES, ids="-".join)
+def test_launches(choices, monkeypatch):
+    """Four forward and three backward, and nothing of ATen, whatever levels have in common."""
+    from bn_det.layers import triton_kernels
+
+    launched = []
+    launch = triton_kernels._launch
+
+    def counting(kernel, *args, **kwargs):
+        launched.append(kernel.fn.__name__)
+        with torch.utils._python_dispatch._disable_current_modes():
+            launch(kernel, *args, **kwargs)
+
+    monkeypatch.setattr(triton_kernels, "_launch", counting)
+    layer = domain_layer(choices)
+    xs = [torch.randn(2, 5, n, n, requires_grad=True) for n in (3, 2, 2)]
+    grads = [torch.randn_like(x) for x in xs]
+    with Operations() as operations:
+        ys = layer(xs)
+    # Where no level has been taken apart, there is nothing to merge without shared statistics.
+    merged = choices[0] == "shared"
+    assert launched == ["_moments", *["_merge"] * merged, "_normalize", "_update_emas"]
+    assert operations.names == []
+    launched.clear()
+    with Operations() as operations:
+        torch.autograd.grad(ys, [*xs, *layer.parameters()], grads)
+    assert launched == ["_sums", "_add_up", "_inputs"]
+    assert operations.names == []
+
+
+@pytest.mark.skipif(INTERPRETED, reason="it is Triton's process")
+def test_without_triton(monkeypatch, caplog):
+    """A GPU where Triton's kernels do not work gets ATen's, and one line."""
+    monkeypatch.setitem(sys.modules, "triton", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "bn_det.layers.triton_kernels", raising=False)
+    monkeypatch.delattr("bn_det.layers.triton_kernels", raising=False)
+    for cached in (kernels._triton, kernels._working):
+        cached.cache_clear()
+    try:
+        for _ in range(2):
+            assert kernels._working(torch.device("cuda", 0)) is None
+    finally:
+        kernels._working.cache_clear()
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "cuda:0" in record.getMessage() and "triton" in record.getMessage()

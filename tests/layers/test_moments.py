@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from bn_det import Moments
-from bn_det.layers.kernels import _fused_mean_var, _two_pass_mean_var
+from bn_det.layers.aten_kernels import _fused_mean_var, _two_pass_mean_var
 
 SHAPES = [(4, 3), (5, 3, 7), (2, 3, 5, 4), (2, 3, 4, 3, 2), (1, 3, 1, 1)]
 

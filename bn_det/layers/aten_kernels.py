@@ -1,0 +1,232 @@
+"""The kernels of :mod:`bn_det.layers.kernels` as calls of ATen, which runs everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Stack = tuple[Tensor, Tensor, Tensor]
+"""Counts, means and biased variances of several sets of values: shapes (n,), (n, C) and (n, C)."""
+
+
+def moments(xs: Sequence[Tensor]) -> Stack:
+    """Of each piece, in float32 at least; zeros of an empty one."""
+    means, variances = zip(*[_mean_var(x) for x in xs], strict=True)
+    return _counts(xs), torch.stack(means), torch.stack(variances)
+
+
+def merge(stack: Stack, sets: Sequence[Sequence[int]]) -> Stack:
+    """Those of sets of the rows of a stack."""
+    if all(len(rows) == 1 for rows in sets):
+        order = [row for (row,) in sets]
+        return stack if order == list(range(len(stack[0]))) else _selected(stack, order)
+    merged = [
+        merged_rows(*(stack if len(rows) == len(stack[0]) else _selected(stack, rows)))
+        for rows in sets
+    ]
+    return tuple(torch.stack(field) for field in zip(*merged, strict=True))
+
+
+def merged_rows(counts: Tensor, means: Tensor, variances: Tensor) -> Stack:
+    """Merge over the first dimension: counts of shape (n, *), means and variances (n, *, C)."""
+    # Float64 costs nothing at this size, and keeps a merge of many from drifting.
+    dtype, means, variances = means.dtype, means.double(), variances.double()
+    total = counts.sum(0)
+    weights = (counts / total.clamp(min=1)).unsqueeze(-1)
+    mean = (weights * means).sum(0)
+    var = (weights * (variances + (means - mean).square())).sum(0)
+    return total, mean.to(dtype), var.to(dtype)
+
+
+def normalize(
+    xs: Sequence[Tensor],
+    batches: Stack,
+    batch_of: Sequence[int],
+    weights: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    affine_of: Sequence[int],
+    eps: float,
+) -> list[Tensor]:
+    """See :func:`bn_det.layers.kernels.normalize`."""
+    _, means, variances = (stack.unbind() for stack in batches)
+    return [
+        normalize_one(x, means[b], variances[b], weights[a], biases[a], eps)
+        for x, b, a in zip(xs, batch_of, affine_of, strict=True)
+    ]
+
+
+def backward_sums(
+    dys: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    batches: Stack,
+    batch_of: Sequence[int],
+    weights: Sequence[Tensor | None],
+    affine_of: Sequence[int],
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`bn_det.layers.kernels.backward_sums`."""
+    _, means, variances = (stack.unbind() for stack in batches)
+    of_batches = means[0].new_zeros(len(means), 2, len(means[0]))
+    of_affines = means[0].new_zeros(len(weights), 2, len(means[0]))
+    for dy, x, b, a in zip(dys, xs, batch_of, affine_of, strict=True):
+        pair = torch.stack(_sums(dy, x, means[b], variances[b], eps))
+        of_affines[a] += pair
+        of_batches[b] += pair if weights[a] is None else pair * weights[a]
+    return of_batches, of_affines
+
+
+def backward_inputs(
+    dys: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    batches: Stack,
+    batch_of: Sequence[int],
+    weights: Sequence[Tensor | None],
+    affine_of: Sequence[int],
+    sums: Tensor,
+    eps: float,
+) -> list[Tensor]:
+    """See :func:`bn_det.layers.kernels.backward_inputs`."""
+    counts, means, variances = (stack.unbind() for stack in batches)
+    return [
+        _input(dy, x, means[b], variances[b], weights[a], sums[b], counts[b], eps)
+        for dy, x, b, a in zip(dys, xs, batch_of, affine_of, strict=True)
+    ]
+
+
+def _counts(xs: Sequence[Tensor]) -> Tensor:
+    sizes = [x.numel() // max(x.shape[1], 1) for x in xs]
+    if xs[0].device.type == "cpu":
+        return torch.tensor(sizes, dtype=torch.float64)
+    # Without a copy, which another device would have to be waited for.
+    fills = [torch.full((), n, dtype=torch.float64, device=xs[0].device) for n in sizes]
+    return torch.stack(fills)
+
+
+def _selected(stack: Stack, rows: Sequence[int]) -> Stack:
+    return tuple(torch.stack([field[row] for row in rows]) for field in stack)
+
+
+_PART_SIZE = 2**19
+"""Values that are centered at once: 2 MiB of float32."""
+
+
+def _mean_var(x: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if x.numel() == 0:
+        zeros = torch.zeros(x.shape[1], dtype=dtype, device=x.device)
+        return zeros, zeros.clone()
+    return (_two_pass_mean_var if x.device.type == "cpu" else _fused_mean_var)(x, dtype)
+
+
+def _two_pass_mean_var(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Corrected two-pass algorithm on the CPU.
+
+    ``batch_norm_update_stats`` takes three times as long on large NCHW inputs (its second pass is
+    not vectorized) and loses the variance of channels_last data with a large mean;
+    ``torch.var_mean`` takes ten times as long.
+    """
+    num_samples, num_channels = x.shape[:2]
+    rows = x.reshape(num_samples * num_channels, -1)
+    count = rows.numel() // num_channels
+    mean = rows.mean(1, dtype=dtype).view(num_samples, num_channels).mean(0)
+    shift = mean.repeat(num_samples).unsqueeze(1)
+    # Some rows at a time, in one buffer: memory for all would be fresh, and slow, at each call.
+    step = max(1, _PART_SIZE // rows.shape[1])
+    buffer = torch.empty(min(step, len(rows)), rows.shape[1], dtype=dtype)
+    norms, sums = [], []
+    for part, part_shift in zip(rows.split(step), shift.split(step), strict=True):
+        centered = torch.sub(part, part_shift, out=buffer[: len(part)])
+        norms.append(torch.linalg.vector_norm(centered, dim=1))
+        sums.append(centered.sum(1))
+    square_mean = torch.cat(norms).square().view(num_samples, num_channels).sum(0) / count
+    rounding = torch.cat(sums).view(num_samples, num_channels).sum(0) / count
+    return mean + rounding, (square_mean - rounding.square()).clamp(min=0)
+
+
+def _fused_mean_var(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """One kernel (Welford's algorithm on CUDA, in every memory format)."""
+    # Without float32 buffers, half inputs would get half statistics.
+    buffers = torch.zeros(2, x.shape[1], dtype=dtype, device=x.device)
+    mean, var = torch.batch_norm_update_stats(x, buffers[0], buffers[1], 0.0)
+    return mean.to(dtype), var.to(dtype)
+
+
+def normalize_one(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias, differentiable in x, weight and bias."""
+    if x.numel() == 0:  # for which ATen's backward would end the process
+        return _affine_of_nothing(x, weight, bias)
+    if torch.is_grad_enabled() and x.requires_grad and not _learns(weight, bias):
+        return _scale_and_shift(x, mean, var, weight, bias, eps)
+    return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+
+
+def _learns(weight: Tensor | None, bias: Tensor | None) -> bool:
+    return any(p is not None and p.requires_grad for p in (weight, bias))
+
+
+def _scale_and_shift(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """The same, but that a scale per channel is all that is held for the backward pass.
+
+    ``F.batch_norm`` holds x, whatever it is that needs a gradient.
+    """
+    scale = (var + eps).rsqrt()
+    scale = scale if weight is None else scale * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
+    shape = (1, -1) + (1,) * (x.dim() - 2)
+    return torch.addcmul(shift.view(shape), x, scale.view(shape)).to(x.dtype)
+
+
+def _affine_of_nothing(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """An empty output that keeps x, weight and bias in the graph, with zero gradients.
+
+    DistributedDataParallel waits for the gradient of every parameter.
+    """
+    shape = (-1,) + (1,) * (x.dim() - 2)
+    y = x.clone() if weight is None else x * weight.to(x.dtype).view(shape)
+    return y if bias is None else y + bias.to(x.dtype).view(shape)
+
+
+def _sums(dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if x.numel() == 0:
+        return torch.zeros_like(mean), torch.zeros_like(mean)
+    # In evaluation mode, gradients of weight and bias alone: the two sums in one vectorized pass.
+    # CUDA's kernel wants the batch statistics that this mode does not have to be empty, not None.
+    nothing = mean.new_empty(0)
+    _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+        dy,
+        x,
+        torch.ones_like(mean),
+        mean,
+        var,
+        nothing,
+        nothing,
+        False,
+        eps,
+        [False, True, True],
+    )
+    return grad_bias, grad_weight
+
+
+def _input(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    sums: Tensor,
+    count: Tensor,
+    eps: float,
+) -> Tensor:
+    """In two passes and one allocation: an affine function of z, and then of dy."""
+    inv_std = (var + eps).rsqrt()
+    offset, slope = -inv_std / count.clamp(min=1).to(inv_std.dtype) * sums
+    dx = normalize_one(x, mean, var, slope, offset, eps)
+    dy_scale = inv_std if weight is None else inv_std * weight
+    return dx.addcmul_(dy, dy_scale.view(-1, *[1] * (x.dim() - 2)))

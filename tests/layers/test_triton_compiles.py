@@ -1,0 +1,98 @@
+"""Triton's kernels are compiled for GPUs that are not here, from the arguments of real calls."""
+
+import re
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("triton")
+from kernel_cases import EPS, make_case
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from bn_det.layers import triton_kernels
+
+KERNELS = ("_moments", "_merge", "_normalize", "_sums", "_add_up", "_inputs", "_update_emas")
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+}
+
+
+class Recorder:
+    """In place of a kernel: keeps what it is called with."""
+
+    def __init__(self, calls, kernel):
+        self.calls, self.kernel = calls, kernel
+
+    def __getitem__(self, grid):
+        assert len(grid) == 3
+        return lambda *args: self.calls.append((self.kernel, args))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Of the kernels, by every function, on 16 channels."""
+    calls = []
+    for name in KERNELS:
+        monkeypatch.setattr(triton_kernels, name, Recorder(calls, getattr(triton_kernels, name)))
+    return calls
+
+
+def call_all(dtype, memory_format):
+    case = make_case("divisible", dtype, memory_format)
+    stack, firsts = triton_kernels.moments(case.xs)
+    batches = triton_kernels.merge(stack, firsts, [[0, 1]])
+    packed = triton_kernels.pack(stack, firsts)
+    triton_kernels.merge_packed(torch.stack([packed, packed]), [[0, 1], [0]], batches[1].dtype)
+    of_pieces = batches, (0, 0), case.weights, case.biases, (0, 1)
+    triton_kernels.normalize(case.xs, *of_pieces, EPS)
+    pieces = case.dys, case.xs, batches, (0, 0), case.weights, (0, 1)
+    sums, _ = triton_kernels.backward_sums(*pieces, EPS)
+    triton_kernels.backward_inputs(*pieces, sums, EPS)
+    triton_kernels.update_emas(batches, [[0]], [nn.BatchNorm2d(16, momentum=None)])
+
+
+def compiled(kernel, args, capability):
+    signature, constants, attributes = {}, {}, {}
+    for k, (name, arg) in enumerate(zip(kernel.arg_names, args, strict=True)):
+        if name.isupper():
+            signature[name], constants[name] = "constexpr", arg
+            continue
+        several = arg if isinstance(arg, tuple) else (arg,)
+        types = tuple(type_of(value) for value in several)
+        signature[name] = types if isinstance(arg, tuple) else types[0]
+        for n, of_type in enumerate(types):
+            if of_type.startswith("*"):
+                path = (k, n) if isinstance(arg, tuple) else (k,)
+                attributes[path] = [["tt.divisibility", 16]]
+        if name == "num_channels":
+            attributes[(k,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return compile(source, target=GPUTarget("cuda", capability, 32))
+
+
+def type_of(arg):
+    if isinstance(arg, torch.Tensor):
+        return TYPES[arg.dtype]
+    return "i32" if arg < 2**31 else "i64"
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="Triton needs a C compiler")
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kernels_compile(dtype, memory_format, capability, calls):
+    call_all(dtype, memory_format)
+    assert {kernel.fn.__name__ for kernel, _ in calls} == set(KERNELS)
+    for kernel, args in calls:
+        ptx = compiled(kernel, args, capability).asm["ptx"]
+        assert "ld.local" not in ptx and "st.local" not in ptx, "registers are spilled"
+        if kernel.fn.__name__ in ("_moments", "_normalize", "_sums", "_inputs"):
+            # Four values of float32 at once, where a level's rows are aligned.
+            assert re.search(r"ld\.global\S*\.v[248]", ptx)
