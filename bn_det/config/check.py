@@ -12,6 +12,7 @@ from ..errors import InputError, check_positive, check_rate, choose
 from ..layers import BATCH_NORMS, SHARING, WEIGHT_NORMS
 from ..layers.batch_norm import STATISTICS
 from ..layers.ghost import GHOST_ORDERS
+from ..layers.meeting import check_timeout
 from ..population.estimate import ESTIMATORS
 from .nf import check_nf
 from .parts import (
@@ -52,6 +53,7 @@ def check_values(cfg: CfgNode) -> None:
     _check_agc(cfg)
     _check_sources(cfg)
     _check_precise_bn(cfg)
+    check_timeout("SOLVER.SYNC_BN_TIMEOUT", cfg.SOLVER.SYNC_BN_TIMEOUT)
 
 
 def check_ims_per_batch(cfg: CfgNode, num_processes: int) -> None:

@@ -151,6 +151,10 @@ def our_keys(node: type[CfgNode] = CfgNode) -> CfgNode:
     # process evaluates with its own, and those of process 0 are saved.
     cfg.SOLVER.AVERAGE_BN_STATISTICS = True
 
+    # Seconds that a process waits for the others in a layer over processes (SyncBN, SHUFFLE); 0.0
+    # not to find out whether all are in the same layer. See bn_det.name_layers.
+    cfg.SOLVER.SYNC_BN_TIMEOUT = 300.0
+
     # From which iteration on BatchNorm is frozen in training; 0 for never. FREEZE_BN_MODULES: in
     # which modules, by names or patterns of names, with FREEZE_BN_ITER 0 from the start; [] for
     # all.

@@ -25,6 +25,7 @@ from ..config.load import load_config
 from ..config.training import clipping_of
 from ..config.unread import HOOK_KEYS, TRAINER_KEYS
 from ..data.coco import CocoSource, check_names, check_num_classes, load_coco
+from ..layers import name_layers
 from .accumulate import AccumulatingAMPTrainer, AccumulatingTrainer
 from .datasets import build_train_loader, register_datasets
 from .default_trainer import BNHooks
@@ -72,6 +73,10 @@ class Trainer(EvaluatesOnSuccess, BNHooks, DefaultTrainer):
         """
         super().train()
         return getattr(self, "_last_eval_results", {})
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        return name_layers(super().build_model(cfg), cfg.SOLVER.SYNC_BN_TIMEOUT)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:

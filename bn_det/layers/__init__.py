@@ -10,6 +10,7 @@ from .fuse import fuse
 from .l1_batch_norm import L1BatchNorm2d
 from .levels import PerLevel, forward_levels
 from .moments import Moments
+from .names import name_layers
 from .norms import BASELINES, BATCH_NORMS, norm_factory
 from .roi_levels import RoILevelBatchNorm2d, roi_levels
 from .shuffle import shuffle, shuffled
@@ -48,6 +49,7 @@ __all__ = [
     "fuse",
     "ghost_groups",
     "image_sources",
+    "name_layers",
     "no_population_update",
     "norm_factory",
     "normalize_convolutions",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
-from weakref import WeakSet
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -15,16 +15,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import InputError, choose
-from .comm import Group, check_agreement, process_group
+from .comm import Group, process_group
 from .forward import Domain, Extension, Observation, Plan, batch_norm
 from .ghost import GHOST_ORDERS, ghost_batches
+from .meeting import TIMEOUT, Place, check_timeout
 from .renorm import RenormLimits
 
 STATISTICS = ("population", "batch")
 """What can normalize."""
 
-_AGREED: WeakSet[BatchNorm2d] = WeakSet()
-"""Layers whose ranks have been seen to agree; no state of a layer, which may be put back."""
+_made = itertools.count(1)
+"""Layers over processes."""
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -35,7 +36,8 @@ class BatchNorm2d(nn.BatchNorm2d):
     * by default, all samples of this process;
     * with ``group``, those of all its processes (SyncBN): exact whatever each of them holds, one
       of them nothing for example. Every process of the group has to call the layer, and to run the
-      backward pass, as often as the others. The first call also checks that they agree.
+      backward pass, as often as the others. Before each exchange they find out whether they do
+      (``timeout``).
     * with ``ghost_size``, that many samples (GhostBN: Hoffer et al., *Train longer, generalize
       better*, 2017), the remainder with the last ones. The EMA is updated once in a call, with
       the mean of the batches' statistics weighted by their samples.
@@ -54,6 +56,9 @@ class BatchNorm2d(nn.BatchNorm2d):
         num_features, eps, momentum, affine, track_running_stats: as in ``nn.BatchNorm2d``.
         group: None, "world", or a ProcessGroup that this process is in. In a run of one process
             "world" is this process.
+        timeout: seconds that a process waits for the others of its group before it ends with the
+            layer, the call and the ranks that did not come; 0 not to find out where they are. See
+            ``name_layers``.
         ghost_size: samples in a normalization batch, or None.
         ghost_order: which samples: "contiguous" ones, or "random" ones. For other groups see
             ``ghost_groups``.
@@ -71,14 +76,15 @@ class BatchNorm2d(nn.BatchNorm2d):
             (:func:`bn_det.freeze`).
         takes: the layer of torch whose shapes of input it takes, which the layer was that it has
             been made of (``convert_batchnorm``).
+        name: what messages call it, its name in a model (``name_layers``); may be empty.
 
     Shape:
         (N, C, H, W) to the same.
 
     Raises:
         InputError: an argument is not accepted; in training, a normalization batch has a single
-            value per channel; at the first call, the processes of the group disagree about the
-            layer.
+            value per channel; the processes of the group disagree about the layer.
+        RuntimeError: processes of the group are in different layers, or one does not come.
     """
 
     def __init__(
@@ -96,9 +102,11 @@ class BatchNorm2d(nn.BatchNorm2d):
         train_statistics: str = "batch",
         update_population: bool = True,
         renorm: tuple[float, float] | None = None,
+        timeout: float = TIMEOUT,
         **kwargs: Any,
     ) -> None:
         check_arguments(eps, momentum)
+        check_timeout("timeout", timeout)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **kwargs)
         if ghost_size is not None and ghost_size < 1:
             raise InputError(f"ghost_size: {ghost_size!r} is not accepted; use 1 or more, or None")
@@ -112,6 +120,10 @@ class BatchNorm2d(nn.BatchNorm2d):
         choose("train_statistics", train_statistics, STATISTICS)
         process_group(group)  # raises for what is no group
         self.group = group
+        self.timeout = timeout
+        self.name = ""
+        self._number = None if group is None else next(_made)
+        self._num_calls = 0
         self.ghost_size = ghost_size
         self.ghost_order = ghost_order
         self.eval_statistics = eval_statistics
@@ -152,8 +164,8 @@ class BatchNorm2d(nn.BatchNorm2d):
             how = {"ghost_size": self.ghost_size, "ghost_order": self.ghost_order}
             partition = partial(ghost_batches, **how, groups=groups)
         plan = Plan(domains, self.eps, by_batch, group, partition, self.renorm, *hooks)
-        if group is not None and plan.needs_batches and self not in _AGREED:
-            self._check_ranks(domains, group)
+        if group is not None and plan.needs_batches:
+            return plan._replace(place=self._next_place(domains))
         return plan
 
     @property
@@ -172,6 +184,10 @@ class BatchNorm2d(nn.BatchNorm2d):
         vars(self).setdefault("_observers", OrderedDict())
         vars(self).setdefault("frozen", False)
         vars(self).setdefault("takes", nn.BatchNorm2d)
+        vars(self).setdefault("timeout", TIMEOUT)
+        vars(self).setdefault("name", "")
+        vars(self).setdefault("_number", None)
+        vars(self).setdefault("_num_calls", 0)
 
     def register_extension(self, extend: Extension) -> RemovableHandle:
         """Have a function add to the normalization batches of each call, until it is removed.
@@ -211,14 +227,15 @@ class BatchNorm2d(nn.BatchNorm2d):
             choices += f", renorm={tuple(self.renorm)}"
         return choices
 
-    def _check_ranks(self, domains: Sequence[Domain], group: dist.ProcessGroup) -> None:
-        values = {
-            "num_features": self.num_features,
-            "dtype": str(domains[0].x.dtype),
-            "number of domains": len(domains),
-        }
-        check_agreement(type(self).__name__, values, group)
-        _AGREED.add(self)
+    def _next_place(self, domains: Sequence[Domain]) -> Place:
+        self._num_calls += 1
+        values = (
+            ("num_features", self.num_features),
+            ("dtype", str(domains[0].x.dtype)),
+            ("number of domains", len(domains)),
+        )
+        name, number = (self.name, None) if self.name else (type(self).__name__, self._number)
+        return Place(name, number, self._num_calls, values=values, timeout=self.timeout)
 
 
 def check_arguments(eps: float, momentum: float | None) -> None:

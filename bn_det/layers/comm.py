@@ -47,10 +47,17 @@ def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """From the same shape (*) on each rank to (number of ranks, *) on all, in one collective."""
     x = x.contiguous()
     gathered = x.new_empty(dist.get_world_size(group), x.numel())
+    gather_into(gathered.view(-1), x.view(-1), group)
+    return gathered.view(-1, *x.shape)
+
+
+def gather_into(
+    gathered: Tensor, x: Tensor, group: dist.ProcessGroup, async_op: bool = False
+) -> dist.Work | None:
+    """From (n,) on each rank to (number of ranks * n,) on all."""
     # torch 2.14 has another name for it, and warns of the old one.
     name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-    getattr(dist, name)(gathered.view(-1), x.view(-1), group=group)
-    return gathered.view(-1, *x.shape)
+    return getattr(dist, name)(gathered, x, group=group, async_op=async_op)
 
 
 def check_agreement(what: str, values: Mapping[str, object], group: dist.ProcessGroup) -> None:

@@ -86,6 +86,9 @@ def convert_batchnorm(
             parameter.grad = None  # an optimizer that still has it would go on by its momentum
         if was_frozen and is_batch_norm(layer) and not is_host_frozen(layer):
             freeze_statistics(layer)
+    for layer in made:
+        if isinstance(layer, BatchNorm2d):
+            layer.name = layers[layer]
     if of_hosts:  # as most backbones have: no warning
         logger.info("convert_batchnorm has left what is frozen: %s", ", ".join(of_hosts))
     if left:

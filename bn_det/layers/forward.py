@@ -21,6 +21,7 @@ from . import ema
 from .batch import Batch, check_size
 from .joint import joint_batch_norm
 from .kernels import normalize_one, one_launch
+from .meeting import Place, meet
 from .moments import Moments, Parts
 from .partition import Partition
 from .renorm import RenormLimits, correction, renormalized
@@ -66,6 +67,7 @@ class Plan(NamedTuple):
         renorm: the limits of batch renormalization, if any.
         extensions: what adds to the batches.
         observers: what is shown the batches.
+        place: with a group, where the ranks have to be.
     """
 
     domains: Sequence[Domain]
@@ -76,6 +78,7 @@ class Plan(NamedTuple):
     renorm: RenormLimits | None = None
     extensions: Sequence[Extension] = ()
     observers: Sequence[Observation] = ()
+    place: Place | None = None
 
     @property
     def needs_batches(self) -> bool:
@@ -221,8 +224,11 @@ def _are_alone(plan: Plan, partitions: Sequence[Partition]) -> bool:
 
 def _parts(plan: Plan, pieces: Sequence[_Piece]) -> tuple[Parts, list[int]]:
     """Moments of the pieces on all processes, with what extensions add; and their sizes."""
+    meeting = None if plan.group is None else meet(plan.place, plan.group)
     parts = Parts.of([piece.x for piece in pieces])
     sizes = [piece.x.numel() // piece.x.shape[1] for piece in pieces]
+    if meeting is not None:
+        meeting.wait()
     if plan.group is not None:
         parts = parts.all_gather(plan.group)
         sizes = parts.sizes(sizes)
@@ -313,6 +319,7 @@ def _by_batch(plan: Plan, pieces: Sequence[_Piece], merged: _Merged) -> list[Ten
         affine_of,
         plan.eps,
         plan.group,
+        plan.place,
     )
 
 

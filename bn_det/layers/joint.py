@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from . import kernels
+from .meeting import Place, meet
 from .moments import Moments
 
 
@@ -23,6 +24,7 @@ def joint_batch_norm(
     affine_of: Sequence[int],
     eps: float,
     group: dist.ProcessGroup | None = None,
+    place: Place | None = None,
 ) -> list[Tensor]:
     """Normalize each tensor by the statistics of the normalization batch that it is in.
 
@@ -40,6 +42,7 @@ def joint_batch_norm(
         group: the processes that batches have been merged over; every one of them has to run the
             backward pass, which is one collective. Gradients of weights and biases are those of
             this process's tensors, for DistributedDataParallel to average.
+        place: with a group, where the ranks have to be in the forward pass.
 
     Returns:
         For each tensor its normalized one, of the same shape, dtype and memory format.
@@ -54,7 +57,7 @@ def joint_batch_norm(
     anchor = None
     if group is not None:
         anchor = torch.zeros((), dtype=dtype, requires_grad=torch.is_grad_enabled())
-    call = _Call(tuple(batch_of), tuple(affine_of), len(weights), eps, group)
+    call = _Call(tuple(batch_of), tuple(affine_of), len(weights), eps, group, place)
     return list(_JointBatchNorm.apply(call, anchor, *batches, *xs, *affine))
 
 
@@ -66,6 +69,7 @@ class _Call(NamedTuple):
     num_affines: int
     eps: float
     group: dist.ProcessGroup | None
+    place: Place | None
 
     @property
     def num_tensors(self) -> int:
@@ -128,7 +132,12 @@ def _backward(call: _Call, needs_x: bool, *flat: Tensor | None) -> tuple[Tensor 
     batches, xs, dys = flat[:3], flat[3:num], flat[num + call.num_affines :]
     weights = flat[num : num + call.num_affines]
     pieces = dys, xs, batches, call.batch_of, weights, call.affine_of
+    meeting = None
+    if call.group is not None and call.place is not None:
+        meeting = meet(call.place._replace(stage="backward pass"), call.group)
     of_batches, of_affines = kernels.backward_sums(*pieces, call.eps)
+    if meeting is not None:
+        meeting.wait()
     if call.group is not None:
         dist.all_reduce(of_batches, group=call.group)
     dxs = [None] * len(xs)

@@ -57,7 +57,7 @@ class RoILevelBatchNorm2d(DomainBatchNorm2d):
         """Normalize x. Groups are not accepted."""
         if groups is not None:
             raise ValueError("groups: not accepted by a layer that normalizes by level")
-        rois = _ROIS.partition(x, self.num_domains)
+        rois = _ROIS.partition(x, self.num_domains, self.name)
         return rois.join(super().forward(rois.split(x)))
 
     @property

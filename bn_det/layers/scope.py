@@ -36,11 +36,12 @@ class DomainScope:
         finally:
             self._current.reset(token)
 
-    def partition(self, x: Tensor, num_domains: int) -> Partition:
+    def partition(self, x: Tensor, num_domains: int, layer: str = "") -> Partition:
         """The partition of a tensor's samples by their domains.
 
         Args:
             x: shape (N, *), the samples that have been named.
+            layer: the name of the one that asks, for messages.
 
         Raises:
             InputError: nothing is named, a domain is not one of 0 to ``num_domains`` - 1, or x has
@@ -56,8 +57,8 @@ class DomainScope:
         partition = named.partitions[key]
         if len(x) != sum(partition.sizes):
             raise InputError(
-                f"the {self.domain}s of {sum(partition.sizes)} {self.sample}s are named, and the "
-                f"layer got {len(x)} samples: they have to be those {self.sample}s"
+                f"the {self.domain}s of {sum(partition.sizes)} {self.sample}s are named, and "
+                f"{layer or 'the layer'} got {len(x)} samples: they have to be those {self.sample}s"
                 f"{self.where_not}"
             )
         return partition

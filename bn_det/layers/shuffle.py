@@ -18,11 +18,12 @@ from torch.autograd.function import FunctionCtx
 from torch.utils._pytree import tree_map_only
 
 from .comm import Group, all_gather, process_group, report_disagreement
+from .meeting import TIMEOUT, Place, check_timeout, meet
 
 Restore = Callable[[Tensor], Tensor]
 
 
-def shuffle(x: Tensor, group: Group = None) -> tuple[Tensor, Restore]:
+def shuffle(x: Tensor, group: Group = None, timeout: float = TIMEOUT) -> tuple[Tensor, Restore]:
     """Mix the samples of all ranks by one random permutation, and say how to undo it.
 
     The samples of all ranks in turn, permuted, are dealt out in equal shares; the first ranks have
@@ -45,6 +46,8 @@ def shuffle(x: Tensor, group: Group = None) -> tuple[Tensor, Restore]:
         x: shape (N, *) of any dtype; all but N the same on each rank.
         group: the processes that mix their samples: None or "world" for all, or a ProcessGroup,
             say of one machine.
+        timeout: seconds that a rank waits for the others before it ends with the ranks that did
+            not come; 0 not to find out whether all are here.
 
     Returns:
         The mixed samples, shape (N', *), and ``restore(y)``: from one tensor (N', ...) on each
@@ -55,15 +58,23 @@ def shuffle(x: Tensor, group: Group = None) -> tuple[Tensor, Restore]:
         InputError: on every rank, if ranks disagree in dtype or in the shape of a sample.
         ValueError: x has no dimension of samples, or more than eight dimensions; for ``restore``
             on every rank also if y on any has another number of samples than N'.
+        RuntimeError: ranks of the group are in different layers, or one does not come.
     """
+    check_timeout("timeout", timeout)
+    return _shuffle(x, group, Place("shuffle", timeout=timeout))
+
+
+def _shuffle(x: Tensor, group: Group, place: Place) -> tuple[Tensor, Restore]:
     resolved = process_group("world" if group is None else group)
     if resolved is None:
         return x, lambda y: y
     seed = int(torch.randint(2**63 - 1, (), device="cpu"))
+    _meet(place._replace(stage="shuffle"), resolved)
     held = _agree("shuffle", x, seed, resolved)
-    route, shares = _plan(held.counts, held.seed, x.device, resolved)
+    route, shares = _plan(held.counts, held.seed, x.device, resolved, place)
 
     def restore(y: Tensor) -> Tensor:
+        _meet(place._replace(stage="restore"), resolved)
         arrived = _agree("restore", y, 0, resolved)
         for rank, (count, share) in enumerate(zip(arrived.counts, shares, strict=True)):
             if count != share:
@@ -76,7 +87,12 @@ def shuffle(x: Tensor, group: Group = None) -> tuple[Tensor, Restore]:
     return _exchange(x, route, held.requires_grad), restore
 
 
-def shuffled(module: nn.Module, method: str = "forward", group: Group = None) -> nn.Module:
+def shuffled(
+    module: nn.Module,
+    method: str = "forward",
+    group: Group = None,
+    timeout: float = TIMEOUT,
+) -> nn.Module:
     """Let a method of a module work on shuffled samples while the module is in training mode.
 
     In place; the state dict is unchanged. See :func:`shuffle` for what each rank has to do.
@@ -85,7 +101,7 @@ def shuffled(module: nn.Module, method: str = "forward", group: Group = None) ->
         module: any.
         method: the name of a method whose first positional argument is a tensor (N, *), and that
             returns a tensor (N, ...) or a structure of such; other arguments are passed through.
-        group: as in :func:`shuffle`.
+        group, timeout: as in :func:`shuffle`.
 
     Returns:
         The module itself.
@@ -98,13 +114,19 @@ def shuffled(module: nn.Module, method: str = "forward", group: Group = None) ->
             f"method: {method!r} is not accepted; use a method of {type(module).__name__} that "
             "this module has not replaced already"
         )
-    setattr(module, method, _Shuffled(module, method, group))
+    check_timeout("timeout", timeout)
+    setattr(module, method, _Shuffled(module, method, group, timeout))
     return module
 
 
 def is_shuffled(module: nn.Module) -> bool:
     """Whether a method of this module itself works on shuffled samples."""
-    return any(isinstance(value, _Shuffled) for value in vars(module).values())
+    return bool(shuffled_methods(module))
+
+
+def shuffled_methods(module: nn.Module) -> list[_Shuffled]:
+    """The methods of this module itself that work on shuffled samples."""
+    return [value for value in vars(module).values() if isinstance(value, _Shuffled)]
 
 
 class _Shuffled:
@@ -113,19 +135,31 @@ class _Shuffled:
     A closure over the module would have a deep copy call the original.
     """
 
-    def __init__(self, module: nn.Module, method: str, group: Group) -> None:
-        self.module, self.method, self.group = module, method, group
+    def __init__(self, module: nn.Module, method: str, group: Group, timeout: float) -> None:
+        self.module, self.method, self.group, self.timeout = module, method, group, timeout
+        self.name, self.num_calls = "", 0
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         method = getattr(type(self.module), self.method)
         if not self.module.training:
             return method(self.module, x, *args, **kwargs)
-        x, restore = shuffle(x, self.group)
+        self.num_calls += 1
+        place = Place(self.name or "shuffled", call=self.num_calls, timeout=self.timeout)
+        x, restore = _shuffle(x, self.group, place)
         return tree_map_only(Tensor, restore, method(self.module, x, *args, **kwargs))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Shuffled:
         # A process group cannot be copied, and the copy means the same processes.
-        return _Shuffled(copy.deepcopy(self.module, memo), self.method, self.group)
+        module = copy.deepcopy(self.module, memo)
+        copied = _Shuffled(module, self.method, self.group, self.timeout)
+        copied.name, copied.num_calls = self.name, self.num_calls
+        return copied
+
+
+def _meet(place: Place, group: dist.ProcessGroup) -> None:
+    meeting = meet(place, group)
+    if meeting is not None:
+        meeting.wait()
 
 
 _MAX_DIMS = 8
@@ -176,6 +210,7 @@ class _Route(NamedTuple):
         arrival: for each place of the result the index among those that stay, then those that are
             received, by source; (N',).
         receive_counts: how many come from each rank, none from itself.
+        place: where the ranks are that go this way.
     """
 
     departure: Tensor
@@ -183,6 +218,7 @@ class _Route(NamedTuple):
     arrival: Tensor
     receive_counts: list[int]
     group: dist.ProcessGroup
+    place: Place
 
     def reversed(self) -> _Route:
         return _Route(
@@ -191,11 +227,12 @@ class _Route(NamedTuple):
             self.departure.argsort(),
             self.send_counts,
             self.group,
+            self.place,
         )
 
 
 def _plan(
-    counts: list[int], seed: int, device: torch.device, group: dist.ProcessGroup
+    counts: list[int], seed: int, device: torch.device, group: dist.ProcessGroup, place: Place
 ) -> tuple[_Route, list[int]]:
     """This rank's route, and how many samples each rank has at the end.
 
@@ -217,6 +254,7 @@ def _plan(
         order.argsort().to(device),
         receive_counts,
         group,
+        place,
     )
     return route, shares
 
@@ -263,7 +301,9 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        return _Exchange.apply(grad, ctx.route.reversed()), None
+        route = ctx.route.reversed()
+        _meet(route.place._replace(stage="backward pass"), route.group)
+        return _Exchange.apply(grad, route), None
 
 
 def _bytes(x: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ class SourceBatchNorm2d(DomainBatchNorm2d):
             raise ValueError("groups: not accepted by a layer that normalizes by source")
         levels = [xs] if self.num_levels is None else xs
         self._check_levels(levels)
-        images = [_IMAGES.partition(x, self.num_sources) for x in levels]
+        images = [_IMAGES.partition(x, self.num_sources, self.name) for x in levels]
         parts = [of_level.split(x) for of_level, x in zip(images, levels, strict=True)]
         # Source by source, as batch_of and population_of count the domains.
         ys = super().forward([part for of_source in zip(*parts, strict=True) for part in of_source])

@@ -24,6 +24,7 @@ from ..config.parts import NF_BACKBONES, convert_resnet, part_norm
 from ..layers import (
     BATCH_NORMS,
     convert_batchnorm,
+    name_layers,
     normalize_convolutions,
     normalize_pyramid,
 )
@@ -53,7 +54,7 @@ def build_model(cfg: CfgNode) -> RetinaNet | GeneralizedRCNN:
     )
     is_rcnn = cfg.MODEL.META_ARCHITECTURE in RCNNS
     model = (_build_rcnn if is_rcnn else _build_retinanet)(cfg, transform)
-    return model.to(cfg.MODEL.DEVICE)
+    return name_layers(model.to(cfg.MODEL.DEVICE), cfg.SOLVER.SYNC_BN_TIMEOUT)
 
 
 def _build_rcnn(cfg: CfgNode, transform: nn.Module) -> GeneralizedRCNN:

@@ -1,0 +1,223 @@
+"""Before processes exchange statistics or samples, they find out that they are at the same place.
+
+Otherwise two ranks that are in different layers would mix what they have, or wait for one that
+never comes. So each exchange begins with a small one, of where each rank is: in a process group of
+its own, over gloo, while the device computes what is to be exchanged.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections import Counter
+from contextlib import suppress
+from datetime import timedelta
+from functools import lru_cache
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+
+from ..errors import InputError
+from .comm import gather_into, report_disagreement
+
+TIMEOUT = 300.0
+"""Seconds that a rank waits for the others, by default."""
+
+_POLL_S = 1.0
+_WITHOUT = ("fake", "threaded")
+"""Backends whose ranks are in one process, or nowhere."""
+
+
+class Place(NamedTuple):
+    """Where a rank is when it exchanges something.
+
+    Attributes:
+        name: of the layer, in the model or of its kind.
+        number: of those without a name in the model, how many were made before; else None.
+        call: how often the layer has been called.
+        stage: of a call.
+        values: what has to be the same on all ranks, as pairs of a name and a value.
+        timeout: seconds; 0 not to find out anything.
+    """
+
+    name: str
+    number: int | None = None
+    call: int = 0
+    stage: str = "forward pass"
+    values: tuple[tuple[str, object], ...] = ()
+    timeout: float = TIMEOUT
+
+    def __str__(self) -> str:
+        number = "" if self.number is None else f" number {self.number} (see bn_det.name_layers)"
+        return f"{self.name}{number}, call {self.call}, {self.stage}"
+
+
+def check_timeout(name: str, timeout: float) -> None:
+    """Raise InputError unless a rank can wait that long."""
+    if not 0 <= timeout < float("inf"):
+        raise InputError(
+            f"{name}: {timeout!r} is not accepted; use seconds, or 0.0 to wait as long as the "
+            "process group does, and to take every rank to be in the same layer"
+        )
+
+
+def meet(place: Place, group: dist.ProcessGroup) -> Meeting | None:
+    """Begin to find out whether all ranks of a group are at one place; None for not to."""
+    if not place.timeout or dist.get_backend(group) in _WITHOUT:
+        return None
+    if group not in _watches:
+        _watches[group] = _Watch(group, place)
+    return Meeting(place, _watches[group])
+
+
+_watches: WeakKeyDictionary[dist.ProcessGroup, _Watch] = WeakKeyDictionary()
+_num_watches: Counter[tuple[int, ...]] = Counter()
+"""Made so far, by their ranks."""
+
+
+class _Watch:
+    """What the ranks of a group find out with where they are.
+
+    Attributes:
+        group: the same ranks, over gloo.
+        number: of meetings so far.
+        last: where all ranks have been together.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, place: Place) -> None:
+        ranks = tuple(dist.get_process_group_ranks(group))
+        _num_watches[ranks] += 1
+        name = f"bn_det/meeting/{','.join(map(str, ranks))}/{_num_watches[ranks]}"
+        self._store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
+        self.rank, self.num_ranks = dist.get_rank(group), len(ranks)
+        self.number = 0
+        self.last: Place | None = None
+        self._assemble(place)
+        # Longer than any of its work is waited for: this file says what is missing, not gloo.
+        longest = timedelta(seconds=2 * place.timeout + 60)
+        self.group = dist.new_group(ranks, longest, "gloo", use_local_synchronization=True)
+
+    def _assemble(self, place: Place) -> None:
+        """Wait for all ranks, before there is a group to do it in."""
+        begin = time.monotonic()
+        self.say_that_this_came()
+        while len(self._came()) < self.num_ranks:
+            self.raise_if_told()
+            if time.monotonic() - begin > place.timeout:
+                self.give_up(place)
+            time.sleep(_POLL_S / 50)
+
+    def say_that_this_came(self) -> None:
+        """To the meeting that is now."""
+        self._store.set(self._key("came", self.rank), "")
+
+    def raise_if_told(self) -> None:
+        """Raise what a rank has told the others, once all who wait have read it."""
+        if not self._store.check([self._key("failed")]):
+            return
+        message = self._store.get(self._key("failed")).decode()
+        self._store.set(self._key("read", self.rank), "")
+        end = time.monotonic() + 5 * _POLL_S
+        keys = [self._key("read", rank) for rank in self._came()]
+        while not self._store.check(keys) and time.monotonic() < end:
+            time.sleep(_POLL_S / 50)
+        raise RuntimeError(message)
+
+    def give_up(self, place: Place) -> None:
+        """Tell those who wait which ranks have not come, and raise it; nothing if all have."""
+        time.sleep(1.5 * _POLL_S)  # whoever has come by now has said so
+        missing = sorted(set(range(self.num_ranks)) - set(self._came()))
+        if missing:
+            message = (
+                f"rank(s) {', '.join(map(str, missing))} of the group did not come to {place} in "
+                f"{place.timeout:g} s{self.said_of_last()}. Every rank has to call every layer "
+                "that normalizes over processes, one without samples included "
+                "(SOLVER.SYNC_BN_TIMEOUT)"
+            )
+            self._store.compare_set(self._key("failed"), "", message)
+        self.raise_if_told()
+
+    def said_of_last(self) -> str:
+        return f"; all were last together in {self.last}" if self.last else ""
+
+    def _came(self) -> list[int]:
+        ranks = range(self.num_ranks)
+        return [rank for rank in ranks if self._store.check([self._key("came", rank)])]
+
+    def _key(self, what: str, rank: int | None = None) -> str:
+        return f"{self.number}/{what}" + ("" if rank is None else f"/{rank}")
+
+
+class Meeting:
+    """All ranks of a group are to say where they are; begun when it is made."""
+
+    def __init__(self, place: Place, watch: _Watch) -> None:
+        self._place, self._watch = place, watch
+        watch.number += 1
+        self._mine = torch.tensor(_header(place), dtype=torch.int64)
+        self._places = self._mine.new_empty(watch.num_ranks, len(self._mine))
+        self._begin = time.monotonic()
+        self._work = gather_into(self._places.view(-1), self._mine, watch.group, async_op=True)
+
+    def wait(self) -> None:
+        """Wait for all ranks.
+
+        Raises:
+            InputError: on every rank, they are in the same layer, but not with the same values.
+            RuntimeError: on every rank, they are in different ones; on every rank that has come,
+                one has not.
+        """
+        is_known = False
+        while not self._has_ended():
+            if not is_known:
+                self._watch.say_that_this_came()
+                is_known = True
+            self._watch.raise_if_told()
+            if time.monotonic() - self._begin > self._place.timeout:
+                self._watch.give_up(self._place)
+        if not (self._places == self._mine).all():
+            self._report_places()
+        self._watch.last = self._place
+
+    def _has_ended(self) -> bool:
+        """Wait a little; whether it has ended since."""
+        try:
+            self._work.wait(timedelta(seconds=min(_POLL_S, self._place.timeout)))
+        except RuntimeError as e:
+            if not self._work.is_completed():
+                return False
+            # A rank has ended, and with it its connections; the store, too, if it was the first.
+            with suppress(dist.DistError):
+                self._watch.raise_if_told()
+            raise RuntimeError(f"a rank has ended while this one was in {self._place}: {e}") from e
+        return True
+
+    def _report_places(self) -> None:
+        """Raise on every rank what is not the same on all."""
+        places: list[Place] = [self._place] * self._watch.num_ranks
+        dist.all_gather_object(places, self._place, group=self._watch.group)
+        if len({place.name for place in places}) == 1:
+            report_disagreement(places[0].name, [dict(place.values) for place in places])
+        ranks: dict[str, list[str]] = {}
+        for rank, place in enumerate(places):
+            ranks.setdefault(str(place), []).append(str(rank))
+        where = "; ".join(f"rank(s) {', '.join(of)} in {place}" for place, of in ranks.items())
+        raise RuntimeError(
+            "ranks of the group are in different layers that exchange something: "
+            f"{where}{self._watch.said_of_last()}"
+        )
+
+
+@lru_cache(maxsize=4096)
+def _digest(what: tuple) -> int:
+    return zlib.crc32(repr(what).encode())
+
+
+def _header(place: Place) -> list[int]:
+    return [
+        _digest((place.name, place.number, place.stage)),
+        place.call,
+        _digest(place.values),
+    ]
