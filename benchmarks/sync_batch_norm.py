@@ -5,6 +5,9 @@ Forward plus backward of the two towers (convolution, norm, ReLU) over the level
 several processes, with the statistics of each level taken over all of them. The baseline calls one
 synchronizing layer for each level: on CPU processes Detectron2's NaiveSyncBatchNorm (without
 Detectron2 the same algorithm, written below), on GPUs torch.nn.SyncBatchNorm.
+
+And a training step of a RetinaNet with ResNet-50-FPN, all of its BatchNorm over the processes: how
+much longer it takes as they find out before each exchange whether they are in the same layer.
 """
 
 from __future__ import annotations
@@ -24,8 +27,9 @@ import torch.multiprocessing as mp
 from fvcore.nn.distributed import differentiable_all_reduce
 from tabulate import tabulate
 from torch import Tensor, nn
+from torchvision.models.detection import retinanet_resnet50_fpn
 
-from bn_det import DomainBatchNorm2d
+from bn_det import BatchNorm2d, DomainBatchNorm2d, convert_batchnorm, name_layers
 from bn_det.layers import PerLevel
 from counting import collectives
 from pyramid import Tower
@@ -96,8 +100,9 @@ def measure(rank: int, args: argparse.Namespace, store: str, output: str) -> Non
     )
     times = {name: time_form(partial(run, name), args.rounds) for name in forms}
     counts = {name: collectives(partial(run, name)) for name in forms}
+    result = time_step(device, args)
     if rank == 0:
-        result = {
+        result |= {
             "baseline": layer.__name__,
             "world_size": args.world_size,
             "ours_ms": times["ours"],
@@ -112,10 +117,34 @@ def measure(rank: int, args: argparse.Namespace, store: str, output: str) -> Non
     dist.destroy_process_group()
 
 
-def time_form(run: Callable[[], object], rounds: int) -> float:
+def time_step(device: str, args: argparse.Namespace) -> dict[str, float]:
+    """Of steps with and without meetings, by turns."""
+    model = retinanet_resnet50_fpn(
+        weights=None, weights_backbone=None, min_size=args.size, max_size=args.size
+    )
+    convert_batchnorm(model, partial(BatchNorm2d, group="world")).to(device).train()
+    images = list(torch.rand(args.batch, 3, args.size, args.size, device=device))
+    boxes = torch.tensor([[10.0, 10.0, 60.0, 60.0]], device=device)
+    targets = [{"boxes": boxes, "labels": torch.tensor([1], device=device)}] * args.batch
+
+    def step(timeout: float) -> None:
+        name_layers(model, timeout)
+        sum(model(images, targets).values()).backward()
+        model.zero_grad()
+
+    turns = [[time_form(partial(step, s), 1, 0) for s in (300.0, 0.0)] for _ in range(args.rounds)]
+    with_meetings, without = zip(*turns[2:], strict=True)
+    return {
+        "step_ms": statistics.median(with_meetings),
+        "step_without_meetings_ms": statistics.median(without),
+        "step_ratio": statistics.median(a / b for a, b in turns[2:]),
+    }
+
+
+def time_form(run: Callable[[], object], rounds: int, warm_up: int = 5) -> float:
     """Median milliseconds of a round in which all processes begin together."""
     times = []
-    for k in range(rounds + 5):
+    for k in range(rounds + warm_up):
         dist.barrier()
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
@@ -123,7 +152,7 @@ def time_form(run: Callable[[], object], rounds: int) -> float:
         run()
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        if k >= 5:
+        if k >= warm_up:
             times.append(1e3 * (time.perf_counter() - start))
     return statistics.median(times)
 
