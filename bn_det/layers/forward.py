@@ -228,9 +228,7 @@ def _parts(plan: Plan, pieces: Sequence[_Piece]) -> tuple[Parts, list[int]]:
     parts = Parts.of([piece.x for piece in pieces])
     sizes = [piece.x.numel() // piece.x.shape[1] for piece in pieces]
     if meeting is not None:
-        meeting.wait()
-    if plan.group is not None:
-        parts = parts.all_gather(plan.group)
+        parts = parts.all_gather(plan.group, meeting)
         sizes = parts.sizes(sizes)
     if not plan.extensions:
         return parts, sizes

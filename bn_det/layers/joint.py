@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -133,13 +134,13 @@ def _backward(call: _Call, needs_x: bool, *flat: Tensor | None) -> tuple[Tensor 
     weights = flat[num : num + call.num_affines]
     pieces = dys, xs, batches, call.batch_of, weights, call.affine_of
     meeting = None
-    if call.group is not None and call.place is not None:
-        meeting = meet(call.place._replace(stage="backward pass"), call.group)
+    if call.group is not None:
+        place = call.place and call.place._replace(stage="backward pass")
+        meeting = meet(place, call.group)
     of_batches, of_affines = kernels.backward_sums(*pieces, call.eps)
     if meeting is not None:
-        meeting.wait()
-    if call.group is not None:
-        dist.all_reduce(of_batches, group=call.group)
+        sum_up = partial(dist.all_reduce, of_batches, group=call.group)
+        meeting.exchange(lambda async_op: sum_up(async_op=async_op))
     dxs = [None] * len(xs)
     if needs_x:
         dxs = kernels.backward_inputs(*pieces, of_batches, call.eps)

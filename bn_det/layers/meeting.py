@@ -1,8 +1,11 @@
 """Before processes exchange statistics or samples, they find out that they are at the same place.
 
 Otherwise two ranks that are in different layers would mix what they have, or wait for one that
-never comes. So each exchange begins with a small one, of where each rank is: in a process group of
-its own, over gloo, while the device computes what is to be exchanged.
+never comes. So they say where they are, in a process group of their own, over gloo; but not where
+each knows it: the ranks have been everywhere together, so all expect the same place next, which is
+where they went from the last two the time before. Who goes elsewhere says so, and does not exchange
+anything with those who wait there. Ranks that wait write where they are into torch's store, and
+look there after the others.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections import Counter
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache
@@ -49,6 +53,11 @@ class Place(NamedTuple):
     values: tuple[tuple[str, object], ...] = ()
     timeout: float = TIMEOUT
 
+    @property
+    def key(self) -> tuple[object, ...]:
+        """All but the call, of which ranks that have been everywhere together have as many."""
+        return self.name, self.number, self.stage, self.values
+
     def __str__(self) -> str:
         number = "" if self.number is None else f" number {self.number} (see bn_det.name_layers)"
         return f"{self.name}{number}, call {self.call}, {self.stage}"
@@ -63,13 +72,30 @@ def check_timeout(name: str, timeout: float) -> None:
         )
 
 
-def meet(place: Place, group: dist.ProcessGroup) -> Meeting | None:
-    """Begin to find out whether all ranks of a group are at one place; None for not to."""
-    if not place.timeout or dist.get_backend(group) in _WITHOUT:
-        return None
+def meet(place: Place | None, group: dist.ProcessGroup) -> Meeting:
+    """Begin to find out whether all ranks of a group are at one place."""
+    if place is None or not place.timeout or dist.get_backend(group) in _WITHOUT:
+        return Meeting()
     if group not in _watches:
         _watches[group] = _Watch(group, place)
-    return Meeting(place, _watches[group])
+    return _RealMeeting(place, _watches[group])
+
+
+class Meeting:
+    """Of ranks that take each other to be at the same place."""
+
+    def exchange(self, begin: Callable[[bool], dist.Work | None]) -> None:
+        """Run a collective and wait for it.
+
+        Args:
+            begin: begins it, with or without ``async_op``.
+
+        Raises:
+            InputError: on every rank, they are in the same layer, but not with the same values.
+            RuntimeError: on every rank, they are in different ones; on every rank that has come,
+                one has not.
+        """
+        begin(False)
 
 
 _watches: WeakKeyDictionary[dist.ProcessGroup, _Watch] = WeakKeyDictionary()
@@ -82,6 +108,8 @@ class _Watch:
 
     Attributes:
         group: the same ranks, over gloo.
+        is_polled: whether the ranks' own exchanges can be looked after, too: on a GPU the host does
+            not wait for them.
         number: of meetings so far.
         last: where all ranks have been together.
     """
@@ -92,8 +120,11 @@ class _Watch:
         name = f"bn_det/meeting/{','.join(map(str, ranks))}/{_num_watches[ranks]}"
         self._store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
         self.rank, self.num_ranks = dist.get_rank(group), len(ranks)
+        self.is_polled = dist.get_backend(group) == "gloo"
         self.number = 0
         self.last: Place | None = None
+        self._route: tuple[object, object] = (None, None)
+        self._next: dict[tuple[object, object], object] = {}
         self._assemble(place)
         # Longer than any of its work is waited for: this file says what is missing, not gloo.
         longest = timedelta(seconds=2 * place.timeout + 60)
@@ -102,18 +133,58 @@ class _Watch:
     def _assemble(self, place: Place) -> None:
         """Wait for all ranks, before there is a group to do it in."""
         begin = time.monotonic()
-        self.say_that_this_came()
+        self.say_that_this_came(place)
         while len(self._came()) < self.num_ranks:
-            self.raise_if_told()
+            self._raise_if_told()
             if time.monotonic() - begin > place.timeout:
                 self.give_up(place)
             time.sleep(_POLL_S / 50)
 
-    def say_that_this_came(self) -> None:
-        """To the meeting that is now."""
-        self._store.set(self._key("came", self.rank), "")
+    def expects(self, place: Place) -> bool:
+        """Whether it is where all ranks went the last time after the last two places."""
+        return self.is_polled and self._next.get(self._route) == place.key
 
-    def raise_if_told(self) -> None:
+    def have_met(self, place: Place) -> None:
+        self._next[self._route] = place.key
+        self._route = self._route[1], place.key
+        self.last = place
+
+    def say_that_this_came(self, place: Place) -> None:
+        """To those who wait for it in this meeting."""
+        self._store.set(self._key("came", self.rank), str(place))
+
+    def look(self, place: Place) -> None:
+        """Raise what a rank has told the others, or that one waits elsewhere."""
+        self._raise_if_told()
+        if any(where != str(place) for where in self._came().values()):
+            time.sleep(1.5 * _POLL_S)  # whoever has come by now has said so
+            self._tell(
+                "ranks of the group are in different layers that exchange something: "
+                + _said_of(self._came())
+            )
+
+    def give_up(self, place: Place) -> None:
+        """Tell those who wait which ranks have not come, and raise it; nothing if all have."""
+        time.sleep(1.5 * _POLL_S)
+        missing = sorted(set(range(self.num_ranks)) - set(self._came()))
+        if missing:
+            self._tell(
+                f"rank(s) {', '.join(map(str, missing))} of the group did not come to {place} in "
+                f"{place.timeout:g} s"
+            )
+
+    def said_of_last(self) -> str:
+        return f"; all were last together in {self.last}" if self.last else ""
+
+    def _tell(self, message: str) -> None:
+        message += (
+            f"{self.said_of_last()}. Every rank has to call every layer that normalizes over "
+            "processes, one without samples included (SOLVER.SYNC_BN_TIMEOUT)"
+        )
+        self._store.compare_set(self._key("failed"), "", message)
+        self._raise_if_told()
+
+    def _raise_if_told(self) -> None:
         """Raise what a rank has told the others, once all who wait have read it."""
         if not self._store.check([self._key("failed")]):
             return
@@ -125,72 +196,59 @@ class _Watch:
             time.sleep(_POLL_S / 50)
         raise RuntimeError(message)
 
-    def give_up(self, place: Place) -> None:
-        """Tell those who wait which ranks have not come, and raise it; nothing if all have."""
-        time.sleep(1.5 * _POLL_S)  # whoever has come by now has said so
-        missing = sorted(set(range(self.num_ranks)) - set(self._came()))
-        if missing:
-            message = (
-                f"rank(s) {', '.join(map(str, missing))} of the group did not come to {place} in "
-                f"{place.timeout:g} s{self.said_of_last()}. Every rank has to call every layer "
-                "that normalizes over processes, one without samples included "
-                "(SOLVER.SYNC_BN_TIMEOUT)"
-            )
-            self._store.compare_set(self._key("failed"), "", message)
-        self.raise_if_told()
-
-    def said_of_last(self) -> str:
-        return f"; all were last together in {self.last}" if self.last else ""
-
-    def _came(self) -> list[int]:
-        ranks = range(self.num_ranks)
-        return [rank for rank in ranks if self._store.check([self._key("came", rank)])]
+    def _came(self) -> dict[int, str]:
+        """Of the ranks that have said so, where they are."""
+        keys = {rank: self._key("came", rank) for rank in range(self.num_ranks)}
+        came = {rank: key for rank, key in keys.items() if self._store.check([key])}
+        return {rank: self._store.get(key).decode() for rank, key in came.items()}
 
     def _key(self, what: str, rank: int | None = None) -> str:
         return f"{self.number}/{what}" + ("" if rank is None else f"/{rank}")
 
 
-class Meeting:
-    """All ranks of a group are to say where they are; begun when it is made."""
+class _RealMeeting(Meeting):
+    """Of ranks that find out where they are. It begins when it is made."""
 
     def __init__(self, place: Place, watch: _Watch) -> None:
         self._place, self._watch = place, watch
         watch.number += 1
-        self._mine = torch.tensor(_header(place), dtype=torch.int64)
-        self._places = self._mine.new_empty(watch.num_ranks, len(self._mine))
-        self._begin = time.monotonic()
-        self._work = gather_into(self._places.view(-1), self._mine, watch.group, async_op=True)
+        self._work = None
+        if not watch.expects(place):
+            self._mine = torch.tensor(_header(place), dtype=torch.int64)
+            self._places = self._mine.new_empty(watch.num_ranks, len(self._mine))
+            flat = self._places.view(-1)
+            self._work = gather_into(flat, self._mine, watch.group, async_op=True)
 
-    def wait(self) -> None:
-        """Wait for all ranks.
+    def exchange(self, begin: Callable[[bool], dist.Work | None]) -> None:
+        if self._work is not None:
+            self._wait_for(self._work)
+            if not (self._places == self._mine).all():
+                self._report_places()
+        work = begin(self._watch.is_polled)
+        if self._watch.is_polled:
+            self._wait_for(work)
+        self._watch.have_met(self._place)
 
-        Raises:
-            InputError: on every rank, they are in the same layer, but not with the same values.
-            RuntimeError: on every rank, they are in different ones; on every rank that has come,
-                one has not.
-        """
-        is_known = False
-        while not self._has_ended():
+    def _wait_for(self, work: dist.Work) -> None:
+        begin, is_known = time.monotonic(), False
+        while not self._has_ended(work):
             if not is_known:
-                self._watch.say_that_this_came()
+                self._watch.say_that_this_came(self._place)
                 is_known = True
-            self._watch.raise_if_told()
-            if time.monotonic() - self._begin > self._place.timeout:
+            self._watch.look(self._place)
+            if time.monotonic() - begin > self._place.timeout:
                 self._watch.give_up(self._place)
-        if not (self._places == self._mine).all():
-            self._report_places()
-        self._watch.last = self._place
 
-    def _has_ended(self) -> bool:
+    def _has_ended(self, work: dist.Work) -> bool:
         """Wait a little; whether it has ended since."""
         try:
-            self._work.wait(timedelta(seconds=min(_POLL_S, self._place.timeout)))
+            work.wait(timedelta(seconds=min(_POLL_S, self._place.timeout)))
         except RuntimeError as e:
-            if not self._work.is_completed():
+            if not work.is_completed():
                 return False
             # A rank has ended, and with it its connections; the store, too, if it was the first.
             with suppress(dist.DistError):
-                self._watch.raise_if_told()
+                self._watch.look(self._place)
             raise RuntimeError(f"a rank has ended while this one was in {self._place}: {e}") from e
         return True
 
@@ -200,14 +258,17 @@ class Meeting:
         dist.all_gather_object(places, self._place, group=self._watch.group)
         if len({place.name for place in places}) == 1:
             report_disagreement(places[0].name, [dict(place.values) for place in places])
-        ranks: dict[str, list[str]] = {}
-        for rank, place in enumerate(places):
-            ranks.setdefault(str(place), []).append(str(rank))
-        where = "; ".join(f"rank(s) {', '.join(of)} in {place}" for place, of in ranks.items())
         raise RuntimeError(
             "ranks of the group are in different layers that exchange something: "
-            f"{where}{self._watch.said_of_last()}"
+            f"{_said_of(dict(enumerate(map(str, places))))}{self._watch.said_of_last()}"
         )
+
+
+def _said_of(places: Mapping[int, str]) -> str:
+    ranks: dict[str, list[str]] = {}
+    for rank, place in sorted(places.items()):
+        ranks.setdefault(place, []).append(str(rank))
+    return "; ".join(f"rank(s) {', '.join(of)} in {place}" for place, of in ranks.items())
 
 
 @lru_cache(maxsize=4096)

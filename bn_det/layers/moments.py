@@ -11,7 +11,8 @@ from torch import Tensor
 
 from . import kernels
 from .aten_kernels import merged_rows
-from .comm import all_gather
+from .comm import gather_into
+from .meeting import Meeting
 
 
 class Moments(NamedTuple):
@@ -103,13 +104,20 @@ class Parts(NamedTuple):
         """Of tensors whose moments are known."""
         return cls(Moments.stack(rows), tuple(range(len(rows))))
 
-    def all_gather(self, group: dist.ProcessGroup) -> Parts:
+    def all_gather(self, group: dist.ProcessGroup, meeting: Meeting) -> Parts:
         """Those of all ranks of a group, in one collective.
 
         There are as many tensors on every rank, with the same number of channels; any may be empty.
         What merges from them is the same on every rank, to the bit.
+
+        Args:
+            meeting: that of the ranks.
         """
-        return self._replace(gathered=all_gather(kernels.pack(self.moments, self.firsts), group))
+        packed = kernels.pack(self.moments, self.firsts)
+        gathered = packed.new_empty(dist.get_world_size(group), *packed.shape)
+        whole, own = gathered.view(-1), packed.view(-1)
+        meeting.exchange(lambda async_op: gather_into(whole, own, group, async_op))
+        return self._replace(gathered=gathered)
 
     def merge(self, sets: Sequence[Sequence[int]]) -> Moments:
         """The moments of sets of the tensors, stacked.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.utils._pytree import tree_map_only
 
-from .comm import Group, all_gather, process_group, report_disagreement
+from .comm import Group, gather_into, process_group, report_disagreement
 from .meeting import TIMEOUT, Place, check_timeout, meet
 
 Restore = Callable[[Tensor], Tensor]
@@ -69,20 +70,19 @@ def _shuffle(x: Tensor, group: Group, place: Place) -> tuple[Tensor, Restore]:
     if resolved is None:
         return x, lambda y: y
     seed = int(torch.randint(2**63 - 1, (), device="cpu"))
-    _meet(place._replace(stage="shuffle"), resolved)
-    held = _agree("shuffle", x, seed, resolved)
-    route, shares = _plan(held.counts, held.seed, x.device, resolved, place)
+    held = _agree("shuffle", x, seed, place, resolved)
+    there = place._replace(stage="exchange")
+    route, shares = _plan(held.counts, held.seed, x.device, resolved, there)
 
     def restore(y: Tensor) -> Tensor:
-        _meet(place._replace(stage="restore"), resolved)
-        arrived = _agree("restore", y, 0, resolved)
+        arrived = _agree("restore", y, 0, place, resolved)
         for rank, (count, share) in enumerate(zip(arrived.counts, shares, strict=True)):
             if count != share:
                 raise ValueError(
                     f"restore: {count} samples on rank {rank} of the group, where the shuffled "
                     f"tensor had {share}"
                 )
-        return _exchange(y, route.reversed(), arrived.requires_grad)
+        return _exchange(y, route.reversed("exchange back"), arrived.requires_grad)
 
     return _exchange(x, route, held.requires_grad), restore
 
@@ -156,12 +156,6 @@ class _Shuffled:
         return copied
 
 
-def _meet(place: Place, group: dist.ProcessGroup) -> None:
-    meeting = meet(place, group)
-    if meeting is not None:
-        meeting.wait()
-
-
 _MAX_DIMS = 8
 _DTYPES = sorted({d for d in vars(torch).values() if isinstance(d, torch.dtype)}, key=str)
 
@@ -174,14 +168,17 @@ class _Held(NamedTuple):
     requires_grad: bool
 
 
-def _agree(what: str, x: Tensor, seed: int, group: dist.ProcessGroup) -> _Held:
+def _agree(what: str, x: Tensor, seed: int, place: Place, group: dist.ProcessGroup) -> _Held:
     """Gather what each rank holds; raise on every rank if it cannot be exchanged."""
     sizes = [*x.shape[:_MAX_DIMS], *[0] * (_MAX_DIMS - x.dim())]
     requires_grad = x.requires_grad and torch.is_grad_enabled()
     header = torch.tensor(
         [seed, requires_grad, _DTYPES.index(x.dtype), x.dim(), *sizes], device=x.device
     )
-    headers = all_gather(header, group).tolist()
+    headers = header.new_empty(dist.get_world_size(group), len(header))
+    gather = partial(gather_into, headers.view(-1), header, group)
+    meet(place._replace(stage=what), group).exchange(gather)
+    headers = headers.tolist()
     report_disagreement(
         what,
         [
@@ -220,14 +217,14 @@ class _Route(NamedTuple):
     group: dist.ProcessGroup
     place: Place
 
-    def reversed(self) -> _Route:
+    def reversed(self, stage: str) -> _Route:
         return _Route(
             self.arrival.argsort(),
             self.receive_counts,
             self.departure.argsort(),
             self.send_counts,
             self.group,
-            self.place,
+            self.place._replace(stage=stage),
         )
 
 
@@ -290,19 +287,15 @@ class _Exchange(torch.autograd.Function):
         there = x.new_empty(len(route.arrival), *x.shape[1:])
         torch.index_select(x, 0, route.departure[:staying], out=there[:staying])
         sent = x.index_select(0, route.departure[staying:]).contiguous()
-        dist.all_to_all_single(
-            _bytes(there[staying:]),
-            _bytes(sent),
-            route.receive_counts,
-            route.send_counts,
-            group=route.group,
-        )
+        send = partial(dist.all_to_all_single, _bytes(there[staying:]), _bytes(sent))
+        counts = route.receive_counts, route.send_counts
+        meeting = meet(route.place, route.group)
+        meeting.exchange(lambda async_op: send(*counts, group=route.group, async_op=async_op))
         return there.index_select(0, route.arrival)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        route = ctx.route.reversed()
-        _meet(route.place._replace(stage="backward pass"), route.group)
+        route = ctx.route.reversed(f"backward pass of {ctx.route.place.stage}")
         return _Exchange.apply(grad, route), None
 
 

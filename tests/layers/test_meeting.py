@@ -63,6 +63,42 @@ def test_layers_without_names_in_another_order():
     assert "rank(s) 1 in BatchNorm2d number 2" in messages[0]
 
 
+def off_a_known_way(rank):
+    """One rank waits where all have been before, and does not ask; the other goes elsewhere."""
+    model = make_model()
+    x = torch.randn(2, C, 3, 3)
+    for _ in range(4):
+        model(x)
+    before = [b.clone() for b in model.buffers()]
+    message, seconds = raised(lambda: model[rank](x))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
+    return message, seconds
+
+
+def test_a_rank_that_leaves_a_known_way():
+    for message, seconds in run_ranks(off_a_known_way, 2):
+        assert "different layers that exchange something: rank(s) 0 in 0, call 5" in message
+        assert "rank(s) 1 in 1, call 5, forward pass; all were last together in 1" in message
+        assert seconds < 30, "long before the time is up"
+
+
+def waits_on_a_known_way(rank):
+    model = make_model(timeout=3.0)
+    x = torch.randn(2, C, 3, 3)
+    for _ in range(4):
+        model(x)
+    if rank == 1:
+        time.sleep(9)
+        return None
+    return raised(lambda: model(x))[0]
+
+
+def test_a_rank_that_does_not_come_on_a_known_way():
+    first, _, last = run_ranks(waits_on_a_known_way, 3)
+    assert first == last
+    assert first.startswith("rank(s) 1 of the group did not come to 0, call 5, forward pass in 3 s")
+
+
 def one_pass_behind(rank):
     """A backward pass meets a forward pass."""
     model = make_model()
