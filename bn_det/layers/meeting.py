@@ -53,6 +53,9 @@ class Place(NamedTuple):
     values: tuple[tuple[str, object], ...] = ()
     timeout: float = TIMEOUT
 
+    def in_full(self) -> str:
+        return f"{self} ({', '.join(f'{name} {value}' for name, value in self.values)})"
+
     @property
     def key(self) -> tuple[object, ...]:
         """All but the call, of which ranks that have been everywhere together have as many."""
@@ -134,7 +137,8 @@ class _Watch:
         """Wait for all ranks, before there is a group to do it in."""
         begin = time.monotonic()
         self.say_that_this_came(place)
-        while len(self._came()) < self.num_ranks:
+        everyone = [self._key("came", rank) for rank in range(self.num_ranks)]
+        while not self._store.check(everyone):
             self._raise_if_told()
             if time.monotonic() - begin > place.timeout:
                 self.give_up(place)
@@ -151,12 +155,12 @@ class _Watch:
 
     def say_that_this_came(self, place: Place) -> None:
         """To those who wait for it in this meeting."""
-        self._store.set(self._key("came", self.rank), str(place))
+        self._store.set(self._key("came", self.rank), place.in_full())
 
     def look(self, place: Place) -> None:
         """Raise what a rank has told the others, or that one waits elsewhere."""
         self._raise_if_told()
-        if any(where != str(place) for where in self._came().values()):
+        if any(where != place.in_full() for where in self._came().values()):
             time.sleep(1.5 * _POLL_S)  # whoever has come by now has said so
             self._tell(
                 "ranks of the group are in different layers that exchange something: "

@@ -78,7 +78,8 @@ def off_a_known_way(rank):
 def test_a_rank_that_leaves_a_known_way():
     for message, seconds in run_ranks(off_a_known_way, 2):
         assert "different layers that exchange something: rank(s) 0 in 0, call 5" in message
-        assert "rank(s) 1 in 1, call 5, forward pass; all were last together in 1" in message
+        assert "rank(s) 1 in 1, call 5, forward pass (num_features 4, dtype torch" in message
+        assert "; all were last together in 1, call 4, forward pass" in message
         assert seconds < 30, "long before the time is up"
 
 
@@ -147,16 +148,27 @@ def test_a_rank_that_has_ended():
     assert seconds < 30
 
 
-def another_size(rank):
-    """After the first call, of which ranks were once sure: fewer domains."""
+def another_dtype(rank, num_calls):
     layer = make_model()[0]
-    layer(torch.randn(2, C, 3, 3))
+    for _ in range(num_calls):
+        layer(torch.randn(2, C, 3, 3))
     dtype = torch.float64 if rank else torch.float32
-    return raised(lambda: layer.to(dtype)(torch.randn(2, C, 3, 3, dtype=dtype)), InputError)[0]
+    error = InputError if num_calls == 1 else RuntimeError
+    return raised(lambda: layer.to(dtype)(torch.randn(2, C, 3, 3, dtype=dtype)), error)[0]
+
+
+def test_another_dtype_on_a_known_way():
+    for message in run_ranks(another_dtype, 2, 4):
+        assert (
+            "rank(s) 0 in 0, call 5, forward pass (num_features 4, dtype torch.float32" in message
+        )
+        assert (
+            "rank(s) 1 in 0, call 5, forward pass (num_features 4, dtype torch.float64" in message
+        )
 
 
 def test_another_dtype_after_the_first_call():
-    for message in run_ranks(another_size, 2):
+    for message in run_ranks(another_dtype, 2, 1):
         assert message == (
             "0: ranks of the group disagree: dtype is 'torch.float32' on rank 0 and "
             "'torch.float64' on rank 1"
