@@ -27,6 +27,7 @@ from ..commands.results import results_table
 from ..config.check import usable_device
 from ..data.coco import check_names
 from ..errors import InputError, nearest
+from ..layers import name_layers
 from .engine import Checkpointer, EvaluatesOnSuccess, readable_datasets, set_up_group_and_log
 
 NODES = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
@@ -155,7 +156,7 @@ def _dataset_names(cfg: DictConfig, split: str) -> list[str]:
 def _run(args: argparse.Namespace, loaded: _Loaded) -> None:
     cfg = loaded.cfg
     set_up_group_and_log(args, cfg, cfg.train.output_dir)
-    model = instantiate(cfg.model).to(cfg.train.device)
+    model = name_layers(instantiate(cfg.model).to(cfg.train.device))
     results = _evaluate(args, cfg, model) if args.eval_only else _train(args, cfg, model)
     if results and comm.is_main_process():
         print(results_table(results))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -18,14 +17,11 @@ from ..errors import InputError, choose
 from .comm import Group, process_group
 from .forward import Domain, Extension, Observation, Plan, batch_norm
 from .ghost import GHOST_ORDERS, ghost_batches
-from .meeting import TIMEOUT, Place, check_timeout
+from .meeting import TIMEOUT, Calls, Place, check_timeout
 from .renorm import RenormLimits
 
 STATISTICS = ("population", "batch")
 """What can normalize."""
-
-_made = itertools.count(1)
-"""Layers over processes."""
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -76,7 +72,7 @@ class BatchNorm2d(nn.BatchNorm2d):
             (:func:`bn_det.freeze`).
         takes: the layer of torch whose shapes of input it takes, which the layer was that it has
             been made of (``convert_batchnorm``).
-        name: what messages call it, its name in a model (``name_layers``); may be empty.
+        calls: its calls over processes, and its name in a model (``name_layers``).
 
     Shape:
         (N, C, H, W) to the same.
@@ -121,9 +117,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         process_group(group)  # raises for what is no group
         self.group = group
         self.timeout = timeout
-        self.name = ""
-        self._number = None if group is None else next(_made)
-        self._num_calls = 0
+        self.calls = Calls(is_counted=group is not None)
         self.ghost_size = ghost_size
         self.ghost_order = ghost_order
         self.eval_statistics = eval_statistics
@@ -185,9 +179,8 @@ class BatchNorm2d(nn.BatchNorm2d):
         vars(self).setdefault("frozen", False)
         vars(self).setdefault("takes", nn.BatchNorm2d)
         vars(self).setdefault("timeout", TIMEOUT)
-        vars(self).setdefault("name", "")
-        vars(self).setdefault("_number", None)
-        vars(self).setdefault("_num_calls", 0)
+        if "calls" not in vars(self):
+            self.calls = Calls(is_counted=self.group is not None)
 
     def register_extension(self, extend: Extension) -> RemovableHandle:
         """Have a function add to the normalization batches of each call, until it is removed.
@@ -227,15 +220,19 @@ class BatchNorm2d(nn.BatchNorm2d):
             choices += f", renorm={tuple(self.renorm)}"
         return choices
 
+    @property
+    def name(self) -> str:
+        """What messages call it: its name in a model, or ""."""
+        return self.calls.name
+
     def _next_place(self, domains: Sequence[Domain]) -> Place:
-        self._num_calls += 1
-        values = (
+        return self.calls.next(
+            type(self).__name__,
+            self.timeout,
             ("num_features", self.num_features),
             ("dtype", str(domains[0].x.dtype)),
             ("number of domains", len(domains)),
         )
-        name, number = (self.name, None) if self.name else (type(self).__name__, self._number)
-        return Place(name, number, self._num_calls, values=values, timeout=self.timeout)
 
 
 def check_arguments(eps: float, momentum: float | None) -> None:

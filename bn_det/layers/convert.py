@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
+from ..errors import InputError
 from .batch_norm import BatchNorm2d
 from .become import become, class_of, with_class
 from .domain_batch_norm import DomainBatchNorm2d, holders_of_domains
@@ -62,6 +63,7 @@ def convert_batchnorm(
         the module.
 
     Raises:
+        InputError: the new layer would be frozen.
         ValueError: an old layer has parameters or buffers that the new one has no place for, lacks
             some that the new one needs, or has different ones for domains that share them in the
             new one. Nothing is changed then.
@@ -72,6 +74,10 @@ def convert_batchnorm(
     made, left = {}, {}
     for layer, name in layers.items():
         new = None if (why := why_lazy(layer) or what_else(layer)) else make(layer.num_features)
+        if isinstance(new, FrozenBatchNorm):
+            raise InputError(
+                "convert_batchnorm: make: FrozenBatchNorm is not accepted; use bn_det.freeze"
+            )
         if new is not None:
             new = _taking_the_same(layer, new)
             why = _why_other_inputs(layer, new)
@@ -88,7 +94,7 @@ def convert_batchnorm(
             freeze_statistics(layer)
     for layer in made:
         if isinstance(layer, BatchNorm2d):
-            layer.name = layers[layer]
+            layer.calls.name = layers[layer]
     if of_hosts:  # as most backbones have: no warning
         logger.info("convert_batchnorm has left what is frozen: %s", ", ".join(of_hosts))
     if left:

@@ -139,8 +139,8 @@ def _backward(call: _Call, needs_x: bool, *flat: Tensor | None) -> tuple[Tensor 
         meeting = meet(place, call.group)
     of_batches, of_affines = kernels.backward_sums(*pieces, call.eps)
     if meeting is not None:
-        sum_up = partial(dist.all_reduce, of_batches, group=call.group)
-        meeting.exchange(lambda async_op: sum_up(async_op=async_op))
+        sum_up = partial(dist.all_reduce, of_batches, dist.ReduceOp.SUM)
+        meeting.exchange(sum_up)
     dxs = [None] * len(xs)
     if needs_x:
         dxs = kernels.backward_inputs(*pieces, of_batches, call.eps)

@@ -10,13 +10,14 @@ look there after the others.
 
 from __future__ import annotations
 
+import itertools
 import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -34,35 +35,68 @@ _WITHOUT = ("fake", "threaded")
 """Backends whose ranks are in one process, or nowhere."""
 
 
+_made = itertools.count(1)
+
+
+class Calls:
+    """The calls of a layer, or of something else by which ranks exchange something.
+
+    Attributes:
+        name: in the model; may be empty.
+        number: how many were made before, for telling those without a name apart; a copy is
+            another one. 0 for a layer that is not over processes when it is made.
+        count: of calls.
+    """
+
+    def __init__(self, name: str = "", is_counted: bool = True) -> None:
+        self.name, self.count = name, 0
+        self.number = next(_made) if is_counted else 0
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state)
+        self.number = next(_made) if self.number else 0
+
+    def next(self, kind: str, timeout: float, *values: tuple[str, object]) -> Place:
+        """Where a rank is in the next call."""
+        self.count += 1
+        return Place(self, kind, self.count, "forward pass", values, timeout)
+
+
 class Place(NamedTuple):
     """Where a rank is when it exchanges something.
 
     Attributes:
-        name: of the layer, in the model or of its kind.
-        number: of those without a name in the model, how many were made before; else None.
-        call: how often the layer has been called.
-        stage: of a call.
+        calls: those of the layer.
+        kind: of the layer, for one without a name.
+        call: which one.
+        stage: of the call.
         values: what has to be the same on all ranks, as pairs of a name and a value.
         timeout: seconds; 0 not to find out anything.
     """
 
-    name: str
-    number: int | None = None
-    call: int = 0
-    stage: str = "forward pass"
-    values: tuple[tuple[str, object], ...] = ()
-    timeout: float = TIMEOUT
+    calls: Calls
+    kind: str
+    call: int
+    stage: str
+    values: tuple[tuple[str, object], ...]
+    timeout: float
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """The same on all ranks that have been everywhere together, and go on so."""
+        number = None if self.calls.name else self.calls.number
+        age = self.calls.count - self.call  # backward passes need not be in the order of calls
+        return self.name, number, self.stage, age, self.values
+
+    @property
+    def name(self) -> str:
+        return self.calls.name or self.kind
 
     def in_full(self) -> str:
         return f"{self} ({', '.join(f'{name} {value}' for name, value in self.values)})"
 
-    @property
-    def key(self) -> tuple[object, ...]:
-        """All but the call, of which ranks that have been everywhere together have as many."""
-        return self.name, self.number, self.stage, self.values
-
     def __str__(self) -> str:
-        number = "" if self.number is None else f" number {self.number} (see bn_det.name_layers)"
+        number = "" if self.calls.name else f" number {self.calls.number} (see bn_det.name_layers)"
         return f"{self.name}{number}, call {self.call}, {self.stage}"
 
 
@@ -78,7 +112,7 @@ def check_timeout(name: str, timeout: float) -> None:
 def meet(place: Place | None, group: dist.ProcessGroup) -> Meeting:
     """Begin to find out whether all ranks of a group are at one place."""
     if place is None or not place.timeout or dist.get_backend(group) in _WITHOUT:
-        return Meeting()
+        return Meeting(group)
     if group not in _watches:
         _watches[group] = _Watch(group, place)
     return _RealMeeting(place, _watches[group])
@@ -87,18 +121,21 @@ def meet(place: Place | None, group: dist.ProcessGroup) -> Meeting:
 class Meeting:
     """Of ranks that take each other to be at the same place."""
 
-    def exchange(self, begin: Callable[[bool], dist.Work | None]) -> None:
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+
+    def exchange(self, begin: Callable[[dist.ProcessGroup, bool], dist.Work | None]) -> None:
         """Run a collective and wait for it.
 
         Args:
-            begin: begins it, with or without ``async_op``.
+            begin: begins it in a group, with or without ``async_op``.
 
         Raises:
             InputError: on every rank, they are in the same layer, but not with the same values.
             RuntimeError: on every rank, they are in different ones; on every rank that has come,
                 one has not.
         """
-        begin(False)
+        begin(self._group, False)
 
 
 _watches: WeakKeyDictionary[dist.ProcessGroup, _Watch] = WeakKeyDictionary()
@@ -111,9 +148,11 @@ class _Watch:
 
     Attributes:
         group: the same ranks, over gloo.
+        exchanging: the same, in which they exchange what they meet for.
         is_polled: whether the ranks' own exchanges can be looked after, too: on a GPU the host does
             not wait for them.
         number: of meetings so far.
+        failure: what has parted the ranks, after which nothing they exchange can be told apart.
         last: where all ranks have been together.
     """
 
@@ -128,10 +167,14 @@ class _Watch:
         self.last: Place | None = None
         self._route: tuple[object, object] = (None, None)
         self._next: dict[tuple[object, object], object] = {}
+        self.failure = ""
         self._assemble(place)
         # Longer than any of its work is waited for: this file says what is missing, not gloo.
-        longest = timedelta(seconds=2 * place.timeout + 60)
-        self.group = dist.new_group(ranks, longest, "gloo", use_local_synchronization=True)
+        longest = timedelta(days=1)
+        make = partial(dist.new_group, backend="gloo", use_local_synchronization=True)
+        self.group = make(ranks, longest)
+        # Not the group that is given, in which a rank may be at a collective of the user's.
+        self.exchanging = make(ranks, longest) if self.is_polled else group
 
     def _assemble(self, place: Place) -> None:
         """Wait for all ranks, before there is a group to do it in."""
@@ -178,13 +221,14 @@ class _Watch:
             )
 
     def said_of_last(self) -> str:
-        return f"; all were last together in {self.last}" if self.last else ""
+        last = f"; all were last together in {self.last}" if self.last else ""
+        return (
+            f"{last}. Every rank has to call every layer that normalizes over processes, one "
+            "without samples included (timeout: bn_det.name_layers, SOLVER.SYNC_BN_TIMEOUT)"
+        )
 
     def _tell(self, message: str) -> None:
-        message += (
-            f"{self.said_of_last()}. Every rank has to call every layer that normalizes over "
-            "processes, one without samples included (SOLVER.SYNC_BN_TIMEOUT)"
-        )
+        message += self.said_of_last()
         self._store.compare_set(self._key("failed"), "", message)
         self._raise_if_told()
 
@@ -198,6 +242,7 @@ class _Watch:
         keys = [self._key("read", rank) for rank in self._came()]
         while not self._store.check(keys) and time.monotonic() < end:
             time.sleep(_POLL_S / 50)
+        self.failure = message
         raise RuntimeError(message)
 
     def _came(self) -> dict[int, str]:
@@ -214,7 +259,10 @@ class _RealMeeting(Meeting):
     """Of ranks that find out where they are. It begins when it is made."""
 
     def __init__(self, place: Place, watch: _Watch) -> None:
+        super().__init__(watch.exchanging)
         self._place, self._watch = place, watch
+        if watch.failure:
+            raise RuntimeError(f"{place}: the ranks have parted before: {watch.failure}")
         watch.number += 1
         self._work = None
         if not watch.expects(place):
@@ -223,12 +271,12 @@ class _RealMeeting(Meeting):
             flat = self._places.view(-1)
             self._work = gather_into(flat, self._mine, watch.group, async_op=True)
 
-    def exchange(self, begin: Callable[[bool], dist.Work | None]) -> None:
+    def exchange(self, begin: Callable[[dist.ProcessGroup, bool], dist.Work | None]) -> None:
         if self._work is not None:
             self._wait_for(self._work)
             if not (self._places == self._mine).all():
                 self._report_places()
-        work = begin(self._watch.is_polled)
+        work = begin(self._group, self._watch.is_polled)
         if self._watch.is_polled:
             self._wait_for(work)
         self._watch.have_met(self._place)
@@ -253,18 +301,21 @@ class _RealMeeting(Meeting):
             # A rank has ended, and with it its connections; the store, too, if it was the first.
             with suppress(dist.DistError):
                 self._watch.look(self._place)
-            raise RuntimeError(f"a rank has ended while this one was in {self._place}: {e}") from e
+            self._watch.failure = f"a rank has ended while this one was in {self._place}: {e}"
+            raise RuntimeError(self._watch.failure) from e
         return True
 
     def _report_places(self) -> None:
         """Raise on every rank what is not the same on all."""
-        places: list[Place] = [self._place] * self._watch.num_ranks
-        dist.all_gather_object(places, self._place, group=self._watch.group)
-        if len({place.name for place in places}) == 1:
-            report_disagreement(places[0].name, [dict(place.values) for place in places])
+        mine = self._place.name, dict(self._place.values), str(self._place)
+        every = [mine] * self._watch.num_ranks
+        dist.all_gather_object(every, mine, group=self._watch.group)
+        names, values, places = zip(*every, strict=True)
+        if len(set(names)) == 1:
+            report_disagreement(names[0], list(values))
         raise RuntimeError(
             "ranks of the group are in different layers that exchange something: "
-            f"{_said_of(dict(enumerate(map(str, places))))}{self._watch.said_of_last()}"
+            f"{_said_of(dict(enumerate(places)))}{self._watch.said_of_last()}"
         )
 
 
@@ -281,8 +332,5 @@ def _digest(what: tuple) -> int:
 
 
 def _header(place: Place) -> list[int]:
-    return [
-        _digest((place.name, place.number, place.stage)),
-        place.call,
-        _digest(place.values),
-    ]
+    number = None if place.calls.name else place.calls.number
+    return [_digest((place.name, number, place.stage)), place.call, _digest(place.values)]

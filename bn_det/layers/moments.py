@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -116,7 +117,7 @@ class Parts(NamedTuple):
         packed = kernels.pack(self.moments, self.firsts)
         gathered = packed.new_empty(dist.get_world_size(group), *packed.shape)
         whole, own = gathered.view(-1), packed.view(-1)
-        meeting.exchange(lambda async_op: gather_into(whole, own, group, async_op))
+        meeting.exchange(partial(gather_into, whole, own))
         return self._replace(gathered=gathered)
 
     def merge(self, sets: Sequence[Sequence[int]]) -> Moments:

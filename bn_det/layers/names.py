@@ -14,7 +14,8 @@ def name_layers(model: nn.Module, timeout: float | None = None) -> nn.Module:
 
     By the names, processes find out whether they are in the same layer, and messages say which one
     it is. ``convert_batchnorm`` and the trainers of this package do it; layers that are built
-    otherwise go by their kind, and by how many were made before.
+    otherwise go by their kind, and by how many were made before. Two models that one process trains
+    by turns, a student and a teacher say, need other names: name the layers of a module of both.
 
     Args:
         timeout: seconds that a process waits for the others, for all layers over processes; None
@@ -31,6 +32,6 @@ def name_layers(model: nn.Module, timeout: float | None = None) -> nn.Module:
     for name, module in model.named_modules():
         layers = [module] if isinstance(module, BatchNorm2d) else []
         for layer in (*layers, *shuffled_methods(module)):
-            layer.name = name
+            layer.calls.name = name
             layer.timeout = layer.timeout if timeout is None else timeout
     return model

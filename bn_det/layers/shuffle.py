@@ -19,7 +19,7 @@ from torch.autograd.function import FunctionCtx
 from torch.utils._pytree import tree_map_only
 
 from .comm import Group, gather_into, process_group, report_disagreement
-from .meeting import TIMEOUT, Place, check_timeout, meet
+from .meeting import TIMEOUT, Calls, Place, check_timeout, meet
 
 Restore = Callable[[Tensor], Tensor]
 
@@ -62,7 +62,7 @@ def shuffle(x: Tensor, group: Group = None, timeout: float = TIMEOUT) -> tuple[T
         RuntimeError: ranks of the group are in different layers, or one does not come.
     """
     check_timeout("timeout", timeout)
-    return _shuffle(x, group, Place("shuffle", timeout=timeout))
+    return _shuffle(x, group, _SHUFFLES.next("shuffle", timeout))
 
 
 def _shuffle(x: Tensor, group: Group, place: Place) -> tuple[Tensor, Restore]:
@@ -137,25 +137,24 @@ class _Shuffled:
 
     def __init__(self, module: nn.Module, method: str, group: Group, timeout: float) -> None:
         self.module, self.method, self.group, self.timeout = module, method, group, timeout
-        self.name, self.num_calls = "", 0
+        self.calls = Calls()
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         method = getattr(type(self.module), self.method)
         if not self.module.training:
             return method(self.module, x, *args, **kwargs)
-        self.num_calls += 1
-        place = Place(self.name or "shuffled", call=self.num_calls, timeout=self.timeout)
-        x, restore = _shuffle(x, self.group, place)
+        x, restore = _shuffle(x, self.group, self.calls.next("shuffled", self.timeout))
         return tree_map_only(Tensor, restore, method(self.module, x, *args, **kwargs))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Shuffled:
         # A process group cannot be copied, and the copy means the same processes.
         module = copy.deepcopy(self.module, memo)
         copied = _Shuffled(module, self.method, self.group, self.timeout)
-        copied.name, copied.num_calls = self.name, self.num_calls
+        copied.calls = copy.deepcopy(self.calls)
         return copied
 
 
+_SHUFFLES = Calls("shuffle", is_counted=False)
 _MAX_DIMS = 8
 _DTYPES = sorted({d for d in vars(torch).values() if isinstance(d, torch.dtype)}, key=str)
 
@@ -176,7 +175,7 @@ def _agree(what: str, x: Tensor, seed: int, place: Place, group: dist.ProcessGro
         [seed, requires_grad, _DTYPES.index(x.dtype), x.dim(), *sizes], device=x.device
     )
     headers = header.new_empty(dist.get_world_size(group), len(header))
-    gather = partial(gather_into, headers.view(-1), header, group)
+    gather = partial(gather_into, headers.view(-1), header)
     meet(place._replace(stage=what), group).exchange(gather)
     headers = headers.tolist()
     report_disagreement(
@@ -290,7 +289,7 @@ class _Exchange(torch.autograd.Function):
         send = partial(dist.all_to_all_single, _bytes(there[staying:]), _bytes(sent))
         counts = route.receive_counts, route.send_counts
         meeting = meet(route.place, route.group)
-        meeting.exchange(lambda async_op: send(*counts, group=route.group, async_op=async_op))
+        meeting.exchange(partial(send, *counts))
         return there.index_select(0, route.arrival)
 
     @staticmethod

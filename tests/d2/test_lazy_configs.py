@@ -24,6 +24,7 @@ from bn_det.d2 import add_bn_det_config, register_datasets
 from bn_det.d2.hooks import HOOKS, build_precise_bn, build_virtual_batch
 from bn_det.d2.lazy import StepHooks
 from bn_det.d2.train import Trainer
+from bn_det.layers.meeting import Calls
 from bn_det.training.agc import AdaptiveGradientClipping
 from d2_models import make_batch
 from lazy_tool import run_as_the_tool_does, shrink
@@ -66,6 +67,8 @@ def plain(value):
     if isinstance(value, (int, float, str, type(None))):
         return value
     name = type(value).__name__
+    if isinstance(value, Calls):  # which have a name once the training begins
+        return name
     if isinstance(value, (torch.Tensor, nn.Module, FunctionType, MethodType, partial)):
         return name
     return name, plain(vars(value)) if hasattr(value, "__dict__") else repr(value)

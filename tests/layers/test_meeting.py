@@ -1,5 +1,6 @@
 """Ranks that are not in the same layer, or do not come, are told; statistics are never mixed."""
 
+import copy
 import time
 
 import pytest
@@ -46,7 +47,8 @@ def test_layers_in_another_order():
     assert messages[0] == (
         "ranks of the group are in different layers that exchange something: rank(s) 0 in 0, call "
         "2, forward pass; rank(s) 1, 2 in 1, call 2, forward pass; all were last together in 1, "
-        "call 1, forward pass"
+        "call 1, forward pass. Every rank has to call every layer that normalizes over processes, "
+        "one without samples included (timeout: bn_det.name_layers, SOLVER.SYNC_BN_TIMEOUT)"
     )
 
 
@@ -98,6 +100,85 @@ def test_a_rank_that_does_not_come_on_a_known_way():
     first, _, last = run_ranks(waits_on_a_known_way, 3)
     assert first == last
     assert first.startswith("rank(s) 1 of the group did not come to 0, call 5, forward pass in 3 s")
+
+
+def into_another_collective(rank):
+    """On a known way one rank goes to a collective of the user's, of as many numbers."""
+    layer = BatchNorm2d(2, group="world", timeout=3.0, momentum=1.0)
+    gathered = [torch.zeros(5, dtype=torch.float64) for _ in range(2)]
+    for _ in range(4):
+        layer(torch.randn(4, 2, 3, 3) + 10)
+    if rank == 0:
+        return raised(lambda: layer(torch.randn(4, 2, 3, 3)))[0], layer.running_mean.mean().item()
+    with pytest.raises(RuntimeError):  # as the other ends
+        dist.all_gather(gathered, torch.full((5,), 100.0, dtype=torch.float64))
+    return gathered
+
+
+def test_a_users_collective_gets_nothing_of_a_layer():
+    (message, mean), gathered = run_ranks(into_another_collective, 2)
+    assert message.startswith("rank(s) 1 of the group did not come to BatchNorm2d number 1")
+    assert 9 < mean < 11 and not torch.stack(gathered).any()
+
+
+def after_an_error(rank):
+    model = make_model()
+    x = torch.randn(2, C, 3, 3)
+    for _ in range(4):
+        model(x)
+    first, _ = raised(lambda: model[rank](x))
+    return first, raised(lambda: model(x))[0]
+
+
+def test_ranks_that_have_parted_do_not_go_on():
+    for first, second in run_ranks(after_an_error, 2):
+        assert second == f"0, call {second[8]}, forward pass: the ranks have parted before: {first}"
+
+
+def backward_in_another_order(rank):
+    """A layer that is called twice, and one rank's backward passes in the order of the calls."""
+    layer = BatchNorm2d(1, group="world")
+    for step in range(4):
+        losses = [
+            (layer(torch.randn(4, 1, 2, 2, requires_grad=True)) * (k + torch.rand(1))).sum()
+            for k in range(2)
+        ]
+        losses = losses if rank == 0 or step < 3 else losses[::-1]
+        if step < 3:
+            for loss in losses:
+                loss.backward()
+    return raised(lambda: [loss.backward() for loss in losses])[0]
+
+
+def test_backward_passes_in_another_order():
+    for message in run_ranks(backward_in_another_order, 2):
+        assert "rank(s) 0 in BatchNorm2d number 1 (see bn_det.name_layers), call 7" in message
+        assert "rank(s) 1 in BatchNorm2d number 1 (see bn_det.name_layers), call 8" in message
+
+
+def copies_in_another_order(rank):
+    layer = BatchNorm2d(C, group="world")
+    layers = [layer, copy.deepcopy(layer)]
+    return raised(lambda: layers[rank](torch.randn(2, C, 3, 3)))[0]
+
+
+def test_a_copy_is_another_layer():
+    for message in run_ranks(copies_in_another_order, 2):
+        assert "rank(s) 0 in BatchNorm2d number 1" in message
+        assert "rank(s) 1 in BatchNorm2d number 2" in message
+
+
+def restored_in_another_order(rank):
+    opened = [shuffle(torch.arange(2.0) + 10 * rank) for _ in range(2)]
+    first, last = opened if rank == 0 else opened[::-1]
+    return raised(lambda: [restore(x) for x, restore in (first, last)])[0]
+
+
+def test_shuffles_that_are_restored_in_another_order():
+    for message in run_ranks(restored_in_another_order, 2):
+        assert "rank(s) 0 in shuffle, call 1, restore; rank(s) 1 in shuffle, call 2, restore" in (
+            message
+        )
 
 
 def one_pass_behind(rank):
@@ -198,7 +279,7 @@ def shuffle_alone(rank):
 
 def test_a_shuffle_that_one_rank_skips():
     message, _ = run_ranks(shuffle_alone, 2)
-    assert message.startswith("rank(s) 1 of the group did not come to shuffle, call 0, shuffle in")
+    assert message.startswith("rank(s) 1 of the group did not come to shuffle, call 1, shuffle in")
 
 
 def in_a_group_of_two(rank):
