@@ -175,7 +175,10 @@ def _in_one(plan: Plan, domain: Domain) -> Tensor:
     # A weight of 0 does not keep an infinite variance out, so evaluation gives no buffers.
     # Training does in any case: a recomputation has to save what the first pass saved.
     is_tracked = ema.tracks(population)
-    running = (population.running_mean, population.running_var) if is_tracked else (None, None)
+    # Without their versions: what it saves of them its backward pass does not read, and another
+    # call of the layer may update them before.
+    buffers = population.running_mean, population.running_var
+    running = tuple(buffer.data for buffer in buffers) if is_tracked else (None, None)
     momentum = ema.count_batch(population) if is_tracked else 0.0
     return F.batch_norm(x, *running, affine.weight, affine.bias, True, momentum, plan.eps)
 

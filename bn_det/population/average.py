@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, choose
 from ..layers.comm import Group, all_gather, check_agreement, process_group
+from ..layers.freeze import is_frozen
 
 HOW = ("averaged", "pooled")
 """Of variances: their mean over ranks; or that of all ranks' values together."""
@@ -28,7 +29,8 @@ def average_population_statistics(
     no rank has, or there is no counter, all weigh alike. The counter becomes the ranks' mean.
 
     Every rank of the group has to call it. Afterwards ranks are equal to the bit. Layers are
-    matched by their names; those without population statistics are left alone. Two collectives.
+    matched by their names; those without population statistics, and frozen ones, are left alone.
+    Two collectives.
 
     Args:
         how: "averaged", the mean of the ranks' variances, as an EMA averages those of batches; or
@@ -82,10 +84,13 @@ class _OfRanks(NamedTuple):
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
     """By name, in its order, which is the same on all ranks that have the same layers."""
+    frozen = {inner for m in model.modules() if is_frozen(m) for inner in m.modules()}
     layers = {
         name: m
         for name, m in model.named_modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
+        if isinstance(m, nn.modules.batchnorm._BatchNorm)
+        and m.running_mean is not None
+        and m not in frozen
     }
     return dict(sorted(layers.items()))
 

@@ -131,3 +131,25 @@ def test_stock_precise_bn():
     for model in (ours, theirs):
         update_bn_stats(model, data, num_iters=3)
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda x: (x.contiguous(memory_format=torch.channels_last), None),
+        lambda x: (x[:, :, ::2], None),
+        lambda x: (x, torch.zeros(len(x), dtype=torch.long)),
+    ],
+    ids=["channels_last", "strided", "groups"],
+)
+def test_two_calls_by_different_ways(other):
+    """The second updates statistics that the first has given to torch's function."""
+    layer, stock = BatchNorm2d(3), nn.BatchNorm2d(3)
+    x = torch.randn(4, 3, 4, 4)
+    second, groups = other(x)
+    found, expected = (x.clone().requires_grad_() for _ in range(2))
+    ((layer(found) ** 3).sum() + (layer(second, groups) ** 3).sum()).backward()
+    ((stock(expected) ** 3).sum() + (stock(second) ** 3).sum()).backward()
+    torch.testing.assert_close(found.grad, expected.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.weight.grad, stock.weight.grad, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(layer.running_var, stock.running_var, rtol=1e-5, atol=1e-6)

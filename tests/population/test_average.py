@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from bn_det import BatchNorm2d, DomainBatchNorm2d
+from bn_det import BatchNorm2d, DomainBatchNorm2d, freeze
 from bn_det.errors import InputError
 from bn_det.population.average import average_population_statistics
 from bn_det.training.hooks import AverageStatistics
@@ -140,6 +140,20 @@ def test_errors_are_of_all_ranks(case, words):
     for message, is_same in run_ranks(unusual, 2, case):
         assert message.startswith("average_population_statistics: ") and words in message
         assert is_same
+
+
+def frozen(rank):
+    model = make_model(rank)
+    freeze(model, modules=["3"])
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    average_population_statistics(model)
+    return {k.split(".")[0]: torch.equal(v, before[k]) for k, v in model.state_dict().items()}
+
+
+def test_what_is_frozen_is_left_alone():
+    """The statistics of each domain, too, which are layers of their own."""
+    for is_same in run_ranks(frozen, 2):
+        assert is_same["3"] and not is_same["1"]
 
 
 def test_one_process_is_left_alone():
