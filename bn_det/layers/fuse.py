@@ -226,18 +226,23 @@ class Fused(NamedTuple):
         norm_name: its name where it was: in the convolution, or in its parent.
         is_inside: whether that is the convolution.
         had_bias: whether the convolution had one.
+        dtype, learned: of the convolution's weight.
     """
 
     norm: nn.Module
     norm_name: str
     is_inside: bool
     had_bias: bool
+    dtype: torch.dtype
+    learned: bool
 
 
 def _fold(pair: Pair, warned: set[str]) -> None:
     conv, norm = pair.conv, pair.norm
     holders = state_holders(norm)
-    was = Fused(norm, pair.norm_name, pair.norm_parent is conv, conv.bias is not None)
+    weight, is_inside = conv.weight, pair.norm_parent is conv
+    of_weight = weight.dtype, weight.requires_grad
+    was = Fused(norm, pair.norm_name, is_inside, conv.bias is not None, *of_weight)
     # Before the convolution is copied. Detectron2's takes None for no norm.
     setattr(pair.norm_parent, pair.norm_name, None if pair.norm_parent is conv else nn.Identity())
     if len(holders) > 1:

@@ -23,7 +23,8 @@ def unfuse(model: nn.Module, file: str | os.PathLike | State | None = None) -> n
 
     In place, and the same function but for rounding. Without a file, of a model that has been fused
     in this process: each BatchNorm is the object that it was, with its statistics, and the weights
-    of convolutions are as they were but for rounding (not where a channel's scale is 0).
+    of convolutions are as they were but for rounding (not where a channel's scale is 0). Mode,
+    device, another dtype, and that nothing is to be learned are those of its convolution.
 
     With a file of a fused model's weights, which has no statistics any more: load it into a model
     that is not fused. Each BatchNorm is then folded (mean 0, variance 1; those of levels as they
@@ -62,6 +63,7 @@ def _restore(parent: nn.Module, name: str, fused: nn.Module) -> None:
     was = fused.was
     conv = fused[0] if isinstance(fused, PerLevel) else fused
     setattr(parent, name, conv)
+    was.norm.to(conv.weight.device)
     scale, shift = scale_and_shift(*state_holders(was.norm)[0], was.norm.eps)
     factor = torch.where(scale == 0, 1.0, 1 / scale)
     conv.weight.copy_(conv.weight.double() * of_outputs(conv, factor))
@@ -75,7 +77,17 @@ def _restore(parent: nn.Module, name: str, fused: nn.Module) -> None:
     for module in {conv, fused}:
         vars(module).pop("was", None)
     del conv.warned_of_training
+    _follow(was, conv)
     setattr(conv if was.is_inside else parent, was.norm_name, was.norm)
+
+
+def _follow(was: Fused, conv: nn.Module) -> None:
+    """Have a BatchNorm be what its convolution has become since it was in the model."""
+    was.norm.train(conv.training)
+    if conv.weight.dtype != was.dtype:
+        was.norm.to(conv.weight.dtype)
+    if was.learned and not conv.weight.requires_grad:
+        was.norm.requires_grad_(False)
 
 
 class _Pair(NamedTuple):

@@ -178,3 +178,18 @@ def test_what_is_no_fused_file(tmp_path):
     del broken["tower.0.2.bias"]
     with pytest.raises(InputError, match="have no tower.0.2.bias"):
         unfuse(Head(("per_domain",) * 3), broken)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_model_that_has_changed_since(inside):
+    """Each BatchNorm is what the model, and its convolution, have become."""
+    conv = WithNorm(3, C, 1, norm=nn.BatchNorm2d(C)) if inside else nn.Conv2d(3, C, 1)
+    model = fill(nn.Sequential(conv, *([] if inside else [nn.BatchNorm2d(C)]))).float()
+    norm = conv.norm if inside else model[1]
+    fuse(model)
+    unfuse(model.double().train().requires_grad_(False))
+    assert norm.training and norm.running_var.dtype == torch.float64
+    assert not any(p.requires_grad for p in model.parameters())
+    fuse(model.eval())
+    unfuse(model)
+    assert not norm.training
