@@ -56,29 +56,29 @@ def convert_batchnorm(
 
     Args:
         module: the model, or a layer.
-        make: from the number of channels to the new layer, for example :class:`BatchNorm2d`.
+        make: from the number of channels to the new layer, for example :class:`BatchNorm2d`, or
+            for SyncBN ``functools.partial(BatchNorm2d, group="world")``.
         modules: names of modules or patterns of names, as in :func:`bn_det.freeze`; None for all.
 
     Returns:
         the module.
 
     Raises:
-        InputError: the new layer would be frozen.
+        InputError: what is made is no layer of as many channels, or is frozen.
         ValueError: an old layer has parameters or buffers that the new one has no place for, lacks
             some that the new one needs, or has different ones for domains that share them in the
             new one. Nothing is changed then.
     """
+    if not callable(make) or isinstance(make, nn.Module):
+        raise InputError(f"convert_batchnorm: make: a {type(make).__name__} is {_NO_MAKE}")
     layers = selected("convert_batchnorm", module, modules)
     of_hosts = [name for layer, name in layers.items() if is_host_frozen(layer)]
     layers = {layer: name for layer, name in layers.items() if not is_host_frozen(layer)}
     made, left = {}, {}
     for layer, name in layers.items():
-        new = None if (why := why_lazy(layer) or what_else(layer)) else make(layer.num_features)
-        if isinstance(new, FrozenBatchNorm):
-            raise InputError(
-                "convert_batchnorm: make: FrozenBatchNorm is not accepted; use bn_det.freeze"
-            )
-        if new is not None:
+        if not (why := why_lazy(layer) or what_else(layer)):
+            new = make(layer.num_features)
+            _check_made(new, layer.num_features)
             new = _taking_the_same(layer, new)
             why = _why_other_inputs(layer, new)
         if why:
@@ -101,6 +101,27 @@ def convert_batchnorm(
         reasons = "; ".join(f"{name}: {why}" for name, why in left.items())
         logger.warning("convert_batchnorm has left %s", reasons)
     return module
+
+
+_NO_MAKE = (
+    "not accepted; use a function from the number of channels to a layer, for example "
+    "bn_det.BatchNorm2d or functools.partial(bn_det.BatchNorm2d, group='world')"
+)
+
+
+def _check_made(new: object, num_features: int) -> None:
+    """Raise InputError for what no BatchNorm can become."""
+    kind = type(new).__name__
+    if isinstance(new, FrozenBatchNorm):
+        raise InputError(f"convert_batchnorm: make: {kind} is not accepted; use bn_det.freeze")
+    if not isinstance(new, nn.Module):
+        raise InputError(f"convert_batchnorm: make: {kind}, which it has made, is {_NO_MAKE}")
+    made = getattr(new, "num_features", num_features)
+    if made != num_features:
+        raise InputError(
+            f"convert_batchnorm: make: a {kind} of {made} channels is not accepted for one of "
+            f"{num_features}"
+        )
 
 
 def as_ours(layer: nn.Module) -> BatchNorm2d:

@@ -80,11 +80,16 @@ def selected(
             stands for all that is in the modules it names. None for the whole model.
 
     Raises:
-        InputError: a name or pattern has no BatchNorm in it.
+        InputError: they are no names; a name or pattern has no BatchNorm in it.
     """
     layers = batch_norms(model)
     if modules is None:
         return layers
+    if isinstance(modules, nn.Module) or not (modules and all(isinstance(m, str) for m in modules)):
+        raise InputError(
+            f"{what}: modules: {shown_type(modules)} is not accepted; use names of modules or "
+            "patterns of them, or None for all; a module itself is the first argument"
+        )
     patterns = [modules] if isinstance(modules, str) else list(modules)
     found: dict[nn.Module, str] = {}
     for pattern in patterns:
@@ -95,6 +100,15 @@ def selected(
             raise InputError(f"{what}: {why}" + ("" if pattern in known else _near(pattern, known)))
         found.update(of_pattern)
     return {layer: name for layer, name in layers.items() if layer in found}
+
+
+def shown_type(value: object) -> str:
+    """A value for a message: itself if it is short, or what it is."""
+    return (
+        repr(value)
+        if isinstance(value, (str, tuple, list)) and not value
+        else (f"a {type(value).__name__}")
+    )
 
 
 def _near(pattern: str, known: set[str]) -> str:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torchvision.ops import FrozenBatchNorm2d
 
+import bn_det
 from bn_det import (
     BatchNorm2d,
     DomainBatchNorm2d,
@@ -264,6 +265,11 @@ def test_a_layer_without_place_changes_nothing():
     for make, words in [
         (partial(nn.GroupNorm, 2), "GroupNorm cannot hold the running_mean"),
         (lambda c: BatchNorm2d(c) if c == 2 else nn.GroupNorm(2, c), "GroupNorm cannot hold"),
+        (lambda c: None, "NoneType, which it has made, is not accepted"),
+        (bn_det.FrozenBatchNorm, "FrozenBatchNorm is not accepted; use bn_det.freeze"),
+        (lambda c: BatchNorm2d(2 * c), "of 4 channels is not accepted for one of 2"),
+        (BatchNorm2d(2), "make: a BatchNorm2d is not accepted; use a function"),
+        ("SyncBN", "make: a str is not accepted; use a function"),
     ]:
         with pytest.raises(ValueError, match=words):
             convert_batchnorm(model, make)

@@ -406,3 +406,9 @@ def test_when_freezing_warns(name, value, warns, sharing, caplog):
     assert not caplog.records
     freeze(model, affine=False)
     assert ["variance 1: head." in message for message in caplog.messages] == [True] * warns
+
+
+@pytest.mark.parametrize("modules", [[], "", nn.ReLU(), [nn.ReLU()]])
+def test_modules_that_are_no_names(modules):
+    with pytest.raises(InputError, match="freeze: modules: .* is not accepted; use names of mod"):
+        freeze(nn.Sequential(nn.BatchNorm2d(2)), modules)
