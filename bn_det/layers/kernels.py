@@ -194,7 +194,7 @@ def backward_sums(
         each affine, shape (number of affines, 2, C).
     """
     call = dys, xs, batches, tuple(batch_of), weights, tuple(affine_of), eps
-    triton = _with_channels([*xs, *dys][: 2 * len(xs)], max(len(batches[0]), len(weights)))
+    triton = _with_channels([*xs, *dys], max(len(batches[0]), len(weights)))
     return (triton or aten_kernels).backward_sums(*call)
 
 

@@ -84,9 +84,13 @@ class Place(NamedTuple):
     @property
     def key(self) -> tuple[object, ...]:
         """The same on all ranks that have been everywhere together, and go on so."""
-        number = None if self.calls.name else self.calls.number
         age = self.calls.count - self.call  # backward passes need not be in the order of calls
-        return self.name, number, self.stage, age, self.values
+        return *self.identity, age, self.values
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """Which layer it is, and the stage of its call."""
+        return self.name, None if self.calls.name else self.calls.number, self.stage
 
     @property
     def name(self) -> str:
@@ -205,10 +209,7 @@ class _Watch:
         self._raise_if_told()
         if any(where != place.in_full() for where in self._came().values()):
             time.sleep(1.5 * _POLL_S)  # whoever has come by now has said so
-            self._tell(
-                "ranks of the group are in different layers that exchange something: "
-                + _said_of(self._came())
-            )
+            self._tell(_said_of(self._came()))
 
     def give_up(self, place: Place) -> None:
         """Tell those who wait which ranks have not come, and raise it; nothing if all have."""
@@ -313,17 +314,15 @@ class _RealMeeting(Meeting):
         names, values, places = zip(*every, strict=True)
         if len(set(names)) == 1:
             report_disagreement(names[0], list(values))
-        raise RuntimeError(
-            "ranks of the group are in different layers that exchange something: "
-            f"{_said_of(dict(enumerate(places)))}{self._watch.said_of_last()}"
-        )
+        raise RuntimeError(f"{_said_of(dict(enumerate(places)))}{self._watch.said_of_last()}")
 
 
 def _said_of(places: Mapping[int, str]) -> str:
     ranks: dict[str, list[str]] = {}
     for rank, place in sorted(places.items()):
         ranks.setdefault(place, []).append(str(rank))
-    return "; ".join(f"rank(s) {', '.join(of)} in {place}" for place, of in ranks.items())
+    where = "; ".join(f"rank(s) {', '.join(of)} in {place}" for place, of in ranks.items())
+    return f"ranks of the group are in different layers that exchange something: {where}"
 
 
 @lru_cache(maxsize=4096)
@@ -332,5 +331,4 @@ def _digest(what: tuple) -> int:
 
 
 def _header(place: Place) -> list[int]:
-    number = None if place.calls.name else place.calls.number
-    return [_digest((place.name, number, place.stage)), place.call, _digest(place.values)]
+    return [_digest(place.identity), place.call, _digest(place.values)]

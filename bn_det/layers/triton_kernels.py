@@ -65,9 +65,7 @@ def _grid(shapes: tuple[tuple[int, ...], ...], channels_last: bool) -> _Grid:
     blocks = -(-num_channels // channels)
     samples, places = [], []
     for shape in shapes:
-        num_places = 1
-        for length in shape[2:]:
-            num_places *= length
+        num_places = math.prod(shape[2:])
         samples.append(1 if channels_last else shape[0])
         places.append(num_places * shape[0] if channels_last else num_places)
     tiles = [n * -(-m // width) for n, m in zip(samples, places, strict=True)]
@@ -122,7 +120,9 @@ def moments(xs: Sequence[Tensor]) -> tuple[Stack, tuple[int, ...]]:
     xs, channels_last = _alike(xs)
     grid, num_channels = _grid(tuple([x.shape for x in xs]), channels_last), xs[0].shape[1]
     num_rows, like = grid.size[0], xs[0]
-    mean, var = like.new_empty((2, num_rows, num_channels), dtype=_dtype_of_statistics(like.dtype))
+    # Not by torch.promote_types, which is a call of ATen.
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    mean, var = like.new_empty((2, num_rows, num_channels), dtype=dtype)
     count = like.new_empty(num_rows, dtype=torch.float64)
     constants = channels_last, grid.width, grid.channels
     _launch(
@@ -374,10 +374,6 @@ def update_emas(
         _CHANNELS,
         kind=(mean.dtype, means[0].dtype, num_channels, len(holders), len(sets)),
     )
-
-
-def _dtype_of_statistics(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _masks(sets: Sequence[Sequence[int]]) -> tuple[int, ...]:
