@@ -14,6 +14,7 @@ from ..errors import InputError
 from .batch_norm import BatchNorm2d
 from .become import become, class_of, with_class
 from .domain_batch_norm import DomainBatchNorm2d, holders_of_domains
+from .folded import has_learned
 from .freeze import freeze_statistics, is_frozen
 from .frozen import FrozenBatchNorm
 from .kinds import (
@@ -50,7 +51,8 @@ def convert_batchnorm(
 
     A warning names what is left as it is: layers that compute more than a BatchNorm, or otherwise
     than their class says (timm's, with an activation); those for lists of domains where the new
-    layer takes a tensor, or the reverse; those that have not been called yet (lazy). A host's
+    layer takes a tensor, or the reverse; those that have not been called yet (lazy). One names what
+    has learned something, and becomes a layer without any state. A host's
     FrozenBatchNorm2d is left, too (:func:`bn_det.thaw`). Do not convert Detectron2's RetinaNet head
     built with "BN": its ``CycleBatchNormList`` depends on the order of calls.
 
@@ -74,7 +76,7 @@ def convert_batchnorm(
     layers = selected("convert_batchnorm", module, modules)
     of_hosts = [name for layer, name in layers.items() if is_host_frozen(layer)]
     layers = {layer: name for layer, name in layers.items() if not is_host_frozen(layer)}
-    made, left = {}, {}
+    made, left, dropped = {}, {}, {}
     for layer, name in layers.items():
         if not (why := why_lazy(layer) or what_else(layer)):
             new = make(layer.num_features)
@@ -85,6 +87,8 @@ def convert_batchnorm(
             left[name or type(layer).__name__] = why
         else:
             made[layer] = _with_state_of(layer, new)
+            if _has_no_state(new) and has_learned(layer):
+                dropped[name or type(layer).__name__] = type(new).__name__
     for layer, new in made.items():
         was_frozen, parameters = is_frozen(layer), set(layer.parameters())
         become(layer, new)
@@ -95,12 +99,21 @@ def convert_batchnorm(
     for layer in made:
         if isinstance(layer, BatchNorm2d):
             layer.calls.name = layers[layer]
+    _tell(of_hosts, left, dropped)
+    return module
+
+
+def _tell(of_hosts: list[str], left: dict[str, str], dropped: dict[str, str]) -> None:
+    """Name the layers that are as they were, and those whose content is gone."""
     if of_hosts:  # as most backbones have: no warning
         logger.info("convert_batchnorm has left what is frozen: %s", ", ".join(of_hosts))
     if left:
         reasons = "; ".join(f"{name}: {why}" for name, why in left.items())
         logger.warning("convert_batchnorm has left %s", reasons)
-    return module
+    if dropped:
+        kinds = "/".join(sorted(set(dropped.values())))
+        names = ", ".join(dropped)
+        logger.warning("%s has no place for what has been learned in %s", kinds, names)
 
 
 _NO_MAKE = (
@@ -172,7 +185,7 @@ def _takes_list(layer: nn.Module) -> bool:
 
 def _with_state_of(old: nn.Module, new: nn.Module) -> nn.Module:
     """Give a new layer everything that the old one has; the old one is as before."""
-    if not is_batch_norm(new) and not new.state_dict():  # LocalResponseNorm
+    if _has_no_state(new):
         return new
     for holder in _holders(new):
         holder.eps = old.eps
@@ -199,6 +212,11 @@ def _with_state_of(old: nn.Module, new: nn.Module) -> nn.Module:
         else:
             _put(old, new, target, name, _own(value, used))
     return new.train(old.training)
+
+
+def _has_no_state(new: nn.Module) -> bool:
+    """As LocalResponseNorm has none."""
+    return not is_batch_norm(new) and not new.state_dict()
 
 
 def _name(layer: nn.Module) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,16 @@ from ..errors import InputError
 from .batch_norm import BatchNorm2d
 from .become import become, class_of, with_class
 from .domain_batch_norm import DomainBatchNorm2d, state_holders
+from .folded import has_trivial_statistics
 from .frozen import FrozenBatchNorm, StaysInEvaluation, staying_class
-from .kinds import STATE, is_host_frozen, selected, unwrapped, what_else, why_lazy
+from .kinds import (
+    STATE,
+    is_host_frozen,
+    selected,
+    unwrapped,
+    what_else,
+    why_lazy,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +122,8 @@ def thaw(
             _thaw_statistics(layer)
     for parameter in affine_of(unwrapped(model), layers) if affine else ():
         parameter.requires_grad_(True)
-        vars(parameter).pop(_IS_HELD, None)
+        if type(parameter) is HeldParameter:
+            parameter.__class__ = nn.Parameter
     if new:
         logger.info("Parameters that no optimizer has yet: %s", ", ".join(new))
     return model
@@ -209,8 +219,19 @@ def _is_list_with_affine(module: nn.Module) -> bool:
     )
 
 
-_IS_HELD = "_bn_det_is_held"
-"""An attribute of parameters that optimizers are kept from moving."""
+class HeldParameter(nn.Parameter):
+    """What a frozen parameter is by class whose gradient a DistributedDataParallel waits for.
+
+    Optimizers are kept from moving it. A copy is in none, and needs no gradient.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        data = self.data.clone(memory_format=torch.preserve_format)
+        memo[id(self)] = copy = nn.Parameter(data, requires_grad=False)
+        return copy
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        return nn.Parameter, (self.data, False)
 
 
 def _freeze_affine(model: nn.Module, layers: Iterable[nn.Module]) -> None:
@@ -218,7 +239,7 @@ def _freeze_affine(model: nn.Module, layers: Iterable[nn.Module]) -> None:
     for parameter in affine_of(unwrapped(model), layers):
         parameter.grad = None  # momentum would go on by it
         if is_awaited and parameter.requires_grad:
-            setattr(parameter, _IS_HELD, True)
+            parameter.__class__ = HeldParameter
             _watch_optimizers()
         else:
             parameter.requires_grad_(False)
@@ -236,7 +257,7 @@ def _watch_optimizers() -> None:
 def _drop_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if hasattr(parameter, _IS_HELD):
+            if type(parameter) is HeldParameter:
                 parameter.grad = None
 
 
@@ -258,36 +279,3 @@ def warn_of_folded_statistics(model: nn.Module, layers: dict[nn.Module, str]) ->
             "freeze them, too, unless the model has not been trained before",
             ", ".join(names),
         )
-
-
-def has_trivial_statistics(layer: nn.Module) -> bool:
-    """Whether normalizing by the layer's population statistics changes nothing, in any domain."""
-    holders = {population for population, _ in state_holders(layer)}
-    return all(
-        holder.running_mean is not None
-        and not holder.running_mean.any()
-        # Detectron2 writes 1 - eps for what is folded.
-        and bool(((holder.running_var - 1).abs() <= 2 * layer.eps).all())
-        for holder in holders
-    )
-
-
-def is_folded(layer: nn.Module) -> bool:
-    """Whether statistics seem to have been folded into weight and bias.
-
-    These are trained then, and nothing has updated the statistics since. (So it looks, too, where
-    nothing has ever updated them.) A new layer has a constant weight and no bias.
-    """
-    if not has_trivial_statistics(layer):
-        return False
-    holders = state_holders(layer)
-    counters = [getattr(population, "num_batches_tracked", None) for population, _ in holders]
-    if any(counter is not None and counter > 0 for counter in counters):
-        return False
-    return any(_is_trained(affine) for _, affine in holders)
-
-
-def _is_trained(affine: nn.Module) -> bool:
-    weight, bias = affine.weight, affine.bias
-    varies = weight is not None and not bool((weight == weight[0]).all())
-    return varies or (bias is not None and bool(bias.any()))

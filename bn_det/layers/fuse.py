@@ -1,13 +1,13 @@
-"""BatchNorm that is final: frozen for further training, or folded into a convolution."""
+"""BatchNorm that is final, inside the convolution before it."""
 
 from __future__ import annotations
 
 import copy
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +15,18 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import InputError
-from .batch_norm import BatchNorm2d
 from .domain_batch_norm import DomainBatchNorm2d, state_holders
-from .kinds import STATE, batch_norms, is_batch_norm, what_else
+from .kinds import (
+    STATE,
+    batch_norms,
+    evaluates_by_batch,
+    is_batch_norm,
+    uses_in,
+    what_else,
+)
 from .levels import PerLevel
 from .roi_levels import RoILevelBatchNorm2d
+from .same_outputs import Outputs
 from .sources import SourceBatchNorm2d
 
 logger = logging.getLogger(__name__)
@@ -39,7 +46,7 @@ class FuseReport(NamedTuple):
     left: dict[str, str]
 
 
-def fuse(model: nn.Module) -> FuseReport:
+def fuse(model: nn.Module, check: Callable[[nn.Module], Any] | None = None) -> FuseReport:
     """Fold each BatchNorm into the convolution that feeds it, in place; for inference.
 
     The outputs are the same but for rounding. A head on several levels gets a convolution for each
@@ -50,11 +57,13 @@ def fuse(model: nn.Module) -> FuseReport:
     Subclasses are, too, but for those that compute anything else (timm's have an activation), and
     so are those of convolutions (not timm's, which standardize their weights): it is tried out.
 
-    A pair is fused where it is certain that the BatchNorm gets the output of the convolution and
+    A pair is fused where its parent shows that the BatchNorm gets the output of the convolution and
     nothing else does: a convolution with a ``norm`` (Detectron2's ``Conv2d``), neighbours in an
     ``nn.Sequential``, and children of a module whose ``forward`` torch.fx can trace and leaves no
     trace in its attributes. The others are left alone, Detectron2's ``CycleBatchNormList`` among
-    them: which of its layers a level gets depends on the number of calls before.
+    them: which of its layers a level gets depends on the number of calls before. What happens
+    further up, where somebody may take the outputs of an ``nn.Sequential`` one by one or read the
+    weight of a convolution, is seen with ``check`` alone.
 
     A fused convolution must not be trained: its gradients are those of other parameters than weight
     and bias were, and the model learns otherwise. It warns, once for a model; :func:`bn_det.unfuse`
@@ -62,31 +71,59 @@ def fuse(model: nn.Module) -> FuseReport:
 
     Args:
         model: in evaluation mode.
+        check: calls the model that it is given, such as ``lambda model: model(images)``, and
+            returns tensors, by themselves or in lists, tuples and dicts. What would change them is
+            left, too. It is called with copies of the model.
 
     Raises:
-        InputError: the model is in training mode.
+        InputError: the model is in training mode; ``check`` does not call what it is given, or
+            returns no tensors, or others for the same model.
     """
     if model.training:
         raise InputError("fuse: not accepted for a model in training mode; call eval() first")
+    return _fuse(model, _why_changed(model, check) if check else {})
+
+
+_CHANGES = "check gives other outputs with it: its output or weight is used elsewhere, too"
+_CHANGE_TOGETHER = "check gives other outputs with all that could be fused, though not with each"
+
+
+def _why_changed(model: nn.Module, check: Callable[[nn.Module], Any]) -> dict[str, str]:
+    """The layers whose fusion changes what ``check`` returns, by name, and why they are left."""
+    outputs = Outputs("fuse", model, check)
+
+    def changes(of: Container[str] | None) -> bool:
+        return not outputs.are_those_of(lambda trial: _fuse(trial, {}, of))
+
+    if not changes(None):
+        return {}
+    names = _fuse(copy.deepcopy(model), {}).fused
+    alone = [name for name in names if changes([name])]
+    if not changes(set(names) - set(alone)):
+        return dict.fromkeys(alone, _CHANGES)
+    return dict.fromkeys(names, _CHANGE_TOGETHER) | dict.fromkeys(alone, _CHANGES)
+
+
+def _fuse(model: nn.Module, left: dict[str, str], only: Container[str] | None = None) -> FuseReport:
+    """Fuse all but those that are to be left, each with a reason, or but those not named."""
     names = batch_norms(model)
-    places = Counter(child for parent in model.modules() for child in parent._modules.values())
-    left = {layer: _why_not(layer, places[layer]) for layer in names}
+    uses = uses_in(model)
+    reasons = {layer: left.get(name) or _why_not(layer, uses) for layer, name in names.items()}
     fused, warned = [], set()
     for pair in list(pairs(model)):
-        if pair.norm in names and not left[pair.norm]:
-            left[pair.norm] = (
-                _why_not(pair.conv, places[pair.conv])
-                or what_else(pair.norm)
-                or _what_else_of_convolution(pair)
+        is_wanted = only is None or names.get(pair.norm) in only
+        if pair.norm in names and is_wanted and not reasons[pair.norm]:
+            reasons[pair.norm] = (
+                _why_not(pair.conv, uses) or what_else(pair.norm) or _what_else_of_convolution(pair)
             )
-            if not left[pair.norm]:
+            if not reasons[pair.norm]:
                 _fold(pair, warned)
                 fused.append(pair.norm)
     return FuseReport(
         [names[layer] for layer in fused],
         {
             names[layer]: reason or "it is not certain that a convolution alone feeds it"
-            for layer, reason in left.items()
+            for layer, reason in reasons.items()
             if layer not in fused
         },
     )
@@ -139,6 +176,7 @@ def _traced_pairs(module: nn.Module) -> list[tuple[str, str]]:
     if any(value is not before.get(name) for name, value in vars(module).items()):
         return []  # the next call may call other children: CycleBatchNormList
     calls = [node for node in nodes if node.op == "call_module"]
+    reads = {node.target.rpartition(".")[0] for node in nodes if node.op == "get_attr"}
     number = Counter(node.target for node in calls)
     found = []
     for norm in calls:
@@ -150,19 +188,19 @@ def _traced_pairs(module: nn.Module) -> list[tuple[str, str]]:
             and is_batch_norm(getattr(module, norm.target, None))
             and list(conv.users) == [norm]
             and number[conv.target] == number[norm.target] == 1
+            and conv.target not in reads
         ):
             found.append((conv.target, norm.target))
     return found
 
 
-def _why_not(module: nn.Module, num_places: int) -> str:
-    """Why a BatchNorm or a convolution cannot take part in fusion, if so.
-
-    Args:
-        num_places: how often the model has it.
-    """
-    if num_places > 1:
+def _why_not(module: nn.Module, uses: Counter[int]) -> str:
+    """Why a BatchNorm or a convolution cannot take part in fusion, if so."""
+    if uses[id(module)] > 1:
         return "it or its convolution is in several places of the model"
+    own = module._parameters.values() if isinstance(module, _CONVOLUTIONS) else ()
+    if any(uses[id(p)] > 1 for p in own):
+        return "weight or bias of its convolution are another module's, too"
     if module._forward_hooks or module._forward_pre_hooks:
         return "it or its convolution has hooks"
     if is_parametrized(module):
@@ -171,8 +209,7 @@ def _why_not(module: nn.Module, num_places: int) -> str:
         return "its statistics are of the source of each image"
     if isinstance(module, RoILevelBatchNorm2d) and len(state_holders(module)) > 1:
         return "its statistics or its affine are of the level of each RoI"
-    by_batch = isinstance(module, BatchNorm2d) and module.eval_statistics == "batch"
-    if by_batch and not module.frozen:
+    if evaluates_by_batch(module):
         return "it normalizes by batch statistics"
     if is_batch_norm(module):
         return _why_no_constant(module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
@@ -32,6 +33,12 @@ FORWARDS_OF_TORCH = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 _KNOWN = (*OF_TORCH, BatchNorm2d, L1BatchNorm2d, FrozenBatchNorm)
 """Those of a tensor that are known to normalize, and to do nothing else."""
+
+
+def evaluates_by_batch(layer: nn.Module) -> bool:
+    """Whether a layer normalizes by batch statistics in evaluation, though it has others."""
+    is_ours = isinstance(layer, BatchNorm2d)
+    return is_ours and layer.eval_statistics == "batch" and not layer.frozen
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -67,6 +74,13 @@ def batch_norms(model: nn.Module) -> dict[nn.Module, str]:
     domains = [m for m in names if isinstance(m, DomainBatchNorm2d)]
     held = {part for layer in domains for part in layer.children()}
     return {layer: name for layer, name in names.items() if layer not in held}
+
+
+def uses_in(model: nn.Module) -> Counter[int]:
+    """How many places of a model have a module, and how many modules a parameter, by their ids."""
+    every = list(model.modules())
+    held = (of for m in every for of in (*m._modules.values(), *m._parameters.values()))
+    return Counter(id(of) for of in held if of is not None)
 
 
 def selected(

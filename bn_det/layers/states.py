@@ -12,7 +12,8 @@ from .become import class_of
 from .comm import process_group
 from .domain_batch_norm import DomainBatchNorm2d, state_holders
 from .ema import tracks
-from .freeze import affine_of, is_folded, is_frozen
+from .folded import is_folded
+from .freeze import affine_of, is_frozen
 from .frozen import FrozenBatchNorm, StaysInEvaluation
 from .kinds import STATE, batch_norms, selected, why_lazy
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import InputError, check_positive
 from ..layers.comm import Group, process_group
 from ..layers.domain_batch_norm import state_holders
+from ..layers.folded import is_folded
 from ..layers.frameworks import with_statistics
-from ..layers.freeze import is_folded
-from ..layers.kinds import selected, unwrapped
+from ..layers.kinds import selected, unwrapped, uses_in
 from .estimate import Estimate
 from .observation import Observer, PopulationLayer, places_of
 from .report import PopulationReport
@@ -53,7 +55,8 @@ def unfold(
         the statistics that have been found, by layer.
 
     Raises:
-        InputError: no layer is folded, and whatever ``update_bn_stats`` raises.
+        InputError: no layer is folded; weight and bias of one cannot take up the difference; and
+            whatever ``update_bn_stats`` raises. Nothing is changed then.
     """
     check_positive("num_iters", num_iters)
     model = unwrapped(model)
@@ -64,8 +67,9 @@ def unfold(
             "unfold: no layer is folded (mean 0 and variance 1, no batch tracked, weight and bias "
             "trained)"
         )
+    uses = uses_in(model)
     for layer, name in folded.items():
-        _refuse(layer, name)
+        _refuse(layer, name, uses)
     places = places_of(model, folded)
     how = How(num_iters, "population_variance", 0.0, allow_short, process_group(group))
     observer = Observer(partial(call, model) if call else model, model, places, by_batch=False)
@@ -74,13 +78,24 @@ def unfold(
     return report
 
 
-def _refuse(layer: nn.Module, name: str) -> None:
+def _refuse(layer: nn.Module, name: str, uses: Counter[int]) -> None:
     holders = state_holders(layer)
-    if len({affine for _, affine in holders}) < len({population for population, _ in holders}):
-        raise InputError(
-            f"unfold: {name}: statistics of each domain cannot be taken out of an affine that "
-            "domains share; convert it to an affine per domain first"
+    affines = {affine for _, affine in holders}
+    own = [p for affine in affines for p in (affine.weight, affine.bias) if p is not None]
+    why = ""
+    if len(affines) < len({population for population, _ in holders}):
+        why = (
+            "statistics of each domain cannot be taken out of an affine that domains share; "
+            "convert it to an affine per domain first"
         )
+    elif len(own) < 2 * len(affines):
+        why = "it has no weight or no bias to take up what statistics change"
+    elif any(map(is_parametrized, affines)):
+        why = "its weight or bias is parametrized; remove_parametrizations first"
+    elif any(uses[id(p)] > 1 for p in own):
+        why = "its weight or bias is another layer's, too; give each its own first"
+    if why:
+        raise InputError(f"unfold: {name or type(layer).__name__}: {why}")
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, check_positive, choose
 from ..layers.comm import Group, all_gather, process_group, report_disagreement
-from ..layers.freeze import is_folded
+from ..layers.folded import is_folded
 from ..layers.kinds import unwrapped
 from .estimate import ESTIMATORS, Accumulator, Estimate, estimates
 from .observation import Observed, Observer, PopulationLayer, left_out, population_layers

@@ -274,8 +274,18 @@ def test_a_layer_without_place_changes_nothing():
         with pytest.raises(ValueError, match=words):
             convert_batchnorm(model, make)
         assert [type(m) for m in model] == [nn.BatchNorm2d] * 2
-    convert_batchnorm(model, lambda _: nn.LocalResponseNorm(3))
-    assert [type(m) for m in model] == [nn.LocalResponseNorm] * 2
+
+
+@pytest.mark.parametrize("make", [lambda _: nn.LocalResponseNorm(3), nn.InstanceNorm2d])
+def test_what_has_no_place_for_what_was_learned(make, caplog):
+    """It is named; a layer that has learned nothing loses nothing."""
+    model = nn.Sequential(*(nn.BatchNorm2d(C) for _ in range(3)))
+    nn.init.uniform_(model[1].weight)
+    model[2](torch.randn(2, C, 3, 3))
+    convert_batchnorm(model, make)
+    assert {type(m) for m in model} == {type(make(C))}
+    (message,) = caplog.messages
+    assert message == f"{type(make(C)).__name__} has no place for what has been learned in 1, 2"
 
 
 def test_gradients_of_what_is_no_parameter_any_more():

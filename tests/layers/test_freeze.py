@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 from bn_det import (
@@ -23,6 +24,7 @@ from bn_det import (
 from bn_det.errors import InputError
 from bn_det.layers.freeze import is_frozen
 from kinds import call, every_kind, fill, inputs_of, make, outputs_and_gradients
+from ranks import run_ranks
 
 C = 6
 
@@ -190,6 +192,32 @@ def test_in_the_midst_of_a_training(name, make_optimizer, set_to_none):
         for key, value in net[0].state_dict().items():
             moves = not affine and key.endswith(("weight", "bias", "original"))
             assert torch.equal(value, before[key]) != moves, key
+
+
+def copies_of_a_held_model(rank):
+    """Of a model that has been frozen in DistributedDataParallel: what of a copy moves, or not."""
+    del rank
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, C, 1), nn.BatchNorm2d(C), nn.Conv2d(C, 2, 1))
+    wrapped = DistributedDataParallel(model)
+    freeze(wrapped, affine=True)
+    moved = []
+    for net in (wrapped, copy.deepcopy(model), pickled(model), thaw(copy.deepcopy(model))):
+        layer = next(m for m in net.modules() if hasattr(m, "running_mean"))
+        optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=0.1)
+        before = layer.weight.detach().clone()
+        for _ in range(2):
+            net(torch.randn(2, 3, 4, 4)).square().mean().backward()
+            optimizer.step()
+        moved.append(not torch.equal(layer.weight, before))
+    return moved, [type(p) is nn.Parameter for p in thaw(wrapped).parameters()]
+
+
+def test_copies_of_a_model_in_ddp():
+    """Its frozen parameters need a gradient, which goes nowhere; those of a copy do not."""
+    for moved, ordinary in run_ranks(copies_of_a_held_model, 2):
+        assert moved == [False, False, False, True]
+        assert all(ordinary)
 
 
 def test_statistics_and_affine_apart():

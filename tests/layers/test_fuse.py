@@ -371,3 +371,88 @@ def test_export():
     program = torch.export.export(model, (x,))
     assert not any("batch_norm" in str(node.target) for node in program.graph.nodes)
     torch.testing.assert_close(program.module()(x), model(x))
+
+
+def chain():
+    layers = [nn.Conv2d(C, C, 1), nn.BatchNorm2d(C), nn.ReLU(), nn.Conv2d(C, C, 3)]
+    return nn.Sequential(*layers, nn.BatchNorm2d(C))
+
+
+class Used(nn.Module):
+    """The first convolution's output, or its weight, is used again, where its parent does not."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.features, self.how = chain(), how
+        self.other = nn.Conv2d(C, C, 1)
+        if how == "tied":
+            self.other.weight = self.features[0].weight
+
+    def forward(self, x):
+        y = self.features(x)
+        if self.how == "taps":
+            taps = []
+            for layer in self.features:
+                x = layer(x)
+                taps.append(x)
+            return {"last": x, "taps": (taps[0], taps[3])}
+        if self.how == "calls":
+            return y, self.features[0](x)
+        if self.how == "reads":
+            return y, F.conv2d(x, self.features[0].weight)
+        return [self.other(y) if self.how == "tied" else y]
+
+
+@pytest.mark.parametrize(
+    "how, unseen",
+    [("taps", ["1", "4"]), ("calls", ["1"]), ("reads", ["1"]), ("tied", []), ("once", [])],
+)
+def test_what_is_used_elsewhere_is_left(how, unseen):
+    """Further up, where only a call shows it; a weight of two modules is seen without."""
+    before, x = randomize(Used(how)), torch.randn(2, C, 5, 4, dtype=torch.float64)
+    model = copy.deepcopy(before)
+    report = fuse(model, lambda m: m(x))
+    assert set(report.fused) | report.left.keys() == {"features.1", "features.4"}
+    assert [n for n, why in report.left.items() if "used elsewhere" in why] == [
+        f"features.{k}" for k in unseen
+    ]
+    assert (how == "tied") == ("another module's" in report.left.get("features.1", ""))
+    torch.testing.assert_close(model(x), before(x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_is_no_other_output(dtype):
+    torch.manual_seed(0)
+    model = randomize(resnet18()).to(dtype)
+    x = torch.randn(1, 3, 64, 64, dtype=dtype)
+    assert not fuse(model, lambda m: m(x)).left
+
+
+class ReadsWeight(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(C, C, 1), nn.BatchNorm2d(C)
+
+    def forward(self, x):
+        return self.bn(self.conv(x)) + self.conv.weight.sum()
+
+
+def test_a_weight_that_the_parent_reads_is_seen_without_a_call():
+    report = fuse(randomize(ReadsWeight()))
+    assert report.fused == [] and "not certain" in report.left["bn"]
+
+
+@pytest.mark.parametrize(
+    "check, words",
+    [
+        (lambda m: None, "does not call the model that it is given"),
+        (lambda m: str(m(torch.ones(1, C, 5, 5).double())), "outputs without a tensor"),
+        (lambda m: m(torch.randn(1, C, 5, 5).double()), "other outputs for the same model"),
+    ],
+)
+def test_a_check_that_checks_nothing(check, words):
+    model = randomize(chain())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match=f"fuse: check: .*{words}"):
+        fuse(model, check)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

@@ -11,7 +11,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from bn_det import BatchNorm2d, DomainBatchNorm2d, forward_levels, fuse, unfold, unfuse
 from bn_det.errors import InputError
-from bn_det.layers.freeze import is_folded
+from bn_det.layers.folded import is_folded
 from bn_det.layers.kinds import batch_norms
 from reference import EIGHT_CHOICES
 

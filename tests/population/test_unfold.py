@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 from torchvision.models import resnet18
 from torchvision.ops import FrozenBatchNorm2d
 
 from bn_det import BatchNorm2d, DomainBatchNorm2d, freeze, thaw, unfold, update_bn_stats
 from bn_det.errors import InputError
-from bn_det.layers.freeze import is_folded
+from bn_det.layers.folded import is_folded
 from bn_det.layers.kinds import batch_norms
 from ranks import run_ranks
 
@@ -133,6 +134,45 @@ def test_domains():
     nn.init.uniform_(shared.weight)
     with pytest.raises(InputError, match="unfold: head: .* an affine that domains share"):
         unfold(nn.ModuleDict({"head": shared}), batches, 2)
+
+
+class Tied(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+        self[1].bias = self[0].bias
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: nn.Sequential(nn.BatchNorm2d(4, bias=False)), "0: it has no weight or no bias"),
+        (Tied, "0: its weight or bias is another layer's, too"),
+        (
+            lambda: nn.Sequential(
+                register_parametrization(nn.BatchNorm2d(4), "weight", nn.Softplus())
+            ),
+            "0: its weight or bias is parametrized",
+        ),
+    ],
+    ids=["no bias", "tied", "parametrized"],
+)
+def test_an_affine_that_cannot_take_up_the_difference(make, words):
+    model = make()
+    nn.init.uniform_(next(model.parameters()), 0.5, 2)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match=f"unfold: {words}"):
+        unfold(model, [torch.randn(3, 4, 2, 2)], 1)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_what_batches_normalize_is_not_folded():
+    """Its statistics are no part of its function in evaluation."""
+    layer = BatchNorm2d(4, eval_statistics="batch")
+    nn.init.uniform_(layer.weight)
+    assert not is_folded(layer)
+    with pytest.raises(InputError, match="unfold: no layer is folded"):
+        unfold(nn.Sequential(layer), [torch.randn(3, 4, 2, 2)], 1)
+    assert is_folded(freeze(layer))
 
 
 def test_a_failure_changes_nothing():
