@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterable
 from difflib import get_close_matches
+from numbers import Integral
 
 
 class InputError(ValueError):
@@ -19,9 +20,11 @@ def choose(key: str, value: object, accepted: Iterable[object]) -> None:
 
 
 def check_positive(key: str, number: int) -> None:
-    """Raise InputError unless a number of things is 1 or more."""
-    if number < 1:
-        raise InputError(f"{key}: {number!r} is not accepted; use 1 or more")
+    """Raise InputError unless a number of things is an integer, and 1 or more."""
+    is_integer = isinstance(number, Integral) and not isinstance(number, bool)
+    if not is_integer or number < 1:
+        accepted = "1 or more" if is_integer else "an integer, 1 or more"
+        raise InputError(f"{key}: {number!r} is not accepted; use {accepted}")
 
 
 def check_rate(key: str, rate: float) -> None:

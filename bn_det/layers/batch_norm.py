@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import InputError, choose
-from .comm import Group, process_group
+from ..errors import InputError, check_positive, choose
+from .comm import Group, HeldGroup, process_group
 from .forward import Domain, Extension, Observation, Plan, batch_norm
 from .ghost import GHOST_ORDERS, ghost_batches
 from .meeting import TIMEOUT, Calls, Place, check_timeout
@@ -104,8 +104,8 @@ class BatchNorm2d(nn.BatchNorm2d):
         check_arguments(eps, momentum)
         check_timeout("timeout", timeout)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **kwargs)
-        if ghost_size is not None and ghost_size < 1:
-            raise InputError(f"ghost_size: {ghost_size!r} is not accepted; use 1 or more, or None")
+        if ghost_size is not None:
+            check_positive("ghost_size", ghost_size)
         if ghost_size is not None and group is not None:
             raise InputError(
                 f"ghost_size: {ghost_size!r} is not accepted with group {group!r}: a normalization "
@@ -163,6 +163,15 @@ class BatchNorm2d(nn.BatchNorm2d):
         return plan
 
     @property
+    def group(self) -> Group:
+        """Over which processes it normalizes in training."""
+        return self._group.group if isinstance(self._group, HeldGroup) else self._group
+
+    @group.setter
+    def group(self, group: Group) -> None:
+        self._group = HeldGroup(group) if isinstance(group, dist.ProcessGroup) else group
+
+    @property
     def _statistics(self) -> str:
         if self.frozen:
             return "population"
@@ -179,6 +188,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         vars(self).setdefault("frozen", False)
         vars(self).setdefault("takes", nn.BatchNorm2d)
         vars(self).setdefault("timeout", TIMEOUT)
+        vars(self).setdefault("_group", vars(self).pop("group", None))
         if "calls" not in vars(self):
             self.calls = Calls(is_counted=self.group is not None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NoReturn
 
 import torch.distributed as dist
 from torch import Tensor
@@ -11,6 +12,22 @@ from ..errors import InputError
 
 Group = str | dist.ProcessGroup | None
 """Which processes: None for this one alone, "world" for all, or a ProcessGroup."""
+
+
+class HeldGroup:
+    """A ProcessGroup in a layer: a copy of the layer has the same, and no file can hold it."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: dict[int, object]) -> HeldGroup:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise InputError(
+            'a layer over a ProcessGroup cannot be pickled; use group "world", or save its state '
+            "dict"
+        )
 
 
 def process_group(group: Group) -> dist.ProcessGroup | None:

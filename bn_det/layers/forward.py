@@ -7,6 +7,7 @@ only makes the plan.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple, TypeVar
@@ -229,7 +230,7 @@ def _parts(plan: Plan, pieces: Sequence[_Piece]) -> tuple[Parts, list[int]]:
     """Moments of the pieces on all processes, with what extensions add; and their sizes."""
     meeting = None if plan.group is None else meet(plan.place, plan.group)
     parts = Parts.of([piece.x for piece in pieces])
-    sizes = [piece.x.numel() // piece.x.shape[1] for piece in pieces]
+    sizes = [len(piece.x) * math.prod(piece.x.shape[2:]) for piece in pieces]
     if meeting is not None:
         parts = parts.all_gather(plan.group, meeting)
         sizes = parts.sizes(sizes)

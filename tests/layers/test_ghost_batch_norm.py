@@ -196,9 +196,15 @@ def test_repr():
     assert "normalization_batch" not in repr(BatchNorm2d(4))
 
 
+def test_no_channels():
+    x = torch.randn(4, 0, 2, 2)
+    assert BatchNorm2d(0, ghost_size=2)(x).shape == x.shape
+
+
 def test_bad_input():
-    for size in (0, -1):
-        with pytest.raises(InputError, match=f"ghost_size: {size} is not accepted; use 1 or more"):
+    for size, accepted in ((0, "1"), (-1, "1"), (2.5, "an integer"), (True, "an integer")):
+        words = f"ghost_size: {size} is not accepted; use {accepted}"
+        with pytest.raises(InputError, match=words):
             BatchNorm2d(4, ghost_size=size)
     with pytest.raises(InputError, match="ghost_size: 2 is not accepted with group 'world'"):
         BatchNorm2d(4, ghost_size=2, group="world")
@@ -206,7 +212,10 @@ def test_bad_input():
         BatchNorm2d(4, ghost_size=2, ghost_order="sorted")
     layer = BatchNorm2d(C)
     with pytest.raises(ValueError, match=r"groups: shape \(3,\) .* 4 samples, use \(4,\)"):
-        layer(torch.randn(4, C, 1, 1), torch.zeros(3))
+        layer(torch.randn(4, C, 1, 1), torch.zeros(3, dtype=torch.long))
+    for groups, kind in (([0, 0, 1, 1], "list"), (torch.zeros(4), "torch.float32")):
+        with pytest.raises(InputError, match=f"groups: {kind} .* use a tensor of integers"):
+            layer(torch.randn(4, C, 2, 2), groups)
     with pytest.raises(InputError, match="single value per channel"):
         BatchNorm2d(C, ghost_size=1)(torch.randn(4, C, 1, 1))
     with pytest.raises(InputError, match="domain 1: .*single value per channel"):

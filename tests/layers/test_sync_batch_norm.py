@@ -1,5 +1,8 @@
 """Normalization over processes, against one that holds everything."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import reference
-from bn_det import BatchNorm2d, DomainBatchNorm2d
+from bn_det import BatchNorm2d, DomainBatchNorm2d, freeze, thaw
 from bn_det.errors import InputError
 from ranks import counted_collectives, run_ranks
 from reference import EIGHT_CHOICES
@@ -294,6 +297,21 @@ def test_low_precision(dtype, tolerance, memory_format):
         torch.testing.assert_close(
             result["running_var"].double(), population["running_var"], rtol=tolerance, atol=0
         )
+
+
+def copied_with_a_group(rank):
+    """A copy normalizes over the group that the layer has, frozen and thawed again, too."""
+    del rank
+    group = dist.new_group([0, 1])
+    layer = freeze(copy.deepcopy(make_layer(None, group=group)))
+    copied = thaw(copy.deepcopy(layer)).train()
+    with pytest.raises(InputError, match='a ProcessGroup cannot be pickled; use group "world"'):
+        pickle.dumps(copied)
+    return copied.group is group
+
+
+def test_a_copy_of_a_layer_with_a_group():
+    assert run_ranks(copied_with_a_group, 2) == [True, True]
 
 
 def jacobian(rank):
