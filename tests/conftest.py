@@ -12,6 +12,8 @@ _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 _THREADS = max(1, min(2, len(os.sched_getaffinity(0)) // _WORKERS))
 os.environ["OMP_NUM_THREADS"] = str(_THREADS)
 torch.set_num_threads(_THREADS)
+# Of a process that a signal ends, say in a library's threads, the stack is all there is to go by.
+os.environ["PYTHONFAULTHANDLER"] = "1"
 
 
 def pytest_runtest_setup(item):
