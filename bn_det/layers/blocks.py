@@ -15,6 +15,8 @@ from .become import become, class_of
 from .convert import as_ours
 from .freeze import is_frozen
 from .kinds import FORWARDS_OF_TORCH, batch_norms
+from .kinds import STATISTICS as BUFFERS
+from .l1_batch_norm import L1BatchNorm2d
 
 
 @contextmanager
@@ -57,8 +59,30 @@ def no_population_update(module: nn.Module) -> Iterator[None]:
     layers = [m for m in module.modules() if isinstance(m, _BatchNorm)]
     # In training mode torch's own layers then normalize by the batch, as before, and in evaluation
     # mode by the buffers that they still have.
-    with _set(layers, track_running_stats=False):
+    known = (BatchNorm2d, L1BatchNorm2d)
+    others = [
+        m
+        for m in layers
+        if not isinstance(m, known) and class_of(m).forward not in FORWARDS_OF_TORCH
+    ]
+    with _set(layers, track_running_stats=False), _other_statistics(others):
         yield
+
+
+@contextmanager
+def _other_statistics(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Copies in place of the statistics of layers that may move them whatever they are told.
+
+    Detectron2's NaiveSyncBatchNorm does.
+    """
+    before = [(m._buffers, {n: m._buffers.get(n) for n in BUFFERS}) for m in layers]
+    try:
+        for buffers, own in before:
+            buffers.update({n: b.clone() for n, b in own.items() if b is not None})
+        yield
+    finally:
+        for buffers, own in before:
+            buffers.update({n: b for n, b in own.items() if b is not None})
 
 
 def _ours(module: nn.Module) -> list[BatchNorm2d]:

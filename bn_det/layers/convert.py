@@ -52,9 +52,9 @@ def convert_batchnorm(
     A warning names what is left as it is: layers that compute more than a BatchNorm, or otherwise
     than their class says (timm's, with an activation); those for lists of domains where the new
     layer takes a tensor, or the reverse; those that have not been called yet (lazy). One names what
-    has learned something, and becomes a layer without any state. A host's
-    FrozenBatchNorm2d is left, too (:func:`bn_det.thaw`). Do not convert Detectron2's RetinaNet head
-    built with "BN": its ``CycleBatchNormList`` depends on the order of calls.
+    has learned something, and becomes a layer without any state. A host's FrozenBatchNorm2d is
+    left, too (:func:`bn_det.thaw`). In Detectron2's RetinaNet head built with "BN" the layers of
+    each level are exchanged; its ``CycleBatchNormList`` goes by the order of calls, as before.
 
     Args:
         module: the model, or a layer.

@@ -20,11 +20,14 @@ def has_trivial_statistics(layer: nn.Module) -> bool:
     )
 
 
-def is_folded(layer: nn.Module) -> bool:
+def is_folded(layer: nn.Module, in_list: nn.Module | None = None) -> bool:
     """Whether statistics seem to have been folded into weight and bias.
 
     These are trained then, and nothing has updated the statistics since. (So it looks, too, where
     nothing has ever updated them.) A new layer has a constant weight and no bias.
+
+    Args:
+        in_list: what has weight and bias for the layer (``lists_with_affine``), if that is so.
     """
     if evaluates_by_batch(layer) or not has_trivial_statistics(layer):
         return False
@@ -32,7 +35,8 @@ def is_folded(layer: nn.Module) -> bool:
     counters = [getattr(population, "num_batches_tracked", None) for population, _ in holders]
     if any(counter is not None and counter > 0 for counter in counters):
         return False
-    return any(_is_trained(affine) for _, affine in holders)
+    affines = [affine for _, affine in holders] if in_list is None else [in_list]
+    return any(map(_is_trained, affines))
 
 
 def _is_trained(affine: nn.Module) -> bool:

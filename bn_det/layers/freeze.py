@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -21,6 +20,7 @@ from .frozen import FrozenBatchNorm, StaysInEvaluation, staying_class
 from .kinds import (
     STATE,
     is_host_frozen,
+    lists_with_affine,
     selected,
     unwrapped,
     what_else,
@@ -119,7 +119,7 @@ def thaw(
             become(layer, _learning(layer, affine))
             new += [f"{name}.weight", f"{name}.bias"] if affine else []
         elif statistics:
-            _thaw_statistics(layer)
+            thaw_statistics(layer)
     for parameter in affine_of(unwrapped(model), layers) if affine else ():
         parameter.requires_grad_(True)
         if type(parameter) is HeldParameter:
@@ -170,7 +170,8 @@ def freeze_statistics(layer: nn.Module) -> None:
         with_class(layer, FrozenBatchNorm)
 
 
-def _thaw_statistics(layer: nn.Module) -> None:
+def thaw_statistics(layer: nn.Module) -> None:
+    """Thaw those of a layer that :func:`freeze` has frozen."""
     if isinstance(layer, FrozenBatchNorm):
         with_class(layer, vars(layer).pop("thawed_type"))
     elif isinstance(layer, StaysInEvaluation):
@@ -203,20 +204,9 @@ def affine_of(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[Tensor]
     """
     for layer in layers:
         yield from layer.parameters()
-    for parent in model.modules():
-        if _is_list_with_affine(parent) and any(m in layers for m in parent.children()):
-            yield from parent.parameters()
-
-
-def _is_list_with_affine(module: nn.Module) -> bool:
-    children = list(module._modules.values())
-    own = [p for p in module._parameters.values() if p is not None]
-    kinds = (_BatchNorm, FrozenBatchNorm)
-    return (
-        module._parameters.keys() == {"weight", "bias"}
-        and all(isinstance(m, kinds) and m.weight is None for m in children)
-        and all(p.shape == (m.num_features,) for m in children for p in own)
-    )
+    lists = lists_with_affine(model)
+    for parent in dict.fromkeys(lists[layer] for layer in layers if layer in lists):
+        yield from parent.parameters()
 
 
 class HeldParameter(nn.Parameter):

@@ -83,6 +83,26 @@ def uses_in(model: nn.Module) -> Counter[int]:
     return Counter(id(of) for of in held if of is not None)
 
 
+def lists_with_affine(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """The layers whose weight and bias their parent has, for all that are in it; with that one.
+
+    Those of Detectron2's CycleBatchNormList.
+    """
+    lists = filter(_is_list_with_affine, model.modules())
+    return {layer: parent for parent in lists for layer in parent.children()}
+
+
+def _is_list_with_affine(module: nn.Module) -> bool:
+    children = list(module._modules.values())
+    own = [p for p in module._parameters.values() if p is not None]
+    kinds = (_BatchNorm, FrozenBatchNorm)
+    return (
+        module._parameters.keys() == {"weight", "bias"}
+        and all(isinstance(m, kinds) and m.weight is None for m in children)
+        and all(p.shape == (m.num_features,) for m in children for p in own)
+    )
+
+
 def selected(
     what: str, model: nn.Module, modules: str | Iterable[str] | None
 ) -> dict[nn.Module, str]:

@@ -15,7 +15,7 @@ from .ema import tracks
 from .folded import is_folded
 from .freeze import affine_of, is_frozen
 from .frozen import FrozenBatchNorm, StaysInEvaluation
-from .kinds import STATE, batch_norms, selected, why_lazy
+from .kinds import STATE, batch_norms, lists_with_affine, selected, why_lazy
 
 
 class LayerState(NamedTuple):
@@ -120,7 +120,7 @@ def _state(model: nn.Module, parent: nn.Module | None, layer: nn.Module, name: s
         batch=_batch(layer),
         momentum=getattr(layer, "momentum", None),
         batches=None if counter is None else int(counter),
-        folded=is_folded(layer),
+        folded=is_folded(layer, lists_with_affine(model).get(layer)),
         contradictions=(),
     )
     return state._replace(contradictions=tuple(_contradictions(state, layer, parent)))

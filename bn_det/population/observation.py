@@ -17,9 +17,9 @@ from ..layers.batch_norm import BatchNorm2d
 from ..layers.comm import process_group
 from ..layers.domain_batch_norm import DomainBatchNorm2d, state_holders
 from ..layers.forward import Domain, Observation, Plan, batch_norm
-from ..layers.freeze import is_frozen
+from ..layers.freeze import is_frozen, thaw_statistics
 from ..layers.frozen import FrozenBatchNorm, StaysInEvaluation
-from ..layers.kinds import FORWARDS_OF_TORCH, batch_norms, is_host_frozen
+from ..layers.kinds import FORWARDS_OF_TORCH, batch_norms, is_host_frozen, what_else
 from ..layers.l1_batch_norm import L1BatchNorm2d
 from ..layers.moments import Moments
 from ..layers.shuffle import is_shuffled
@@ -46,7 +46,8 @@ class PopulationLayer(NamedTuple):
 def population_layers(model: nn.Module, frozen: bool = False) -> list[PopulationLayer]:
     """The places of population statistics that training updates: those in training mode.
 
-    Not those of L1BatchNorm2d, which are an EMA of something else than mean and variance.
+    Not those of L1BatchNorm2d, which are an EMA of something else than mean and variance, nor those
+    of frozen layers that do more than normalize and never were a BatchNorm (timm's).
 
     Args:
         frozen: whether those of frozen layers count, too, in whatever mode they are.
@@ -64,15 +65,21 @@ def left_out(model: nn.Module, layers: Sequence[PopulationLayer]) -> dict[str, s
 
 
 def _why_left(layer: nn.Module) -> str:
+    if _is_l1(layer):
+        return "of mean absolute deviations, which are no variances"
+    if is_host_frozen(layer) and (what := what_else(layer)):
+        return f"frozen, and {what}"
     if is_frozen(layer):
         return "frozen (frozen=True updates them)"
-    if isinstance(layer, L1BatchNorm2d):
-        return "of mean absolute deviations, which are no variances"
     if any(population.running_mean is None for population, _ in state_holders(layer)):
         return "without population statistics"
     if not layer.training:
         return "in evaluation mode (call train() before)"
     return "with statistics that are off (track_running_stats False)"
+
+
+def _is_l1(layer: nn.Module) -> bool:
+    return issubclass(getattr(layer, "thawed_type", type(layer)), L1BatchNorm2d)
 
 
 def places_of(model: nn.Module, owners: dict[nn.Module, str]) -> list[PopulationLayer]:
@@ -92,9 +99,11 @@ def places_of(model: nn.Module, owners: dict[nn.Module, str]) -> list[Population
 
 def _is_updated(layer: PopulationLayer, frozen: bool) -> bool:
     module = layer.module
+    if _is_l1(module):
+        return False
     if is_frozen(layer.owner):
-        return frozen
-    if isinstance(module, L1BatchNorm2d) or not (layer.owner.training and module.training):
+        return frozen and not (is_host_frozen(module) and what_else(module))
+    if not (layer.owner.training and module.training):
         return False
     return module.track_running_stats and module.running_mean is not None
 
@@ -147,6 +156,7 @@ class Observer:
         self.in_step = any(_exchanges(module) for module in model.modules())
         self._num_passes = self.num_calls = 0
         self._owners = list(dict.fromkeys(layer.owner for layer in layers))
+        self._known = {layer.module for layer in layers if _is_known(layer.module)}
         self._usual_calls: dict[nn.Module, int] | None = None
         self._calls_vary = False
 
@@ -182,7 +192,7 @@ class Observer:
             take = partial(_take, layer, seen)
             if isinstance(layer.owner, BatchNorm2d):
                 layer.owner.register_observer(take)
-            elif _is_known(layer.module):
+            elif layer.module in self._known:
                 layer.module.forward = partial(_forward, layer, take, self.by_batch)
             else:
                 layer.module.register_forward_pre_hook(partial(_take_input, take))
@@ -200,6 +210,9 @@ class Observer:
 
     def _prepare(self, owner: nn.Module) -> None:
         """Have a layer normalize by what it is to, for a pass."""
+        if isinstance(owner, FrozenBatchNorm) and issubclass(owner.thawed_type, BatchNorm2d):
+            thaw_statistics(owner)
+            owner.frozen = True
         if isinstance(owner, StaysInEvaluation):
             owner.training = self.by_batch
             owner.track_running_stats = False
@@ -210,6 +223,8 @@ class Observer:
                 part.training, part.frozen = part.training or part.frozen, False
             if not self.by_batch:
                 owner.train_statistics = "population"
+        elif not self.by_batch:
+            owner.training = False
 
 
 class _Done(BaseException):
@@ -222,7 +237,9 @@ _USUAL_FORWARDS = (*FORWARDS_OF_TORCH, FrozenBatchNorm.forward)
 
 def _is_known(module: nn.Module) -> bool:
     """Whether a layer that is not ours only normalizes."""
-    return type(module).forward in _USUAL_FORWARDS or is_host_frozen(module)
+    if is_host_frozen(module):
+        return not what_else(module)
+    return type(module).forward in _USUAL_FORWARDS
 
 
 def _take(

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 
 class Snapshot:
-    """The state of a model: parameters, buffers, and every attribute of its modules.
+    """The state of a model: parameters, buffers, and class and attributes of its modules.
 
     Attributes include hooks, training flags, and what is in no state dict, such as the moving
     average that Detectron2's RetinaNet divides its loss by. Tensors, modules, and Python's own
@@ -25,6 +25,7 @@ class Snapshot:
     def __init__(self, model: nn.Module) -> None:
         self._containers: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[Tensor, Tensor]] = []
+        self._classes: list[tuple[nn.Module, type[nn.Module]]] = []
         seen: dict[int, Any] = {}  # it also keeps what it has seen, and its id, alive
         pending: list[Any] = [model]
         while pending:
@@ -35,6 +36,9 @@ class Snapshot:
 
     def restore_attributes(self) -> None:
         """Undo what was assigned, put into containers and taken out; not the values of tensors."""
+        for module, cls in self._classes:
+            if type(module) is not cls:
+                module.__class__ = cls
         for container, content in self._containers:
             if container or content:
                 _restore_container(container, content)
@@ -53,6 +57,7 @@ class Snapshot:
         if isinstance(value, Tensor) and not is_lazy(value):
             self._tensors.append((value, value.detach().clone()))
         elif isinstance(value, nn.Module):
+            self._classes.append((value, type(value)))
             return [vars(value)]
         elif isinstance(value, dict):
             self._containers.append((value, dict(value)))

@@ -16,7 +16,7 @@ from ..layers.comm import Group, process_group
 from ..layers.domain_batch_norm import state_holders
 from ..layers.folded import is_folded
 from ..layers.frameworks import with_statistics
-from ..layers.kinds import selected, unwrapped, uses_in
+from ..layers.kinds import lists_with_affine, selected, unwrapped, uses_in
 from .estimate import Estimate
 from .observation import Observer, PopulationLayer, places_of
 from .report import PopulationReport
@@ -61,7 +61,8 @@ def unfold(
     check_positive("num_iters", num_iters)
     model = unwrapped(model)
     layers = selected("unfold", model, modules)
-    folded = {layer: name for layer, name in layers.items() if is_folded(layer)}
+    lists = lists_with_affine(model)
+    folded = {m: name for m, name in layers.items() if is_folded(m, lists.get(m))}
     if not folded:
         raise InputError(
             "unfold: no layer is folded (mean 0 and variance 1, no batch tracked, weight and bias "

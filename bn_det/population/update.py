@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import InputError, check_positive, choose
 from ..layers.comm import Group, all_gather, process_group, report_disagreement
 from ..layers.folded import is_folded
-from ..layers.kinds import unwrapped
+from ..layers.kinds import lists_with_affine, unwrapped
 from .estimate import ESTIMATORS, Accumulator, Estimate, estimates
 from .observation import Observed, Observer, PopulationLayer, left_out, population_layers
 from .passes import surroundings
@@ -85,7 +85,8 @@ def update_bn_stats(
         call: how the model is run on a batch, ``model(batch)`` by default.
         group: the processes that have to call this, each with the same model.
         frozen: whether frozen layers (:func:`bn_det.freeze`, FrozenBatchNorm2d of either host) get
-            new statistics, too. In the passes they normalize as if they were not frozen.
+            new statistics, too. In the passes they normalize as if they were not frozen, by the
+            samples of their process.
         initial: whether statistics that look folded are replaced.
 
     Returns:
@@ -104,7 +105,7 @@ def update_bn_stats(
     if not layers:
         logger.warning("update_bn_stats has nothing to update: %s", _why_none(model))
     if not initial:
-        _refuse_folded(layers)
+        _refuse_folded(model, layers)
     how = How(num_iters, estimator, tolerance, allow_short, process_group(group))
     observer = Observer(partial(call, model) if call else model, model, layers)
     found, report = measure_statistics(observer, data_loader, how, progress)
@@ -358,9 +359,10 @@ def _why_none(model: nn.Module) -> str:
     return "; ".join(f"{number} of {len(left)} layers {why}" for why, number in reasons.items())
 
 
-def _refuse_folded(layers: Sequence[PopulationLayer]) -> None:
-    owners = dict.fromkeys(layer.owner for layer in layers)
-    names = [next(of.name for of in layers if of.owner is o) for o in owners if is_folded(o)]
+def _refuse_folded(model: nn.Module, layers: Sequence[PopulationLayer]) -> None:
+    first_name = {layer.owner: layer.name for layer in reversed(layers)}
+    lists = lists_with_affine(model)
+    names = [first_name[o] for o in reversed(first_name) if is_folded(o, lists.get(o))]
     if names:
         others = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise InputError(
