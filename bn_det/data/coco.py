@@ -15,6 +15,7 @@ from yacs.config import CfgNode
 
 from ..config.parts import DENSE
 from ..errors import InputError, nearest
+from .annotations import read_annotations
 from .masks import is_segmentation
 from .shapes import VARIANTS, Variant, generate_shapes
 
@@ -157,58 +158,38 @@ def load_coco(
         with_masks: whether the instances' masks are needed, for training or evaluation.
 
     Raises:
-        InputError: the annotation file is missing, not JSON, or not in COCO's format; or there
-            are to be masks, and an annotation has none.
+        InputError: the annotation file is missing, or :func:`read_annotations` refuses it.
     """
     prepare(name, source)
-    with readable(name, source):
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-            coco = COCO(source.json_file)
-        category_ids = sorted(coco.getCatIds())
-        category_names = [c["name"] for c in coco.loadCats(category_ids)]
-        classes = {category_id: k for k, category_id in enumerate(category_ids)}
-        records = [
-            {
-                "file_name": os.path.join(source.image_root, image["file_name"]),
-                "image_id": image["id"],
-                "height": image["height"],
-                "width": image["width"],
-                "annotations": [
-                    _read_annotation(annotation, classes, for_evaluation)
-                    for annotation in coco.imgToAnns[image["id"]]
-                ],
-            }
-            for image in coco.loadImgs(sorted(coco.imgs))
-        ]
-        if with_masks:
-            _add_masks(name, coco, records, for_evaluation)
-    if not records or not category_ids:
-        raise InputError(f"{name}: {source.json_file} has no images or no categories")
+    coco = COCO()
+    coco.dataset = read_annotations(name, source.json_file, for_evaluation, with_masks)
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        coco.createIndex()
+    category_ids = sorted(coco.cats)
+    category_names = [c["name"] for c in coco.loadCats(category_ids)]
+    classes = {category_id: k for k, category_id in enumerate(category_ids)}
+    records = [
+        {
+            "file_name": os.path.join(source.image_root, image["file_name"]),
+            "image_id": image["id"],
+            "height": image["height"],
+            "width": image["width"],
+            "annotations": [
+                _record(annotation, classes, with_masks)
+                for annotation in coco.imgToAnns[image["id"]]
+            ],
+        }
+        for image in coco.loadImgs(sorted(coco.imgs))
+    ]
     return CocoDataset(name, coco, category_ids, category_names, records)
 
 
-def _add_masks(name: str, coco: COCO, records: list[dict], for_evaluation: bool) -> None:
-    for record in records:
-        found = coco.imgToAnns[record["image_id"]]
-        for ours, annotation in zip(record["annotations"], found, strict=True):
-            segmentation = annotation.get("segmentation")
-            # Training leaves crowds out; the evaluation compares with them, too.
-            if is_segmentation(segmentation):
-                ours["segmentation"] = segmentation
-            elif for_evaluation or not ours["iscrowd"]:
-                raise InputError(
-                    f"{name}: {record['file_name']} has an annotation (id {annotation['id']}) "
-                    "without a segmentation (polygons of three points or more, or RLE), which "
-                    "MODEL.MASK_ON True takes"
-                )
-
-
-def _read_annotation(annotation: dict, classes: dict[int, int], for_evaluation: bool) -> dict:
-    x, y, width, height = map(float, annotation["bbox"])
-    if for_evaluation:
-        float(annotation["area"] + annotation["iscrowd"])  # raises where one is missing
-    return {
-        "bbox": [x, y, width, height],
+def _record(annotation: dict, classes: dict[int, int], with_masks: bool) -> dict:
+    record = {
+        "bbox": [float(value) for value in annotation["bbox"]],
         "category_id": classes[annotation["category_id"]],
         "iscrowd": annotation.get("iscrowd", 0),
     }
+    if with_masks and is_segmentation(annotation.get("segmentation")):  # crowds may have none
+        record["segmentation"] = annotation["segmentation"]
+    return record

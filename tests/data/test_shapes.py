@@ -266,25 +266,3 @@ def test_builtin_coco(tmp_path, monkeypatch):
     assert coco.image_root == str(tmp_path / "coco/val2017")
     with pytest.raises(InputError, match="coco_2017_val: there is no annotation file"):
         prepare("coco_2017_val", coco)
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("{", "is not valid JSON"),
-        ("[]", "not in COCO's format"),
-        ('{"images": []}', "not in COCO's format"),
-        ('{"images": [], "annotations": [], "categories": []}', "no images or no categories"),
-        (
-            '{"images": [{"id": 1, "file_name": "a.png", "height": 1, "width": 1}], '
-            '"annotations": [{"id": 1, "image_id": 1, "category_id": 9, "bbox": [0, 0, 1, 1]}], '
-            '"categories": [{"id": 1, "name": "a"}]}',
-            "not in COCO's format.*9",
-        ),
-    ],
-)
-def test_broken_annotations(tmp_path, text, message):
-    path = tmp_path / "a.json"
-    path.write_text(text)
-    with pytest.raises(InputError, match=message):
-        load_coco("mine", CocoSource(str(path), str(tmp_path)))

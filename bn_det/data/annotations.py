@@ -1,0 +1,239 @@
+"""COCO annotation files: read, and looked at before anything is made of them.
+
+pycocotools takes what it is given: with a NaN in a polygon it ends the process, with run lengths
+that do not fill the image it never ends, and boxes that nothing can match lower AP without a word.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError, shown
+from .masks import is_segmentation, run_lengths
+
+logger = logging.getLogger(__name__)
+
+_FARTHEST = 10
+"""How many times the longer side of its image a coordinate may be; masks take memory with it."""
+
+
+def read_annotations(
+    name: str, json_file: str, for_evaluation: bool = False, with_masks: bool = False
+) -> dict[str, Any]:
+    """The content of an annotation file in COCO's format for detection.
+
+    Annotations of images that the file does not have are left out, and so are, for training, those
+    with an empty box; a warning counts them.
+
+    Args:
+        name: of the data set, which begins messages.
+        for_evaluation: whether detections will be compared with it.
+        with_masks: whether each object has to have a mask.
+
+    Raises:
+        InputError: it cannot be read, is in another format, or has something that cannot be meant:
+            what is not unique or not finite, masks of another size, and the like.
+    """
+    where = f"{name}: {json_file}"
+    content = _parsed(where, json_file)
+    for part in ("images", "annotations", "categories"):
+        if not isinstance(content.get(part), list):
+            raise InputError(f"{where}: has no list of {part}, as COCO's format for detection has")
+        if part != "annotations" and not content[part]:
+            raise InputError(f"{where}: has no {part}")
+    images = _by_id(where, "image", content["images"], _check_image)
+    categories = _by_id(where, "category", content["categories"], _check_category)
+    _refuse_equal_names(where, categories)
+    content["annotations"] = _Annotations(where, images, categories, for_evaluation, with_masks)(
+        content["annotations"]
+    )
+    return content
+
+
+def _parsed(where: str, json_file: str) -> dict[str, Any]:
+    try:
+        content = json.loads(Path(json_file).read_bytes())
+    except FileNotFoundError as e:
+        raise InputError(f"{where}: there is no such file") from e
+    except OSError as e:
+        raise InputError(f"{where}: cannot be read: {e.strerror}") from e
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{where}: is not valid JSON: {e}") from e
+    if not isinstance(content, dict):
+        raise InputError(f"{where}: is a {type(content).__name__}, and not in COCO's format")
+    return content
+
+
+def _by_id(
+    where: str, what: str, entries: Iterable[Any], check: Callable[[dict], str]
+) -> dict[Hashable, dict]:
+    """Entries by their ids; raises InputError for what is wrong with one of them."""
+    found: dict[Hashable, dict] = {}
+    for number, entry in enumerate(entries):
+        entry_id = entry.get("id") if isinstance(entry, dict) else None
+        if not isinstance(entry_id, (int, str)) or isinstance(entry_id, bool):
+            raise InputError(f"{where}: {what} number {number} has no id (an integer)")
+        if entry_id in found:
+            raise InputError(f"{where}: two of {what} have the id {_value(entry_id)}")
+        if why := check(entry):
+            raise InputError(f"{where}: {what} {_value(entry_id)}: {why}")
+        found[entry_id] = entry
+    if len(kinds := {type(entry_id).__name__ for entry_id in found}) > 1:
+        raise InputError(f"{where}: ids of {what} are of several types, {sorted(kinds)}; use int")
+    return found
+
+
+def _check_image(image: dict) -> str:
+    if not isinstance(image.get("file_name"), str):
+        return f"file_name: {_value(image.get('file_name'))} is not accepted; use a string"
+    for key in ("height", "width"):
+        size = image.get(key)
+        if not (_are_numbers([size]) and size > 0 and size == int(size)):
+            return f"{key}: {_value(size)} is not accepted; use a number of pixels, 1 or more"
+    return ""
+
+
+def _check_category(category: dict) -> str:
+    if not isinstance(category.get("name"), str):
+        return f"name: {_value(category.get('name'))} is not accepted; use a string"
+    return ""
+
+
+def _refuse_equal_names(where: str, categories: dict[Hashable, dict]) -> None:
+    ids: dict[str, Hashable] = {}
+    for category_id, category in categories.items():
+        name = category["name"]
+        if name in ids:
+            raise InputError(
+                f"{where}: categories {_value(ids[name])} and {_value(category_id)} have the same "
+                f"name, {_value(name)}; results are by name"
+            )
+        ids[name] = category_id
+
+
+class _Annotations:
+    """Looks at annotations one by one; called with all of them, it returns those to use."""
+
+    def __init__(
+        self,
+        where: str,
+        images: dict[Hashable, dict],
+        categories: dict[Hashable, dict],
+        for_evaluation: bool,
+        with_masks: bool,
+    ) -> None:
+        self._where, self._images, self._categories = where, images, categories
+        self._for_evaluation, self._with_masks = for_evaluation, with_masks
+
+    def __call__(self, annotations: Sequence[Any]) -> list[dict]:
+        every = _by_id(self._where, "annotation", annotations, self._why_not)
+        elsewhere = [of for of in every.values() if of["image_id"] not in self._images]
+        empty = [of for of in every.values() if min(of["bbox"][2:]) == 0]
+        self._tell(elsewhere, "of images that the file does not have")
+        self._tell([of for of in empty if of["image_id"] in self._images], "with an empty box")
+        left = {of["id"] for of in (*elsewhere, *empty)}
+        return [of for of in annotations if of["id"] not in left]
+
+    def _tell(self, left: list[dict], what: str) -> None:
+        if left:
+            first = _value(left[0]["id"])
+            message = "%s: annotations %s are left out: %d, the first of which is %s"
+            logger.warning(message, self._where, what, len(left), first)
+
+    def _why_not(self, annotation: dict) -> str:
+        image_id = annotation.get("image_id")
+        if image_id is None or not isinstance(image_id, Hashable):
+            return f"image_id: {_value(image_id)} is not accepted; use an image's id"
+        category_id = annotation.get("category_id")
+        if not isinstance(category_id, Hashable) or category_id not in self._categories:
+            return f"category_id: {_value(category_id)} is none of the file's categories"
+        if (crowd := annotation.get("iscrowd", 0)) not in (0, 1):
+            return f"iscrowd: {_value(crowd)} is not accepted; use 0 or 1"
+        image = self._images.get(image_id)
+        farthest = _FARTHEST * max(image["height"], image["width"]) if image else math.inf
+        return (
+            self._why_no_box(annotation.get("bbox"), farthest)
+            or _why_no_mask(annotation.get("segmentation"), image, farthest)
+            or (self._why_not_masked(annotation) if self._with_masks else "")
+            or (_why_not_compared(annotation) if self._for_evaluation else "")
+        )
+
+    def _why_no_box(self, box: Any, farthest: float) -> str:
+        seen = f"bbox: {_value(box)} is not accepted; "
+        if not (isinstance(box, list) and len(box) == 4 and _are_numbers(box)):
+            return f"{seen}use x, y, width and height in pixels"
+        if min(box[2:]) < 0:
+            return f"{seen}width and height are 0 or more"
+        if self._for_evaluation and min(box[2:]) == 0:
+            return f"{seen}no detection can match an empty box, which would lower AP"
+        return f"{seen}it is far outside of its image" if max(map(abs, box)) > farthest else ""
+
+    def _why_not_masked(self, annotation: dict) -> str:
+        # Training leaves crowds out; the evaluation compares with them, too.
+        is_used = self._for_evaluation or not annotation.get("iscrowd", 0)
+        if is_used and not is_segmentation(annotation.get("segmentation")):
+            return (
+                "it has no segmentation (polygons of three points or more, or RLE), which "
+                "MODEL.MASK_ON True takes"
+            )
+        return ""
+
+
+def _why_not_compared(annotation: dict) -> str:
+    if annotation["id"] == 0:
+        return "id: 0 is not accepted; pycocotools takes what it matches for unmatched"
+    area = annotation.get("area")
+    if not _are_numbers([area]) or area < 0:
+        return f"area: {_value(area)} is not accepted; use a number of pixels"
+    return "" if "iscrowd" in annotation else "iscrowd: it has none; use 0 or 1"
+
+
+def _why_no_mask(segmentation: Any, image: dict | None, farthest: float) -> str:
+    """Why a segmentation, if there is one, cannot be decoded to what is meant."""
+    if isinstance(segmentation, dict):
+        return _why_no_runs(segmentation, image)
+    for polygon in segmentation if isinstance(segmentation, list) else ():
+        if not isinstance(polygon, list) or not _are_numbers(polygon):
+            return "segmentation: a polygon is not accepted; use lists of finite numbers"
+        if polygon and max(max(polygon), -min(polygon)) > farthest:
+            return "segmentation: a polygon is far outside of its image"
+    return ""
+
+
+def _why_no_runs(rle: dict, image: dict | None) -> str:
+    size = rle.get("size")
+    if image and size != [image["height"], image["width"]]:
+        of_image = [image["height"], image["width"]]
+        return (
+            f"segmentation: an RLE of size {_value(size)} is not accepted; its image has {of_image}"
+        )
+    runs = run_lengths(rle.get("counts"))
+    if runs is None:
+        return "segmentation: the counts of an RLE are not accepted; use COCO's"
+    if image and sum(runs) != size[0] * size[1]:
+        return (
+            f"segmentation: an RLE of {sum(runs)} pixels is not accepted; its size {size} has "
+            f"{size[0] * size[1]}"
+        )
+    return ""
+
+
+def _are_numbers(values: Sequence[Any]) -> bool:
+    """Whether all are finite numbers. Quick, as there are many."""
+    if not set(map(type, values)) <= {int, float}:
+        return False
+    try:
+        return math.isfinite(math.fsum(values))
+    except (OverflowError, ValueError):
+        return False
+
+
+def _value(value: Any) -> str:
+    """A value of the file for a message, which stays one line and short."""
+    text = shown(repr(value))
+    return text if len(text) <= 60 else f"{text[:57]}..."

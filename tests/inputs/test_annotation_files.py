@@ -1,0 +1,229 @@
+"""Annotation files and what they get: a row for each kind of fault, from a file without one.
+
+Every row is one line that names the file, what in it, and what is accepted; or it is used, and a
+line counts what was left out.
+"""
+
+import copy
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+from pycocotools.cocoeval import COCOeval
+
+from bn_det.data.coco import CocoSource, load_coco
+from bn_det.errors import InputError
+
+HEIGHT, WIDTH = 6, 8
+POLYGON = [1, 1, 5, 1, 5, 4, 1, 4]
+RLE = coco_mask.encode(np.asfortranarray(np.tri(HEIGHT, WIDTH, dtype=np.uint8)))["counts"].decode()
+
+
+def valid():
+    """Two images, two categories, three annotations; all that pycocotools and masks need."""
+    masks = [[POLYGON], {"size": [HEIGHT, WIDTH], "counts": RLE}]
+    masks.append({"size": [HEIGHT, WIDTH], "counts": [10, 5, HEIGHT * WIDTH - 15]})
+    return {
+        "images": [
+            {"id": k, "file_name": f"{k}.png", "height": HEIGHT, "width": WIDTH} for k in (1, 2)
+        ],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 3, "name": "dog"}],
+        "annotations": [
+            {"id": k, "image_id": 1 + k % 2, "category_id": c, "bbox": [1, 1, 4, 3], "area": 12,
+             "iscrowd": 0, "segmentation": mask}
+            for k, c, mask in zip((5, 6, 7), (1, 3, 3), masks, strict=True)
+        ],
+    }  # fmt: skip
+
+
+def changed(part, number, **values):
+    def change(content):
+        entry = content[part][number]
+        for key, value in values.items():
+            if value is None:
+                del entry[key]
+            else:
+                entry[key] = value
+        return content
+
+    return change
+
+
+def annotation(number=0, **values):
+    return changed("annotations", number, **values)
+
+
+def polygon(*values):
+    return annotation(segmentation=[[1, 1, 5, 1, 5, 4, *values]])
+
+
+def runs(**values):
+    return annotation(segmentation={"size": [HEIGHT, WIDTH], "counts": RLE, **values})
+
+
+def twice(part):
+    return lambda content: {**content, part: [*content[part], content[part][0]]}
+
+
+NAN, INF = float("nan"), float("inf")
+REFUSED = {
+    "a list": (lambda content: [content], "is a list, and not in COCO's format"),
+    "no images": (lambda content: {**content, "images": []}, "has no images"),
+    "no list of images": (lambda content: {**content, "images": 3}, "has no list of images"),
+    "no categories": (lambda content: {**content, "categories": []}, "has no categories"),
+    "no annotations": (
+        lambda content: {k: v for k, v in content.items() if k != "annotations"},
+        "has no list of annotations",
+    ),
+    "image without id": (changed("images", 1, id=None), "image number 1 has no id"),
+    "image with a list as id": (changed("images", 1, id=[1]), "image number 1 has no id"),
+    "image with another kind of id": (changed("images", 1, id="b"), "ids of image are of several"),
+    "image twice": (twice("images"), "two of image have the id 1"),
+    "image without file": (changed("images", 0, file_name=None), "image 1: file_name: None"),
+    "image of no height": (changed("images", 0, height=0), "image 1: height: 0 .*1 or more"),
+    "image of broken width": (changed("images", 0, width=7.5), "image 1: width: 7.5 .*1 or more"),
+    "image of NaN width": (changed("images", 0, width=NAN), "image 1: width: nan .*1 or more"),
+    "category twice": (twice("categories"), "two of category have the id 1"),
+    "category without name": (changed("categories", 0, name=None), "category 1: name: None"),
+    "equal names": (changed("categories", 1, name="cat"), "categories 1 and 3 .* same name, 'cat'"),
+    "annotation twice": (twice("annotations"), "two of annotation have the id 5"),
+    "annotation is a string": (lambda c: {**c, "annotations": ["a"]}, "annotation number 0 has no"),
+    "unknown category": (annotation(category_id=2), "annotation 5: category_id: 2 is none of"),
+    "category is a list": (annotation(category_id=[1]), "annotation 5: category_id: .* is none"),
+    "image is a list": (annotation(image_id=[1]), "annotation 5: image_id: .* an image's id"),
+    "no image": (annotation(image_id=None), "annotation 5: image_id: None .* an image's id"),
+    "crowd of 2": (annotation(iscrowd=2), "annotation 5: iscrowd: 2 .* use 0 or 1"),
+    "no box": (annotation(bbox=None), "annotation 5: bbox: None .* x, y, width and height"),
+    "three numbers": (annotation(bbox=[1, 1, 4]), "annotation 5: bbox: .* x, y, width"),
+    "a string in a box": (annotation(bbox=[1, 1, 4, "3"]), "annotation 5: bbox: .* x, y, width"),
+    "NaN in a box": (annotation(bbox=[1, NAN, 4, 3]), "annotation 5: bbox: .*nan.* x, y, width"),
+    "infinite box": (annotation(bbox=[1, 1, INF, 3]), "annotation 5: bbox: .*inf.* x, y, width"),
+    "huge box": (annotation(bbox=[1, 1, 10**400, 3]), "annotation 5: bbox: "),
+    "negative width": (annotation(bbox=[5, 1, -4, 3]), "annotation 5: bbox: .* 0 or more"),
+    "box far away": (annotation(bbox=[1, 1, 4, 90]), "annotation 5: bbox: .* far outside"),
+    "NaN in a polygon": (polygon(NAN, 4), "annotation 5: segmentation: a polygon .* finite"),
+    "infinite polygon": (polygon(-INF, 4), "annotation 5: segmentation: a polygon .* finite"),
+    "polygon far away": (polygon(1, 1e9), "annotation 5: segmentation: a polygon is far outside"),
+    "a string in a polygon": (polygon("1", 4), "annotation 5: segmentation: a polygon .* finite"),
+    "polygon is no list": (annotation(segmentation=[3]), "annotation 5: segmentation: a polygon"),
+    "RLE of another size": (runs(size=[WIDTH, HEIGHT]), "RLE of size \\[8, 6\\] .* has \\[6, 8\\]"),
+    "RLE without size": (runs(size=3), "annotation 5: segmentation: an RLE of size 3"),
+    "RLE that does not fill": (runs(counts=[3, 4]), "an RLE of 7 pixels .* \\[6, 8\\] has 48"),
+    "RLE that overflows": (runs(counts=[3, 10**30]), "an RLE of 1000.* pixels .* has 48"),
+    "RLE of a negative run": (runs(counts=[60, -12]), "the counts of an RLE are not accepted"),
+    "RLE of NaN": (runs(counts=[NAN]), "the counts of an RLE are not accepted"),
+    "RLE without counts": (runs(counts=7), "the counts of an RLE are not accepted"),
+    "RLE that is cut": (runs(counts=RLE[:-1]), "an RLE of .* pixels .* has 48|counts of an RLE"),
+    "RLE cut in a number": (runs(counts=RLE + "P"), "the counts of an RLE are not accepted"),
+    "RLE of other letters": (runs(counts=RLE + "\x00"), "the counts of an RLE are not accepted"),
+    "RLE that never ends": (runs(counts="o" * 50), "the counts of an RLE are not accepted"),
+}  # fmt: skip
+FOR_EVALUATION = {
+    "id 0": (annotation(id=0), "annotation 0: id: 0 .* takes what it matches for unmatched"),
+    "empty box": (annotation(bbox=[1, 1, 0, 3]), "annotation 5: bbox: .* empty box, which .* AP"),
+    "no area": (annotation(area=None), "annotation 5: area: None .* a number of pixels"),
+    "NaN area": (annotation(area=NAN), "annotation 5: area: nan .* a number of pixels"),
+    "no crowd": (annotation(iscrowd=None), "annotation 5: iscrowd: it has none; use 0 or 1"),
+}
+WITH_MASKS = {
+    "no mask": (annotation(segmentation=None), "annotation 5: it has no segmentation"),
+    "a line": (annotation(segmentation=[[1, 1, 4, 4]]), "annotation 5: it has no segmentation"),
+}
+LEFT_OUT = {
+    "empty box": (annotation(1, bbox=[1, 1, 4, 0]), "with an empty box are left out: 1, .* is 6"),
+    "unknown image": (annotation(1, image_id=9), "that the file does not have are left out: 1"),
+}
+USED = {
+    "as it is": lambda content: content,
+    "no segmentation": annotation(segmentation=None),
+    "a short polygon": annotation(segmentation=[[1, 1, 4, 4]]),
+    "no area": annotation(area=None),
+    "far away in an unknown image": annotation(bbox=[1, 1, 1e6, 3], image_id=9),
+}
+
+
+def load(tmp_path, content, **needs):
+    path = tmp_path / "mine.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return load_coco("mine", CocoSource(str(path), str(tmp_path)), **needs)
+
+
+def assert_refused(tmp_path, change, words, **needs):
+    with pytest.raises(InputError, match=f"mine: .*mine.json: .*{words}") as e:
+        load(tmp_path, change(valid()), **needs)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("needs", [{}, {"for_evaluation": True, "with_masks": True}], ids=len)
+@pytest.mark.parametrize("row", REFUSED)
+def test_refused(tmp_path, row, needs):
+    assert_refused(tmp_path, *REFUSED[row], **needs)
+
+
+@pytest.mark.parametrize("row", FOR_EVALUATION)
+def test_refused_in_evaluation(tmp_path, row):
+    assert_refused(tmp_path, *FOR_EVALUATION[row], for_evaluation=True)
+    load(tmp_path, FOR_EVALUATION[row][0](valid()))
+
+
+@pytest.mark.parametrize("row", WITH_MASKS)
+def test_refused_with_masks(tmp_path, row):
+    assert_refused(tmp_path, *WITH_MASKS[row], with_masks=True)
+    load(tmp_path, WITH_MASKS[row][0](valid()))
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", "is not valid JSON"),
+        ("{", "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON"),
+        ("null", "is a NoneType, and not in COCO's format"),
+    ],
+    ids=["empty", "cut", "deep", "null"],
+)
+def test_no_json(tmp_path, text, words):
+    with pytest.raises(InputError, match=f"mine: .*mine.json: {words}"):
+        load(tmp_path, text)
+
+
+def test_no_text(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_bytes(b"\xff\x00\xfe{")
+    with pytest.raises(InputError, match="mine.json: is not valid JSON"):
+        load_coco("mine", CocoSource(str(path), str(tmp_path)))
+
+
+@pytest.mark.parametrize("row", LEFT_OUT)
+def test_left_out(tmp_path, row, caplog):
+    change, words = LEFT_OUT[row]
+    dataset = load(tmp_path, change(valid()))
+    (message,) = caplog.messages
+    assert re.search(f"mine: .*mine.json: annotations .*{words}", message)
+    assert sorted(dataset.coco.anns) == [5, 7]
+    assert sum(len(record["annotations"]) for record in dataset.records) == 2
+
+
+@pytest.mark.parametrize("row", USED)
+def test_used(tmp_path, row):
+    dataset = load(tmp_path, USED[row](valid()))
+    assert [record["image_id"] for record in dataset.records] == [1, 2]
+    assert dataset.category_names == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("number", [5, 0])
+def test_what_an_id_of_0_would_cost(tmp_path, number):
+    """Perfect detections have AP 1, but where pycocotools takes a match for none."""
+    content = annotation(id=number)(valid())
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(content))
+    dataset = load_coco("mine", CocoSource(str(path), str(tmp_path)))
+    found = [{**copy.deepcopy(a), "score": 0.9} for a in content["annotations"]]
+    evaluation = COCOeval(dataset.coco, dataset.coco.loadRes(found), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    assert math.isclose(evaluation.stats[0], 1) == (number != 0)
