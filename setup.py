@@ -24,6 +24,7 @@ setup(
         "yacs",
         "pyyaml",
         "numpy",
+        "pillow",
         "scipy>=1.15",
         "opencv-python",
         "pycocotools",

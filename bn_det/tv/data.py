@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
-import cv2
 import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor
@@ -16,6 +15,7 @@ from torchvision.transforms import v2
 
 from ..data.category_batches import CategoryBatches
 from ..data.coco import CocoDataset
+from ..data.images import read_image
 from ..data.masks import decode_mask
 from ..errors import InputError
 from ..layers.comm import share, world
@@ -204,9 +204,5 @@ def _read_masks(objects: Sequence[dict], record: dict) -> Tensor:
 
 def _read_image(path: str, image_format: str) -> tv_tensors.Image:
     """An image file as uint8 of shape (3, H, W), upright by its EXIF tag."""
-    pixels = cv2.imread(path, cv2.IMREAD_COLOR)
-    if pixels is None:
-        raise InputError(f"{path}: cannot be read as an image")
-    if image_format == "RGB":
-        pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
-    return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
+    pixels = torch.from_numpy(read_image(path)).permute(2, 0, 1)
+    return tv_tensors.Image(pixels if image_format == "RGB" else pixels.flip(0))

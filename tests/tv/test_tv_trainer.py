@@ -257,7 +257,7 @@ def test_images_that_cannot_be_used(make_cfg, tmp_path, num_workers):
     (dataset,) = load_datasets(cfg, "TEST")
     record = dataset.records[0]
     for change, message in [
-        ({"file_name": str(tmp_path / "none.png")}, "none.png: cannot be read as an image"),
+        ({"file_name": str(tmp_path / "none.png")}, "none.png: there is no such image"),
         ({"height": 5}, "is 128x128 pixels, its annotation says 128x5"),
     ]:
         dataset.records[0] = {**record, **change}

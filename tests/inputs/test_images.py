@@ -1,0 +1,93 @@
+"""Image files and what they get: a row for each kind of fault."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bn_det.data.images import check_image, read_image
+from bn_det.errors import InputError
+
+
+def picture():
+    """Smooth, so that a JPEG of it is nearly the same."""
+    y, x = np.mgrid[:40, :50]
+    return np.stack([3 * x, 4 * y, x + y], 2).astype(np.uint8)
+
+
+def jpeg(path):
+    Image.fromarray(picture()).save(path, "JPEG", quality=95)
+
+
+def png(path):
+    Image.fromarray(picture()).save(path, "PNG")
+
+
+def part_of(save, fraction):
+    def make(path):
+        save(path)
+        content = path.read_bytes()
+        path.write_bytes(content[: int(fraction * len(content))])
+
+    return make
+
+
+def deep_grey(path):
+    Image.fromarray(picture()[..., 0].astype(np.uint16) * 257).save(path, "PNG")
+
+
+def real(path):
+    Image.fromarray(picture()[..., 0].astype(np.float32)).save(path, "TIFF")
+
+
+REFUSED = {
+    "missing": (lambda path: None, "there is no such image"),
+    "a folder": (lambda path: path.mkdir(), "cannot be read as an image: Is a directory"),
+    "empty": (lambda path: path.touch(), "is empty, or no image of a known format"),
+    "text": (lambda path: path.write_text("hello"), "is empty, or no image of a known format"),
+    "a JPEG that is cut": (
+        part_of(jpeg, 0.9),
+        "cannot be read as an image: image file is truncated",
+    ),
+    "a PNG that is cut": (part_of(png, 0.5), "cannot be read as an image: "),
+    "16 bits": (deep_grey, "pixels of mode I;16 are not accepted; use 8 bits a channel"),
+    "real numbers": (real, "pixels of mode F are not accepted; use 8 bits a channel"),
+}
+
+
+@pytest.mark.parametrize("row", REFUSED)
+def test_refused(tmp_path, row):
+    make, words = REFUSED[row]
+    path = tmp_path / "image"
+    make(path)
+    with pytest.raises(InputError, match=f"image: {words}"):
+        read_image(path)
+    if "is cut" not in row:  # which only decoding shows
+        with pytest.raises(InputError, match=f"image: {words}"):
+            check_image(path)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK", "1"])
+def test_modes_of_8_bits(tmp_path, mode):
+    image = Image.fromarray(picture()).convert(mode)
+    image.save(tmp_path / "image", "TIFF")
+    check_image(tmp_path / "image")
+    found = read_image(tmp_path / "image")
+    assert np.array_equal(found, np.asarray(image.convert("RGB"))) and found.dtype == np.uint8
+
+
+def test_upright_by_its_tag(tmp_path):
+    image = Image.fromarray(picture())
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    image.save(tmp_path / "image", "PNG", exif=exif)
+    assert np.array_equal(read_image(tmp_path / "image"), np.rot90(picture(), -1))
+
+
+def test_detectron2_reads_the_same(tmp_path):
+    pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+    from detectron2.data.detection_utils import read_image as theirs
+
+    jpeg(tmp_path / "image.jpg")
+    ours = torch.from_numpy(read_image(tmp_path / "image.jpg"))
+    assert torch.equal(ours, torch.from_numpy(theirs(str(tmp_path / "image.jpg"), "RGB").copy()))
