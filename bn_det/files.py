@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+_ASIDE = re.compile(r"\.\d+\.tmp$")
+
+
+def try_lock(file: IO) -> bool:
+    """Lock an open file until this process closes it or ends; False where another one has it.
+
+    Raises:
+        OSError: files cannot be locked there.
+    """
+    try:
+        # Not flock, which workers of a data loader that outlive their process would still hold.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
 
 
 @contextmanager
@@ -17,13 +35,18 @@ def write_aside(path: str | os.PathLike) -> Iterator[str]:
 
     If the block fails, the real one stays as it was.
     """
-    aside = f"{os.fspath(path)}.tmp"
+    aside = f"{os.fspath(path)}.{os.getpid()}.tmp"  # of several runs each has its own
     try:
         yield aside
         os.replace(aside, path)
     finally:
         if os.path.exists(aside):
             os.remove(aside)
+
+
+def is_aside(path: Path) -> bool:
+    """Whether a file is one that :func:`write_aside` writes to first, by its name."""
+    return _ASIDE.search(path.name) is not None
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -23,6 +23,7 @@ import json
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ import cv2
 import numpy as np
 
 from ..errors import InputError
+from ..files import try_lock
 from .appearance import APPEARANCES
 
 CATEGORIES = ("circle", "square", "triangle", "star")
@@ -146,10 +148,15 @@ def generate_shapes(
         _check_version(root, variant)
         return root
     root.parent.mkdir(parents=True, exist_ok=True)
+    _remove_unfinished(root)
     aside = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
     try:
-        for name, split in (splits or variant.splits).items():
-            _write_split(aside, name, split, variant)
+        with open(aside / _LOCK, "w") as lock:
+            with suppress(OSError):  # where files cannot be locked
+                try_lock(lock)
+            for name, split in (splits or variant.splits).items():
+                _write_split(aside, name, split, variant)
+        (aside / _LOCK).unlink()
         aside.chmod(0o755)
         try:
             os.rename(aside, root)
@@ -161,6 +168,17 @@ def generate_shapes(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return root
+
+
+_LOCK = ".lock"
+
+
+def _remove_unfinished(root: Path) -> None:
+    """Remove what killed generations have left beside the folder."""
+    for path in root.parent.glob(f".{root.name}-*/{_LOCK}"):
+        with suppress(OSError), open(path, "r+") as lock:
+            if try_lock(lock):
+                shutil.rmtree(path.parent, ignore_errors=True)
 
 
 def draw_image(seed: int, index: int, variant: Variant = SHAPES) -> tuple[np.ndarray, list[dict]]:

@@ -203,6 +203,20 @@ def test_two_processes_at_once(tmp_path):
     assert files(root) == files(shapes.generate_shapes(tmp_path / "other", SMALL))
 
 
+def test_a_generation_that_goes_on_is_left_alone(tmp_path):
+    root = tmp_path / "shapes"
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=shapes.generate_shapes, args=(root, {"a": Split(100000, 0)}))
+    process.start()
+    try:
+        wait_for(lambda: list(tmp_path.glob(".shapes-*/a/*.png")), 60)
+        shapes.generate_shapes(root, SMALL)
+        assert list(tmp_path.glob(".shapes-*/a/*.png")) and process.is_alive()
+    finally:
+        process.kill()
+        process.join(60)
+
+
 def test_a_killed_generation_is_not_taken_for_a_finished_one(tmp_path):
     root = tmp_path / "shapes"
     context = multiprocessing.get_context("fork")
@@ -217,6 +231,8 @@ def test_a_killed_generation_is_not_taken_for_a_finished_one(tmp_path):
     assert not root.exists()
     shapes.generate_shapes(root, SMALL)
     assert len(list((root / "train").iterdir())) == 5
+    assert os.listdir(tmp_path) == ["shapes"], "what the killed one left is gone"
+    assert sorted(os.listdir(root)) == ["annotations", "train", "val"]
 
 
 def test_an_exception_leaves_nothing(tmp_path, monkeypatch):
