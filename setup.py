@@ -38,6 +38,7 @@ setup(
         "test": [
             "pytest",
             "pytest-xdist",
+            "hypothesis",
             "ruff",
             "timm>=1.0",
             "onnx",

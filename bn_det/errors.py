@@ -46,8 +46,12 @@ def shown(text: str) -> str:
 
 
 def one_line(error: InputError) -> str:
-    """The message alone, without the report that a data loader's process puts around it."""
-    return str(error).strip().splitlines()[-1].removeprefix("bn_det.errors.InputError: ")
+    """The message alone, without the report that a data loader's process puts around it.
+
+    In one line that leaves the terminal as it is, whatever a file of the user's has put into it.
+    """
+    words = str(error).rpartition("bn_det.errors.InputError: ")[2].split()
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(words))
 
 
 def reason_of(error: Exception) -> str:

@@ -14,9 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, shown
+from .images import MAX_PIXELS
 from .masks import is_segmentation, run_lengths
 
 logger = logging.getLogger(__name__)
+
+_SMALLEST = 1e-5
+"""The shorter side of a box, in pixels, below which it is empty; the hosts leave such ones out."""
+
+_LARGEST = 1e10
+"""The area up to which pycocotools counts an object."""
 
 _FARTHEST = 10
 """How many times the longer side of its image a coordinate may be; masks take memory with it."""
@@ -95,6 +102,8 @@ def _check_image(image: dict) -> str:
         size = image.get(key)
         if not (_are_numbers([size]) and size > 0 and size == int(size)):
             return f"{key}: {_value(size)} is not accepted; use a number of pixels, 1 or more"
+    if image["height"] * image["width"] > MAX_PIXELS:
+        return f"height and width: more than {MAX_PIXELS} pixels are not accepted"
     return ""
 
 
@@ -133,7 +142,7 @@ class _Annotations:
     def __call__(self, annotations: Sequence[Any]) -> list[dict]:
         every = _by_id(self._where, "annotation", annotations, self._why_not)
         elsewhere = [of for of in every.values() if of["image_id"] not in self._images]
-        empty = [of for of in every.values() if min(of["bbox"][2:]) == 0]
+        empty = [of for of in every.values() if min(of["bbox"][2:]) < _SMALLEST]
         self._tell(elsewhere, "of images that the file does not have")
         self._tell([of for of in empty if of["image_id"] in self._images], "with an empty box")
         left = {of["id"] for of in (*elsewhere, *empty)}
@@ -169,7 +178,7 @@ class _Annotations:
             return f"{seen}use x, y, width and height in pixels"
         if min(box[2:]) < 0:
             return f"{seen}width and height are 0 or more"
-        if self._for_evaluation and min(box[2:]) == 0:
+        if self._for_evaluation and min(box[2:]) < _SMALLEST:
             return f"{seen}no detection can match an empty box, which would lower AP"
         return f"{seen}it is far outside of its image" if max(map(abs, box)) > farthest else ""
 
@@ -188,8 +197,8 @@ def _why_not_compared(annotation: dict) -> str:
     if annotation["id"] == 0:
         return "id: 0 is not accepted; pycocotools takes what it matches for unmatched"
     area = annotation.get("area")
-    if not _are_numbers([area]) or area < 0:
-        return f"area: {_value(area)} is not accepted; use a number of pixels"
+    if not _are_numbers([area]) or not 0 <= area <= _LARGEST:
+        return f"area: {_value(area)} is not accepted; use a number of pixels, 0 to {_LARGEST:g}"
     return "" if "iscrowd" in annotation else "iscrowd: it has none; use 0 or 1"
 
 

@@ -86,6 +86,7 @@ REFUSED = {
     "image of no height": (changed("images", 0, height=0), "image 1: height: 0 .*1 or more"),
     "image of broken width": (changed("images", 0, width=7.5), "image 1: width: 7.5 .*1 or more"),
     "image of NaN width": (changed("images", 0, width=NAN), "image 1: width: nan .*1 or more"),
+    "image of many pixels": (changed("images", 0, width=10**8), "image 1: height and width: more"),
     "category twice": (twice("categories"), "two of category have the id 1"),
     "category without name": (changed("categories", 0, name=None), "category 1: name: None"),
     "equal names": (changed("categories", 1, name="cat"), "categories 1 and 3 .* same name, 'cat'"),
@@ -123,9 +124,11 @@ REFUSED = {
 }  # fmt: skip
 FOR_EVALUATION = {
     "id 0": (annotation(id=0), "annotation 0: id: 0 .* takes what it matches for unmatched"),
+    "nearly empty box": (annotation(bbox=[1, 1, 1e-320, 3]), "annotation 5: bbox: .* empty box"),
     "empty box": (annotation(bbox=[1, 1, 0, 3]), "annotation 5: bbox: .* empty box, which .* AP"),
     "no area": (annotation(area=None), "annotation 5: area: None .* a number of pixels"),
     "NaN area": (annotation(area=NAN), "annotation 5: area: nan .* a number of pixels"),
+    "huge area": (annotation(area=1e30), "annotation 5: area: 1e\\+30 .* 0 to 1e\\+10"),
     "no crowd": (annotation(iscrowd=None), "annotation 5: iscrowd: it has none; use 0 or 1"),
 }
 WITH_MASKS = {

@@ -1,0 +1,95 @@
+"""What comes in from outside, made from valid files by small changes.
+
+Each is loaded as both hosts load it, without training. It gets an InputError of one line, or what
+is loaded can be used, with finite numbers. FUZZ_EXAMPLES says how many of each kind.
+"""
+
+import contextlib
+import io
+import json
+import os
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from inputs.changes import changed
+from inputs.test_annotation_files import valid
+from pycocotools.cocoeval import COCOeval
+
+from bn_det.data.coco import CocoSource, load_coco
+from bn_det.data.masks import decode_mask
+from bn_det.errors import InputError, one_line
+from here import ROOT
+from hosts import every_host, make_cfg
+
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 300))
+fuzzed = settings(
+    max_examples=EXAMPLES,
+    deadline=10_000,  # milliseconds
+    derandomize="FUZZ_EXAMPLES" not in os.environ,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+def assert_one_line(error):
+    line = one_line(error)
+    assert line and line.isprintable() and len(line) < 1000, repr(str(error))
+
+
+@pytest.mark.slow
+@fuzzed
+@given(content=changed(valid()))
+def test_annotation_files(tmp_path, content):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(content))
+    try:
+        dataset = load_coco("mine", CocoSource(str(path), str(tmp_path)), True, True)
+    except InputError as e:
+        assert_one_line(e)
+        return
+    for record in dataset.records:
+        for annotation in record["annotations"]:
+            mask = decode_mask(annotation["segmentation"], record["height"], record["width"])
+            assert mask.shape == (record["height"], record["width"])
+            assert np.isfinite(annotation["bbox"]).all()
+    assert_perfect_detections_are_perfect(dataset)
+
+
+def assert_perfect_detections_are_perfect(dataset):
+    found = [{**a, "score": 0.9} for a in dataset.coco.dataset["annotations"] if not a["iscrowd"]]
+    if not found:
+        return
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(dataset.coco, dataset.coco.loadRes(found), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    assert evaluation.stats[0] == pytest.approx(1)
+
+
+CONFIGS = {
+    name: yaml.safe_load((ROOT / "configs" / name).read_text())
+    for name in ("Base-RCNN-Shapes.yaml", "Base-RetinaNet-Shapes.yaml", "quick_start.yaml")
+}
+"""All of one folder, so that each finds its base."""
+
+
+@pytest.mark.slow
+@every_host
+@fuzzed
+@given(content=st.sampled_from(sorted(CONFIGS)).flatmap(lambda name: changed(CONFIGS[name])))
+def test_configs(host, tmp_path, content):
+    base = content.get("_BASE_") if isinstance(content, dict) else None
+    if isinstance(base, str) and base:
+        content["_BASE_"] = str(ROOT / "configs" / base)
+    path = tmp_path / "mine.yaml"
+    try:
+        path.write_text(yaml.safe_dump(content, allow_unicode=True))
+    except UnicodeEncodeError:
+        return  # no text at all
+    try:
+        make_cfg(host, path)
+    except InputError as e:
+        assert_one_line(e)
