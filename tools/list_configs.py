@@ -38,6 +38,8 @@ def main() -> None:
     )
     parser.add_argument("--check", action="store_true", help="write nothing; fail if it differs")
     args = parser.parse_args()
+    if not args.folder.is_dir():
+        raise InputError(f"--folder: there is no folder {args.folder}")
     path = args.folder / "README.md"
     table = config_table(args.folder, get_cfg, check_cfg)
     if args.check:

@@ -17,6 +17,7 @@ import argparse
 
 from bn_det.commands import recompute_any
 from bn_det.commands.cli import add_config_arguments, add_process_arguments, import_host, run
+from bn_det.commands.recompute import check_numbers
 from bn_det.errors import InputError
 
 
@@ -86,6 +87,7 @@ def main() -> None:
     args = argument_parser().parse_intermixed_args()
     if (args.config_file is None) == (args.model is None):
         raise InputError("--config-file or --model: one of them is needed")
+    check_numbers(args)
     if args.model is not None:
         recompute_any.main(args)
     else:

@@ -105,6 +105,8 @@ def draw(args: argparse.Namespace) -> None:
     check_positive("--size", args.size)
     sources = builtin_sources()
     if args.json:
+        if not Path(args.json).is_file():
+            raise InputError(f"--json: there is no file {args.json}")
         sources[args.dataset] = CocoSource(args.json, args.images or str(Path(args.json).parent))
     check_names("--dataset", [args.dataset], sources)
     dataset = load_coco(args.dataset, sources[args.dataset])

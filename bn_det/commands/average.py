@@ -18,7 +18,7 @@ from ..population.averaged_weights import STATISTICS, averaged_state
 from ..population.progress import with_progress
 from ..population.unchanged import evaluated_losses
 from ..population.update import update_bn_stats
-from .checkpoint import check_output, save_with_table
+from .checkpoint import check_output, load_weights, save_with_table
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace, num_iter: int, host: Host) -> None:
     """The command, with what a host gives it."""
-    states = [_weights(path) for path in args.inputs]
+    states = [_weights(path, host.model) for path in args.inputs]
     made: dict[str, dict[str, Tensor]] = {}
     losses: dict[str, float] = {}
     for path, state in zip(args.inputs, states, strict=True):
@@ -68,16 +68,14 @@ def run(args: argparse.Namespace, num_iter: int, host: Host) -> None:
     save_with_table({"model": made[best]}, {"losses": losses, "statistics": best}, args.output)
 
 
-def _weights(path: str) -> dict[str, Tensor]:
-    return {name: v for name, v in read_weights(path).items() if isinstance(v, Tensor)}
-
-
-def _load(host: Host, state: dict[str, Tensor], name: str) -> None:
+def _weights(path: str, model: nn.Module) -> dict[str, Tensor]:
+    """A checkpoint's, all of which have to fit."""
+    weights = {name: v for name, v in read_weights(path).items() if isinstance(v, Tensor)}
     try:
-        host.model.load_state_dict(state)
-    except RuntimeError as e:
-        reason = " ".join(str(e).split())
-        raise InputError(f"{name}: the weights do not fit the config's model: {reason}") from e
+        load_weights(model, weights)
+    except InputError as e:
+        raise InputError(f"--inputs: {path}: {e}") from e
+    return weights
 
 
 def _with_statistics(
@@ -87,7 +85,7 @@ def _with_statistics(
     state = averaged_state(states, kind)
     if choice != "recomputed":
         return state
-    _load(host, state, choice)
+    host.model.load_state_dict(state)
     batches = with_progress(host.training, num_iter, logger, "Statistics: %d/%d batches")
     model = host.model.train()
     update_bn_stats(model, batches, num_iter, call=host.losses_of, initial=True)
@@ -97,7 +95,7 @@ def _with_statistics(
 @torch.no_grad()
 def _loss(host: Host, state: dict[str, Tensor], name: str) -> float:
     """The mean over the batches of the test set; what a detector samples is the same each time."""
-    _load(host, state, name)
+    host.model.load_state_dict(state)
     batches, number = host.testing()
     total = 0.0
     for batch in with_progress(batches, number, logger, f"Losses of {name}: %d/%d batches"):

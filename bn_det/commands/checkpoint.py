@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from fvcore.common.checkpoint import Checkpointer as _Checkpointer
+from torch import nn
 from yacs.config import CfgNode
 
 from ..errors import LOAD_ERRORS, InputError, reason_of
 from ..files import write_aside, write_json, write_text
+from ..layers.state_dicts import READ_ERRORS, State, weights_of, why_unreadable
 from ..layers.unfuse import fused_layers
 
 _HOST_OF = {"backbone.bottom_up.": "Detectron2", "backbone.body.": "torchvision"}
@@ -68,15 +70,21 @@ class CheckpointerMixin:
             raise InputError(f"{path}: cannot be loaded as a checkpoint: {reason_of(e)}") from e
 
     def _load_file(self, f: str) -> dict[str, Any]:
-        loaded = super()._load_file(f)
-        return loaded if "model" in loaded else {"model": loaded}
+        try:
+            loaded = super()._load_file(f)
+        except READ_ERRORS as e:
+            reason = why_unreadable(f, e)
+            raise InputError(f"{f}: cannot be loaded as a checkpoint: {reason}") from e
+        weights = weights_of(loaded, f)
+        return loaded if "model" in loaded else {"model": weights}
 
     def _load_model(self, checkpoint: Any) -> Any:
         weights = set(checkpoint["model"])  # which fvcore takes out
-        self._refuse_others(checkpoint, weights)
+        if not checkpoint.get("matching_heuristics"):
+            _refuse_others(self.model, weights)
         incompatible = super()._load_model(checkpoint)
         if any(name.endswith("running_mean") for name in incompatible.missing_keys):
-            self._refuse_fused(weights)
+            _refuse_fused(self.model, weights)
         for key, found, expected in incompatible.incorrect_shapes:
             if self.must_match or not any(p in key for p in self.PREDICTORS):
                 raise InputError(
@@ -90,30 +98,49 @@ class CheckpointerMixin:
             )
         return incompatible
 
-    def _refuse_others(self, checkpoint: dict[str, Any], weights: set[str]) -> None:
-        """Before fvcore lists every weight that is missing."""
-        own = {name.removeprefix("module.") for name in self.model.state_dict()}
-        if checkpoint.get("matching_heuristics") or any(
-            name.removeprefix("module.") in own for name in weights
-        ):
-            return
-        for start, host in _HOST_OF.items():
-            if any(name.startswith(start) for name in weights):
-                hint = f"they are those of a detector of {host}; use --host {host.lower()}"
-                break
-        else:
-            hint = f"its first is {min(weights)!r}, the model's {min(own)!r}" if weights else "none"
+
+def _refuse_others(model: nn.Module, weights: Collection[str]) -> None:
+    """Before every weight that is missing is listed."""
+    own = {name.removeprefix("module.") for name in model.state_dict()}
+    if any(name.removeprefix("module.") in own for name in weights):
+        return
+    for start, host in _HOST_OF.items():
+        if any(name.startswith(start) for name in weights):
+            hint = f"they are those of a detector of {host}; use --host {host.lower()}"
+            break
+    else:
+        first = f"its first is {min(weights)!r}, the model's {min(own)!r}" if weights else ""
+        hint = first or "it has none"
+    raise InputError(f"the checkpoint has no weights with the names of this config's model: {hint}")
+
+
+def _refuse_fused(model: nn.Module, weights: Collection[str]) -> None:
+    fused = fused_layers(model, weights)
+    if fused:
         raise InputError(
-            f"the checkpoint has no weights with the names of this config's model: {hint}"
+            f"the checkpoint is of a fused model: {fused[0]} and {len(fused) - 1} more are "
+            "inside the convolutions before them; bn_det.unfuse(model, file) reads it"
         )
 
-    def _refuse_fused(self, weights: set[str]) -> None:
-        fused = fused_layers(self.model, weights)
-        if fused:
-            raise InputError(
-                f"the checkpoint is of a fused model: {fused[0]} and {len(fused) - 1} more are "
-                "inside the convolutions before them; bn_det.unfuse(model, file) reads it"
-            )
+
+def load_weights(model: nn.Module, weights: State, of_config: bool = True) -> None:
+    """Load all weights of a model.
+
+    Args:
+        of_config: whether the model is a host's, that of a config.
+
+    Raises:
+        InputError: they do not fit; whose they are, where that can be told.
+    """
+    try:
+        model.load_state_dict(weights)
+    except (AttributeError, RuntimeError) as e:
+        if of_config:
+            _refuse_others(model, weights)
+        _refuse_fused(model, weights)
+        reason = " ".join(str(e).split())
+        reason = reason if len(reason) <= 300 else f"{reason[:300]} ..."  # every key
+        raise InputError(f"the weights do not fit the model: {reason}") from e
 
 
 class _SafeCheckpointer(_Checkpointer):
@@ -143,7 +170,7 @@ def check_files(
         return
     key, path = weights
     if args.eval_only and not path:
-        raise InputError(f"{key}: '' is not accepted; --eval-only needs a checkpoint")
+        raise InputError(f"{key}: '' is not accepted; name a checkpoint")
     # Detectron2 takes options after a question mark.
     if path and "://" not in path and not os.path.isfile(path.split("?")[0]):
         raise InputError(f"{key}: there is no file {path}")

@@ -16,7 +16,7 @@ import torch
 from yacs.config import CfgNode
 
 from ..errors import InputError, check_positive, one_line
-from .launch import RankError, launch
+from .launch import MENDABLE, RankError, launch
 
 
 def add_host_argument(parser: argparse.ArgumentParser) -> None:
@@ -145,7 +145,7 @@ def run(main: Callable[[], None]) -> None:
     """Call a command's main function; what its user can mend is shown without a traceback."""
     try:
         main()
-    except InputError as e:
-        sys.exit(f"error: {one_line(e)}")
+    except MENDABLE as e:
+        sys.exit(f"error: {one_line(e).removeprefix('FileNotFoundError: ')}")
     except RankError as e:
         sys.exit(f"error: {e}")

@@ -35,6 +35,10 @@ _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 """What torchrun tells a process about its place, in _Place's order."""
 
 
+MENDABLE = (InputError, FileNotFoundError)
+"""What a command's user can mend; a file that is not there, an image for example, names itself."""
+
+
 class RankError(RuntimeError):
     """One of several processes failed. The message says which and how, with its traceback."""
 
@@ -257,7 +261,7 @@ def _rank(
             fn(*args)
     except Exception as e:
         # Before the connections close, which makes other ranks raise.
-        is_input = isinstance(e, InputError)
+        is_input = isinstance(e, MENDABLE)
         message = str(e) if is_input else traceback.format_exc().rstrip()
         report = (time.time(), place.rank, InputError.__name__ if is_input else "", message)
         with write_aside(Path(reports) / f"{place.rank}.report") as aside:

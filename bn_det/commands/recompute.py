@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from yacs.config import CfgNode
 
 from ..config.check import check_ims_per_batch
 from ..config.parts import LEVEL_PARTS, has_our_batch_norm
-from ..errors import InputError
+from ..errors import InputError, check_positive
 from ..files import finite, write_json
 from ..layers import DomainBatchNorm2d
 from ..layers.comm import world
@@ -34,22 +36,54 @@ from .results import results_table
 logger = logging.getLogger(__name__)
 
 
-def config_opts(args: argparse.Namespace) -> list[str]:
-    """The KEY VALUE pairs of tools/recompute_statistics.py, and its flags as such."""
-    if len(args.opts) % 2:
-        return args.opts  # for load_config to refuse
-    opts = [*args.opts, "MODEL.WEIGHTS", args.weights]
-    if args.dataset:
-        opts += ["DATASETS.TEST" if args.adabn else "DATASETS.TRAIN", f"('{args.dataset}',)"]
+def check_numbers(args: argparse.Namespace) -> None:
+    """Raise InputError for numbers of flags that are not accepted, with a config or without."""
     if args.num_iters is not None:
-        opts += ["TEST.PRECISE_BN.NUM_ITER", str(args.num_iters)]
-    if args.tolerance is not None:
-        opts += ["TEST.PRECISE_BN.TOLERANCE", str(args.tolerance)]
-    return opts
+        check_positive("--num-iters", args.num_iters)
+    if args.tolerance is not None and not 0 <= args.tolerance < math.inf:
+        raise InputError(
+            f"--tolerance: {args.tolerance!r} is not accepted; use 0.0 (for none) or more"
+        )
+
+
+@contextmanager
+def flags_as_opts(args: argparse.Namespace) -> Iterator[None]:
+    """Have the flags of tools/recompute_statistics.py be KEY VALUE pairs, too.
+
+    An error that is about such a key names the flag, as the key is not what the user gave.
+    """
+    flags = _keys_of_flags(args)
+    if len(args.opts) % 2 == 0:  # otherwise for load_config to refuse
+        args.opts = [*args.opts, *(o for key, (_, v) in flags.items() for o in (key, repr(v)))]
+    try:
+        yield
+    except InputError as e:
+        key, _, reason = str(e).partition(": ")
+        if key not in flags:
+            raise
+        raise InputError(f"{flags[key][0]}: {reason}") from e
+
+
+def _keys_of_flags(args: argparse.Namespace) -> dict[str, tuple[str, object]]:
+    """The flags that are given, with their values, by the keys that they stand for."""
+    names = None if args.dataset is None else (args.dataset,)
+    flags = {
+        "MODEL.WEIGHTS": ("--weights", args.weights),
+        f"DATASETS.{_split(args)}": ("--dataset", names),
+        "TEST.PRECISE_BN.NUM_ITER": ("--num-iters", args.num_iters),
+        "TEST.PRECISE_BN.TOLERANCE": ("--tolerance", args.tolerance),
+    }
+    return {key: of for key, of in flags.items() if of[1] is not None}
+
+
+def _split(args: argparse.Namespace) -> str:
+    return "TEST" if args.adabn else "TRAIN"
 
 
 def check(args: argparse.Namespace, cfg: CfgNode) -> None:
     """Raise InputError, before any work, for what the set-up of an evaluation does not look at."""
+    if not cfg.DATASETS[_split(args)]:
+        raise InputError(f"DATASETS.{_split(args)}: () is not accepted; name a data set")
     check_ims_per_batch(cfg, world_size(args.num_gpus, args.num_machines))
     with_population(cfg, args.population)
     check_output(args.output, [args.weights], "--weights")

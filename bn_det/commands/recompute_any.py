@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..layers.state_dicts import read_checkpoint
 from ..population.progress import with_progress
 from ..population.update import update_bn_stats
-from .checkpoint import check_output, save_with_table
+from .checkpoint import check_output, load_weights, save_with_table
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> None:
     if not isinstance(model, nn.Module):
         raise InputError(f"--model: {args.model} gave a {type(model).__name__}, and no module")
     _load(model, weights, args.weights)
-    number = args.num_iters or _NUM_ITERS
+    number = _NUM_ITERS if args.num_iters is None else args.num_iters
     batches = _called("--data", functions["data"])
     report = update_bn_stats(
         model.train(),
@@ -96,10 +96,9 @@ def _read(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _load(model: nn.Module, weights: dict[str, Tensor], path: str) -> None:
     try:
-        model.load_state_dict(weights)
-    except RuntimeError as e:
-        reason = " ".join(str(e).split())
-        raise InputError(f"--weights: {path} does not fit the model: {reason}") from e
+        load_weights(model, weights, of_config=False)
+    except InputError as e:
+        raise InputError(f"--weights: {path}: {e}") from e
 
 
 def _save(checkpoint: dict[str, Any], model: nn.Module, report: dict, output: str) -> None:

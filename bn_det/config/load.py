@@ -57,7 +57,7 @@ def _merge_file(cfg: CfgNode, config_file: str, host: str) -> None:
         raise InputError(f"--config-file: {e}") from e
     before, name = cfg.clone(), shown(config_file)
     # merge_from_file asks the config for the content; Detectron2's also upgrades old versions.
-    vars(cfg)["load_yaml_with_base"] = lambda *args, **kwargs: content
+    vars(cfg)["load_yaml_with_base"] = lambda *args, **kwargs: _with_floats(content, before)
     try:
         cfg.merge_from_file(config_file, allow_unsafe=False)
         _check_merged(before, cfg)
@@ -84,11 +84,30 @@ def _merge_opts(cfg: CfgNode, opts: Sequence[str], host: str) -> None:
     before = cfg.clone()
     for key, value in zip(opts[::2], opts[1::2], strict=True):
         try:
-            cfg.merge_from_list([key, value])
+            cfg.merge_from_list([key, _with_floats(value, _value(cfg, key))])
         except (*_BROKEN, *_REFUSED) as e:
             reason = _reason(e, host)
             raise InputError(f"{shown(key)}: {_short(value)} is not accepted: {reason}") from e
         _check_merged(before, cfg)
+
+
+def _value(cfg: CfgNode, key: str) -> Any:
+    """What a config has under a key; None for nothing."""
+    value: Any = cfg
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, CfgNode) else None
+    return value
+
+
+def _with_floats(value: Any, default: Any) -> Any:
+    """A value with a float for each integer that is to replace one, which yacs refuses."""
+    if isinstance(value, dict) and isinstance(default, CfgNode):
+        return {name: _with_floats(v, default.get(name)) for name, v in value.items()}
+    if not isinstance(default, float):
+        return value
+    number = CfgNode._decode_cfg_value(value)
+    is_short = type(number) is int and number.bit_length() <= MAX_BITS
+    return float(number) if is_short else value
 
 
 def _check_merged(before: CfgNode, cfg: CfgNode, prefix: str = "") -> None:

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from yacs.config import CfgNode
 
 from ..errors import LOAD_ERRORS, InputError, check_rate, nearest, reason_of
+from ..layers.state_dicts import READ_ERRORS, why_unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -205,8 +206,12 @@ def _load(net: nn.Module, path: str, name: str, key: str) -> None:
     """Load a file of the whole net's weights. All have to fit but the classifier's, not needed."""
     from timm.models import load_state_dict
 
+    failed = f"{key}: {path} cannot be loaded as the weights of {name}"
     try:
         state = load_state_dict(path, weights_only=True)
+    except READ_ERRORS as e:
+        raise InputError(f"{failed}: {why_unreadable(path, e)}") from e
+    try:
         state = {k: v for k, v in state.items() if not k.startswith("head.")}
         missing, unexpected = net.load_state_dict(state, strict=False)
         reason = ""
@@ -216,4 +221,4 @@ def _load(net: nn.Module, path: str, name: str, key: str) -> None:
     except LOAD_ERRORS as e:
         reason = " ".join(str(e).split())[:200] or type(e).__name__
     if reason:
-        raise InputError(f"{key}: {path} cannot be loaded as the weights of {name}: {reason}")
+        raise InputError(f"{failed}: {reason}")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_train_loader, get_detection_dataset_dicts
+from detectron2.data import build_detection_train_loader
 
 from ..commands.average import Host, check, run
 from ..config.training import with_precise_bn_batches
+from .datasets import load_test_images, load_training
 from .leakage import annotated_loader
 from .train import Trainer, set_up_process, setup
 
@@ -19,12 +20,11 @@ def main(args: argparse.Namespace) -> None:
     cfg = setup(args)
     set_up_process(args, cfg)
     model = Trainer.build_model(cfg)
-    training = build_detection_train_loader(with_precise_bn_batches(cfg))
+    training = load_training(with_precise_bn_batches(cfg), build_detection_train_loader)
     host = Host(model, training, lambda: _testing(cfg), lambda m, batch: m(batch))
     run(args, cfg.TEST.PRECISE_BN.NUM_ITER, host)
 
 
 def _testing(cfg: CfgNode) -> tuple:
-    dataset = get_detection_dataset_dicts(cfg.DATASETS.TEST, filter_empty=True)
-    loader = annotated_loader(cfg, dataset, cfg.SOLVER.IMS_PER_BATCH)
+    loader = annotated_loader(cfg, load_test_images(cfg), cfg.SOLVER.IMS_PER_BATCH)
     return loader, len(loader)

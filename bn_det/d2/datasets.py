@@ -22,11 +22,13 @@ from ..data.category_batches import CategoryBatches
 from ..data.coco import (
     CocoSource,
     check_names,
+    check_num_classes,
     prepare,
     readable,
     registered_sources,
     shapes_sources,
 )
+from .engine import readable_datasets
 
 
 def register_datasets(cfg: CfgNode) -> None:
@@ -55,6 +57,22 @@ def build_train_loader(cfg: CfgNode) -> Any:
     return build_detection_train_loader(
         cfg, dataset=dataset, sampler=sampler, aspect_ratio_grouping=False
     )
+
+
+def load_training(cfg: CfgNode, load: Callable[[CfgNode], Any]) -> Any:
+    """What a function makes of DATASETS.TRAIN, whose categories have to be the detector's."""
+    with readable_datasets("DATASETS.TRAIN", cfg.DATASETS.TRAIN):
+        loader = load(cfg)
+    for name in cfg.DATASETS.TRAIN:
+        number = len(MetadataCatalog.get(name).thing_classes)
+        check_num_classes(cfg, "DATASETS.TRAIN", name, number)
+    return loader
+
+
+def load_test_images(cfg: CfgNode, filter_empty: bool = True) -> list[dict]:
+    """The images of DATASETS.TEST, by default without those that training leaves out, too."""
+    with readable_datasets("DATASETS.TEST", cfg.DATASETS.TEST):
+        return get_detection_dataset_dicts(cfg.DATASETS.TEST, filter_empty=filter_empty)
 
 
 class _CategorySampler(Sampler):

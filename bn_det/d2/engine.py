@@ -52,5 +52,6 @@ def readable_datasets(key: str, names: Sequence[str]) -> Iterator[None]:
     except InputError:
         raise
     except (AssertionError, KeyError, OSError, TypeError, ValueError) as e:
-        reason = " ".join(str(e).split())
+        # For no name Detectron2's reason is that there is none.
+        reason = " ".join(str(e).split()) if str(e) != str(names) else "name a data set"
         raise InputError(f"{key}: {names!r} cannot be loaded: {reason}") from e

@@ -8,11 +8,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import (
-    DatasetMapper,
-    build_detection_test_loader,
-    get_detection_dataset_dicts,
-)
+from detectron2.data import DatasetMapper, build_detection_test_loader
 from detectron2.data.detection_utils import build_augmentation
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.utils.events import EventStorage
@@ -21,6 +17,7 @@ from torch import nn
 from ..layers import record_sources
 from ..measure.bootstrap import Estimate
 from ..measure.leakage import RoIBatch, check_architecture, measure_leakage
+from .datasets import load_test_images
 from .train import load_model, setup
 
 
@@ -29,8 +26,7 @@ def measure(args: argparse.Namespace) -> tuple[CfgNode, dict[str, dict[str, Esti
     cfg = setup(args)
     check_architecture(cfg)
     model = load_model(cfg, resume=False).eval()
-    dataset = get_detection_dataset_dicts(cfg.DATASETS.TEST, filter_empty=True)
-    loader = annotated_loader(cfg, dataset, args.images_per_batch)
+    loader = annotated_loader(cfg, load_test_images(cfg), args.images_per_batch)
     roi_heads = model.roi_heads
     head = nn.Sequential(roi_heads.box_head, roi_heads.box_predictor)
     return cfg, measure_leakage(

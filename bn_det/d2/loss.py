@@ -6,13 +6,13 @@ import argparse
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import get_detection_dataset_dicts
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils.events import EventStorage
 
 from ..data.category_batches import whole_batches
 from ..measure.bootstrap import Estimate
 from ..measure.loss import WeightedLoss, check_dense, measure_loss
+from .datasets import load_test_images
 from .leakage import annotated_loader
 from .train import load_model, setup
 
@@ -22,7 +22,7 @@ def measure(args: argparse.Namespace) -> tuple[CfgNode, dict[str, Estimate]]:
     cfg = setup(args)
     check_dense(cfg)
     model = load_model(cfg, resume=False).eval()
-    dataset = get_detection_dataset_dicts(cfg.DATASETS.TEST, filter_empty=True)
+    dataset = load_test_images(cfg)
     size = args.images_per_batch
     order = whole_batches(dataset, size, cfg.DATALOADER.CATEGORIES_PER_BATCH)
     loader = annotated_loader(cfg, dataset, size, order)

@@ -11,37 +11,42 @@ from detectron2.data import (
     DatasetMapper,
     build_detection_test_loader,
     build_detection_train_loader,
-    get_detection_dataset_dicts,
 )
 from detectron2.utils import comm
 
 from ..commands.cli import start
-from ..commands.recompute import check, config_opts, run, with_population
+from ..commands.recompute import check, flags_as_opts, run, with_population
 from ..config.training import with_precise_bn_batches
+from .datasets import load_test_images, load_training
 from .train import Trainer, load_model, set_up_process, setup
 
 
 def main(args: argparse.Namespace) -> None:
     """As tools/recompute_statistics.py says."""
-    args.opts = config_opts(args)
-    cfg = setup(args)
-    check(args, cfg)
-    start(_run, args, cfg)
+    with flags_as_opts(args):
+        cfg = setup(args)
+        check(args, cfg)
+        start(_run, args, cfg)
 
 
 def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
     set_up_process(args, cfg)
     old = load_model(cfg, resume=False)
     new = Trainer.build_model(with_population(cfg, args.population)) if args.population else old
-    load = _test_batches if args.adabn else build_detection_train_loader
+    load = _test_batches if args.adabn else _train_batches
     batches = load(with_precise_bn_batches(cfg))
     run(args, cfg, (old, new), batches, lambda model: Trainer.test(cfg, model))
+
+
+def _train_batches(cfg: CfgNode) -> Iterable[Any]:
+    """As training makes them, of any images."""
+    return load_training(cfg, build_detection_train_loader)
 
 
 def _test_batches(cfg: CfgNode) -> Iterable[Any]:
     """This process's share of the test set as test time sees it; annotations are not read."""
     return build_detection_test_loader(
-        get_detection_dataset_dicts(cfg.DATASETS.TEST, filter_empty=False),
+        load_test_images(cfg, filter_empty=False),
         mapper=DatasetMapper(cfg, is_train=False),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         batch_size=cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),

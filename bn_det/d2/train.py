@@ -27,9 +27,9 @@ from ..config.unread import HOOK_KEYS, TRAINER_KEYS
 from ..data.coco import CocoSource, check_names, check_num_classes, load_coco
 from ..layers import name_layers
 from .accumulate import AccumulatingAMPTrainer, AccumulatingTrainer
-from .datasets import build_train_loader, register_datasets
+from .datasets import build_train_loader, load_training, register_datasets
 from .default_trainer import BNHooks
-from .engine import Checkpointer, EvaluatesOnSuccess, readable_datasets, set_up_group_and_log
+from .engine import Checkpointer, EvaluatesOnSuccess, set_up_group_and_log
 
 
 class Trainer(EvaluatesOnSuccess, BNHooks, DefaultTrainer):
@@ -87,13 +87,7 @@ class Trainer(EvaluatesOnSuccess, BNHooks, DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        with readable_datasets("DATASETS.TRAIN", cfg.DATASETS.TRAIN):
-            loader = build_train_loader(cfg)
-        for name in cfg.DATASETS.TRAIN:
-            check_num_classes(
-                cfg, "DATASETS.TRAIN", name, len(MetadataCatalog.get(name).thing_classes)
-            )
-        return loader
+        return load_training(cfg, build_train_loader)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import pickle
+import re
+import struct
+from codecs import getincrementaldecoder
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +18,19 @@ from torch import Tensor
 from ..errors import LOAD_ERRORS, InputError, reason_of
 
 State = Mapping[str, Tensor]
+
+_BROKEN = (
+    pickle.UnpicklingError,
+    EOFError,
+    LookupError,
+    RuntimeError,
+    UnicodeDecodeError,
+    struct.error,
+)
+"""What loaders raise for content that is no checkpoint, or not all of one."""
+
+READ_ERRORS = (*LOAD_ERRORS, *_BROKEN, ImportError)
+"""What loaders raise for whatever file."""
 
 
 def read_checkpoint(path: str | os.PathLike) -> Any:
@@ -22,8 +41,40 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except LOAD_ERRORS as e:
-        raise InputError(f"{path}: cannot be loaded as a checkpoint: {reason_of(e)}") from e
+    except READ_ERRORS as e:
+        reason = why_unreadable(path, e)
+        raise InputError(f"{path}: cannot be loaded as a checkpoint: {reason}") from e
+
+
+def why_unreadable(path: str | os.PathLike, error: Exception) -> str:
+    """Why a file is no checkpoint, from what a loader raised: what it is not, and what is accepted.
+
+    In words of ours: torch's are advice to trust the file, and to run the code in it.
+    """
+    is_cut = getattr(error, "errno", None) == errno.EINVAL  # read from before its begin
+    if not isinstance(error, _BROKEN) and not is_cut:
+        return reason_of(error)
+    # torch.load also takes what is open.
+    with open(path, "rb") if isinstance(path, (str, os.PathLike)) else nullcontext(path) as f:
+        f.seek(0)
+        start = f.read(1024)
+    if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        reason = f"it has objects of Python ({named[1]}), which may run any code when they are read"
+    elif not start:
+        reason = "it is empty"
+    elif _is_text(start):
+        reason = "it is a text file"
+    else:
+        reason = "it is incomplete, or of another format"
+    return f"{reason}; use a file of tensors and plain data, as torch.save writes it"
+
+
+def _is_text(start: bytes) -> bool:
+    """Whether a file that begins so is one, of which the last character may be cut."""
+    try:
+        return "\0" not in getincrementaldecoder("utf-8")().decode(start)
+    except UnicodeDecodeError:
+        return False
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, Any]:
@@ -32,11 +83,19 @@ def read_weights(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
         InputError: it has no names there.
     """
-    loaded = read_checkpoint(path)
+    return dict(weights_of(read_checkpoint(path), path))
+
+
+def weights_of(loaded: Any, path: str | os.PathLike) -> Mapping[str, Any]:
+    """What a loaded checkpoint has under "model", or by itself.
+
+    Raises:
+        InputError: it has no names there.
+    """
     content = loaded.get("model", loaded) if isinstance(loaded, dict) else None
-    if not isinstance(content, Mapping):
+    if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
         raise InputError(f"{path}: is no state dict, and has none under 'model'")
-    return dict(content)
+    return content
 
 
 def first_difference(a: State, b: State) -> tuple[str, object, object] | None:

@@ -10,10 +10,10 @@ from fvcore.common.config import CfgNode
 
 from ..commands.average import Host, check, run
 from ..config.training import with_precise_bn_batches
-from .data import build_test_loader, build_train_loader, has_objects
+from .data import build_test_loader, build_train_loader
 from .model import build_model
 from .train import setup, start_log
-from .trainer import check_datasets, load_datasets, losses_of, shared_seed
+from .trainer import check_datasets, load_annotated, load_datasets, losses_of, shared_seed
 
 
 def main(args: argparse.Namespace) -> None:
@@ -30,9 +30,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _testing(cfg: CfgNode) -> tuple:
-    loaders = []
-    for dataset in load_datasets(cfg, "TEST"):
-        with_objects = dataset._replace(records=[r for r in dataset.records if has_objects(r)])
-        size, masks = cfg.SOLVER.IMS_PER_BATCH, cfg.MODEL.MASK_ON
-        loaders.append(build_test_loader(cfg, with_objects, size, masks))
+    size, masks = cfg.SOLVER.IMS_PER_BATCH, cfg.MODEL.MASK_ON
+    loaders = [build_test_loader(cfg, dataset, size, masks) for dataset in load_annotated(cfg)]
     return chain(*loaders), sum(map(len, loaders))

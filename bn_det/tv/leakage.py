@@ -9,13 +9,12 @@ import torch
 from fvcore.common.config import CfgNode
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from ..data.coco import CocoDataset
 from ..layers import record_sources
 from ..measure.bootstrap import Estimate
 from ..measure.leakage import RoIBatch, check_architecture, measure_leakage
-from .data import build_test_loader, has_objects
+from .data import build_test_loader
 from .train import load_model, setup
-from .trainer import load_datasets
+from .trainer import load_annotated
 
 
 def measure(args: argparse.Namespace) -> tuple[CfgNode, dict[str, dict[str, Estimate]]]:
@@ -25,8 +24,7 @@ def measure(args: argparse.Namespace) -> tuple[CfgNode, dict[str, dict[str, Esti
     model = load_model(cfg, resume=False).eval()
     model.roi_heads.mask_head = None  # which would have masks sampled, too
     loaders = [
-        build_test_loader(cfg, _with_objects(dataset), args.images_per_batch)
-        for dataset in load_datasets(cfg, "TEST")
+        build_test_loader(cfg, dataset, args.images_per_batch) for dataset in load_annotated(cfg)
     ]
     head = model.roi_heads.box_head
     return cfg, measure_leakage(
@@ -35,11 +33,6 @@ def measure(args: argparse.Namespace) -> tuple[CfgNode, dict[str, dict[str, Esti
         head,
         lambda x: model.roi_heads.box_predictor(head(x))[0],
     )
-
-
-def _with_objects(dataset: CocoDataset) -> CocoDataset:
-    """Without the images that training leaves out, too."""
-    return dataset._replace(records=[r for r in dataset.records if has_objects(r)])
 
 
 def _sampled_rois(model: GeneralizedRCNN, loader: Iterable[list]) -> Iterator[RoIBatch]:

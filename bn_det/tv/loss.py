@@ -11,9 +11,9 @@ from torch import nn
 from ..data.category_batches import whole_batches
 from ..measure.bootstrap import Estimate
 from ..measure.loss import WeightedLoss, check_dense, measure_loss
-from .data import build_test_loader, has_objects
+from .data import build_test_loader
 from .train import load_model, setup
-from .trainer import load_datasets, losses_of
+from .trainer import load_annotated, losses_of
 
 
 def measure(args: argparse.Namespace) -> tuple[CfgNode, dict[str, Estimate]]:
@@ -21,12 +21,10 @@ def measure(args: argparse.Namespace) -> tuple[CfgNode, dict[str, Estimate]]:
     cfg = setup(args)
     check_dense(cfg)
     model = load_model(cfg, resume=False).eval()
-    datasets, size = load_datasets(cfg, "TEST"), args.images_per_batch
-    loaders = []
-    for dataset in datasets:
-        records = [r for r in dataset.records if has_objects(r)]
-        order = whole_batches(records, size, cfg.DATALOADER.CATEGORIES_PER_BATCH)
-        dataset = dataset._replace(records=[records[k] for k in order])
+    loaders, size = [], args.images_per_batch
+    for dataset in load_annotated(cfg):
+        order = whole_batches(dataset.records, size, cfg.DATALOADER.CATEGORIES_PER_BATCH)
+        dataset = dataset._replace(records=[dataset.records[k] for k in order])
         loaders.append(build_test_loader(cfg, dataset, size))
     batches, number = chain(*loaders), sum(map(len, loaders))
     return cfg, measure_loss(batches, number, model, lambda batch: _loss(model, batch))

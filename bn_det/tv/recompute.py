@@ -11,7 +11,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from ..commands.cli import start
-from ..commands.recompute import check, config_opts, run, with_population
+from ..commands.recompute import check, flags_as_opts, run, with_population
 from ..config.training import with_precise_bn_batches
 from ..layers import record_sources
 from ..layers.comm import world
@@ -23,12 +23,12 @@ from .trainer import check_datasets, load_datasets, losses_of, shared_seed, test
 
 def main(args: argparse.Namespace) -> None:
     """As tools/recompute_statistics.py says."""
-    args.opts = config_opts(args)
-    cfg = setup(args)
-    check(args, cfg)
-    if not args.adabn:
-        check_datasets(cfg, "TRAIN")
-    start(_run, args, cfg)
+    with flags_as_opts(args):
+        cfg = setup(args)
+        check(args, cfg)
+        if not args.adabn:
+            check_datasets(cfg, "TRAIN")
+        start(_run, args, cfg)
 
 
 def _run(args: argparse.Namespace, cfg: CfgNode) -> None:

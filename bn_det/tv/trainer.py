@@ -41,7 +41,7 @@ from ..layers import record_sources
 from ..layers.comm import all_gather, process_group, world
 from ..training.accumulate import accumulate
 from ..training.hooks import Hook, PreciseBN, VirtualBatch
-from .data import build_test_loader, build_train_loader
+from .data import build_test_loader, build_train_loader, has_objects
 from .evaluation import evaluate
 from .model import build_model
 from .solver import build_lr_scheduler, build_optimizer
@@ -324,6 +324,21 @@ def load_datasets(cfg: CfgNode, split: str) -> list[CocoDataset]:
         check_num_classes(cfg, key, dataset.name, len(dataset.category_ids))
         for record in dataset.records:
             record["source"] = source_of(cfg).get(dataset.name)
+    return datasets
+
+
+def load_annotated(cfg: CfgNode) -> list[CocoDataset]:
+    """The data sets of DATASETS.TEST without the images that training leaves out, too."""
+    datasets = [
+        dataset._replace(records=[r for r in dataset.records if has_objects(r)])
+        for dataset in load_datasets(cfg, "TEST")
+    ]
+    datasets = [dataset for dataset in datasets if dataset.records]
+    if not datasets:
+        raise InputError(
+            f"DATASETS.TEST: {cfg.DATASETS.TEST!r} is not accepted; name a data set that has an "
+            "image with objects"
+        )
     return datasets
 
 

@@ -1,11 +1,13 @@
 """tools/average_checkpoints.py on both hosts."""
 
 import json
+import re
 
 import pytest
 import torch
 from torch import nn
 
+from bn_det import fuse
 from export import make_model
 from here import run_here
 from hosts import every_host
@@ -53,6 +55,45 @@ def test_the_best_is_written(host, config, tiny_shapes, tmp_path):
     losses = json.loads((tmp_path / "again.json").read_text())["losses"]
     # What was measured is what was written.
     assert losses[str(output)] == pytest.approx(report["losses"][best], rel=1e-5)
+
+
+@every_host
+def test_what_does_not_fit_is_refused_before_the_work(host, tiny_shapes, tmp_path):
+    """In one line, which says whose it is, and not with every key that is missing."""
+    model = make_model(host, BASE)
+    state = dict(model.state_dict())
+    first = next(iter(state))
+    fuse(model)
+    other = "detectron2" if host == "torchvision" else "torchvision"
+    contents = {
+        "own": state,
+        "other": {f"{STARTS[other]}.weight": torch.zeros(1)},
+        "fused": model.state_dict(),
+        "lacking": {name: value for name, value in state.items() if name != first},
+        "larger": {**state, "more": torch.zeros(1)},
+        "reshaped": {name: value.new_zeros(3, 5, 7) for name, value in state.items()},
+        "nothing": {},
+    }
+    for name, content in contents.items():
+        torch.save({"model": content}, tmp_path / f"{name}.pth")
+    opts = (*tiny_shapes, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "out"))
+    for name, words in [
+        ("other", f"has no weights .*: they are those of a detector of .*use --host {other}"),
+        ("fused", "is of a fused model: "),
+        ("lacking", f"do not fit the model: .*{first}"),
+        ("larger", "do not fit the model: .*more"),
+        ("reshaped", "do not fit the model: .*size mismatch"),
+        ("nothing", "has no weights with the names of this config's model: it has none"),
+    ]:
+        paths = [tmp_path / f"{n}.pth" for n in ("own", name)]
+        done = run(host, BASE, paths, "--output", tmp_path / "out.pth", *opts)
+        error = done.stderr.splitlines()[-1]
+        assert done.returncode == 1 and error.startswith(f"error: --inputs: {paths[1]}: the ")
+        assert re.search(words, error) and len(error) < len(str(tmp_path)) + 500
+        assert "Losses of" not in done.stdout + done.stderr
+
+
+STARTS = {"torchvision": "backbone.body.conv1", "detectron2": "backbone.bottom_up.stem.conv1"}
 
 
 def test_bad_input(tiny_shapes, tmp_path):

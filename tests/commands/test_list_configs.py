@@ -59,6 +59,8 @@ def test_a_config_that_cannot_be_loaded(list_configs, folder):
     with pytest.raises(SystemExit, match="bad.yaml: Non-existent config key: .*NORN"):
         list_configs("--folder", folder)
     assert not (folder / "README.md").exists()
+    with pytest.raises(SystemExit, match="^error: --folder: there is no folder .*none$"):
+        list_configs("--folder", folder / "none")
 
 
 def test_a_twin_in_python(list_configs, folder):

@@ -55,13 +55,12 @@ def test_rois_are_those_of_training(checkpoint):
 
     cfg = leakage.setup(arguments(opts))
     if package == "tv":
-        dataset = leakage.load_datasets(cfg, "TEST")[0]
+        (dataset,) = leakage.load_annotated(cfg)
         # With masks, which training mode samples, too.
         loader = importlib.import_module("bn_det.tv.data").build_test_loader(cfg, dataset, 2)
         model.roi_heads.mask_head = None
     else:
-        dataset = leakage.get_detection_dataset_dicts(cfg.DATASETS.TEST)
-        loader = leakage.annotated_loader(cfg, dataset, 2)
+        loader = leakage.annotated_loader(cfg, leakage.load_test_images(cfg), 2)
     inputs = list(loader)
     assert len(inputs) == 3, "6 images"
     torch.manual_seed(5)

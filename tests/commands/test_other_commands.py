@@ -63,6 +63,11 @@ def test_visualize_bad_input(tiny_shapes, tmp_path):
         *("--input", "none.json", "--output", "a.png", "--dataset", "shapes_vall"),
     )
     assert "shapes_vall" in done.stderr and "shapes_val'" in done.stderr
+    done = run_here(
+        "tools/visualize_json_results.py",
+        *("--input", "none.json", "--output", "a.png", "--json", "gone.json"),
+    )
+    assert done.stderr == "error: --json: there is no file gone.json\n"
 
 
 def test_benchmark_of_joint_batch_norm():

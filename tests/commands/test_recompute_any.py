@@ -1,5 +1,6 @@
 """tools/recompute_statistics.py on models of other projects."""
 
+import copy
 import json
 import re
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from bn_det import update_bn_stats
+from bn_det import fuse, update_bn_stats
 from here import run_here
 
 PROJECT = """
@@ -85,7 +86,11 @@ def test_file_to_file(project, node, tmp_path):
         ([*FLAGS, "--data", "other_project:takes_one"], "has to be a function without arguments"),
         ([*FLAGS, "--weights", "none.pth"], "none.pth: cannot be loaded as a checkpoint"),
         ([*FLAGS, "--weights", "number.pth"], "number.pth has a int, and no weights"),
-        ([*FLAGS, "--weights", "other.pth"], "other.pth does not fit the model: .*1.weight"),
+        ([*FLAGS, "--weights", "other.pth"], "other.pth: the weights do not fit the model: .*1.w"),
+        ([*FLAGS, "--weights", "fused.pth"], "fused.pth: .* is of a fused model: 1 and 0 more are"),
+        ([*FLAGS, "--num-iters", "0"], "error: --num-iters: 0 is not accepted; use 1 or more"),
+        ([*FLAGS, "--num-iters", "-2"], "error: --num-iters: -2 is not accepted; use 1 or more"),
+        ([*FLAGS, "--tolerance", "-1"], "error: --tolerance: -1.0 is not accepted; use 0.0"),
         ([*FLAGS, "--output", "old.pth"], "--output: 'old.pth' is not accepted"),
     ],
 )
@@ -93,6 +98,9 @@ def test_bad_input(project, args, words):
     torch.save(project.state_dict(), "old.pth")
     torch.save(3, "number.pth")
     torch.save({"1.weight": torch.zeros(2)}, "other.pth")
+    fused = copy.deepcopy(project).eval()
+    fuse(fused)
+    torch.save(fused.state_dict(), "fused.pth")
     before = torch.load("old.pth", weights_only=True)
     done = run(*args)
     assert done.returncode == 1

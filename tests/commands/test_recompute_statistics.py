@@ -14,7 +14,8 @@ import torch
 from bn_det import DomainBatchNorm2d
 from bn_det.config.load import load_config
 from bn_det.errors import InputError
-from hosts import HOSTS
+from here import run_here
+from hosts import HOSTS, every_host
 from reference import BASE, RCNN_BASE
 
 ROOT = Path(__file__).parents[2]
@@ -228,10 +229,10 @@ def test_bad_input(project):
     output = ["--output", str(project.folder / "new.pth")]
     for args, opts, words in (
         (["--output", weights], [], "use another file than --weights"),
-        ([*output, "--num-iters", "0"], [], "NUM_ITER: 0 is not accepted"),
+        ([*output, "--num-iters", "0"], [], "--num-iters: 0 is not accepted"),
         (output, ["TEST.PRECISE_BN.IMS_PER_BATCH", "-4"], "IMS_PER_BATCH: -4 is not accepted"),
         ([*output, "--num-gpus", "2"], ["TEST.PRECISE_BN.IMS_PER_BATCH", "3"], "multiple of 2"),
-        ([*output, "--tolerance", "-1"], [], "TOLERANCE: -1.0 is not accepted"),
+        ([*output, "--tolerance", "-1"], [], "--tolerance: -1.0 is not accepted"),
         ([*output, "--dataset", "shapes_vla"], [], "'shapes_vla' is not a registered data set"),
         (output, ["MODEL.RETINANET.NUM_CONVS", "3"], "checkpoint lacks it"),
     ):
@@ -251,3 +252,32 @@ def test_bad_input(project):
 
 
 PARTS = ("RESNETS", "FPN", "RETINANET")
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--weights", "none.pth"], "--weights: there is no file none.pth"),
+        (["--weights", "12"], "--weights: there is no file 12"),
+        (["--weights", ""], "--weights: '' is not accepted; name a checkpoint"),
+        (["--dataset", "shapes_vla"], "--dataset: 'shapes_vla' is not a registered data set"),
+        (["--dataset", "a'b", "--adabn"], '--dataset: "a\'b" is not a registered data set'),
+        (["--num-iters", "0"], "--num-iters: 0 is not accepted; use 1 or more"),
+        (["--tolerance", "-1"], "--tolerance: -1.0 is not accepted; use 0.0 (for none) or more"),
+        (["--tolerance", "nan"], "--tolerance: nan is not accepted; use 0.0 (for none) or more"),
+        (["--tolerance", "inf"], "--tolerance: inf is not accepted; use 0.0 (for none) or more"),
+        (["TEST.PRECISE_BN.NUM_ITER", "0"], "TEST.PRECISE_BN.NUM_ITER: 0 is not accepted"),
+        (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN: () is not accepted; name a data set"),
+        (["--adabn", "DATASETS.TEST", "()"], "DATASETS.TEST: () is not accepted; name a data set"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else None,
+)
+@every_host
+def test_errors_name_what_was_typed(host, tiny_shapes, tmp_path, flags, words):
+    """The flag, where it was a flag that gave the value, and not the key that it stands for."""
+    weights = tmp_path / "old.pth"
+    torch.save({"model": {}}, weights)
+    command = ("--host", host, "--config-file", BASE, "--weights", weights, *tiny_shapes)
+    opts = ("MODEL.DEVICE", "cpu", "OUTPUT_DIR", tmp_path)
+    done = run_here("tools/recompute_statistics.py", *command, *opts, *flags)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(f"error: {words}")

@@ -89,6 +89,18 @@ def test_trains_and_evaluates(host, options, tmp_path):
     assert last_table(succeeds(host, "--resume", *options, "SOLVER.MAX_ITER", "2")) == tail
 
 
+@every_host
+def test_an_integer_for_a_float(host, options, tmp_path):
+    """At the end of the command and in a file, as a number of it and as a text."""
+    path = tmp_path / "a.yaml"
+    path.write_text(f'_BASE_: "{BASE}"\nSOLVER: {{BASE_LR: 1, GAMMA: "1"}}\n')
+    more = ("SOLVER.SYNC_BN_TIMEOUT", "60", "SOLVER.MAX_ITER", "1", "DATASETS.TEST", "()")
+    succeeds(host, "--config-file", path, *options, *more)
+    lines = (tmp_path / "out" / "config.yaml").read_text().split("\n  ")
+    for line in ("SYNC_BN_TIMEOUT: 60.0", "BASE_LR: 1.0", "GAMMA: 1.0"):
+        assert line in lines
+
+
 @pytest.mark.slow
 @every_host
 def test_continues_after_a_kill(host, options, tmp_path):
@@ -140,7 +152,7 @@ def test_auto_says_what_it_took_and_why(options, tmp_path):
         (["DATASETS.TEST", "('coco_2017_vla',)"], ["DATASETS.TEST", "coco_2017_val"]),
         (["DATASETS.REGISTER_COCO", "[['a', 'b']]"], ["REGISTER_COCO: ['a', 'b']", "JSON file"]),
         (["--resume"], ["--resume", "nothing to resume"]),
-        (["--eval-only"], ["MODEL.WEIGHTS: ''", "--eval-only"]),
+        (["--eval-only"], ["MODEL.WEIGHTS: ''", "name a checkpoint"]),
         (["MODEL.WEIGHTS", "none.pth"], ["MODEL.WEIGHTS", "no file none.pth"]),
         (["MODEL.RETINANET.NUM_CLASSES", "3"], ["NUM_CLASSES: 3", "4 categories"]),
         (["--num-gpus", "64"], ["SOLVER.IMS_PER_BATCH: 2", "64 processes", "multiple of 64"]),
@@ -181,7 +193,7 @@ def test_missing_and_broken_files(monkeypatch, host, options, tmp_path):
     sets.append(["mine", str(annotations), "x"])
     register = ["DATASETS.REGISTER_COCO", repr(sets), "DATASETS.TRAIN", "('mine',)"]
     assert "mine: there is no annotation file" in message(*options, *register)
-    for text, words in [("{", "not valid JSON"), ("{}", "not in COCO's format")]:
+    for text, words in [("{", "not valid JSON"), ("{}", "COCO's format")]:
         annotations.write_text(text)
         found = message(*options, *register)
         assert words in found and str(annotations) in found
@@ -190,7 +202,7 @@ def test_missing_and_broken_files(monkeypatch, host, options, tmp_path):
     del content["annotations"][0]["area"]
     annotations.write_text(json.dumps(content))
     found = message(*options, *register[:2], "DATASETS.TEST", "('mine',)")
-    assert "not in COCO's format" in found and "area" in found
+    assert str(annotations) in found and "area: None is not accepted" in found
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     assert "coco_2017_train" in message(*options, "DATASETS.TRAIN", "('coco_2017_train',)")
 

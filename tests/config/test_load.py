@@ -81,6 +81,35 @@ def test_no_key_may_become_none(host, write):
     assert dict(leaves(cfg)) == dict(leaves(make_cfg(host, BASE)))
 
 
+@every_host
+def test_an_integer_where_the_default_is_a_float(host, write):
+    """Of every such key, as the float; some do not take these, but for what they are."""
+    cfg = make_cfg(host, BASE)
+    keys = [key for key, value in leaves(cfg) if isinstance(value, float)]
+    assert {"SOLVER.SYNC_BN_TIMEOUT", "SOLVER.BASE_LR", "MODEL.BN_FCOS.PRIOR_PROB"} < set(keys)
+    for key in keys:
+        path = key.split(".")
+        for number in (0, 1):
+            text = "".join(f"{'  ' * k}{name}:\n" for k, name in enumerate(path)).rstrip()
+            file = write(f"{text} {number}\n")
+            for config, opts in (("", [key, str(number)]), (file, [])):
+                made = cfg.clone()
+                try:
+                    load_config(made, config, opts, host)
+                except InputError as e:
+                    assert "Type mismatch" not in str(e)
+                else:
+                    found = dict(leaves(made))[key]
+                    assert type(found) is float and found == number
+    for value in ("True", "false", "'a'", "[1]", f"0x{'f' * 6000}"):
+        file = write(f"SOLVER: {{BASE_LR: {value}}}")
+        for config, opts in (("", ["SOLVER.BASE_LR", value]), (file, [])):
+            with pytest.raises(InputError):
+                load_config(cfg, config, opts, host)
+    with pytest.raises(InputError, match="Type mismatch"):
+        load_config(cfg, "", ["SOLVER.MAX_ITER", "1.0"], host)
+
+
 @pytest.mark.parametrize("host", [detectron2])
 def test_none_where_it_is_the_default(host):
     cfg = make_cfg(host, BASE, "SOLVER.WEIGHT_DECAY_BIAS", "None")

@@ -115,7 +115,9 @@ def test_files_that_are_not_this_nets_weights(tmp_path):
         with pytest.raises(InputError, match=f"MODEL.NF.PRETRAINED: {path} .*{TINY}: .*{message}"):
             build_nf(make_cfg(pretrained=str(path)))
     path.write_text("no checkpoint")
-    with pytest.raises(InputError, match="cannot be loaded as the weights"):
+    with pytest.raises(
+        InputError, match="cannot be loaded as the weights of .*: it is a text file; use"
+    ):
         build_nf(make_cfg(pretrained=str(path)))
 
 
