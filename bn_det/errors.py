@@ -45,12 +45,15 @@ def shown(text: str) -> str:
     return text if text.isprintable() else repr(text)
 
 
-def one_line(error: InputError) -> str:
+def one_line(error: Exception) -> str:
     """The message alone, without the report that a data loader's process puts around it.
 
     In one line that leaves the terminal as it is, whatever a file of the user's has put into it.
     """
-    words = str(error).rpartition("bn_det.errors.InputError: ")[2].split()
+    text = str(error)
+    if "Original Traceback (most recent call last):" in text:
+        text = text.rpartition(f"{type(error).__name__}: ")[2]
+    words = text.split()
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(words))
 
 

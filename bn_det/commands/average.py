@@ -18,7 +18,8 @@ from ..population.averaged_weights import STATISTICS, averaged_state
 from ..population.progress import with_progress
 from ..population.unchanged import evaluated_losses
 from ..population.update import update_bn_stats
-from .checkpoint import check_output, load_weights, save_with_table
+from .checkpoint import check_output, save_with_table
+from .fitting import load_weights
 
 logger = logging.getLogger(__name__)
 

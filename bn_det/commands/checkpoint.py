@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from fvcore.common.checkpoint import Checkpointer as _Checkpointer
-from torch import nn
 from yacs.config import CfgNode
 
 from ..errors import LOAD_ERRORS, InputError, reason_of
 from ..files import write_aside, write_json, write_text
-from ..layers.state_dicts import READ_ERRORS, State, weights_of, why_unreadable
-from ..layers.unfuse import fused_layers
-
-_HOST_OF = {"backbone.bottom_up.": "Detectron2", "backbone.body.": "torchvision"}
-"""By how names of weights begin."""
+from ..layers.state_dicts import READ_ERRORS, weights_of, why_unreadable
+from .fitting import refuse_fused, refuse_others, refuse_rest, tell_parts
 
 
 class CheckpointerMixin:
@@ -29,8 +25,10 @@ class CheckpointerMixin:
       complete checkpoint, and a ``last_checkpoint`` that names it.
     * Weights whose shapes differ are an error instead of a warning, except those of the final
       predictors (PREDICTORS), whose shape a fine-tuning on other classes changes.
-    * With ``must_match``, which evaluation and resuming set, those too, and weights that the
-      checkpoint lacks.
+    * With ``must_match``, which evaluation and resuming set, those too, weights that the checkpoint
+      lacks, and those that the model has no place for: it would compute something else.
+    * Otherwise a table says what begins anew and what is not used, by parts of the model; a part
+      that the checkpoint has, and of which nothing fits, is an error.
     """
 
     PREDICTORS = (
@@ -81,66 +79,24 @@ class CheckpointerMixin:
     def _load_model(self, checkpoint: Any) -> Any:
         weights = set(checkpoint["model"])  # which fvcore takes out
         if not checkpoint.get("matching_heuristics"):
-            _refuse_others(self.model, weights)
+            refuse_others(self.model, weights)
         incompatible = super()._load_model(checkpoint)
         if any(name.endswith("running_mean") for name in incompatible.missing_keys):
-            _refuse_fused(self.model, weights)
+            refuse_fused(self.model, weights)
         for key, found, expected in incompatible.incorrect_shapes:
             if self.must_match or not any(p in key for p in self.PREDICTORS):
                 raise InputError(
                     f"{key}: the checkpoint has shape {tuple(found)}, the model of this config "
                     f"{tuple(expected)}"
                 )
-        if self.must_match and incompatible.missing_keys:
-            raise InputError(
-                f"{incompatible.missing_keys[0]}: the checkpoint lacks it and "
-                f"{len(incompatible.missing_keys) - 1} more of the model of this config"
-            )
+        # Of a BatchNorm that is FrozenBatchNorm2d in the model; it is the same function.
+        unused = [n for n in incompatible.unexpected_keys if not n.endswith("num_batches_tracked")]
+        if self.must_match:
+            refuse_rest(incompatible.missing_keys, unused)
+        elif not checkpoint.get("matching_heuristics"):
+            new = {*incompatible.missing_keys, *(n for n, *_ in incompatible.incorrect_shapes)}
+            tell_parts(self.logger, set(self.model.state_dict()), new, unused)
         return incompatible
-
-
-def _refuse_others(model: nn.Module, weights: Collection[str]) -> None:
-    """Before every weight that is missing is listed."""
-    own = {name.removeprefix("module.") for name in model.state_dict()}
-    if any(name.removeprefix("module.") in own for name in weights):
-        return
-    for start, host in _HOST_OF.items():
-        if any(name.startswith(start) for name in weights):
-            hint = f"they are those of a detector of {host}; use --host {host.lower()}"
-            break
-    else:
-        first = f"its first is {min(weights)!r}, the model's {min(own)!r}" if weights else ""
-        hint = first or "it has none"
-    raise InputError(f"the checkpoint has no weights with the names of this config's model: {hint}")
-
-
-def _refuse_fused(model: nn.Module, weights: Collection[str]) -> None:
-    fused = fused_layers(model, weights)
-    if fused:
-        raise InputError(
-            f"the checkpoint is of a fused model: {fused[0]} and {len(fused) - 1} more are "
-            "inside the convolutions before them; bn_det.unfuse(model, file) reads it"
-        )
-
-
-def load_weights(model: nn.Module, weights: State, of_config: bool = True) -> None:
-    """Load all weights of a model.
-
-    Args:
-        of_config: whether the model is a host's, that of a config.
-
-    Raises:
-        InputError: they do not fit; whose they are, where that can be told.
-    """
-    try:
-        model.load_state_dict(weights)
-    except (AttributeError, RuntimeError) as e:
-        if of_config:
-            _refuse_others(model, weights)
-        _refuse_fused(model, weights)
-        reason = " ".join(str(e).split())
-        reason = reason if len(reason) <= 300 else f"{reason[:300]} ..."  # every key
-        raise InputError(f"the weights do not fit the model: {reason}") from e
 
 
 class _SafeCheckpointer(_Checkpointer):
@@ -186,6 +142,10 @@ def check_output(output: str | None, inputs: Sequence[str], flag: str) -> None:
     if output is None:
         return
     path = Path(output)
+    if path.suffix == ".json":
+        raise InputError(
+            f"--output: {output!r} is not accepted; the table gets that name, use .pth"
+        )
     if path.is_dir() or any(path.exists() and path.samefile(of) for of in inputs):
         raise InputError(f"--output: {output!r} is not accepted; use another file than {flag}")
 

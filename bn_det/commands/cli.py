@@ -17,6 +17,7 @@ from yacs.config import CfgNode
 
 from ..errors import InputError, check_positive, one_line
 from .launch import MENDABLE, RankError, launch
+from .output_folder import used_by_one
 
 
 def add_host_argument(parser: argparse.ArgumentParser) -> None:
@@ -129,16 +130,20 @@ def import_host(requested: str, module: str) -> ModuleType:
 
 
 def start(fn: Callable[..., None], args: argparse.Namespace, cfg: CfgNode) -> None:
-    """Call ``fn(args, cfg)`` in as many processes as the flags of ``tools/train_net.py`` say."""
-    launch(
-        fn,
-        (args, cfg),
-        args.num_gpus,
-        args.num_machines,
-        args.machine_rank,
-        args.dist_url,
-        cfg.MODEL.DEVICE,
-    )
+    """Call ``fn(args, cfg)`` in as many processes as the flags of ``tools/train_net.py`` say.
+
+    No other run is in the config's OUTPUT_DIR meanwhile.
+    """
+    with used_by_one("OUTPUT_DIR", cfg.OUTPUT_DIR, args.machine_rank):
+        launch(
+            fn,
+            (args, cfg),
+            args.num_gpus,
+            args.num_machines,
+            args.machine_rank,
+            args.dist_url,
+            cfg.MODEL.DEVICE,
+        )
 
 
 def run(main: Callable[[], None]) -> None:
@@ -146,6 +151,6 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except MENDABLE as e:
-        sys.exit(f"error: {one_line(e).removeprefix('FileNotFoundError: ')}")
+        sys.exit(f"error: {one_line(e)}")
     except RankError as e:
         sys.exit(f"error: {e}")

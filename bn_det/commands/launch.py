@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 
-from ..errors import InputError, check_positive
+from ..errors import InputError, check_positive, one_line
 from ..files import write_aside
 
 TIMEOUT = timedelta(minutes=30)
@@ -63,6 +63,11 @@ def world_size(num_processes: int, num_machines: int = 1) -> int:
     for flag, value in (("--num-gpus", num_processes), ("--num-machines", num_machines)):
         check_positive(flag, value)
     return num_processes * num_machines
+
+
+def is_first(machine_rank: int) -> bool:
+    """Whether :func:`launch` is called on the first machine; under torchrun, by the first rank."""
+    return int(os.environ["RANK"]) == 0 if _under_torchrun() else machine_rank == 0
 
 
 def launch(
@@ -262,7 +267,7 @@ def _rank(
     except Exception as e:
         # Before the connections close, which makes other ranks raise.
         is_input = isinstance(e, MENDABLE)
-        message = str(e) if is_input else traceback.format_exc().rstrip()
+        message = one_line(e) if is_input else traceback.format_exc().rstrip()
         report = (time.time(), place.rank, InputError.__name__ if is_input else "", message)
         with write_aside(Path(reports) / f"{place.rank}.report") as aside:
             Path(aside).write_bytes(pickle.dumps(report))

@@ -16,7 +16,8 @@ from ..errors import InputError
 from ..layers.state_dicts import read_checkpoint
 from ..population.progress import with_progress
 from ..population.update import update_bn_stats
-from .checkpoint import check_output, load_weights, save_with_table
+from .checkpoint import check_output, save_with_table
+from .fitting import load_weights
 
 logger = logging.getLogger(__name__)
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_train_loader
 
 from ..commands.average import Host, check, run
 from ..config.training import with_precise_bn_batches
-from .datasets import load_test_images, load_training
+from .datasets import build_bn_loader, load_test_images, load_training
 from .leakage import annotated_loader
 from .train import Trainer, set_up_process, setup
 
@@ -20,7 +19,7 @@ def main(args: argparse.Namespace) -> None:
     cfg = setup(args)
     set_up_process(args, cfg)
     model = Trainer.build_model(cfg)
-    training = load_training(with_precise_bn_batches(cfg), build_detection_train_loader)
+    training = load_training(with_precise_bn_batches(cfg), build_bn_loader)
     host = Host(model, training, lambda: _testing(cfg), lambda m, batch: m(batch))
     run(args, cfg.TEST.PRECISE_BN.NUM_ITER, host)
 

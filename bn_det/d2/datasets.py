@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetCatalog,
     MetadataCatalog,
+    build_detection_test_loader,
     build_detection_train_loader,
     get_detection_dataset_dicts,
 )
@@ -23,12 +24,14 @@ from ..data.coco import (
     CocoSource,
     check_names,
     check_num_classes,
+    load_coco,
     prepare,
     readable,
     registered_sources,
     shapes_sources,
 )
 from .engine import readable_datasets
+from .mapper import Mapper
 
 
 def register_datasets(cfg: CfgNode) -> None:
@@ -44,19 +47,43 @@ def register_datasets(cfg: CfgNode) -> None:
         DatasetCatalog.register(name, partial(_load_with_source, load, source))
 
 
+def check_files(cfg: CfgNode, split: str) -> None:
+    """Look at the annotation files of DATASETS.TRAIN or DATASETS.TEST, before anything is begun.
+
+    Those of data sets that are registered as COCO's; others have no file that is known.
+    """
+    needs = {"for_evaluation": split == "TEST", "with_masks": cfg.MODEL.MASK_ON}
+    for name in cfg.DATASETS[split]:
+        metadata = MetadataCatalog.get(name)
+        if metadata.get("evaluator_type") == "coco":
+            dataset = load_coco(name, CocoSource(metadata.json_file, metadata.image_root), **needs)
+            check_num_classes(cfg, f"DATASETS.{split}", name, len(dataset.category_ids))
+
+
 def build_train_loader(cfg: CfgNode) -> Any:
     """Detectron2's, with batches of few categories where DATALOADER.CATEGORIES_PER_BATCH asks."""
     num_categories = cfg.DATALOADER.CATEGORIES_PER_BATCH
     if not num_categories:
-        return build_detection_train_loader(cfg)
+        return build_bn_loader(cfg)
     dataset = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=True)
     size = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     sampler = _CategorySampler(CategoryBatches(dataset, size, num_categories, seed))
     # Grouping would put images of one aspect ratio together instead.
+    mapper = Mapper(cfg, is_train=True)
     return build_detection_train_loader(
-        cfg, dataset=dataset, sampler=sampler, aspect_ratio_grouping=False
+        cfg, mapper=mapper, dataset=dataset, sampler=sampler, aspect_ratio_grouping=False
     )
+
+
+def build_bn_loader(cfg: CfgNode) -> Any:
+    """Batches as in training, of any images in any case."""
+    return build_detection_train_loader(cfg, mapper=Mapper(cfg, is_train=True))
+
+
+def build_test_loader(cfg: CfgNode, name: str) -> Any:
+    """This process's share of a data set, one image a batch."""
+    return build_detection_test_loader(cfg, name, mapper=Mapper(cfg, is_train=False))
 
 
 def load_training(cfg: CfgNode, load: Callable[[CfgNode], Any]) -> Any:

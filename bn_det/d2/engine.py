@@ -6,7 +6,9 @@ import argparse
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
@@ -16,11 +18,36 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ..commands.checkpoint import CheckpointerMixin
+from ..commands.pickled_arrays import read_pickled_arrays
 from ..errors import InputError
 
 
-class Checkpointer(CheckpointerMixin, DetectionCheckpointer):
-    """Detectron2's checkpointer with :class:`CheckpointerMixin`."""
+class _SafeCheckpointer(DetectionCheckpointer):
+    """Detectron2's, but that no file of weights runs code when it is read."""
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        if filename.endswith(".pyth"):  # of pycls
+            state = self._torch_load(filename)["model_state"]
+            weights = {n: v for n, v in state.items() if not n.endswith("num_batches_tracked")}
+            return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
+        if not filename.endswith(".pkl"):
+            return super()._load_file(filename)
+        content = read_pickled_arrays(filename)
+        if "model" in content and "__author__" in content:  # Detectron2's model zoo
+            return content
+        blobs = content.get("blobs", content)  # Detectron's, and what Caffe2 had trained
+        weights = {name: v for name, v in blobs.items() if not name.endswith("_momentum")}
+        return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+
+    def _torch_load(self, f: str) -> Any:
+        return torch.load(f, map_location="cpu", weights_only=True)
+
+
+class Checkpointer(CheckpointerMixin, _SafeCheckpointer):
+    """Detectron2's checkpointer with :class:`CheckpointerMixin`; loads tensors and plain data only.
+
+    Of ``.pkl`` files NumPy's arrays, as the model zoo has them.
+    """
 
 
 class EvaluatesOnSuccess:

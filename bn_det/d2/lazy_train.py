@@ -23,6 +23,7 @@ from torch import nn
 
 from ..commands.checkpoint import check_files
 from ..commands.launch import launch, world_size
+from ..commands.output_folder import used_by_one
 from ..commands.results import results_table
 from ..config.check import usable_device
 from ..data.coco import check_names
@@ -46,7 +47,8 @@ def main(args: argparse.Namespace) -> None:
     """Train and evaluate, or only evaluate, as the flags of ``tools/train_net.py`` say."""
     loaded = _Loaded(args)
     processes = args.num_gpus, args.num_machines, args.machine_rank, args.dist_url
-    launch(_run, (args, loaded), *processes, loaded.cfg.train.device)
+    with used_by_one("train.output_dir", loaded.cfg.train.output_dir, args.machine_rank):
+        launch(_run, (args, loaded), *processes, loaded.cfg.train.device)
 
 
 class _Loaded:

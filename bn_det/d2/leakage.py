@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, build_detection_test_loader
+from detectron2.data import build_detection_test_loader
 from detectron2.data.detection_utils import build_augmentation
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.utils.events import EventStorage
@@ -18,6 +18,7 @@ from ..layers import record_sources
 from ..measure.bootstrap import Estimate
 from ..measure.leakage import RoIBatch, check_architecture, measure_leakage
 from .datasets import load_test_images
+from .mapper import Mapper
 from .train import load_model, setup
 
 
@@ -42,7 +43,7 @@ def annotated_loader(
     Args:
         order: the indices of the images; by default each once.
     """
-    mapper = DatasetMapper(cfg, is_train=True, augmentations=build_augmentation(cfg, False))
+    mapper = Mapper(cfg, is_train=True, augmentations=build_augmentation(cfg, False))
     return build_detection_test_loader(
         dataset,
         mapper=mapper,

@@ -7,17 +7,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import (
-    DatasetMapper,
-    build_detection_test_loader,
-    build_detection_train_loader,
-)
+from detectron2.data import build_detection_test_loader
 from detectron2.utils import comm
 
 from ..commands.cli import start
 from ..commands.recompute import check, flags_as_opts, run, with_population
 from ..config.training import with_precise_bn_batches
-from .datasets import load_test_images, load_training
+from .datasets import build_bn_loader, load_test_images, load_training
+from .mapper import Mapper
 from .train import Trainer, load_model, set_up_process, setup
 
 
@@ -40,14 +37,14 @@ def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
 
 def _train_batches(cfg: CfgNode) -> Iterable[Any]:
     """As training makes them, of any images."""
-    return load_training(cfg, build_detection_train_loader)
+    return load_training(cfg, build_bn_loader)
 
 
 def _test_batches(cfg: CfgNode) -> Iterable[Any]:
     """This process's share of the test set as test time sees it; annotations are not read."""
     return build_detection_test_loader(
         load_test_images(cfg, filter_empty=False),
-        mapper=DatasetMapper(cfg, is_train=False),
+        mapper=Mapper(cfg, is_train=False),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         batch_size=cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
     )

@@ -8,7 +8,7 @@ import weakref
 from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
+from detectron2.data import DatasetCatalog
 from detectron2.engine import DefaultTrainer, create_ddp_model
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
@@ -24,10 +24,17 @@ from ..config.keys import add_bn_det_config
 from ..config.load import load_config
 from ..config.training import clipping_of
 from ..config.unread import HOOK_KEYS, TRAINER_KEYS
-from ..data.coco import CocoSource, check_names, check_num_classes, load_coco
+from ..data.coco import check_names
 from ..layers import name_layers
 from .accumulate import AccumulatingAMPTrainer, AccumulatingTrainer
-from .datasets import build_train_loader, load_training, register_datasets
+from .datasets import (
+    build_bn_loader,
+    build_test_loader,
+    build_train_loader,
+    check_files,
+    load_training,
+    register_datasets,
+)
 from .default_trainer import BNHooks
 from .engine import Checkpointer, EvaluatesOnSuccess, set_up_group_and_log
 
@@ -40,7 +47,8 @@ class Trainer(EvaluatesOnSuccess, BNHooks, DefaultTrainer):
 
     reads_keys = (*HOOK_KEYS, *TRAINER_KEYS)
 
-    build_bn_loader = staticmethod(build_detection_train_loader)  # any images, in any case
+    build_bn_loader = staticmethod(build_bn_loader)
+    build_test_loader = staticmethod(build_test_loader)
 
     def __init__(self, cfg: CfgNode) -> None:
         # DefaultTrainer's own gives DistributedDataParallel the number of a GPU in any case.
@@ -120,13 +128,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     register_datasets(cfg)
     for split in ("TRAIN", "TEST"):
         check_names(f"DATASETS.{split}", cfg.DATASETS[split], DatasetCatalog.list())
-    for name in cfg.DATASETS.TEST:
-        # Now, and not when the training is done. COCOEvaluator reads the file, too.
-        metadata = MetadataCatalog.get(name)
-        if metadata.get("evaluator_type") == "coco":
-            source = CocoSource(metadata.json_file, metadata.image_root)
-            dataset = load_coco(name, source, for_evaluation=True, with_masks=cfg.MODEL.MASK_ON)
-            check_num_classes(cfg, "DATASETS.TEST", name, len(dataset.category_ids))
+        if split == "TEST" or not args.eval_only:
+            check_files(cfg, split)
     resolve_device(cfg)
     cfg.freeze()
     return cfg

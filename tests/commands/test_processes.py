@@ -119,14 +119,10 @@ def test_an_image_that_one_rank_cannot_read(host, opts, tmp_path, capfd):
     args = ("--host", host, "--config-file", BASE, "--num-gpus", "2", *opts, *long)
     done = run_here("tools/train_net.py", *args)
     error = capfd.readouterr().err + done.stderr  # of the ranks, and of what started them
-    assert done.returncode == 1 and "000003.png" in error
-    if host == "torchvision":  # whose reader says it in a line
-        line = f"error: {tmp_path}/images/000003.png: is empty, or no image of a known format"
-        assert error.strip().splitlines()[-1] == line and "Traceback" not in error
-    else:
-        report = error[error.rindex("error: rank ") :].splitlines()
-        assert report[0][-8:] == " raised:" and report[1].startswith("Traceback")
-        assert "UnidentifiedImageError" in report[-1]
+    assert done.returncode == 1
+    line = f"error: {tmp_path}/images/000003.png: is empty, or no image of a known format"
+    assert error.strip().splitlines()[-1] == line
+    assert host == "detectron2" or "Traceback" not in error  # whose trainer logs its own
 
 
 @pytest.mark.slow

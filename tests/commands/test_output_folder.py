@@ -1,0 +1,104 @@
+"""Two runs in one folder, and what killed ones leave there, on both hosts."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bn_det.commands.output_folder import used_by_one
+from bn_det.errors import InputError
+from here import ROOT, run_here
+from hosts import every_host
+from reference import BASE, norm_opts
+
+
+@pytest.fixture
+def opts(tiny_shapes, tmp_path):
+    return [
+        *("MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "out"), *tiny_shapes),
+        *("SOLVER.MAX_ITER", "3", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.CHECKPOINT_PERIOD", "2"),
+        *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"),
+        *("MODEL.RETINANET.SCORE_THRESH_TEST", "0.001", *norm_opts("GN")),
+    ]
+
+
+HOLD = """
+import sys, time
+from bn_det.commands.output_folder import used_by_one
+with used_by_one("OUTPUT_DIR", sys.argv[1]):
+    print("in", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def other(tmp_path):
+    """Another process that is in the folder."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "in\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait(60)
+
+
+@every_host
+@pytest.mark.parametrize("more", [[], ["--num-gpus", "2"]], ids=["1", "2"])
+def test_a_second_run_is_refused(host, more, other, opts, tmp_path):
+    before = sorted(os.listdir(tmp_path / "out"))
+    args = ("--host", host, "--config-file", BASE, *more, *opts)
+    done = run_here("tools/train_net.py", *args)
+    assert done.returncode == 1
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith(f"error: OUTPUT_DIR: {tmp_path}/out is in use by process {other.pid} of")
+    assert line.endswith("; wait for it, or use another folder")
+    assert sorted(os.listdir(tmp_path / "out")) == before
+
+
+def test_a_killed_run_leaves_no_lock(other, tmp_path):
+    with (
+        pytest.raises(InputError, match="is in use by process"),
+        used_by_one("OUTPUT_DIR", tmp_path / "out"),
+    ):
+        pass
+    os.kill(other.pid, signal.SIGKILL)
+    other.wait(60)
+    (tmp_path / "out" / "inference").mkdir()
+    aside = ["model.pth.12.tmp", "inference/results.json.345.tmp"]
+    others = ["mine.tmp", "model.pth.tmp", "model.12.pth"]
+    for name in (*aside, *others):
+        (tmp_path / "out" / name).touch()
+    with used_by_one("OUTPUT_DIR", tmp_path / "out"):
+        found = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*")}
+    assert found == {".lock", "inference", *others}
+
+
+def test_a_folder_that_cannot_be(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "in"):
+        with (
+            pytest.raises(InputError, match=f"OUTPUT_DIR: {path} cannot be written to: "),
+            used_by_one("OUTPUT_DIR", path),
+        ):
+            pass
+
+
+@pytest.mark.slow
+@every_host
+def test_two_at_once(host, opts, tmp_path):
+    """One of them runs as if it were alone, the other gets its line."""
+    command = [sys.executable, str(ROOT / "tools/train_net.py"), "--host", host]
+    command += ["--config-file", BASE, *opts]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    outputs = [p.communicate(timeout=240) for p in processes]
+    codes = [p.returncode for p in processes]
+    assert sorted(codes) == [0, 1], outputs
+    assert "is in use by process" in outputs[codes.index(1)][1].splitlines()[-1]
+    assert torch.load(tmp_path / "out" / "model_final.pth", weights_only=True)["model"]
+    assert not list((tmp_path / "out").rglob("*.tmp"))

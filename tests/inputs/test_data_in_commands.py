@@ -1,0 +1,90 @@
+"""Broken data sets in the commands, on both hosts: one line, and nothing is begun."""
+
+import ast
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from here import run_here
+from hosts import every_host
+from reference import BASE, norm_opts
+
+
+@pytest.fixture
+def sets(tiny_shapes, tmp_path):
+    """A copy of the data, to be broken: options, and the folder of each part."""
+    registered = ast.literal_eval(tiny_shapes[1])
+    copied = []
+    for name, file, images in registered:
+        folder = tmp_path / name
+        shutil.copytree(images, folder / "images")
+        shutil.copy(file, folder / "a.json")
+        copied.append([name, str(folder / "a.json"), str(folder / "images")])
+    return [tiny_shapes[0], repr(copied), *tiny_shapes[2:]], tmp_path
+
+
+def train(host, opts, out, *more):
+    args = [
+        *("--host", host, "--config-file", BASE, *more, "MODEL.DEVICE", "cpu"),
+        *("OUTPUT_DIR", str(out), "SOLVER.MAX_ITER", "100000", "SOLVER.IMS_PER_BATCH", "2"),
+        *("INPUT.MIN_SIZE_TRAIN", "(64,)", *norm_opts("GN"), *opts),
+    ]
+    return run_here("tools/train_net.py", *args)
+
+
+def error_of(done):
+    assert done.returncode == 1
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    return line
+
+
+@every_host
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_an_annotation(host, part, sets, tmp_path):
+    """In the test set, too, before the training: it is refused, or it would kill the process."""
+    opts, root = sets
+    file = root / f"tiny_{part}" / "a.json"
+    content = json.loads(file.read_text())
+    content["annotations"][3]["segmentation"][0][0] = float("nan")
+    file.write_text(json.dumps(content))
+    line = error_of(train(host, opts, tmp_path / "out"))
+    number = content["annotations"][3]["id"]
+    assert f"tiny_{part}: {file}: annotation {number}: segmentation: a polygon is not" in line
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def deep(path):
+    Image.fromarray(np.full((128, 128), 40000, np.uint16)).save(path)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:3000])
+
+
+def small(path):
+    Image.new("RGB", (20, 30)).save(path)
+
+
+@every_host
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (deep, "pixels of mode I;16 are not accepted; use 8 bits a channel"),
+        (cut, "cannot be read as an image: "),
+        (small, "20"),
+        (Path.unlink, "there is no such image"),
+    ],
+    ids=["16 bits", "cut", "of another size", "missing"],
+)
+def test_an_image(host, make, words, sets, tmp_path):
+    opts, root = sets
+    images = sorted((root / "tiny_train" / "images").iterdir())
+    for path in images:
+        make(path)
+    line = error_of(train(host, opts, tmp_path / "out"))
+    assert any(str(path) in line for path in images) and words in line

@@ -1,0 +1,165 @@
+"""Weights and what they get, where they are not those of the config's model: on both hosts."""
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from bn_det.commands.pickled_arrays import read_pickled_arrays
+from bn_det.errors import InputError
+from hosts import build_model, make_cfg
+from reference import BASE
+
+
+def checkpointer(host, model, folder=""):
+    if host == "torchvision":
+        from bn_det.commands.checkpoint import Checkpointer
+    else:
+        from bn_det.d2.engine import Checkpointer
+    return Checkpointer(model, str(folder))
+
+
+def model_of(host, *opts):
+    torch.manual_seed(0)
+    return build_model(host, make_cfg(host, BASE, *opts))
+
+
+@pytest.fixture(scope="module", params=["torchvision", "detectron2"])
+def host(request):
+    if request.param == "detectron2":
+        pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def weights(host, tmp_path_factory):
+    """The path of those of the base config, with BN everywhere."""
+    path = tmp_path_factory.mktemp("weights") / "bn.pth"
+    torch.save({"model": model_of(host).state_dict()}, path)
+    return path
+
+
+OTHERS = {
+    "no norm in the backbone": ("MODEL.RESNETS.NORM", ""),
+    "GN in the backbone": ("MODEL.RESNETS.NORM", "GN"),
+    "GN in the head": ("MODEL.RETINANET.NORM", "GN"),
+    "a shorter head": ("MODEL.RETINANET.NUM_CONVS", "1"),
+}
+
+
+@pytest.mark.parametrize("row", OTHERS)
+def test_evaluation_refuses_what_has_no_place(host, weights, row):
+    """It would be of another function, with an AP that says nothing of the checkpoint."""
+    loads = checkpointer(host, model_of(host, *OTHERS[row]))
+    loads.must_match = True
+    with pytest.raises(InputError, match=r": the checkpoint (has|lacks) it and \d+ more"):
+        loads.load(str(weights))
+
+
+def test_evaluation_takes_what_is_the_same_function(host, weights):
+    """Counters have no place in a FrozenBatchNorm2d."""
+    loads = checkpointer(host, model_of(host, "MODEL.RESNETS.NORM", "FrozenBN"))
+    loads.must_match = True
+    loads.load(str(weights))
+
+
+def test_training_says_what_begins_anew(host, weights, caplog):
+    loads = checkpointer(host, model_of(host, "MODEL.RESNETS.NORM", "GN"))
+    with caplog.at_level("WARNING"):
+        loads.load(str(weights))
+    (table,) = [m for m in caplog.messages if m.startswith("Weights of the checkpoint that do not")]
+    header, _, *rows = table.splitlines()[1:]
+    assert header.split("  ")[0] == "part" and "begin anew" in header and "not used" in header
+    assert [row.split()[0] for row in rows] == ["backbone"]
+    assert int(rows[0].split()[-1]) > 0
+
+
+def test_training_stops_where_a_whole_part_begins_anew(host, weights, tmp_path):
+    state = torch.load(weights)["model"]
+    renamed = {name.replace("backbone.", "backbone.old."): v for name, v in state.items()}
+    torch.save(renamed, tmp_path / "renamed.pth")
+    words = r"backbone: all of it would begin anew, though the checkpoint has backbone\.old\."
+    with pytest.raises(InputError, match=words):
+        checkpointer(host, model_of(host)).load(str(tmp_path / "renamed.pth"))
+
+
+class Code:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def arrays():
+    return {"a": np.arange(6.0).reshape(2, 3), "b": np.float32(2), "c": np.array(["x"])}
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pickled_arrays(tmp_path, protocol):
+    path = tmp_path / "a.pkl"
+    path.write_bytes(pickle.dumps({"model": arrays(), "__author__": "me"}, protocol))
+    found = read_pickled_arrays(path)
+    assert found["__author__"] == "me"
+    for name, value in arrays().items():
+        assert np.array_equal(found["model"][name], value)
+    path.write_bytes(pickle.dumps({"model": Code(tmp_path / "ran")}, protocol))
+    with pytest.raises(InputError, match=r"posix.system, which may run any code .* NumPy arrays"):
+        read_pickled_arrays(path)
+    path.write_bytes(pickle.dumps([1], protocol))
+    with pytest.raises(InputError, match="a pickled list, and no dict of weights"):
+        read_pickled_arrays(path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("kind", ["pkl", "pth", "pyth"])
+def test_no_file_of_weights_runs_code(tmp_path, kind):
+    """On Detectron2, whose own checkpointer does."""
+    pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+    path = tmp_path / f"code.{kind}"
+    content = {"model": Code(tmp_path / "ran"), "model_state": {}}
+    if kind == "pkl":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path)
+    with pytest.raises(InputError, match=f"code.{kind}: cannot be loaded .*posix.system"):
+        checkpointer("detectron2", torch.nn.Linear(2, 2)).load(str(path))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("of", ["model zoo", "Caffe2", "Detectron", "pycls"])
+def test_the_files_that_detectron2_takes(tmp_path, of):
+    """As its own checkpointer takes them."""
+    pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+    from detectron2.checkpoint import DetectionCheckpointer
+
+    weight, bias = np.full((2, 2), 3.0, np.float32), np.full(2, 4.0, np.float32)
+    named = {"weight": weight, "bias": bias}
+    path = tmp_path / ("a.pyth" if of == "pycls" else "a.pkl")
+    if of == "pycls":
+        tensors = {name: torch.from_numpy(v) for name, v in named.items()}
+        counter = {"num_batches_tracked": torch.zeros(1)}
+        torch.save({"model_state": {**tensors, **counter}}, path)
+    else:
+        content = {
+            "model zoo": {"model": named, "__author__": "me", "matching_heuristics": True},
+            "Caffe2": {**named, "weight_momentum": weight},
+            "Detectron": {"blobs": {**named, "bias_momentum": bias}},
+        }[of]
+        path.write_bytes(pickle.dumps(content, 2))
+    ours, theirs = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    checkpointer("detectron2", ours).load(str(path))
+    DetectionCheckpointer(theirs).load(str(path))
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_table_does_not_take_the_checkpoints_name(host, weights, tmp_path):
+    from here import run_here
+
+    args = ("--host", host, "--config-file", BASE, "--weights", str(weights))
+    done = run_here("tools/recompute_statistics.py", *args, "--output", str(tmp_path / "new.json"))
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith("is not accepted; the table gets that name, use .pth")
