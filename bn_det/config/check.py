@@ -26,12 +26,19 @@ from .parts import (
     is_per_level,
     why_not_ours,
 )
+from .ranges import check_ranges
 
 logger = logging.getLogger(__name__)
 
+DEPTHS = (18, 34, 50, 101, 152)
+"""Of ResNets, on both hosts."""
+
 
 def check_values(cfg: CfgNode) -> None:
-    """Raise InputError for values of our keys that are not accepted, or not together."""
+    """Raise InputError for values that are not accepted, or not together."""
+    check_ranges(cfg)
+    if "resnet" in cfg.MODEL.BACKBONE.NAME:
+        choose("MODEL.RESNETS.DEPTH", cfg.MODEL.RESNETS.DEPTH, DEPTHS)
     for part in PARTS:
         choose(f"MODEL.{part}.GHOST_ORDER", cfg.MODEL[part].GHOST_ORDER, GHOST_ORDERS)
         _check_weight_norm(cfg, part)

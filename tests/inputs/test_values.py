@@ -1,0 +1,78 @@
+"""Values of the hosts' keys and what they get: a row for each kind, on both hosts."""
+
+import math
+
+import pytest
+
+from bn_det.config.ranges import RANGES, check_ranges
+from bn_det.errors import InputError, one_line
+from hosts import every_host, make_cfg
+from reference import BASE
+
+REFUSED = {
+    "VERSION": ["3"],
+    "SEED": ["-2", "4294967296", "9" * 30],
+    "OUTPUT_DIR": [""],
+    "DATASETS.TRAIN": ["(1,)", "(None,)"],
+    "DATALOADER.NUM_WORKERS": ["-1"],
+    "INPUT.FORMAT": ["XYZ"],
+    "INPUT.MIN_SIZE_TRAIN": ["()", "(-1,)", "('a',)", "(1.5,)", "(True,)"],
+    "INPUT.MAX_SIZE_TRAIN": ["0"],
+    "MODEL.PIXEL_MEAN": ["[]", "[1.0, 2.0]"],
+    "MODEL.PIXEL_STD": ["[0.0, 1.0, 1.0]", "[1.0, 2.0]", "[1e400, 1.0, 1.0]", "['a', 1.0, 1.0]"],
+    "MODEL.ANCHOR_GENERATOR.SIZES": ["[]", "[[]]", "[[-3]]", "[3]", "[['a']]"],
+    "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": ["[[0.0]]"],
+    "MODEL.BACKBONE.FREEZE_AT": ["-1"],
+    "MODEL.FPN.OUT_CHANNELS": ["0"],
+    "MODEL.RESNETS.DEPTH": ["19"],
+    "MODEL.RETINANET.NUM_CLASSES": ["0"],
+    "MODEL.RETINANET.NUM_CONVS": ["-1"],
+    "MODEL.RETINANET.SCORE_THRESH_TEST": ["1.5", "-0.1"],
+    "SOLVER.MAX_ITER": ["0", "-3"],
+    "SOLVER.IMS_PER_BATCH": ["0"],
+    "SOLVER.CHECKPOINT_PERIOD": ["0"],
+    "SOLVER.BASE_LR": ["0", "-0.1", "1e400"],
+    "SOLVER.MOMENTUM": ["1.0", "-0.1"],
+    "SOLVER.WEIGHT_DECAY": ["-1.0", "1e400"],
+    "SOLVER.GAMMA": ["0.0"],
+    "SOLVER.STEPS": ["('a',)", "(-1,)", "(1.5,)"],
+    "SOLVER.WARMUP_ITERS": ["-5"],
+    "SOLVER.WARMUP_FACTOR": ["1.5"],
+    "TEST.DETECTIONS_PER_IMAGE": ["0"],
+}
+
+
+@every_host
+@pytest.mark.parametrize("key", REFUSED)
+def test_refused(host, key):
+    for value in REFUSED[key]:
+        with pytest.raises(InputError) as e:
+            make_cfg(host, BASE, key, value)
+        line = one_line(e.value)
+        assert line.startswith(f"{key}: ") or key == "MODEL.PIXEL_MEAN" in line
+        assert "not accepted" in line
+
+
+@every_host
+def test_not_finite(host):
+    """As YAML can say it, in whatever key."""
+    for value in (math.nan, math.inf):
+        cfg = make_cfg(host, BASE)
+        cfg.SOLVER.BASE_LR = value
+        with pytest.raises(InputError, match="SOLVER.BASE_LR: .* use numbers that are finite"):
+            check_ranges(cfg)
+
+
+def test_every_rule_is_of_a_key():
+    detectron2 = pytest.importorskip("detectron2.config", reason="Detectron2 is not installed")
+    known = set()
+
+    def walk(node, path):
+        for key, value in node.items():
+            if isinstance(value, dict):
+                walk(value, f"{path}{key}.")
+            else:
+                known.add(f"{path}{key}")
+
+    walk(detectron2.get_cfg(), "")
+    assert RANGES.keys() <= known
