@@ -14,7 +14,7 @@ from .batch_norm import STATISTICS, BatchNorm2d
 from .become import become, class_of
 from .convert import as_ours
 from .freeze import is_frozen
-from .kinds import FORWARDS_OF_TORCH, batch_norms
+from .kinds import FORWARDS_OF_TORCH, batch_norms, why_lazy
 from .kinds import STATISTICS as BUFFERS
 from .l1_batch_norm import L1BatchNorm2d
 
@@ -65,7 +65,8 @@ def no_population_update(module: nn.Module) -> Iterator[None]:
         for m in layers
         if not isinstance(m, known) and class_of(m).forward not in FORWARDS_OF_TORCH
     ]
-    with _set(layers, track_running_stats=False), _other_statistics(others):
+    ours = [m for m in layers if m not in others]
+    with _set(ours, track_running_stats=False), _other_statistics(others):
         yield
 
 
@@ -102,6 +103,8 @@ def _told(what: str, module: nn.Module, statistics: str, default: str) -> Iterat
         if not isinstance(layer, BatchNorm2d) and not is_frozen(layer) and statistics != default
     }
     for layer, name in others.items():
+        if why := why_lazy(layer):
+            raise InputError(f"{what}: {name or 'the module'}: {why}")
         if class_of(layer).forward not in FORWARDS_OF_TORCH:
             raise InputError(
                 f"{what}: {name or 'the module'} is a {class_of(layer).__name__}, which cannot be "

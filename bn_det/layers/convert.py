@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from .kinds import (
     is_batch_norm,
     is_host_frozen,
     selected,
+    unwrapped,
     what_else,
     why_lazy,
 )
@@ -59,7 +60,8 @@ def convert_batchnorm(
     Args:
         module: the model, or a layer.
         make: from the number of channels to the new layer, for example :class:`BatchNorm2d`, or
-            for SyncBN ``functools.partial(BatchNorm2d, group="world")``.
+            for SyncBN ``functools.partial(BatchNorm2d, group="world")``. Its ``eps``, ``momentum``,
+            ``affine`` and ``track_running_stats`` become those of the old layer.
         modules: names of modules or patterns of names, as in :func:`bn_det.freeze`; None for all.
 
     Returns:
@@ -73,14 +75,15 @@ def convert_batchnorm(
     """
     if not callable(make) or isinstance(make, nn.Module):
         raise InputError(f"convert_batchnorm: make: a {type(make).__name__} is {_NO_MAKE}")
-    layers = selected("convert_batchnorm", module, modules)
+    layers = selected("convert_batchnorm", unwrapped(module), modules)
     of_hosts = [name for layer, name in layers.items() if is_host_frozen(layer)]
     layers = {layer: name for layer, name in layers.items() if not is_host_frozen(layer)}
-    made, left, dropped = {}, {}, {}
+    made, left, dropped, returned = {}, {}, {}, set()
     for layer, name in layers.items():
         if not (why := why_lazy(layer) or what_else(layer)):
             new = make(layer.num_features)
-            _check_made(new, layer.num_features)
+            _check_made(new, layer.num_features, returned)
+            returned.add(new)
             new = _taking_the_same(layer, new)
             why = _why_other_inputs(layer, new)
         if why:
@@ -122,13 +125,18 @@ _NO_MAKE = (
 )
 
 
-def _check_made(new: object, num_features: int) -> None:
-    """Raise InputError for what no BatchNorm can become."""
+def _check_made(new: object, num_features: int, before: Container[object]) -> None:
+    """Raise InputError for what no BatchNorm can become, or another one becomes already."""
     kind = type(new).__name__
     if isinstance(new, FrozenBatchNorm):
         raise InputError(f"convert_batchnorm: make: {kind} is not accepted; use bn_det.freeze")
     if not isinstance(new, nn.Module):
         raise InputError(f"convert_batchnorm: make: {kind}, which it has made, is {_NO_MAKE}")
+    if new in before:
+        raise InputError(
+            f"convert_batchnorm: make: one {kind} for several layers is not accepted; make a new "
+            "one each time"
+        )
     made = getattr(new, "num_features", num_features)
     if made != num_features:
         raise InputError(

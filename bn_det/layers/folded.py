@@ -5,17 +5,18 @@ from __future__ import annotations
 from torch import nn
 
 from .domain_batch_norm import state_holders
-from .kinds import evaluates_by_batch
+from .kinds import eps_of, evaluates_by_batch, why_lazy
 
 
 def has_trivial_statistics(layer: nn.Module) -> bool:
     """Whether normalizing by the layer's population statistics changes nothing, in any domain."""
     holders = {population for population, _ in state_holders(layer)}
-    return all(
+    return not why_lazy(layer) and all(
         holder.running_mean is not None
+        and holder.running_mean.device.type != "meta"
         and not holder.running_mean.any()
         # Detectron2 writes 1 - eps for what is folded.
-        and bool(((holder.running_var - 1).abs() <= 2 * layer.eps).all())
+        and bool(((holder.running_var - 1).abs() <= 2 * eps_of(layer)).all())
         for holder in holders
     )
 

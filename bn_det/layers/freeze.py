@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from .folded import has_trivial_statistics
 from .frozen import FrozenBatchNorm, StaysInEvaluation, staying_class
 from .kinds import (
     STATE,
+    eps_of,
     is_host_frozen,
     lists_with_affine,
     selected,
@@ -123,7 +124,7 @@ def thaw(
     for parameter in affine_of(unwrapped(model), layers) if affine else ():
         parameter.requires_grad_(True)
         if type(parameter) is HeldParameter:
-            parameter.__class__ = nn.Parameter
+            _let_go(parameter)
     if new:
         logger.info("Parameters that no optimizer has yet: %s", ", ".join(new))
     return model
@@ -164,7 +165,7 @@ def freeze_statistics(layer: nn.Module) -> None:
             part.frozen = True
     elif what_else(layer):
         with_class(layer, staying_class(class_of(layer)))
-        layer.eval()
+        layer.train(layer.training)  # which notes the mode, and evaluates
     else:
         layer.thawed_type = class_of(layer)
         with_class(layer, FrozenBatchNorm)
@@ -176,6 +177,7 @@ def thaw_statistics(layer: nn.Module) -> None:
         with_class(layer, vars(layer).pop("thawed_type"))
     elif isinstance(layer, StaysInEvaluation):
         with_class(layer, layer.thawed_type)
+        layer.train(vars(layer).pop("asked_mode"))
     elif isinstance(layer, BatchNorm2d):
         for part in (layer, *layer.children()):
             part.frozen = False
@@ -191,7 +193,7 @@ def _why_not_thawed(layer: nn.Module, statistics: bool) -> str:
 def _learning(layer: nn.Module, affine: bool) -> BatchNorm2d:
     """A layer with the function of a host's FrozenBatchNorm2d."""
     like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-    new = BatchNorm2d(len(layer.weight), getattr(layer, "eps", 0.0), **like)
+    new = BatchNorm2d(len(layer.weight), eps_of(layer), **like)
     for name in STATE:
         getattr(new, name).copy_(getattr(layer, name))
     return new.requires_grad_(affine)
@@ -212,7 +214,9 @@ def affine_of(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[Tensor]
 class HeldParameter(nn.Parameter):
     """What a frozen parameter is by class whose gradient a DistributedDataParallel waits for.
 
-    Optimizers are kept from moving it. A copy is in none, and needs no gradient.
+    The gradient is zero, so that no norm of gradients counts it, and optimizers are kept from
+    moving it all the same, as momentum and weight decay would. A copy is in none, and needs no
+    gradient.
     """
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
@@ -224,15 +228,32 @@ class HeldParameter(nn.Parameter):
         return nn.Parameter, (self.data, False)
 
 
+def learns(parameter: Tensor) -> bool:
+    """Whether optimizers move a parameter."""
+    return parameter.requires_grad and type(parameter) is not HeldParameter
+
+
 def _freeze_affine(model: nn.Module, layers: Iterable[nn.Module]) -> None:
-    is_awaited = isinstance(model, DistributedDataParallel)
+    wrappers = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
+    awaited = {id(parameter) for wrapper in wrappers for parameter in wrapper.parameters()}
     for parameter in affine_of(unwrapped(model), layers):
         parameter.grad = None  # momentum would go on by it
-        if is_awaited and parameter.requires_grad:
-            parameter.__class__ = HeldParameter
-            _watch_optimizers()
-        else:
+        if not (id(parameter) in awaited and parameter.requires_grad):
             parameter.requires_grad_(False)
+        elif type(parameter) is not HeldParameter:
+            _hold(parameter)
+
+
+def _hold(parameter: nn.Parameter) -> None:
+    parameter.__class__ = HeldParameter
+    parameter.hook = parameter.register_hook(torch.zeros_like)
+    _watch_optimizers()
+
+
+def _let_go(parameter: HeldParameter) -> None:
+    parameter.hook.remove()
+    del parameter.hook
+    parameter.__class__ = nn.Parameter
 
 
 _WATCHED: list[object] = []
@@ -244,11 +265,31 @@ def _watch_optimizers() -> None:
         _WATCHED.append(register_optimizer_step_pre_hook(_drop_gradients))
 
 
-def _drop_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if type(parameter) is HeldParameter:
-                parameter.grad = None
+def _drop_gradients(
+    optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    held = [
+        parameter
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if type(parameter) is HeldParameter
+    ]
+
+    def drop(value: Any = None) -> Any:
+        for parameter in held:
+            parameter.grad = None
+        return value
+
+    drop()
+    if not held:
+        return args, kwargs
+    # The gradients of a step with a closure come in it.
+    args = tuple([_then(drop, arg) if callable(arg) else arg for arg in args])
+    return args, {k: _then(drop, v) if callable(v) else v for k, v in kwargs.items()}
+
+
+def _then(after: Callable[[Any], Any], closure: Callable[[], Any]) -> Callable[[], Any]:
+    return lambda: after(closure())
 
 
 def warn_of_folded_statistics(model: nn.Module, layers: dict[nn.Module, str]) -> None:
@@ -260,7 +301,7 @@ def warn_of_folded_statistics(model: nn.Module, layers: dict[nn.Module, str]) ->
     names = [
         name or type(layer).__name__
         for layer, name in layers.items()
-        if has_trivial_statistics(layer) and any(p.requires_grad for p in affine_of(model, [layer]))
+        if has_trivial_statistics(layer) and any(map(learns, affine_of(model, [layer])))
     ]
     if names:
         logger.warning(

@@ -34,7 +34,8 @@ class FrozenBatchNorm(_NormBase):
     def _check_input_dim(self, x: Tensor) -> None:
         self.thawed_type._check_input_dim(self, x)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, groups: Tensor | None = None) -> Tensor:
+        del groups  # of ours in training; it has no batch
         self._check_input_dim(x)
         statistics = self.running_mean, self.running_var
         return normalize_one(x, *statistics, self.weight, self.bias, self.eps)
@@ -47,11 +48,16 @@ class StaysInEvaluation:
     """Mixed into the class of a layer that is frozen as it is, as it may do more than normalize.
 
     In evaluation mode, which it never leaves, it normalizes by its population statistics.
+
+    Attributes:
+        thawed_type: the class that it had.
+        asked_mode: what :meth:`train` was last asked for.
     """
 
     thawed_type: type[_NormBase]
 
     def train(self, mode: bool = True) -> Any:
+        self.asked_mode = mode
         return super().train(False)
 
     def __reduce_ex__(self, protocol: int) -> tuple:

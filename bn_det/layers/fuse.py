@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Container, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -12,15 +12,20 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import InputError
 from .domain_batch_norm import DomainBatchNorm2d, state_holders
+from .freeze import is_frozen
 from .kinds import (
     STATE,
     batch_norms,
+    eps_of,
     evaluates_by_batch,
     is_batch_norm,
+    key_of,
+    unwrapped,
     uses_in,
     what_else,
 )
@@ -79,6 +84,9 @@ def fuse(model: nn.Module, check: Callable[[nn.Module], Any] | None = None) -> F
         InputError: the model is in training mode; ``check`` does not call what it is given, or
             returns no tensors, or others for the same model.
     """
+    if isinstance(model, DistributedDataParallel):
+        raise InputError("fuse: a DistributedDataParallel is not accepted; use its module")
+    model = unwrapped(model)
     if model.training:
         raise InputError("fuse: not accepted for a model in training mode; call eval() first")
     return _fuse(model, _why_changed(model, check) if check else {})
@@ -114,7 +122,10 @@ def _fuse(model: nn.Module, left: dict[str, str], only: Container[str] | None = 
         is_wanted = only is None or names.get(pair.norm) in only
         if pair.norm in names and is_wanted and not reasons[pair.norm]:
             reasons[pair.norm] = (
-                _why_not(pair.conv, uses) or what_else(pair.norm) or _what_else_of_convolution(pair)
+                _why_not(pair.conv, uses)
+                or _why_not_alone(pair, model)
+                or what_else(pair.norm)
+                or _what_else_of_convolution(pair)
             )
             if not reasons[pair.norm]:
                 _fold(pair, warned)
@@ -144,7 +155,10 @@ def pairs(model: nn.Module) -> Iterator[Pair]:
     """Every BatchNorm that certainly gets the output of one convolution, with that one."""
     places = {m: (parent, n) for parent in model.modules() for n, m in parent._modules.items()}
     for module in model.modules():
-        children = dict(module.named_children())
+        if "forward" in vars(module):
+            continue  # not its class's
+        # Each place, also where one module is in several.
+        children = {n: m for n, m in module._modules.items() if m is not None}
         norms = {n: m for n, m in children.items() if is_batch_norm(m)}
         if isinstance(module, nn.Conv2d) and "norm" in norms:
             place = places.get(module, (nn.Module(), ""))  # the model itself is nobody's child
@@ -166,14 +180,15 @@ class _ChildrenAreLeaves(fx.Tracer):
 
 def _traced_pairs(module: nn.Module) -> list[tuple[str, str]]:
     """Names of children of which the second gets the output of the first, which no other does."""
-    module = copy.copy(module)  # its attributes may change while it is traced
-    before = dict(vars(module))
     try:
+        # What is its own may change while it is traced; its children stay.
+        module = copy.deepcopy(module, {id(child): child for child in module.children()})
+        before = _content(vars(module))
         nodes = _ChildrenAreLeaves().trace(module).nodes
     except Exception as e:  # whatever a forward method does that cannot be traced
         logger.debug("%s cannot be traced: %s", type(module).__name__, e)
         return []
-    if any(value is not before.get(name) for name, value in vars(module).items()):
+    if _content(vars(module)) != before:
         return []  # the next call may call other children: CycleBatchNormList
     calls = [node for node in nodes if node.op == "call_module"]
     reads = {node.target.rpartition(".")[0] for node in nodes if node.op == "get_attr"}
@@ -194,15 +209,40 @@ def _traced_pairs(module: nn.Module) -> list[tuple[str, str]]:
     return found
 
 
+def _content(value: Any, seen: tuple[int, ...] = ()) -> Any:
+    """What a value holds, at any depth, to be compared with what it holds later."""
+    if isinstance(value, Tensor):
+        return id(value), value._version
+    if isinstance(value, (nn.Module, type)) or id(value) in seen:
+        return id(value)
+    seen = (*seen, id(value))
+    if isinstance(value, dict):
+        return [(key, _content(held, seen)) for key, held in value.items()]
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
+        return [_content(held, seen) for held in value]
+    return [id(value), _content(vars(value), seen)] if hasattr(value, "__dict__") else repr(value)
+
+
+def _why_not_alone(pair: Pair, model: nn.Module) -> str:
+    """Why a model that is a convolution itself cannot become one for each level, if so."""
+    if pair.conv is model and len(state_holders(pair.norm)) > 1:
+        return "its convolution is the model itself, and would be one for each level"
+    return ""
+
+
 def _why_not(module: nn.Module, uses: Counter[int]) -> str:
     """Why a BatchNorm or a convolution cannot take part in fusion, if so."""
-    if uses[id(module)] > 1:
+    if uses[key_of(module)] > 1:
         return "it or its convolution is in several places of the model"
     own = module._parameters.values() if isinstance(module, _CONVOLUTIONS) else ()
-    if any(uses[id(p)] > 1 for p in own):
+    if any(p is not None and uses[key_of(p)] > 1 for p in own):
         return "weight or bias of its convolution are another module's, too"
     if module._forward_hooks or module._forward_pre_hooks:
         return "it or its convolution has hooks"
+    if "forward" in vars(module):
+        return "the forward method of it or of its convolution has been replaced"
+    if is_batch_norm(module) and module.training and not is_frozen(module):
+        return "it is in training mode"
     if is_parametrized(module):
         return "the weight of its convolution is normalized; call bake_weight_norms first"
     if isinstance(module, SourceBatchNorm2d):
@@ -240,7 +280,9 @@ def _what_else_of_convolution(pair: Pair) -> str:
     conv, (population, affine) = pair.conv, state_holders(pair.norm)[0]
     if pair.norm_parent is conv and isinstance(pair.norm, DomainBatchNorm2d):
         return ""  # it takes no tensor; forward_levels has it convolve, and nothing else
-    size = [2 + d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    pads = conv.padding if isinstance(conv.padding, tuple) else (0, 0)
+    sizes = zip(conv.dilation, conv.kernel_size, pads, strict=True)
+    size = [2 + d * (k - 1) + p for d, k, p in sizes]  # more than a reflection may pad
     x = torch.randn(2, conv.in_channels, *size, generator=torch.Generator().manual_seed(0))
     x = x.to(conv.weight)
     expected, folded = conv(x), copy.deepcopy(conv)
@@ -248,8 +290,8 @@ def _what_else_of_convolution(pair: Pair) -> str:
         setattr(folded, pair.norm_name, None)
     else:
         state = population.running_mean, population.running_var, affine.weight, affine.bias
-        expected = F.batch_norm(expected, *state, eps=pair.norm.eps)
-    difference = _folded(folded, population, affine, pair.norm.eps)(x) - expected
+        expected = F.batch_norm(expected, *state, eps=eps_of(pair.norm))
+    difference = _folded(folded, population, affine, eps_of(pair.norm))(x) - expected
     if difference.abs().max() <= 0.02 * expected.abs().max():  # half precision
         return ""
     return f"a {type(conv).__name__} does not only convolve"
@@ -283,11 +325,11 @@ def _fold(pair: Pair, warned: set[str]) -> None:
     # Before the convolution is copied. Detectron2's takes None for no norm.
     setattr(pair.norm_parent, pair.norm_name, None if pair.norm_parent is conv else nn.Identity())
     if len(holders) > 1:
-        convs = [_folded(copy.deepcopy(conv), *holder, norm.eps) for holder in holders]
+        convs = [_folded(copy.deepcopy(conv), *holder, eps_of(norm)) for holder in holders]
         setattr(pair.conv_parent, pair.conv_name, PerLevel(convs))
         pair.conv_parent._modules[pair.conv_name].was = was
     else:
-        convs = [_folded(conv, *holders[0], norm.eps)]
+        convs = [_folded(conv, *holders[0], eps_of(norm))]
         conv.was = was
     for folded in convs:
         folded.warned_of_training = warned

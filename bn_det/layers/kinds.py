@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import Counter
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +65,7 @@ def is_host_frozen(module: nn.Module | None) -> bool:
     By what it has: a BatchNorm's state, all of it buffers. timm's FrozenBatchNormAct2d has it, too;
     :func:`what_else` looks at what a layer computes.
     """
-    if module is None or isinstance(module, (_BatchNorm, FrozenBatchNorm)):
+    if module is None or isinstance(module, (_BatchNorm, FrozenBatchNorm, torch.jit.ScriptModule)):
         return False
     return all(module._buffers.get(name) is not None for name in STATE)
 
@@ -77,10 +79,26 @@ def batch_norms(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def uses_in(model: nn.Module) -> Counter[int]:
-    """How many places of a model have a module, and how many modules a parameter, by their ids."""
+    """How many places of a model have a module, and how many a tensor, by :func:`key_of`."""
     every = list(model.modules())
-    held = (of for m in every for of in (*m._modules.values(), *m._parameters.values()))
-    return Counter(id(of) for of in held if of is not None)
+    tensors = (t for m in every for t in (*m._parameters.values(), *m._buffers.values()))
+    held = chain(chain.from_iterable(m._modules.values() for m in every), tensors)
+    return Counter(key_of(of) for of in held if of is not None)
+
+
+def key_of(held: nn.Module | Tensor) -> int:
+    """The same for all that is one module, or one tensor's memory."""
+    if isinstance(held, Tensor) and not is_lazy(held) and held.device.type != "meta":
+        return held.untyped_storage().data_ptr() or id(held)
+    return id(held)
+
+
+def eps_of(layer: nn.Module) -> float:
+    """Of a BatchNorm; next to nothing for a frozen one that has none (maskrcnn-benchmark's).
+
+    Torch accepts no 0 in training.
+    """
+    return getattr(layer, "eps", 1e-12)
 
 
 def lists_with_affine(model: nn.Module) -> dict[nn.Module, nn.Module]:
@@ -168,18 +186,22 @@ def what_else(layer: nn.Module) -> str:
     Not where its class is known. A copy with a state in which everything matters is compared with
     the formula.
     """
-    if isinstance(layer, DomainBatchNorm2d) or class_of(layer) in _KNOWN:
+    if "forward" not in vars(layer) and (
+        isinstance(layer, DomainBatchNorm2d) or class_of(layer) in _KNOWN
+    ):
         return ""
+    does_more = f"a {type(layer).__name__} does not only normalize"
+    if "forward" in vars(layer) or len(inspect.signature(layer.forward).parameters) > 1:
+        return does_more  # or otherwise than its class says; or it takes more than an input
     layer = copy.deepcopy(layer).eval()
     state = [getattr(layer, name) for name in STATE]
     for tensor, value in zip(state, (0.5, 1e-4, -1.5, 0.25), strict=True):
         if tensor is not None:
             tensor.fill_(value)
-    does_more = f"a {type(layer).__name__} does not only normalize"
     if state[0] is None:
         return does_more  # than can be tried out
     x = _probe(layer, state[0])
-    expected = F.batch_norm(x, *state, eps=getattr(layer, "eps", 0.0))
+    expected = F.batch_norm(x, *state, eps=eps_of(layer))
     try:
         y = layer.forward(x)  # without its hooks
     except Exception:  # whatever it wants to be called with

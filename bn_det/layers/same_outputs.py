@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..errors import InputError
+from ..errors import InputError, reason_of
 
 
 class Outputs:
@@ -29,7 +29,9 @@ class Outputs:
 
     def __init__(self, what: str, model: nn.Module, check: Callable[[nn.Module], Any]) -> None:
         self._what, self._model, self._check = what, model, check
-        self._expected = self._outputs(copy.deepcopy(model))
+        dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
+        self._eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
+        self._expected = self._outputs(self._copied())
         if not any(isinstance(value, Tensor) for value in self._expected):
             raise InputError(
                 f"{what}: check: outputs without a tensor are not accepted; return tensors, by "
@@ -43,10 +45,21 @@ class Outputs:
 
     def are_those_of(self, change: Callable[[nn.Module], Any]) -> bool:
         """Whether a copy of the model that is changed so has the same ones, but for rounding."""
-        changed = copy.deepcopy(self._model)
+        changed = self._copied()
         change(changed)
         found = self._outputs(changed)
-        return len(found) == len(self._expected) and all(map(_is_same, found, self._expected))
+        if len(found) != len(self._expected):
+            return False
+        pairs = zip(found, self._expected, strict=True)
+        return all(_is_same(a, b, self._eps) for a, b in pairs)
+
+    def _copied(self) -> nn.Module:
+        try:
+            return copy.deepcopy(self._model)
+        except Exception as e:  # of whatever the model has
+            raise InputError(
+                f"{self._what}: check: the model cannot be copied: {reason_of(e)}"
+            ) from e
 
     @torch.no_grad()
     def _outputs(self, model: nn.Module) -> list[Any]:
@@ -69,8 +82,12 @@ class Outputs:
         return [v.clone() if isinstance(v, Tensor) else v for v in tree_leaves(outputs)]
 
 
-def _is_same(a: Any, b: Any) -> bool:
-    """Values that are no tensors are not compared."""
+def _is_same(a: Any, b: Any, eps: float) -> bool:
+    """Values that are no tensors are not compared.
+
+    Args:
+        eps: of the numbers that the model computes with.
+    """
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         return isinstance(a, Tensor) == isinstance(b, Tensor)
     if a.shape != b.shape or a.dtype != b.dtype:
@@ -79,5 +96,5 @@ def _is_same(a: Any, b: Any) -> bool:
         return torch.equal(a, b)
     # Half of the digits: far above the rounding of a deep network, far below another function.
     scale = b[b.isfinite()].abs().amax().item() if b.isfinite().any() else 0.0
-    atol = torch.finfo(b.dtype).eps ** 0.5 * scale
+    atol = max(eps, torch.finfo(b.dtype).eps) ** 0.5 * scale
     return torch.allclose(a, b, rtol=0.0, atol=atol, equal_nan=True)

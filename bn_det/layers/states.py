@@ -13,9 +13,9 @@ from .comm import process_group
 from .domain_batch_norm import DomainBatchNorm2d, state_holders
 from .ema import tracks
 from .folded import is_folded
-from .freeze import affine_of, is_frozen
+from .freeze import affine_of, is_frozen, learns
 from .frozen import FrozenBatchNorm, StaysInEvaluation
-from .kinds import STATE, batch_norms, lists_with_affine, selected, why_lazy
+from .kinds import STATE, lists_with_affine, selected, unwrapped, why_lazy
 
 
 class LayerState(NamedTuple):
@@ -94,7 +94,8 @@ def states(model: nn.Module, modules: str | Iterable[str] | None = None) -> Stat
     Raises:
         InputError: ``modules`` names nothing.
     """
-    layers = batch_norms(model) if modules is None else selected("states", model, modules)
+    model = unwrapped(model)
+    layers = selected("states", model, modules)
     parents = {m: parent for parent in model.modules() for m in parent.children()}
     return States([_state(model, parents.get(m), m, name) for m, name in layers.items()])
 
@@ -119,7 +120,7 @@ def _state(model: nn.Module, parent: nn.Module | None, layer: nn.Module, name: s
         affine=_affine(model, layer),
         batch=_batch(layer),
         momentum=getattr(layer, "momentum", None),
-        batches=None if counter is None else int(counter),
+        batches=None if counter is None or counter.is_meta else int(counter),
         folded=is_folded(layer, lists_with_affine(model).get(layer)),
         contradictions=(),
     )
@@ -154,7 +155,7 @@ def _statistics(layer: nn.Module) -> str:
 
 
 def _affine(model: nn.Module, layer: nn.Module) -> str:
-    needs = {p.requires_grad for p in affine_of(model, [layer])}
+    needs = {learns(p) for p in affine_of(model, [layer])}
     if not needs:
         holders = {affine for _, affine in state_holders(layer)}
         return "none" if all(affine.weight is None for affine in holders) else "constant"
@@ -198,7 +199,8 @@ def _contradictions(state: LayerState, layer: nn.Module, parent: nn.Module | Non
         for pair in state_holders(layer)
         for holder in dict.fromkeys(pair)
         for name in STATE
-        if (value := getattr(holder, name)) is not None and not value.isfinite().all()
+        if (value := getattr(holder, name)) is not None
+        and not (value.is_meta or value.isfinite().all())
     )
     if names:
         yield f"{', '.join(dict.fromkeys(names))} not finite"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from .domain_batch_norm import state_holders
 from .fuse import Fused, of_outputs, pairs, scale_and_shift, warn_of_training
-from .kinds import STATE
+from .kinds import STATE, eps_of
 from .levels import PerLevel
 from .state_dicts import State, first_difference, read_weights
 
@@ -64,7 +64,7 @@ def _restore(parent: nn.Module, name: str, fused: nn.Module) -> None:
     conv = fused[0] if isinstance(fused, PerLevel) else fused
     setattr(parent, name, conv)
     was.norm.to(conv.weight.device)
-    scale, shift = scale_and_shift(*state_holders(was.norm)[0], was.norm.eps)
+    scale, shift = scale_and_shift(*state_holders(was.norm)[0], eps_of(was.norm))
     factor = torch.where(scale == 0, 1.0, 1 / scale)
     conv.weight.copy_(conv.weight.double() * of_outputs(conv, factor))
     if was.had_bias:

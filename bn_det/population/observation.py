@@ -19,7 +19,14 @@ from ..layers.domain_batch_norm import DomainBatchNorm2d, state_holders
 from ..layers.forward import Domain, Observation, Plan, batch_norm
 from ..layers.freeze import is_frozen, thaw_statistics
 from ..layers.frozen import FrozenBatchNorm, StaysInEvaluation
-from ..layers.kinds import FORWARDS_OF_TORCH, batch_norms, is_host_frozen, what_else
+from ..layers.kinds import (
+    FORWARDS_OF_TORCH,
+    batch_norms,
+    eps_of,
+    is_host_frozen,
+    what_else,
+    why_lazy,
+)
 from ..layers.l1_batch_norm import L1BatchNorm2d
 from ..layers.moments import Moments
 from ..layers.shuffle import is_shuffled
@@ -65,6 +72,8 @@ def left_out(model: nn.Module, layers: Sequence[PopulationLayer]) -> dict[str, s
 
 
 def _why_left(layer: nn.Module) -> str:
+    if why := why_lazy(layer):
+        return why
     if _is_l1(layer):
         return "of mean absolute deviations, which are no variances"
     if is_host_frozen(layer) and (what := what_else(layer)):
@@ -99,7 +108,7 @@ def places_of(model: nn.Module, owners: dict[nn.Module, str]) -> list[Population
 
 def _is_updated(layer: PopulationLayer, frozen: bool) -> bool:
     module = layer.module
-    if _is_l1(module):
+    if _is_l1(module) or why_lazy(layer.owner):
         return False
     if is_frozen(layer.owner):
         return frozen and not (is_host_frozen(module) and what_else(module))
@@ -265,7 +274,7 @@ def _forward(layer: PopulationLayer, take: Observation, by_batch: bool, x: Tenso
         bn._check_input_dim(x)
     domains = [Domain(x, bn, bn, name=layer.name)]
     by_batch = by_batch and (bn.training or is_frozen(bn))
-    plan = Plan(domains, bn.eps, by_batch, _group_of(bn), observers=[take])
+    plan = Plan(domains, eps_of(bn), by_batch, _group_of(bn), observers=[take])
     return batch_norm(plan)[0]
 
 

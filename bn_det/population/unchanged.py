@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..errors import InputError
 from ..layers.kinds import STATISTICS, batch_norms, is_batch_norm, unwrapped
@@ -29,7 +30,7 @@ def unchanged_statistics(model: nn.Module) -> Iterator[None]:
         for name, layer in model.named_modules()
         if is_batch_norm(layer)
         for key in STATISTICS
-        if (buffer := layer._buffers.get(key)) is not None
+        if (buffer := layer._buffers.get(key)) is not None and not is_lazy(buffer)
     ]
     moved = []
     try:
@@ -62,8 +63,9 @@ def evaluated_losses(model: nn.Module) -> Iterator[None]:
 
     A detector of Detectron2 or torchvision has losses in training mode alone, in which BatchNorm
     normalizes by the batch and takes validation images into its statistics. Here all of it is in
-    training mode but BatchNorm and dropout. After the block, and after an error in it, everything
-    is as it was: modes, statistics, whatever else the model counts, and random states.
+    training mode but BatchNorm and dropout of any kind (stochastic depth, DropPath). After the
+    block, and after an error in it, everything is as it was: modes, statistics, whatever else the
+    model counts, and random states.
     """
     model = unwrapped(model)
     with ExitStack() as stack:
@@ -72,10 +74,13 @@ def evaluated_losses(model: nn.Module) -> Iterator[None]:
         stack.enter_context(same_random_state({t.device for t in tensors}))
         stack.callback(Snapshot(model).restore)
         model.train()
-        for module in (*batch_norms(model), *_dropouts(model)):
+        for module in (*batch_norms(model), *filter(_is_random, model.modules())):
             module.eval()
         yield
 
 
-def _dropouts(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
+def _is_random(module: nn.Module) -> bool:
+    """Whether a module draws in training: dropout, of torch's or of another's class."""
+    known = (nn.modules.dropout._DropoutNd, nn.RReLU)
+    words = ("Dropout", "DropPath", "DropBlock", "StochasticDepth")
+    return isinstance(module, known) or any(word in type(module).__name__ for word in words)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -16,11 +15,12 @@ from ..layers.comm import Group, process_group
 from ..layers.domain_batch_norm import state_holders
 from ..layers.folded import is_folded
 from ..layers.frameworks import with_statistics
-from ..layers.kinds import lists_with_affine, selected, unwrapped, uses_in
+from ..layers.kinds import eps_of, key_of, lists_with_affine, selected, unwrapped, uses_in
 from .estimate import Estimate
 from .observation import Observer, PopulationLayer, places_of
 from .report import PopulationReport
 from .update import How, measure_statistics
+from .writing import Value, write_all
 
 
 def unfold(
@@ -93,15 +93,15 @@ def _refuse(layer: nn.Module, name: str, uses: Counter[int]) -> None:
         why = "it has no weight or no bias to take up what statistics change"
     elif any(map(is_parametrized, affines)):
         why = "its weight or bias is parametrized; remove_parametrizations first"
-    elif any(uses[id(p)] > 1 for p in own):
+    elif any(uses[key_of(p)] > 1 for p in own):
         why = "its weight or bias is another layer's, too; give each its own first"
     if why:
         raise InputError(f"unfold: {name or type(layer).__name__}: {why}")
 
 
-@torch.no_grad()
 def _write(places: list[PopulationLayer], found: list[Estimate | None]) -> None:
     """New statistics, and the weight and bias with which the function is the same."""
+    values: list[Value] = []
     for place, estimate in zip(places, found, strict=True):
         if estimate is None:
             continue
@@ -110,8 +110,11 @@ def _write(places: list[PopulationLayer], found: list[Estimate | None]) -> None:
         for population, affine in state_holders(place.owner):
             if population is layer:
                 affines = affine.weight.double(), affine.bias.double()
-                weight, bias = with_statistics(*affines, old, new, place.owner.eps)
-                affine.weight.copy_(weight)
-                affine.bias.copy_(bias)
-        layer.running_mean.copy_(new[0])
-        layer.running_var.copy_(new[1])
+                of_affine = with_statistics(*affines, old, new, eps_of(place.owner))
+                values += [
+                    Value(place.name, tensor, value)
+                    for tensor, value in zip((affine.weight, affine.bias), of_affine, strict=True)
+                ]
+        values.append(Value(place.name, layer.running_mean, new[0]))
+        values.append(Value(place.name, layer.running_var, new[1]))
+    write_all("unfold", values)

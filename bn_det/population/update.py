@@ -24,6 +24,7 @@ from .observation import Observed, Observer, PopulationLayer, left_out, populati
 from .passes import surroundings
 from .report import PopulationReport, make_report
 from .snapshot import Snapshot, same_random_state
+from .writing import Value, write_all
 
 logger = logging.getLogger(__name__)
 
@@ -104,11 +105,10 @@ def update_bn_stats(
     layers = population_layers(model, frozen)
     if not layers:
         logger.warning("update_bn_stats has nothing to update: %s", _why_none(model))
-    if not initial:
-        _refuse_folded(model, layers)
     how = How(num_iters, estimator, tolerance, allow_short, process_group(group))
     observer = Observer(partial(call, model) if call else model, model, layers)
-    found, report = measure_statistics(observer, data_loader, how, progress)
+    error = None if initial else _why_folded(model, layers)
+    found, report = measure_statistics(observer, data_loader, how, progress, error)
     _write(layers, found)
     return report
 
@@ -124,11 +124,19 @@ class How(NamedTuple):
 
 
 def measure_statistics(
-    observer: Observer, data_loader: Iterable[Any], how: How, progress: str | None
+    observer: Observer,
+    data_loader: Iterable[Any],
+    how: How,
+    progress: str | None,
+    error: Exception | None = None,
 ) -> tuple[list[Estimate | None], PopulationReport]:
-    """The statistics of what the layers of a model see, which is left as it is; with the report."""
+    """The statistics of what the layers of a model see, which is left as it is; with the report.
+
+    Args:
+        error: why nothing can be measured on this rank; it is raised, and the others told.
+    """
     model = observer.model
-    run = _Run(observer, how)
+    run = _Run(observer, how, error)
     with torch.no_grad(), ExitStack() as stack:
         stack.enter_context(surroundings())
         tensors = chain(model.parameters(), model.buffers())
@@ -167,7 +175,7 @@ class _Run:
         last_layer: the name of the layer that was the last to be precise, or is the least so.
     """
 
-    def __init__(self, observer: Observer, how: How) -> None:
+    def __init__(self, observer: Observer, how: How, error: Exception | None) -> None:
         self.observer, self.group = observer, how.group
         self.layers = layers = observer.layers
         self.num_iters, self.tolerance = how.num_iters, how.tolerance
@@ -180,7 +188,7 @@ class _Run:
         self.own_samples = [0] * len(layers)
         self.num_batches = 0
         self.has_ended = False
-        self.error: Exception | None = None
+        self.error = error
         self.samples, self.reason, self.last_layer = self.own_samples, "", ""
 
     def estimate(self, data_loader: Iterable[Any], advance: _Advance) -> list[Estimate | None]:
@@ -359,18 +367,19 @@ def _why_none(model: nn.Module) -> str:
     return "; ".join(f"{number} of {len(left)} layers {why}" for why, number in reasons.items())
 
 
-def _refuse_folded(model: nn.Module, layers: Sequence[PopulationLayer]) -> None:
+def _why_folded(model: nn.Module, layers: Sequence[PopulationLayer]) -> InputError | None:
     first_name = {layer.owner: layer.name for layer in reversed(layers)}
     lists = lists_with_affine(model)
     names = [first_name[o] for o in reversed(first_name) if is_folded(o, lists.get(o))]
-    if names:
-        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        raise InputError(
-            f"update_bn_stats: {names[0]}{others} has mean 0 and variance 1, no batch tracked, and "
-            "weight and bias that are trained: its statistics are folded into these, and others "
-            "would change the model (bn_det.unfold keeps its function); or they have never been "
-            "updated, then say initial=True"
-        )
+    if not names:
+        return None
+    others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return InputError(
+        f"update_bn_stats: {names[0]}{others} has mean 0 and variance 1, no batch tracked, and "
+        "weight and bias that are trained: its statistics are folded into these, and others would "
+        "change the model (bn_det.unfold keeps its function); or they have never been updated, "
+        "then say initial=True"
+    )
 
 
 def _broken_parameter(model: nn.Module) -> str:
@@ -380,11 +389,9 @@ def _broken_parameter(model: nn.Module) -> str:
     return ""
 
 
-@torch.no_grad()
 def _write(layers: Sequence[PopulationLayer], found: Sequence[Estimate | None]) -> None:
-    """Put estimates into the layers: into all of them, or, if interrupted, into none."""
     values = [
-        (layer.name, buffer, value)
+        Value(layer.name, buffer, value)
         for layer, estimate in zip(layers, found, strict=True)
         if estimate is not None
         for buffer, value in (
@@ -392,17 +399,4 @@ def _write(layers: Sequence[PopulationLayer], found: Sequence[Estimate | None]) 
             (layer.module.running_var, estimate.var),
         )
     ]
-    for name, buffer, value in values:
-        if not value.to(buffer.dtype).isfinite().all():
-            raise InputError(
-                f"update_bn_stats: {name}: {value.abs().max():.4g} does not fit a buffer of "
-                f"{buffer.dtype}; make the model's buffers float32. Nothing is changed"
-            )
-    before = [(buffer, buffer.clone()) for _, buffer, _ in values]
-    try:
-        for _, buffer, value in values:
-            buffer.copy_(value)
-    except BaseException:
-        for buffer, value in before:
-            buffer.copy_(value)
-        raise
+    write_all("update_bn_stats", values)

@@ -140,3 +140,33 @@ def test_numbers_that_are_refused(make, key, value):
         make(C, **{key: value})
     for momentum in (None, 0.0, 1.0):
         make(C, eps=0.0, momentum=momentum)
+
+
+class Fork(nn.BatchNorm2d):
+    """As in older projects: it asks for the flag, and moves its statistics by itself."""
+
+    def forward(self, x):
+        if self.training or not self.track_running_stats:
+            mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+            self.running_mean += self.momentum * (mean.detach() - self.running_mean)
+        else:
+            mean, var = self.running_mean, self.running_var
+        return (x - mean.view(-1, 1, 1)) / (var.view(-1, 1, 1) + self.eps).sqrt()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_no_update_of_layers_that_move_by_themselves(training):
+    layer = Fork(3).train(training)
+    x = torch.randn(4, 3, 2, 2) + 5
+    expected = copy.deepcopy(layer)(x)
+    with no_population_update(layer):
+        assert torch.equal(layer(x), expected)
+    assert not layer.running_mean.any() and layer.track_running_stats
+
+
+def test_a_lazy_layer_cannot_be_told():
+    with (
+        pytest.raises(InputError, match="trained_with: 0: it has not been called yet"),
+        trained_with(nn.Sequential(nn.LazyBatchNorm2d()), "population"),
+    ):
+        pass

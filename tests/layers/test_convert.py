@@ -269,6 +269,7 @@ def test_a_layer_without_place_changes_nothing():
         (bn_det.FrozenBatchNorm, "FrozenBatchNorm is not accepted; use bn_det.freeze"),
         (lambda c: BatchNorm2d(2 * c), "of 4 channels is not accepted for one of 2"),
         (BatchNorm2d(2), "make: a BatchNorm2d is not accepted; use a function"),
+        (lambda c, layers={}: layers.setdefault(0, nn.Identity()), "one Identity for several"),
         ("SyncBN", "make: a str is not accepted; use a function"),
     ]:
         with pytest.raises(ValueError, match=words):

@@ -18,6 +18,7 @@ from bn_det import (
     L1BatchNorm2d,
     convert_batchnorm,
     freeze,
+    states,
     thaw,
     update_bn_stats,
 )
@@ -192,6 +193,79 @@ def test_in_the_midst_of_a_training(name, make_optimizer, set_to_none):
         for key, value in net[0].state_dict().items():
             moves = not affine and key.endswith(("weight", "bias", "original"))
             assert torch.equal(value, before[key]) != moves, key
+
+
+def steps_of_a_held_model(rank, how):
+    """What has moved, and the norm of the gradients beside that of a model frozen before."""
+    del rank
+    found = []
+    for first in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, C, 1), nn.BatchNorm2d(C), nn.Conv2d(C, 2, 1))
+        if first:
+            freeze(model)
+        wrapped = DistributedDataParallel(model)
+        outer = {"ddp": wrapped, "compiled": torch.compile(wrapped, backend="eager"),
+                 "inside": nn.Sequential(wrapped)}[how]  # fmt: skip
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.1)
+        if not first:
+            freeze(outer)
+        before = model[1].weight.detach().clone()
+        norms = []
+
+        def closure(optimizer=optimizer, outer=outer, norms=norms, model=model):
+            optimizer.zero_grad()
+            loss = outer(torch.ones(2, 3, 4, 4)).square().mean()
+            loss.backward()
+            norms.append(nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
+            return loss
+
+        for _ in range(2):
+            optimizer.step(closure)
+        assert torch.equal(model[1].weight, before)
+        assert {state.affine for state in states(outer).layers} == {"fixed"}
+        found.append(norms)
+    return found
+
+
+@pytest.mark.parametrize("how", ["ddp", "compiled", "inside"])
+def test_steps_with_a_closure_in_ddp(how):
+    """Whose gradients come after the step has begun; and no norm counts what is frozen."""
+    for before, after in run_ranks(steps_of_a_held_model, 2, how):
+        torch.testing.assert_close(after, before)
+
+
+class Masked(nn.BatchNorm2d):
+    def forward(self, x, mask=None):
+        return super().forward(x)
+
+
+def replaced():
+    layer = nn.BatchNorm2d(C)
+    layer.forward = lambda x, layer=layer: nn.BatchNorm2d.forward(layer, x).relu()
+    return layer
+
+
+@pytest.mark.parametrize("make_layer", [lambda: WithActivation(C), lambda: Masked(C), replaced])
+def test_what_stays_in_evaluation_is_thawed_into_its_mode(make_layer):
+    x = torch.randn(4, C, 3, 3)
+    for mode in (True, False):
+        net = nn.Sequential(make_layer()).train(mode)
+        freeze(net)
+        net(x)
+        assert not net[0].num_batches_tracked and not net[0].training
+        thaw(net)
+        assert net[0].training == mode
+        thaw(freeze(net).train()).train(not mode)
+        assert net[0].training != mode
+
+
+def test_a_frozen_layer_is_called_as_before():
+    groups = torch.tensor([0, 0, 1, 1])
+    layer, x = freeze(BatchNorm2d(C)), torch.randn(4, C, 3, 3)
+    assert torch.equal(layer(x, groups=groups), layer(x))
+    masked = freeze(Masked(C))
+    assert torch.equal(masked(x, mask=x), masked(x))
 
 
 def copies_of_a_held_model(rank):

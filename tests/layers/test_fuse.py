@@ -2,6 +2,9 @@
 
 import copy
 import logging
+import threading
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -456,3 +459,110 @@ def test_a_check_that_checks_nothing(check, words):
     with pytest.raises(InputError, match=f"fuse: check: .*{words}"):
         fuse(model, check)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def in_two_places():
+    act = nn.ReLU()
+    return nn.Sequential(nn.Conv2d(C, C, 1), act, nn.Conv2d(C, C, 1), act, nn.BatchNorm2d(C))
+
+
+class Notes(nn.Module):
+    """Leaves a trace: in a list, a dict, another object, or a buffer."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.conv, self.bn, self.where = nn.Conv2d(C, C, 1), nn.BatchNorm2d(C), where
+        self.list, self.dict, self.other = [], {}, SimpleNamespace()
+        self.register_buffer("count", torch.zeros(1))
+
+    def forward(self, x):
+        x = self.conv(x)
+        if self.where == "list":
+            self.list.append(x)
+        elif self.where == "dict":
+            self.dict["x"] = x
+        elif self.where == "object":
+            self.other.x = x
+        else:
+            self.count += 1
+        return self.bn(x)
+
+
+def replaced(which):
+    model = nn.Sequential(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C))
+    of = {"conv": model[0], "bn": model[1], "parent": model}[which]
+    original = of.forward
+    of.forward = lambda x: original(x) + 1
+    return model
+
+
+def tied_by_data():
+    model = nn.ModuleList(nn.Sequential(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C)) for _ in range(2))
+    model[1][0].weight.data = model[0][0].weight.data
+    return nn.Sequential(*model)
+
+
+SEEN = {
+    "an activation twice": in_two_places,
+    **{f"a trace in a {where}": partial(Notes, where) for where in ("list", "dict", "object")},
+    "a trace in a buffer": partial(Notes, "buffer"),
+    **{f"forward of {of} replaced": partial(replaced, of) for of in ("conv", "bn", "parent")},
+    "tied by data": tied_by_data,
+}
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_what_looks_like_a_pair(name):
+    model = SEEN[name]()
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point() and tensor.dim():
+            tensor.uniform_(0.5, 1.5)
+    model.eval()
+    x = torch.randn(2, C, 3, 3)
+    with torch.no_grad():
+        expected = model(x)
+        vars(model).get("list", []).clear()
+        before = copy.deepcopy(model.state_dict())
+        report = fuse(model)
+        assert not report.fused and report.left
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+        assert not vars(model).get("list")
+        torch.testing.assert_close(model(x), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_layer_in_training_mode_is_left():
+    model = nn.Sequential(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C)).eval()
+    model[1].train()
+    assert fuse(model).left == {"1": "it is in training mode"}
+
+
+def test_distributed_and_compiled_models():
+    model = randomize(chain()).float()
+    x = torch.randn(2, C, 5, 5)
+    expected = model(x)
+    compiled = torch.compile(model, backend="eager")
+    assert not fuse(compiled, lambda m: m(x)).left
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kwargs", [{"padding_mode": "reflect"}, {"padding_mode": "circular"}])
+def test_padding_that_is_larger_than_the_kernel(kwargs):
+    model = nn.Sequential(nn.Conv2d(3, C, 3, padding=4, **kwargs), nn.BatchNorm2d(C))
+    assert fuse(model.eval()).fused == ["1"]
+
+
+def test_outputs_of_more_digits_than_the_model_has():
+    x = torch.randn(2, C, 5, 5)
+    assert not fuse(randomize(chain()).float(), lambda m: m(x).double()).left
+
+
+def test_a_model_that_cannot_be_copied():
+    model = randomize(chain())
+    model.lock = threading.Lock()
+    with pytest.raises(InputError, match="fuse: check: the model cannot be copied: "):
+        fuse(model, lambda m: m(torch.ones(1, C, 5, 5).double()))
+
+
+def test_a_model_that_is_a_convolution():
+    model = randomize(ConvNormReLU(DomainBatchNorm2d(C, 3, affine="per_domain")))
+    assert "the model itself" in fuse(model).left["norm"]

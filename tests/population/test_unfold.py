@@ -165,6 +165,24 @@ def test_an_affine_that_cannot_take_up_the_difference(make, words):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+def test_what_half_precision_cannot_hold():
+    model = nn.Sequential(nn.BatchNorm2d(3)).half()
+    nn.init.uniform_(model[0].weight, 0.001, 0.002)
+    before = copy.deepcopy(model.state_dict())
+    batches = [(torch.randn(8, 3, 6, 6) * 1000).half()]
+    with pytest.raises(InputError, match="unfold: 0: .* does not fit a buffer of torch.float16"):
+        unfold(model.eval(), batches, 1)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_buffers_that_two_layers_share():
+    model = nn.Sequential(FrozenBatchNorm2d(4), FrozenBatchNorm2d(4))
+    model[0].weight.uniform_(0.5, 2)
+    model[1].weight, model[1].bias = model[0].weight, model[0].bias
+    with pytest.raises(InputError, match="unfold: 0: its weight or bias is another layer's, too"):
+        unfold(model, [torch.randn(3, 4, 2, 2)], 1)
+
+
 def test_what_batches_normalize_is_not_folded():
     """Its statistics are no part of its function in evaluation."""
     layer = BatchNorm2d(4, eval_statistics="batch")
@@ -200,6 +218,21 @@ def test_several_processes():
     torch.manual_seed(1)
     unfold(model, make_batches(4), 4)
     torch.testing.assert_close(first, model.state_dict())
+
+
+def one_rank_is_folded(rank):
+    """Neither waits for the other."""
+    model = make_net(nn.BatchNorm2d).train()
+    model = folded(model) if rank == 0 else model
+    with pytest.raises((InputError, RuntimeError)) as e:
+        update_bn_stats(model.train(), make_batches(), 5)
+    return str(e.value)
+
+
+def test_one_rank_that_looks_folded_ends_all():
+    first, second = run_ranks(one_rank_is_folded, 2)
+    assert "has mean 0 and variance 1" in first
+    assert second.startswith("update_bn_stats: rank 0 failed: InputError: update_bn_stats: 1 and 2")
 
 
 def test_recomputing_refuses_what_is_folded():
