@@ -12,10 +12,11 @@ import torch
 from fvcore.common.checkpoint import Checkpointer as _Checkpointer
 from yacs.config import CfgNode
 
+from ..config.yaml_file import load_yaml
 from ..errors import LOAD_ERRORS, InputError, reason_of
 from ..files import write_aside, write_json, write_text
 from ..layers.state_dicts import READ_ERRORS, weights_of, why_unreadable
-from .fitting import refuse_fused, refuse_others, refuse_rest, tell_parts
+from .fitting import refuse_fused, refuse_not_finite, refuse_others, refuse_rest, tell_parts
 
 
 class CheckpointerMixin:
@@ -39,6 +40,13 @@ class CheckpointerMixin:
     )
 
     must_match = False
+
+    _is_resumed = False
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """As fvcore's, but that a last checkpoint that one cannot go on from is an error."""
+        self._is_resumed = resume and self.has_checkpoint()
+        return super().resume_or_load(path, resume=resume)
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Save the model and all checkpointables to ``<save_dir>/<name>.pth``."""
@@ -77,9 +85,17 @@ class CheckpointerMixin:
         return loaded if "model" in loaded else {"model": weights}
 
     def _load_model(self, checkpoint: Any) -> Any:
+        if self._is_resumed and not self.checkpointables.keys() <= checkpoint.keys():
+            raise InputError(
+                "--resume: the last checkpoint has weights alone: a training cannot go on from it, "
+                "but begin with it (MODEL.WEIGHTS)"
+            )
         weights = set(checkpoint["model"])  # which fvcore takes out
         if not checkpoint.get("matching_heuristics"):
             refuse_others(self.model, weights)
+        parameters = {name for name, _ in self.model.named_parameters()}
+        of_parameters = [(n, v) for n, v in checkpoint["model"].items() if n in parameters]
+        refuse_not_finite(of_parameters, "the training had failed: use an earlier checkpoint")
         incompatible = super()._load_model(checkpoint)
         if any(name.endswith("running_mean") for name in incompatible.missing_keys):
             refuse_fused(self.model, weights)
@@ -108,21 +124,47 @@ class Checkpointer(CheckpointerMixin, _SafeCheckpointer):
     """fvcore's Checkpointer with :class:`CheckpointerMixin`; loads tensors and plain data only."""
 
 
+OF_OPTIMIZER = (
+    *("BASE_LR", "BIAS_LR_FACTOR", "MOMENTUM", "NESTEROV"),
+    *("WEIGHT_DECAY", "WEIGHT_DECAY_NORM", "WEIGHT_DECAY_BIAS"),
+)
+"""Keys of SOLVER that a checkpoint's optimizer has, with which a resumed training goes on."""
+
+_CONFIG = "config.yaml"
+"""What a run writes into its folder before anything else."""
+
+
 def check_start(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Raise InputError if there is nothing to resume, or no weights where they are needed."""
+    """Raise InputError if there is nothing to resume, or no weights where they are needed.
+
+    A run that was ended before its first checkpoint begins anew: ``args.resume`` is False then.
+    """
     check_files(args, ("OUTPUT_DIR", cfg.OUTPUT_DIR), ("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS))
+    path = os.path.join(cfg.OUTPUT_DIR, _CONFIG)
+    if args.resume and not args.eval_only and os.path.isfile(path):
+        before = load_yaml(path).get("SOLVER", {})
+        for key in OF_OPTIMIZER:
+            if key in before and cfg.SOLVER.get(key) != before[key]:
+                raise InputError(
+                    f"SOLVER.{key}: {cfg.SOLVER.get(key)!r} is not accepted with --resume: the "
+                    f"run's optimizer goes on with {before[key]!r}; or begin another run with its "
+                    "weights (MODEL.WEIGHTS, and another OUTPUT_DIR)"
+                )
 
 
 def check_files(
     args: argparse.Namespace, output: tuple[str, str], weights: tuple[str, str]
 ) -> None:
     """As :func:`check_start`, from the keys and the values of the folder and the weights."""
-    if args.resume:
-        key, folder = output
-        if not os.path.isfile(os.path.join(folder, "last_checkpoint")):
+    key, folder = output
+    if args.resume and not os.path.isfile(os.path.join(folder, "last_checkpoint")):
+        if args.eval_only or not os.path.isfile(os.path.join(folder, _CONFIG)):
             raise InputError(
                 f"--resume: {key} {folder} has nothing to resume (no file last_checkpoint)"
             )
+        print(f"--resume: {key} {folder} has no checkpoint yet; the training begins anew")
+        args.resume = False
+    if args.resume:
         return
     key, path = weights
     if args.eval_only and not path:

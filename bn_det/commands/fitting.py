@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from tabulate import tabulate
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import InputError
 from ..layers.state_dicts import State
@@ -44,6 +44,28 @@ def refuse_rest(missing: Sequence[str], unused: Sequence[str]) -> None:
             f"{unused[0]}: the checkpoint has it and {len(unused) - 1} more, for which the model "
             "of this config has no place"
         )
+
+
+def refuse_not_finite(named: Iterable[tuple[str, Tensor]], what: str) -> None:
+    """Raise InputError for tensors that have NaN or infinity.
+
+    Args:
+        what: ends the message: what there is to do.
+    """
+    broken = [
+        name
+        for name, tensor in named
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.isfinite().all()
+    ]
+    if broken:
+        raise InputError(f"{broken[0]}: it and {len(broken) - 1} more have NaN or infinity; {what}")
+
+
+def refuse_broken_statistics(model: nn.Module) -> None:
+    """Raise InputError for a model that cannot be evaluated, as its statistics are not finite."""
+    refuse_not_finite(
+        model.named_buffers(), "tools/recompute_statistics.py measures statistics anew"
+    )
 
 
 def tell_parts(

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from ..commands.checkpoint import check_files
+from ..commands.fitting import refuse_broken_statistics
 from ..commands.launch import launch, world_size
 from ..commands.output_folder import used_by_one
 from ..commands.results import results_table
@@ -168,6 +169,7 @@ def _evaluate(args: argparse.Namespace, cfg: DictConfig, model: nn.Module) -> Ma
     checkpointer = Checkpointer(model, cfg.train.output_dir)
     checkpointer.must_match = True
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
+    refuse_broken_statistics(model)
     return _test(cfg, model)
 
 

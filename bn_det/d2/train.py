@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from ..commands.checkpoint import check_start
 from ..commands.cli import start
+from ..commands.fitting import refuse_broken_statistics
 from ..commands.launch import world_size
 from ..commands.results import results_table, save_results
 from ..config.check import check_ims_per_batch, resolve_device
@@ -157,7 +158,9 @@ def set_up_process(args: argparse.Namespace, cfg: CfgNode) -> None:
 def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
     set_up_process(args, cfg)
     if args.eval_only:
-        results = Trainer.test(cfg, load_model(cfg, args.resume))
+        model = load_model(cfg, args.resume)
+        refuse_broken_statistics(model)
+        results = Trainer.test(cfg, model)
     else:
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..commands.checkpoint import Checkpointer, check_start
 from ..commands.cli import start
+from ..commands.fitting import refuse_broken_statistics
 from ..commands.launch import world_size
 from ..commands.results import results_table, save_results
 from ..config.check import check_ims_per_batch, resolve_device
@@ -33,7 +34,9 @@ def main(args: argparse.Namespace) -> None:
 def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
     start_log(args, cfg)
     if args.eval_only:
-        results = test(cfg, load_model(cfg, args.resume), load_datasets(cfg, "TEST"))
+        model = load_model(cfg, args.resume)
+        refuse_broken_statistics(model)
+        results = test(cfg, model, load_datasets(cfg, "TEST"))
     else:
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)

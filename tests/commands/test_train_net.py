@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import json
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +123,38 @@ def test_continues_after_a_kill(host, options, tmp_path):
     last_table(succeeds(host, "--resume", *options, "SOLVER.MAX_ITER", str(done + 2)))
     final = torch.load(out / "model_final.pth", weights_only=True)
     assert final["iteration"] == done + 1
+
+
+@every_host
+def test_what_cannot_be_resumed(host, options, tmp_path, monkeypatch):
+    """Each gets its line; the folder is as it was."""
+    out = tmp_path / "out"
+    options += ["INPUT.MIN_SIZE_TRAIN", "(64,)", "DATASETS.TEST", "()"]
+    short = [*options, "SOLVER.MAX_ITER", "2"]
+    succeeds(host, *short)
+    before = (out / "config.yaml").read_bytes()
+    for key, value in (("BASE_LR", "0.5"), ("WEIGHT_DECAY", "0.25"), ("MOMENTUM", "0")):
+        words = f"SOLVER.{key}: {float(value)} is not accepted with --resume: .* goes on with "
+        assert re.search(
+            words, fails(monkeypatch, host, "--resume", *options, f"SOLVER.{key}", value)
+        )
+    assert (out / "config.yaml").read_bytes() == before
+    content = torch.load(out / "model_final.pth", weights_only=True)
+    torch.save({"model": content["model"]}, out / "model_final.pth")
+    assert "weights alone" in fails(monkeypatch, host, "--resume", *options)
+
+
+@every_host
+def test_a_run_without_a_checkpoint_begins_anew(host, options, tmp_path):
+    """It was killed before its first one."""
+    options += ["INPUT.MIN_SIZE_TRAIN", "(64,)", "DATASETS.TEST", "()", "SOLVER.MAX_ITER", "1"]
+    succeeds(host, *options)
+    for path in (tmp_path / "out").glob("*"):
+        if path.name != "config.yaml" and path.is_file():
+            path.unlink()
+    done = succeeds(host, "--resume", *options)
+    assert "has no checkpoint yet; the training begins anew" in done.stdout
+    assert torch.load(tmp_path / "out" / "model_final.pth", weights_only=True)["iteration"] == 0
 
 
 def test_auto_says_what_it_took_and_why(options, tmp_path):

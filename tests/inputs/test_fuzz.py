@@ -11,13 +11,17 @@ import os
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from inputs.changes import changed
 from inputs.test_annotation_files import valid
+from inputs.test_weights import checkpointer
 from pycocotools.cocoeval import COCOeval
+from torch import nn
 
+from bn_det.commands.fitting import refuse_broken_statistics
 from bn_det.data.coco import CocoSource, load_coco
 from bn_det.data.masks import decode_mask
 from bn_det.errors import InputError, one_line
@@ -93,3 +97,45 @@ def test_configs(host, tmp_path, content):
         make_cfg(host, path)
     except InputError as e:
         assert_one_line(e)
+
+
+def tree_of_weights():
+    """Numbers of a few weights, in the place of tensors."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
+    return {"model": {name: t.tolist() for name, t in model.state_dict().items()}, "iteration": 3}
+
+
+def as_tensors(tree):
+    """Tensors again, of whatever still is one."""
+    if isinstance(tree, dict):
+        return {key: as_tensors(value) for key, value in tree.items()}
+    try:
+        return torch.tensor(tree)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return tree
+
+
+@pytest.mark.slow
+@every_host
+@fuzzed
+@given(content=changed(tree_of_weights()), must_match=st.booleans(), cut=st.integers(0, 8))
+def test_checkpoints(host, tmp_path, content, must_match, cut):
+    path = tmp_path / "mine.pth"
+    try:
+        torch.save(as_tensors(content), path)
+    except UnicodeEncodeError:
+        return  # no name at all
+    if cut == 0:
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) * len(str(content)) % len(whole)])
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
+    loads = checkpointer(host, model)
+    loads.must_match = must_match
+    try:
+        loads.load(str(path))
+        refuse_broken_statistics(model)
+    except InputError as e:
+        assert_one_line(e)
+        return
+    assert model.eval()(torch.zeros(1, 1, 2, 2)).isfinite().all() or not must_match

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from bn_det.commands.fitting import refuse_broken_statistics
 from bn_det.commands.pickled_arrays import read_pickled_arrays
 from bn_det.errors import InputError
 from hosts import build_model, make_cfg
@@ -83,6 +84,35 @@ def test_training_stops_where_a_whole_part_begins_anew(host, weights, tmp_path):
     words = r"backbone: all of it would begin anew, though the checkpoint has backbone\.old\."
     with pytest.raises(InputError, match=words):
         checkpointer(host, model_of(host)).load(str(tmp_path / "renamed.pth"))
+
+
+def broken(path, name, value=float("nan")):
+    state = torch.load(path, weights_only=True)["model"]
+    state[name].view(-1)[0] = value
+    return {"model": state}
+
+
+def test_weights_that_are_not_finite(host, weights, tmp_path):
+    names = torch.load(weights, weights_only=True)["model"]
+    name = next(n for n in names if n.startswith("head") and n.endswith("weight"))
+    torch.save(broken(weights, name), tmp_path / "nan.pth")
+    for must_match in (True, False):
+        loads = checkpointer(host, model_of(host))
+        loads.must_match = must_match
+        with pytest.raises(InputError, match=f"{name}: it and 0 more have NaN or infinity; the tr"):
+            loads.load(str(tmp_path / "nan.pth"))
+
+
+def test_statistics_that_are_not_finite(host, weights, tmp_path):
+    """Evaluation refuses them; recomputing does not, which mends them."""
+    names = torch.load(weights, weights_only=True)["model"]
+    name = next(n for n in names if n.endswith("running_var"))
+    torch.save(broken(weights, name, float("inf")), tmp_path / "inf.pth")
+    loads = checkpointer(host, model_of(host))
+    loads.must_match = True
+    loads.load(str(tmp_path / "inf.pth"))
+    with pytest.raises(InputError, match=f"{name}: it and 0 more have .*recompute_statistics.py"):
+        refuse_broken_statistics(loads.model)
 
 
 class Code:
