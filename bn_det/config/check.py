@@ -37,7 +37,7 @@ DEPTHS = (18, 34, 50, 101, 152)
 def check_values(cfg: CfgNode) -> None:
     """Raise InputError for values that are not accepted, or not together."""
     check_ranges(cfg)
-    if "resnet" in cfg.MODEL.BACKBONE.NAME:
+    if "resnet" in cfg.MODEL.BACKBONE.NAME and cfg.MODEL.BACKBONE.NAME not in NF_BACKBONES:
         choose("MODEL.RESNETS.DEPTH", cfg.MODEL.RESNETS.DEPTH, DEPTHS)
     for part in PARTS:
         choose(f"MODEL.{part}.GHOST_ORDER", cfg.MODEL[part].GHOST_ORDER, GHOST_ORDERS)

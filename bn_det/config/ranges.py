@@ -75,7 +75,12 @@ def _each(
 _ANY = Rule(lambda value: True, "")
 _COUNT, _NUMBER = _at_least(1), _at_least(0)
 _NAMES = Rule(_each(_ANY, str).accepts, "a list of names")
-_SIZES = _each(_each(_above(0), may_be_empty=False), (list, tuple), may_be_empty=False)
+_FOR_EACH = _each(_each(_above(0), may_be_empty=False), (list, tuple), may_be_empty=False)
+_FOR_ALL = _each(_above(0), may_be_empty=False)
+_OF_ANCHORS = Rule(
+    lambda values: _FOR_EACH.accepts(values) or _FOR_ALL.accepts(values),
+    "a list of numbers more than 0 for all levels, or such a list for each",
+)
 
 RANGES: dict[str, Rule] = {
     "VERSION": _one_of(1, 2),
@@ -91,8 +96,8 @@ RANGES: dict[str, Rule] = {
     "INPUT.MAX_SIZE_TEST": _COUNT,
     "MODEL.PIXEL_MEAN": _each(_ANY, may_be_empty=False),
     "MODEL.PIXEL_STD": _each(_above(0), may_be_empty=False),
-    "MODEL.ANCHOR_GENERATOR.SIZES": _SIZES,
-    "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": _SIZES,
+    "MODEL.ANCHOR_GENERATOR.SIZES": _OF_ANCHORS,
+    "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": _OF_ANCHORS,
     "MODEL.BACKBONE.FREEZE_AT": _NUMBER,
     "MODEL.FPN.OUT_CHANNELS": _COUNT,
     "MODEL.RESNETS.NUM_GROUPS": _COUNT,

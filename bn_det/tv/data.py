@@ -192,13 +192,7 @@ def _read_masks(objects: Sequence[dict], record: dict) -> Tensor:
     size = record["height"], record["width"]
     masks = torch.zeros(len(objects), *size, dtype=torch.uint8)
     for k, annotation in enumerate(objects):
-        mask = decode_mask(annotation["segmentation"], *size)
-        if mask.shape != size:
-            raise InputError(
-                f"{record['file_name']}: is {size[1]}x{size[0]} pixels by its annotation, a mask "
-                f"of it {mask.shape[1]}x{mask.shape[0]}"
-            )
-        masks[k] = torch.from_numpy(mask)
+        masks[k] = torch.from_numpy(decode_mask(annotation["segmentation"], *size))
     return masks
 
 

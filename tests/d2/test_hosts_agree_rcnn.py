@@ -380,5 +380,5 @@ def test_an_annotation_without_a_segmentation(tiny_shapes, tmp_path):
     opts += ["DATASETS.TRAIN", "()", "OUTPUT_DIR", str(tmp_path), "MODEL.DEVICE", "cpu"]
     flags = {"resume": False, "eval_only": False, "num_gpus": 1, "num_machines": 1}
     args = argparse.Namespace(config_file=BASE, opts=opts, **flags)
-    with pytest.raises(InputError, match="changed: .* without a segmentation"):
+    with pytest.raises(InputError, match="changed: .* annotation 3: it has no segmentation"):
         setup(args)

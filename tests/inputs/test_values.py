@@ -20,7 +20,7 @@ REFUSED = {
     "INPUT.MAX_SIZE_TRAIN": ["0"],
     "MODEL.PIXEL_MEAN": ["[]", "[1.0, 2.0]"],
     "MODEL.PIXEL_STD": ["[0.0, 1.0, 1.0]", "[1.0, 2.0]", "[1e400, 1.0, 1.0]", "['a', 1.0, 1.0]"],
-    "MODEL.ANCHOR_GENERATOR.SIZES": ["[]", "[[]]", "[[-3]]", "[3]", "[['a']]"],
+    "MODEL.ANCHOR_GENERATOR.SIZES": ["[]", "[[]]", "[[-3]]", "[3, -1]", "[3, [4]]", "[['a']]"],
     "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": ["[[0.0]]"],
     "MODEL.BACKBONE.FREEZE_AT": ["-1"],
     "MODEL.FPN.OUT_CHANNELS": ["0"],
