@@ -83,10 +83,28 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
+_OF_CONFIG = (
+    *("dataset", "adabn", "population", "evaluate", "host", "num_gpus", "num_machines"),
+    *("machine_rank", "dist_url", "opts"),
+)
+_OF_MODEL = ("data", "call")
+
+
+def _refuse_unread(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Raise InputError for a flag that what was chosen does not read."""
+    unread, chosen = (_OF_MODEL, "config-file") if args.model is None else (_OF_CONFIG, "model")
+    for name in unread:
+        if getattr(args, name) != parser.get_default(name):
+            flag = "KEY VALUE" if name == "opts" else f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag}: is not accepted with --{chosen}, which does not read it")
+
+
 def main() -> None:
-    args = argument_parser().parse_intermixed_args()
+    parser = argument_parser()
+    args = parser.parse_intermixed_args()
     if (args.config_file is None) == (args.model is None):
         raise InputError("--config-file or --model: one of them is needed")
+    _refuse_unread(parser, args)
     check_numbers(args)
     if args.model is not None:
         recompute_any.main(args)

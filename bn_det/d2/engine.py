@@ -40,7 +40,10 @@ class _SafeCheckpointer(DetectionCheckpointer):
         return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
 
     def _torch_load(self, f: str) -> Any:
-        return torch.load(f, map_location="cpu", weights_only=True)
+        content = torch.load(f, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise InputError(f"it has a {type(content).__name__}, and no weights by their names")
+        return content
 
 
 class Checkpointer(CheckpointerMixin, _SafeCheckpointer):

@@ -92,6 +92,14 @@ def test_file_to_file(project, node, tmp_path):
         ([*FLAGS, "--num-iters", "-2"], "error: --num-iters: -2 is not accepted; use 1 or more"),
         ([*FLAGS, "--tolerance", "-1"], "error: --tolerance: -1.0 is not accepted; use 0.0"),
         ([*FLAGS, "--output", "old.pth"], "--output: 'old.pth' is not accepted"),
+        ([*FLAGS, "--evaluate"], "--evaluate: is not accepted with --model"),
+        ([*FLAGS, "--num-gpus", "2"], "--num-gpus: is not accepted with --model"),
+        ([*FLAGS, "--host", "torchvision"], "--host: is not accepted with --model"),
+        ([*FLAGS, "SOLVER.BASE_LR", "1"], "KEY VALUE: is not accepted with --model"),
+        (
+            ["--weights", "old.pth", "--config-file", "x.yaml", "--call", "a:b"],
+            "--call: is not accepted with --config-file",
+        ),
     ],
 )
 def test_bad_input(project, args, words):

@@ -159,6 +159,12 @@ def test_no_file_of_weights_runs_code(tmp_path, kind):
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_number(host, tmp_path):
+    torch.save(3, tmp_path / "number.pth")
+    with pytest.raises(InputError, match="number.pth: .*(has a int|is no state dict)"):
+        checkpointer(host, torch.nn.Linear(2, 2)).load(str(tmp_path / "number.pth"))
+
+
 @pytest.mark.parametrize("of", ["model zoo", "Caffe2", "Detectron", "pycls"])
 def test_the_files_that_detectron2_takes(tmp_path, of):
     """As its own checkpointer takes them."""
