@@ -54,13 +54,18 @@ def draw(runs: list[tuple[str, str, str]], metric: str) -> Figure:
         iterations, values = read_metric(folder, metric)
         colour = matplotlib.colormaps["tab10"](labels.index(label) % 10)
         axis = axes[panels.index(panel)]
-        axis.plot(iterations, values, marker="o", markersize=3, color=colour, label=label)
+        axis.plot(iterations, values, marker="o", markersize=3, color=colour, label=_plain(label))
     for panel, axis in zip(panels, axes, strict=True):
-        axis.set(title=panel, xlabel="iterations")
+        axis.set(title=_plain(panel), xlabel="iterations")
         axis.grid(alpha=0.3)
         axis.legend()
     axes[0].set_ylabel(metric)
     return figure
+
+
+def _plain(text: str) -> str:
+    """A text in which matplotlib looks for no formula."""
+    return text.replace("$", r"\$")
 
 
 def main() -> None:

@@ -14,7 +14,9 @@ import cv2
 import numpy as np
 
 from bn_det.commands.cli import run
+from bn_det.data.annotations import are_numbers
 from bn_det.data.coco import CocoDataset, CocoSource, builtin_sources, check_names, load_coco
+from bn_det.data.images import read_image
 from bn_det.errors import InputError, check_positive
 from bn_det.files import write_aside
 
@@ -60,9 +62,7 @@ def _draw_label(
 
 def draw_image(dataset: CocoDataset, record: dict, detections: list[dict], size: int) -> np.ndarray:
     """The truth above the detections of one image, each scaled into a square."""
-    image = cv2.imread(record["file_name"])
-    if image is None:
-        raise InputError(f"{record['file_name']}: cannot be read as an image")
+    image = cv2.cvtColor(read_image(record["file_name"]), cv2.COLOR_RGB2BGR)
     scale = size / max(image.shape[:2])
     image = cv2.resize(image, None, fx=scale, fy=scale)
     names = dict(zip(dataset.category_ids, dataset.category_names, strict=True))
@@ -79,8 +79,13 @@ def load_detections(path: str) -> list[dict]:
     """Detections in COCO's result format."""
     try:
         detections = json.loads(Path(path).read_text())
-        if not all({"image_id", "category_id", "bbox", "score"} <= set(d) for d in detections):
-            raise ValueError("a detection lacks image_id, category_id, bbox or score")
+        for number, detection in enumerate(detections):
+            if not {"image_id", "category_id", "bbox", "score"} <= set(detection):
+                raise ValueError(f"detection {number} lacks image_id, category_id, bbox or score")
+            box, score = detection["bbox"], detection["score"]
+            is_box = isinstance(box, list) and len(box) == 4
+            if not (is_box and are_numbers([*box, score])):
+                raise ValueError(f"bbox or score of detection {number} are no finite numbers")
     except (OSError, ValueError, TypeError) as e:
         raise InputError(f"--input: {path} is not a file of detections: {e}") from e
     return detections

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from ..errors import shown
 from ..files import finite, write_json
 
 
@@ -51,7 +52,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, float]]:
 def _row_table(metrics: Mapping[str, float]) -> str:
     return tabulate(
         [list(metrics.values())],
-        headers=list(metrics),
+        headers=[shown(name) for name in metrics],
         tablefmt="pipe",
         floatfmt=".3f",
         numalign="center",

@@ -100,7 +100,7 @@ def _check_image(image: dict) -> str:
         return f"file_name: {_value(image.get('file_name'))} is not accepted; use a string"
     for key in ("height", "width"):
         size = image.get(key)
-        if not (_are_numbers([size]) and size > 0 and size == int(size)):
+        if not (are_numbers([size]) and size > 0 and size == int(size)):
             return f"{key}: {_value(size)} is not accepted; use a number of pixels, 1 or more"
     if image["height"] * image["width"] > MAX_PIXELS:
         return f"height and width: more than {MAX_PIXELS} pixels are not accepted"
@@ -174,7 +174,7 @@ class _Annotations:
 
     def _why_no_box(self, box: Any, farthest: float) -> str:
         seen = f"bbox: {_value(box)} is not accepted; "
-        if not (isinstance(box, list) and len(box) == 4 and _are_numbers(box)):
+        if not (isinstance(box, list) and len(box) == 4 and are_numbers(box)):
             return f"{seen}use x, y, width and height in pixels"
         if min(box[2:]) < 0:
             return f"{seen}width and height are 0 or more"
@@ -197,7 +197,7 @@ def _why_not_compared(annotation: dict) -> str:
     if annotation["id"] == 0:
         return "id: 0 is not accepted; pycocotools takes what it matches for unmatched"
     area = annotation.get("area")
-    if not _are_numbers([area]) or not 0 <= area <= _LARGEST:
+    if not are_numbers([area]) or not 0 <= area <= _LARGEST:
         return f"area: {_value(area)} is not accepted; use a number of pixels, 0 to {_LARGEST:g}"
     return "" if "iscrowd" in annotation else "iscrowd: it has none; use 0 or 1"
 
@@ -207,7 +207,7 @@ def _why_no_mask(segmentation: Any, image: dict | None, farthest: float) -> str:
     if isinstance(segmentation, dict):
         return _why_no_runs(segmentation, image)
     for polygon in segmentation if isinstance(segmentation, list) else ():
-        if not isinstance(polygon, list) or not _are_numbers(polygon):
+        if not isinstance(polygon, list) or not are_numbers(polygon):
             return "segmentation: a polygon is not accepted; use lists of finite numbers"
         if polygon and max(max(polygon), -min(polygon)) > farthest:
             return "segmentation: a polygon is far outside of its image"
@@ -232,7 +232,7 @@ def _why_no_runs(rle: dict, image: dict | None) -> str:
     return ""
 
 
-def _are_numbers(values: Sequence[Any]) -> bool:
+def are_numbers(values: Sequence[Any]) -> bool:
     """Whether all are finite numbers. Quick, as there are many."""
     if not set(map(type, values)) <= {int, float}:
         return False

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import InputError
+from ..errors import InputError, reason_of
 from ..files import write_json
 from ..training.spikes import read_spikes, spike_text
 from .published import file_values
@@ -65,9 +65,25 @@ def outcome_of(step: Step, runs: Path, values: Values = file_values) -> Outcome 
     path = runs / step.name / DONE
     if not path.is_file():
         return None
-    noted = json.loads(path.read_text())
+    noted = _noted(path)
     _check_same(step, noted, path.parent, values)
     return Outcome(noted["seconds"], noted["diverged_at"])
+
+
+def _noted(path: Path) -> dict[str, Any]:
+    """What is noted of a step."""
+    try:
+        noted = json.loads(path.read_bytes())
+        if not {"command"} <= noted.keys():
+            raise ValueError("it has no command")
+        if path.name == DONE and not {"seconds", "diverged_at"} <= noted.keys():
+            raise ValueError("it does not say how the step ended")
+    except (AttributeError, OSError, ValueError) as e:
+        raise InputError(
+            f"--runs: {path} cannot be read ({reason_of(e)}); remove its folder, and the step runs "
+            "again"
+        ) from e
+    return noted
 
 
 class Runner:
@@ -141,7 +157,7 @@ class Runner:
         begun = folder / BEGUN
         resume = ()
         if step.is_training and begun.is_file() and (folder / "last_checkpoint").is_file():
-            _check_same(step, json.loads(begun.read_text()), folder)
+            _check_same(step, _noted(begun), folder)
             resume = ("--resume",)
         else:  # lines are appended to it
             (folder / "metrics.json").unlink(missing_ok=True)
@@ -173,7 +189,7 @@ class Runner:
             return
         outcome = Outcome(round(seconds, 1), int(diverged[1]) if diverged else None)
         # As it was when the step began: the file may have changed since.
-        begun = json.loads((folder / BEGUN).read_text())
+        begun = _noted(folder / BEGUN)
         write_json(folder / DONE, {**begun, **outcome._asdict()})
         self.outcomes[step.name] = outcome
         self.done_seconds += step.seconds

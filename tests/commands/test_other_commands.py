@@ -51,8 +51,12 @@ def test_visualize(tiny_shapes, tmp_path):
 
 
 def test_visualize_bad_input(tiny_shapes, tmp_path):
+    whole = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.9}
     for detections, args, words in [
         ([{"bbox": 1}], [], "is not a file of detections"),
+        ([{**whole, "bbox": [1, float("nan"), 2, 3]}], [], "detection 0 are no finite numbers"),
+        ([whole, {**whole, "bbox": [1, 2, 3]}], [], "detection 1 are no finite numbers"),
+        ([{**whole, "score": None}], [], "detection 0 are no finite numbers"),
         ([], ["--first", "100"], "--first: 100 is not one of the 6 images"),
         ([], ["--size", "0"], "error: --size: 0 is not accepted; use 1 or more"),
     ]:
@@ -163,6 +167,7 @@ def test_plot_metrics(tmp_path):
     write_metrics(tmp_path / "b", [(99, float("nan")), (199, 25.0)])
     output = tmp_path / "made" / "ap.png"
     runs = [f"small/EMA={tmp_path}/a", f"small/PreciseBN={tmp_path}/b", f"large/EMA={tmp_path}/b"]
+    runs[1] = f"small/$\\x{{$={tmp_path}/b"
     done = run("tools/plot_metrics.py", *runs, "--output", output)
     assert done.returncode == 0, done.stderr
     assert cv2.imread(str(output)).shape[1] == 9 * 120, "two panels"

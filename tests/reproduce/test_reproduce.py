@@ -345,6 +345,11 @@ def test_runs_of_other_settings_are_not_mixed_in(tmp_path):
     done.write_text(json.dumps({"command": step.command, "seconds": 1.0, "diverged_at": None}))
     with pytest.raises(InputError, match="does not say with which settings it was run"):
         Runner([step], runs, jobs=1)
+    for text in ("", "{", "[]", "{}", '{"command": []}'):
+        done.write_text(text)
+        words = r"--runs: .*a/done.json cannot be read \(.*\); remove its folder"
+        with pytest.raises(InputError, match=words):
+            Runner([step], runs, jobs=1)
 
 
 def test_an_interruption_ends_what_runs(tmp_path):
