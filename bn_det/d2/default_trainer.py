@@ -15,7 +15,7 @@ from ..config.keys import check_keys
 from ..config.training import build_hooks, uses_precise_bn
 from ..config.unread import HOOK_KEYS, TRAINER_KEYS, set_keys
 from ..errors import InputError
-from ..layers import BATCH_NORMS, BatchNorm2d, DomainBatchNorm2d
+from ..layers import BATCH_NORMS, BatchNorm2d, DomainBatchNorm2d, name_layers
 from ..layers.norms import NormFactory
 from .hooks import HOOKS, build_precise_bn, build_virtual_batch
 
@@ -24,7 +24,7 @@ class BNHooks:
     """The hooks that the keys of a config ask for; put it before DefaultTrainer in the bases.
 
     They come before those that evaluate and save, and our PreciseBN takes the place of
-    Detectron2's.
+    Detectron2's. The layers over processes get their names, and their timeout.
     """
 
     reads_keys = HOOK_KEYS
@@ -48,6 +48,7 @@ class BNHooks:
             ret = super().build_hooks()
         finally:
             self.cfg = cfg
+        name_layers(self.model, cfg.SOLVER.SYNC_BN_TIMEOUT)
         ends = (k for k, h in enumerate(ret) if isinstance(h, (EvalHook, PeriodicCheckpointer)))
         first = next(ends, len(ret))
         precise = virtual = None

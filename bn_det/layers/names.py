@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from .batch_norm import BatchNorm2d
+from .kinds import unwrapped
 from .meeting import check_timeout
 from .shuffle import shuffled_methods
 
@@ -13,9 +14,10 @@ def name_layers(model: nn.Module, timeout: float | None = None) -> nn.Module:
     """Tell BatchNorm layers of ours, and what is shuffled, their names in a model.
 
     By the names, processes find out whether they are in the same layer, and messages say which one
-    it is. ``convert_batchnorm`` and the trainers of this package do it; layers that are built
-    otherwise go by their kind, and by how many were made before. Two models that one process trains
-    by turns, a student and a teacher say, need other names: name the layers of a module of both.
+    it is. ``convert_batchnorm``, ``BNHooks`` and the trainers of this package do it; layers that
+    are built otherwise go by their kind, and by how many were made before. Two models that one
+    process trains by turns, a student and a teacher say, need other names: name the layers of a
+    module of both.
 
     Args:
         timeout: seconds that a process waits for the others, for all layers over processes; None
@@ -29,7 +31,7 @@ def name_layers(model: nn.Module, timeout: float | None = None) -> nn.Module:
     """
     if timeout is not None:
         check_timeout("timeout", timeout)
-    for name, module in model.named_modules():
+    for name, module in unwrapped(model).named_modules():
         layers = [module] if isinstance(module, BatchNorm2d) else []
         for layer in (*layers, *shuffled_methods(module)):
             layer.calls.name = name

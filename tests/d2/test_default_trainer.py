@@ -265,6 +265,14 @@ def test_with_our_hooks(make_cfg):
     assert mixed.model.backbone.bottom_up.stem.conv1.norm.thawed_type is BatchNorm2d
 
 
+def test_layers_over_processes_know_their_names(make_cfg):
+    norms = ("MODEL.RESNETS.NORM", "SyncBN", "MODEL.RETINANET.NORM", "SyncBN")
+    trainer = Mixed(make_cfg(*norms, "SOLVER.SYNC_BN_TIMEOUT", "60.0"))
+    layers = {n: m for n, m in trainer.model.named_modules() if isinstance(m, BatchNorm2d)}
+    assert len(layers) > 20 and all(m.name == n for n, m in layers.items())
+    assert {layer.timeout for layer in layers.values()} == {60.0}
+
+
 def test_the_config_is_as_it_was_where_a_projects_hooks_fail(make_cfg):
     class Broken(Stock):
         def build_hooks(self):
@@ -286,6 +294,7 @@ def test_the_config_is_as_it_was_where_a_projects_hooks_fail(make_cfg):
         ("SOLVER.FREEZE_BN_ITER", "1", True),
         ("SOLVER.FREEZE_BN_MODULES", "('backbone',)", True),
         ("SOLVER.VIRTUAL_IMAGES", "2", True),
+        ("SOLVER.SYNC_BN_TIMEOUT", "60.0", True),
         ("SOLVER.ACCUMULATE", "2", False),
         ("SOLVER.AGC.ENABLED", "True", False),
         ("DATALOADER.CATEGORIES_PER_BATCH", "1", False),
