@@ -62,10 +62,21 @@ def refuse_not_finite(named: Iterable[tuple[str, Tensor]], what: str) -> None:
 
 
 def refuse_broken_statistics(model: nn.Module) -> None:
-    """Raise InputError for a model that cannot be evaluated, as its statistics are not finite."""
-    refuse_not_finite(
-        model.named_buffers(), "tools/recompute_statistics.py measures statistics anew"
-    )
+    """Raise InputError for a model that cannot be evaluated by its statistics.
+
+    They are not finite, or a variance is negative.
+    """
+    mends = "tools/recompute_statistics.py measures statistics anew"
+    refuse_not_finite(model.named_buffers(), mends)
+    negative = [
+        name
+        for name, tensor in model.named_buffers()
+        if name.endswith("running_var") and bool((tensor < 0).any())
+    ]
+    if negative:
+        raise InputError(
+            f"{negative[0]}: it and {len(negative) - 1} more have a negative variance; {mends}"
+        )
 
 
 def tell_parts(

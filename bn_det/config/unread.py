@@ -89,9 +89,7 @@ HOOK_KEYS = (
 )
 """What our hooks read."""
 
-TRAINER_KEYS = (
-    *("SOLVER.ACCUMULATE", "SOLVER.AGC.ENABLED", "DATALOADER.CATEGORIES_PER_BATCH"),
-)
+TRAINER_KEYS = ("SOLVER.ACCUMULATE", "SOLVER.AGC.ENABLED", "DATALOADER.CATEGORIES_PER_BATCH")
 """What our trainers read, beside their hooks."""
 
 

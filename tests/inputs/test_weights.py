@@ -113,6 +113,9 @@ def test_statistics_that_are_not_finite(host, weights, tmp_path):
     loads.load(str(tmp_path / "inf.pth"))
     with pytest.raises(InputError, match=f"{name}: it and 0 more have .*recompute_statistics.py"):
         refuse_broken_statistics(loads.model)
+    loads.model.load_state_dict(broken(weights, name, -1.0)["model"])
+    with pytest.raises(InputError, match=f"{name}: it and 0 more have a negative variance; tools"):
+        refuse_broken_statistics(loads.model)
 
 
 class Code:
