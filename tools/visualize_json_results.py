@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 from bn_det.commands.cli import run
-from bn_det.data.annotations import are_numbers
+from bn_det.data.annotations import are_numbers, is_box
 from bn_det.data.coco import CocoDataset, CocoSource, builtin_sources, check_names, load_coco
 from bn_det.data.images import read_image
 from bn_det.errors import InputError, check_positive
@@ -82,9 +82,7 @@ def load_detections(path: str) -> list[dict]:
         for number, detection in enumerate(detections):
             if not {"image_id", "category_id", "bbox", "score"} <= set(detection):
                 raise ValueError(f"detection {number} lacks image_id, category_id, bbox or score")
-            box, score = detection["bbox"], detection["score"]
-            is_box = isinstance(box, list) and len(box) == 4
-            if not (is_box and are_numbers([*box, score])):
+            if not (is_box(detection["bbox"]) and are_numbers([detection["score"]])):
                 raise ValueError(f"bbox or score of detection {number} are no finite numbers")
     except (OSError, ValueError, TypeError) as e:
         raise InputError(f"--input: {path} is not a file of detections: {e}") from e

@@ -19,12 +19,12 @@ from detectron2.utils import comm
 from torch.utils.data import Sampler
 
 from ..config.training import source_of
+from ..data.annotations import read_annotations
 from ..data.category_batches import CategoryBatches
 from ..data.coco import (
     CocoSource,
     check_names,
     check_num_classes,
-    load_coco,
     prepare,
     readable,
     registered_sources,
@@ -56,8 +56,9 @@ def check_files(cfg: CfgNode, split: str) -> None:
     for name in cfg.DATASETS[split]:
         metadata = MetadataCatalog.get(name)
         if metadata.get("evaluator_type") == "coco":
-            dataset = load_coco(name, CocoSource(metadata.json_file, metadata.image_root), **needs)
-            check_num_classes(cfg, f"DATASETS.{split}", name, len(dataset.category_ids))
+            prepare(name, CocoSource(metadata.json_file, metadata.image_root))
+            content = read_annotations(name, metadata.json_file, **needs)
+            check_num_classes(cfg, f"DATASETS.{split}", name, len(content["categories"]))
 
 
 def build_train_loader(cfg: CfgNode) -> Any:

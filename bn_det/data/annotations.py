@@ -174,7 +174,7 @@ class _Annotations:
 
     def _why_no_box(self, box: Any, farthest: float) -> str:
         seen = f"bbox: {_value(box)} is not accepted; "
-        if not (isinstance(box, list) and len(box) == 4 and are_numbers(box)):
+        if not is_box(box):
             return f"{seen}use x, y, width and height in pixels"
         if min(box[2:]) < 0:
             return f"{seen}width and height are 0 or more"
@@ -230,6 +230,11 @@ def _why_no_runs(rle: dict, image: dict | None) -> str:
             f"{size[0] * size[1]}"
         )
     return ""
+
+
+def is_box(value: Any) -> bool:
+    """Whether a value is a list of four finite numbers, as COCO's boxes are."""
+    return isinstance(value, list) and len(value) == 4 and are_numbers(value)
 
 
 def are_numbers(values: Sequence[Any]) -> bool:

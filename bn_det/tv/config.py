@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fvcore.common.config import CfgNode
 
+from ..config.check import DEPTHS
 from ..config.keys import add_bn_det_config
 from ..config.parts import NF_BACKBONES
 from ..errors import InputError, check_positive, choose
@@ -212,7 +213,7 @@ def _check_rcnn(cfg: CfgNode) -> None:
 
 
 def _check_resnet(cfg: CfgNode) -> None:
-    choose("MODEL.RESNETS.DEPTH", cfg.MODEL.RESNETS.DEPTH, [18, 34, 50, 101, 152])
+    choose("MODEL.RESNETS.DEPTH", cfg.MODEL.RESNETS.DEPTH, DEPTHS)
     for feature in cfg.MODEL.FPN.IN_FEATURES:
         if feature not in cfg.MODEL.RESNETS.OUT_FEATURES:
             raise InputError(
