@@ -148,15 +148,20 @@ def make_data(case):
     return make(), make()
 
 
-def run(case, layer, data, device, dtype, memory_format=torch.contiguous_format):
+def run(
+    case, layer, data, device, dtype, memory_format=torch.contiguous_format, prepare=lambda m: m
+):
     """Two calls in training mode and one in evaluation mode, of a copy of a layer on a device.
+
+    Args:
+        prepare: from the copy to what is called.
 
     Returns:
         Outputs and gradients of each call, then the buffers: all tensors, in the same order for
         any device. The layer's state is float32, as in mixed precision, or else of the type.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    layer = copy.deepcopy(layer).to(device, wide)
+    layer = prepare(copy.deepcopy(layer).to(device, wide))
     found = []
     for xs, grads in data:
         layer.train(len(found) < 2)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -235,7 +236,11 @@ class BatchNorm2d(nn.BatchNorm2d):
         """What messages call it: its name in a model, or ""."""
         return self.calls.name
 
-    def _next_place(self, domains: Sequence[Domain]) -> Place:
+    def _next_place(self, domains: Sequence[Domain]) -> Place | None:
+        if torch.compiler.is_compiling():
+            self.calls.were_compiled = True
+        if self.calls.were_compiled:
+            return None
         return self.calls.next(
             type(self).__name__,
             self.timeout,

@@ -26,6 +26,26 @@ def tracks(layer: _BatchNorm) -> bool:
     return layer.training and updates and layer.track_running_stats
 
 
+@torch.library.custom_op("bn_det::snapshot", mutates_args=(), schema="(Tensor x) -> Tensor")
+def _snapshot(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+@_snapshot.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def snapshot(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """The layer's population statistics as they are now, whatever is updated before they are read.
+
+    A compiled graph may read a buffer again in its backward pass instead of holding what it has
+    made of it, and so find what the forward pass has updated (pytorch/pytorch#197039). It does not
+    look into an operator of ours.
+    """
+    return _snapshot(layer.running_mean), _snapshot(layer.running_var)
+
+
 def count_batch(layer: _BatchNorm) -> float:
     """Count a batch that updates an EMA; the weight that it has there, 0 in a recomputation."""
     if _in_backward_pass():

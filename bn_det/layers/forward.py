@@ -248,7 +248,9 @@ def _merged(plan: Plan, pieces: Sequence[_Piece], parts: Parts, sizes: Sequence[
     populations = [plan.domains[piece.domain].population for piece in pieces]
     holders = list(dict.fromkeys(populations))
     places = tuple([holders.index(population) for population in populations])
-    sets, batch_of, seen = _sets(tuple([piece.batch for piece in pieces]), places)
+    # torch.compile warns of a cache, through which it looks.
+    sets_of = _sets.__wrapped__ if torch.compiler.is_compiling() else _sets
+    sets, batch_of, seen = sets_of(tuple([piece.batch for piece in pieces]), places)
     totals = [sum([sizes[k] for k in of_set]) for of_set in sets]
     for total, of_set in zip(totals, sets, strict=True):
         if total == 1:
@@ -338,7 +340,7 @@ def _by_population(plan: Plan, domain: Domain) -> Tensor:
     mean, var = population.running_mean, population.running_var
     if not plan.by_batch and ema.tracks(population):
         ema.refuse_recomputation("normalizing by an EMA that is updated")
-        mean, var = mean.clone(), var.clone()  # the update comes before the backward pass
+        mean, var = ema.snapshot(population)  # the update comes before the backward pass
     return normalize_one(domain.x, mean, var, affine.weight, affine.bias, plan.eps)
 
 

@@ -53,13 +53,17 @@ def joint_batch_norm(
     """
     dtype = batches.mean.dtype
     affine = (None if p is None else p.to(dtype) for p in (*weights, *biases))
-    # It needs a gradient on every rank. Otherwise one whose tensors happen to need none (zeros made
-    # up for no proposals) would be missing from the collective.
-    anchor = None
-    if group is not None:
-        anchor = torch.zeros((), dtype=dtype, requires_grad=torch.is_grad_enabled())
+    anchor = None if group is None else _ANCHOR
     call = _Call(tuple(batch_of), tuple(affine_of), len(weights), eps, group, place)
     return list(_JointBatchNorm.apply(call, anchor, *batches, *xs, *affine))
+
+
+_ANCHOR = torch.zeros((), requires_grad=True)
+"""What needs a gradient on every rank, and gets none.
+
+Otherwise a rank whose tensors happen to need none (zeros made up for no proposals) would be missing
+from the collective of the backward pass. A graph that is compiled cannot make one.
+"""
 
 
 class _Call(NamedTuple):

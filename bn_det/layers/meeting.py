@@ -46,7 +46,12 @@ class Calls:
         number: how many were made before, for telling those without a name apart; a copy is
             another one. 0 for a layer that is not over processes when it is made.
         count: of calls.
+        were_compiled: whether any was a part of a compiled graph, in which ranks do not look after
+            each other. A rank that has compiled too often goes on without a graph, and those that
+            have one do not meet it.
     """
+
+    were_compiled = False
 
     def __init__(self, name: str = "", is_counted: bool = True) -> None:
         self.name, self.count = name, 0

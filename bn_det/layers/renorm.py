@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ..errors import InputError
+from .ema import snapshot
 from .moments import Moments
 
 
@@ -41,9 +42,10 @@ def correction(
         raise InputError(
             "renorm: not accepted without population statistics; use track_running_stats True"
         )
-    batch_std, std = (moments.var + eps).sqrt(), (population.running_var + eps).sqrt()
+    mean, var = snapshot(population)
+    batch_std, std = (moments.var + eps).sqrt(), (var + eps).sqrt()
     r = (batch_std / std).clamp(1 / limits.r_max, limits.r_max)
-    d = ((moments.mean - population.running_mean) / std).clamp(-limits.d_max, limits.d_max)
+    d = ((moments.mean - mean) / std).clamp(-limits.d_max, limits.d_max)
     return r, d
 
 

@@ -102,16 +102,6 @@ def test_a_layer_that_was_pickled_before_it_had_hooks():
     torch.testing.assert_close(old(x), layer(x))
 
 
-def test_compiled():
-    plain, compiled = pair()[0].float(), None
-    compiled = copy.deepcopy(plain)
-    run_compiled = torch.compile(compiled, backend="aot_eager")
-    for _ in range(2):
-        x = torch.randn(4, 6, 5, 3)
-        torch.testing.assert_close(run_compiled(x), plain(x))
-    torch.testing.assert_close(compiled.state_dict(), plain.state_dict())
-
-
 def test_jacobian():
     """One normalization batch of all samples in training, each by itself in evaluation."""
     layer = BatchNorm2d(2).double()

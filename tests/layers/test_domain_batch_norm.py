@@ -358,32 +358,6 @@ def test_activation_checkpointing(choices, use_reentrant):
     torch.testing.assert_close(checkpointed.state_dict(), plain.state_dict(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    "choices",
-    [
-        c if c == ("shared", "per_domain", "shared") else pytest.param(c, marks=pytest.mark.slow)
-        for c in EIGHT_CHOICES
-    ],
-    ids="-".join,
-)
-def test_compiled(choices):
-    plain = make(choices, num_domains=2).float()
-    compiled = copy.deepcopy(plain)
-    run = torch.compile(compiled, backend="aot_eager")
-    for training in (True, True, False):
-        plain.train(training)
-        compiled.train(training)
-        xs = pyramid([(3, 5, 4), (2, 1, 1)], dtype=torch.float32)
-        ys, expected = run(xs), plain(xs)
-        assert_all_close(ys, expected, 1e-5)
-        assert_all_close(
-            gradients(ys, [*xs, *compiled.parameters()]),
-            gradients(expected, [*xs, *plain.parameters()]),
-            1e-4,
-        )
-    torch.testing.assert_close(compiled.state_dict(), plain.state_dict(), rtol=1e-5, atol=1e-5)
-
-
 def test_second_derivatives_are_refused():
     layer, xs = make(("shared", "shared", "shared")), pyramid()
     (grad,) = torch.autograd.grad(layer(xs)[0].square().sum(), xs[:1], create_graph=True)
