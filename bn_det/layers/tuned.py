@@ -12,14 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from .become import class_of, with_class
 from .domain_batch_norm import DomainBatchNorm2d, holders_of_domains, state_holders
 from .freeze import is_frozen
 from .held import constant, with_zero_gradients
 from .kernels import normalize_one
-from .kinds import eps_of
+from .kinds import eps_of, is_host_frozen
 
 
 class Deferred(NamedTuple):
@@ -123,6 +122,19 @@ class TunedNorm(_Tuned):
         return ys
 
 
+class TunedHostNorm(TunedNorm):
+    """A host's FrozenBatchNorm2d, which by itself would return other types in mixed precision.
+
+    torchvision's returns float32 there, and takes three passes where one does.
+    """
+
+    def forward(self, x: Any) -> Tensor:
+        if isinstance(x, Deferred):
+            return super().forward(x)
+        state = self.running_mean, self.running_var, self.weight, self.bias
+        return normalize_one(x, *state, eps_of(self))
+
+
 def tuned_class(kind: type[_Tuned], cls: type[nn.Module]) -> type[nn.Module]:
     """A class of layers with one of the above mixed in; always the same for a class."""
     if (kind, cls) not in _CLASSES:
@@ -155,9 +167,8 @@ def folds(conv: nn.Module, norm: nn.Module, x: Tensor) -> bool:
     are_as_tuned = (
         isinstance(norm, TunedNorm)
         and is_frozen(norm)
-        and not is_parametrized(conv)
-        and not any(map(_is_watched, (conv, norm)))
-        and "forward" not in vars(norm)
+        and isinstance(conv._parameters.get("weight"), Tensor)  # and not made by somebody
+        and not any(_is_watched(of) or "forward" in vars(of) for of in (conv, norm))
         and not getattr(conv, "_is_replica", False)  # of DataParallel; it knows no other replica
     )
     return are_as_tuned and x.dim() == 4 and _num_outputs(conv, x) >= conv.weight.numel()
@@ -220,4 +231,5 @@ def tune_pair(conv: nn.Module, norm: nn.Module) -> None:
     if not is_inside:
         kind, conv.followed_by = TunedConv, (norm,)
     with_class(conv, tuned_class(kind, type(conv)))
-    with_class(norm, tuned_class(TunedNorm, class_of(norm)))
+    of_norm = TunedHostNorm if is_host_frozen(norm) else TunedNorm
+    with_class(norm, tuned_class(of_norm, class_of(norm)))
