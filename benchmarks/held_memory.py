@@ -2,9 +2,9 @@
 """What a ResNet-50-FPN holds for its backward pass, by the state of its BatchNorm, and tune's step.
 
 The backbone is torchvision's, with random weights and its FrozenBatchNorm2d. Activations are all
-that autograd saves but parameters and buffers, each memory once; the weights that bn_det.tune derives are
-counted apart. Training steps (forward and backward pass) of the tuned and of the frozen model
-alternate, so that drifts cancel; a ratio is the median of the rounds'.
+that autograd saves but parameters and buffers, each memory once; the weights that bn_det.tune
+derives are counted apart. Training steps (forward and backward pass) of the tuned and of the frozen
+model alternate, so that drifts cancel; a ratio is the median of the rounds'.
 """
 
 from __future__ import annotations
