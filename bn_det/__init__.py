@@ -30,6 +30,7 @@ from .layers import (
     states,
     thaw,
     trained_with,
+    tune,
     unfuse,
 )
 from .population import (
@@ -74,6 +75,7 @@ __all__ = [
     "states",
     "thaw",
     "trained_with",
+    "tune",
     "unchanged_statistics",
     "unfold",
     "unfuse",

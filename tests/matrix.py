@@ -29,6 +29,7 @@ from bn_det import (
     states,
     thaw,
     trained_with,
+    tune,
     unchanged_statistics,
     unfold,
     unfuse,
@@ -129,6 +130,12 @@ def moved(net):
 @torch.no_grad()
 def evaluated(net):
     return copy.deepcopy(net).eval()(images(dtype_of(net)))
+
+
+@torch.no_grad()
+def called(net):
+    """What a net gives in its mode."""
+    return copy.deepcopy(net)(images(dtype_of(net)))
 
 
 @torch.no_grad()
@@ -277,6 +284,19 @@ def check_unfuse(net, said):
     return None
 
 
+def check_tune(net, said):
+    before, outputs = copied(net), called if can_train(net) else evaluated
+    expected = outputs(net)
+    report = tune(net)
+    assert_same(outputs(net), expected)
+    assert list(net.state_dict()) == list(before)
+    if report.left:
+        assert list(report.left) == net.names and all(report.left.values())
+        return "left"
+    assert report.tuned == net.names
+    return None
+
+
 def check_average(net, said):
     before = copied(net)
     average_population_statistics(net)  # of one process: that is it
@@ -359,6 +379,7 @@ FUNCTIONS = {
     "unfold": check_unfold,
     "fuse": check_fuse,
     "unfuse": check_unfuse,
+    "tune": check_tune,
     "average_population_statistics": check_average,
     "states": check_states,
     "unchanged_statistics": check_unchanged,
@@ -397,6 +418,8 @@ def expected_of(function, mode, otherwise, is_frozen_kind):
     is_frozen_one = mode == "frozen" or is_frozen_kind
     by_mode = ("update_bn_stats", "update_bn_stats, folded")
     if function in by_mode and (is_frozen_one or mode == "evaluation"):
+        return "left"
+    if function == "tune" and not is_frozen_one:
         return "left"
     if function == "update_bn_stats, frozen" and not is_frozen_one and mode == "evaluation":
         return "left"

@@ -69,6 +69,8 @@ NOT_DONE = {
                "RoI levels": "refused"},
     "fuse": {"with an activation": "left", "timm's": "left", "timm's frozen": "left",
              "no statistics": "left", "sources": "left", "RoI levels": "left"},
+    "tune": {"with an activation": "left", "timm's": "left", "timm's frozen": "left",
+             "no statistics": "left", "sources": "left", "RoI levels": "left"},
     "unfuse": {"with an activation": "refused", "timm's": "refused", "timm's frozen": "refused",
                "no statistics": "refused", "sources": "refused", "RoI levels": "refused"},
     "update_bn_stats": {"L1": "left", "no statistics": "left"},

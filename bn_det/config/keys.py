@@ -165,6 +165,10 @@ def our_keys(node: type[CfgNode] = CfgNode) -> CfgNode:
     cfg.SOLVER.FREEZE_BN_AFFINE = False
     cfg.SOLVER.FREEZE_BN_PRECISE = True
 
+    # Whether frozen BatchNorm, FrozenBN too, is computed by the convolution before it: the same
+    # training with less memory and time. See bn_det.tune.
+    cfg.SOLVER.TUNE_BN = False
+
     # Population statistics that are recomputed before each evaluation and each saving, from
     # NUM_ITER batches of each process, or as many as TOLERANCE asks for (0.0: all of them). See
     # bn_det.update_bn_stats. IMS_PER_BATCH: images in a batch of all processes; 0: as in training.

@@ -15,6 +15,7 @@ from ..training.hooks import (
     Hook,
     PreciseBN,
     RenormSchedule,
+    TuneBN,
     VirtualBatch,
 )
 from ..training.spikes import LossSpikes
@@ -27,6 +28,7 @@ class Hooks(NamedTuple):
     average: type[AverageStatistics] = AverageStatistics
     freeze: type[FreezeBN] = FreezeBN
     renorm: type[RenormSchedule] = RenormSchedule
+    tune: type[TuneBN] = TuneBN
     spikes: type[LossSpikes] = LossSpikes
 
 
@@ -104,6 +106,8 @@ def build_hooks(
                 modules=list(solver.FREEZE_BN_MODULES) or None,
             )
         )
+    if solver.TUNE_BN:
+        ret.append(classes.tune(solver.FREEZE_BN_ITER))
     if virtual is not None:
         ret.append(virtual)
     if cfg.TEST.PRECISE_BN.ENABLED:

@@ -86,6 +86,7 @@ def _unread(cfg: CfgNode) -> Iterator[tuple[str, str, bool]]:
 HOOK_KEYS = (
     *("SOLVER.FREEZE_BN_ITER", "SOLVER.FREEZE_BN_MODULES", "SOLVER.VIRTUAL_IMAGES"),
     *("SOLVER.FREEZE_BN_AFFINE", "SOLVER.FREEZE_BN_PRECISE", "SOLVER.SYNC_BN_TIMEOUT"),
+    "SOLVER.TUNE_BN",
 )
 """What our hooks read."""
 

@@ -77,6 +77,10 @@ class FreezeBN(hooks.FreezeBN, HookBase):
     """See :class:`bn_det.training.FreezeBN`. To be registered before the hooks that save."""
 
 
+class TuneBN(hooks.TuneBN, HookBase):
+    """See :class:`bn_det.training.TuneBN`. To be registered after :class:`FreezeBN`."""
+
+
 class RenormSchedule(hooks.RenormSchedule, HookBase):
     """See :class:`bn_det.training.RenormSchedule`."""
 
@@ -90,7 +94,7 @@ class LossSpikes(spikes.LossSpikes, HookBase):
         return value if iteration == self.trainer.iter else None
 
 
-HOOKS = Hooks(AverageStatistics, FreezeBN, RenormSchedule, LossSpikes)
+HOOKS = Hooks(AverageStatistics, FreezeBN, RenormSchedule, TuneBN, LossSpikes)
 
 
 Load = Callable[[CfgNode], Iterable[Any]]

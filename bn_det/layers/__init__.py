@@ -16,6 +16,7 @@ from .roi_levels import RoILevelBatchNorm2d, roi_levels
 from .shuffle import shuffle, shuffled
 from .sources import SourceBatchNorm2d, image_sources, record_sources
 from .states import LayerState, States, states
+from .tune import tune
 from .unfuse import unfuse
 from .weight_norms import (
     WEIGHT_NORMS,
@@ -63,5 +64,6 @@ __all__ = [
     "states",
     "thaw",
     "trained_with",
+    "tune",
     "unfuse",
 ]

@@ -40,8 +40,9 @@ def become(layer: nn.Module, new: nn.Module) -> None:
 
 
 def class_of(layer: nn.Module) -> type[nn.Module]:
-    """The class of a layer, below the one that torch's parametrizations have put on it."""
-    return type(layer).__mro__[1] if is_parametrized(layer) else type(layer)
+    """The class of a layer, below those that torch's parametrizations and tuning have put on it."""
+    cls = type(layer).__mro__[1] if is_parametrized(layer) else type(layer)
+    return getattr(cls, "tuned_type", cls)
 
 
 def _parametrized(layer: nn.Module, cls: type[nn.Module]) -> type[nn.Module]:

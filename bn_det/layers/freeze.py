@@ -17,6 +17,7 @@ from .become import become, class_of, with_class
 from .domain_batch_norm import DomainBatchNorm2d, state_holders
 from .folded import has_trivial_statistics
 from .frozen import FrozenBatchNorm, StaysInEvaluation, staying_class
+from .held import HeldParameter
 from .kinds import (
     STATE,
     eps_of,
@@ -209,23 +210,6 @@ def affine_of(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[Tensor]
     lists = lists_with_affine(model)
     for parent in dict.fromkeys(lists[layer] for layer in layers if layer in lists):
         yield from parent.parameters()
-
-
-class HeldParameter(nn.Parameter):
-    """What a frozen parameter is by class whose gradient a DistributedDataParallel waits for.
-
-    The gradient is zero, so that no norm of gradients counts it, and optimizers are kept from
-    moving it all the same, as momentum and weight decay would. A copy is in none, and needs no
-    gradient.
-    """
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
-        data = self.data.clone(memory_format=torch.preserve_format)
-        memo[id(self)] = copy = nn.Parameter(data, requires_grad=False)
-        return copy
-
-    def __reduce_ex__(self, protocol: int) -> tuple:
-        return nn.Parameter, (self.data, False)
 
 
 def learns(parameter: Tensor) -> bool:

@@ -33,6 +33,7 @@ from .levels import PerLevel
 from .roi_levels import RoILevelBatchNorm2d
 from .same_outputs import Outputs
 from .sources import SourceBatchNorm2d
+from .tuned import untune
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +90,7 @@ def fuse(model: nn.Module, check: Callable[[nn.Module], Any] | None = None) -> F
     model = unwrapped(model)
     if model.training:
         raise InputError("fuse: not accepted for a model in training mode; call eval() first")
+    untune(model)
     return _fuse(model, _why_changed(model, check) if check else {})
 
 
@@ -114,30 +116,47 @@ def _why_changed(model: nn.Module, check: Callable[[nn.Module], Any]) -> dict[st
 
 def _fuse(model: nn.Module, left: dict[str, str], only: Container[str] | None = None) -> FuseReport:
     """Fuse all but those that are to be left, each with a reason, or but those not named."""
+    found, left = foldable(model, left, only)
+    warned: set[str] = set()
+    for name, pair in list(found.items()):
+        if why := _why_not_alone(pair, model):
+            left[name] = why
+            del found[name]
+        else:
+            _fold(pair, warned)
+    return FuseReport(list(found), left)
+
+
+def foldable(
+    model: nn.Module, left: dict[str, str], only: Container[str] | None = None
+) -> tuple[dict[str, Pair], dict[str, str]]:
+    """The BatchNorm layers that can be folded into the convolution before them, by their names.
+
+    Args:
+        left: those that are to be left, each with a reason.
+        only: the names of those that are to be looked at; None for all.
+
+    Returns:
+        the pairs; and all others, each with the reason.
+    """
     names = batch_norms(model)
     uses = uses_in(model)
     reasons = {layer: left.get(name) or _why_not(layer, uses) for layer, name in names.items()}
-    fused, warned = [], set()
-    for pair in list(pairs(model)):
-        is_wanted = only is None or names.get(pair.norm) in only
-        if pair.norm in names and is_wanted and not reasons[pair.norm]:
+    found: dict[str, Pair] = {}
+    for pair in pairs(model):
+        name = names.get(pair.norm)
+        is_wanted = name is not None and (only is None or name in only)
+        if is_wanted and name not in found and not reasons[pair.norm]:
             reasons[pair.norm] = (
-                _why_not(pair.conv, uses)
-                or _why_not_alone(pair, model)
-                or what_else(pair.norm)
-                or _what_else_of_convolution(pair)
+                _why_not(pair.conv, uses) or what_else(pair.norm) or _what_else_of_convolution(pair)
             )
             if not reasons[pair.norm]:
-                _fold(pair, warned)
-                fused.append(pair.norm)
-    return FuseReport(
-        [names[layer] for layer in fused],
-        {
-            names[layer]: reason or "it is not certain that a convolution alone feeds it"
-            for layer, reason in reasons.items()
-            if layer not in fused
-        },
-    )
+                found[name] = pair
+    return found, {
+        names[layer]: reason or "it is not certain that a convolution alone feeds it"
+        for layer, reason in reasons.items()
+        if names[layer] not in found
+    }
 
 
 class Pair(NamedTuple):

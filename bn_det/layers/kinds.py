@@ -191,7 +191,8 @@ def what_else(layer: nn.Module) -> str:
     ):
         return ""
     does_more = f"a {type(layer).__name__} does not only normalize"
-    if "forward" in vars(layer) or len(inspect.signature(layer.forward).parameters) > 1:
+    parameters = inspect.signature(class_of(layer).forward).parameters
+    if "forward" in vars(layer) or len(parameters) > 2:
         return does_more  # or otherwise than its class says; or it takes more than an input
     layer = copy.deepcopy(layer).eval()
     state = [getattr(layer, name) for name in STATE]

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from ..layers.batch import Batch
 from ..layers.batch_norm import BatchNorm2d
+from ..layers.become import class_of
 from ..layers.comm import process_group
 from ..layers.domain_batch_norm import DomainBatchNorm2d, state_holders
 from ..layers.forward import Domain, Observation, Plan, batch_norm
@@ -248,7 +249,7 @@ def _is_known(module: nn.Module) -> bool:
     """Whether a layer that is not ours only normalizes."""
     if is_host_frozen(module):
         return not what_else(module)
-    return type(module).forward in _USUAL_FORWARDS
+    return class_of(module).forward in _USUAL_FORWARDS
 
 
 def _take(
@@ -310,6 +311,6 @@ def _exchanges(module: nn.Module) -> bool:
     if not module.training:
         return False
     if isinstance(module, _BatchNorm):
-        known = isinstance(module, BatchNorm2d) or type(module).forward in _USUAL_FORWARDS
+        known = isinstance(module, BatchNorm2d) or class_of(module).forward in _USUAL_FORWARDS
         return not known or _group_of(module) is not None
     return is_shuffled(module)

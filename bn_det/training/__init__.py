@@ -2,7 +2,15 @@
 
 from .accumulate import GradientAccumulation, accumulate
 from .agc import AdaptiveGradientClipping
-from .hooks import AverageStatistics, FreezeBN, Hook, PreciseBN, RenormSchedule, VirtualBatch
+from .hooks import (
+    AverageStatistics,
+    FreezeBN,
+    Hook,
+    PreciseBN,
+    RenormSchedule,
+    TuneBN,
+    VirtualBatch,
+)
 from .spikes import LossSpikes
 from .virtual_batch import virtual_batch
 
@@ -15,6 +23,7 @@ __all__ = [
     "LossSpikes",
     "PreciseBN",
     "RenormSchedule",
+    "TuneBN",
     "VirtualBatch",
     "accumulate",
     "virtual_batch",

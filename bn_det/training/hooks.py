@@ -16,6 +16,7 @@ from torch import nn
 from ..layers import BatchNorm2d
 from ..layers.freeze import Modules, check_freezing, freeze
 from ..layers.renorm import RenormLimits
+from ..layers.tune import tune
 from ..population.average import average_population_statistics
 from ..population.observation import population_layers
 from ..population.progress import with_progress
@@ -236,6 +237,30 @@ class FreezeBN(Hook):
             self.precise.update()
         else:
             average_population_statistics(model)
+
+
+class TuneBN(Hook):
+    """Has frozen BatchNorm computed by the convolution before it (:func:`bn_det.tune`).
+
+    In the first step, and in the one in which others are frozen; to be registered after
+    :class:`FreezeBN`. The training is the same but for rounding, and so are its checkpoints. The
+    log has the layers that are left, and why.
+
+    Args:
+        iteration: in which FreezeBN freezes, counted from 0.
+    """
+
+    def __init__(self, iteration: int = 0) -> None:
+        self.iteration = iteration
+        self._has_begun = False
+
+    def before_step(self) -> None:
+        if not self._has_begun or self.trainer.iter == self.iteration:
+            self._has_begun = True
+            report = tune(self.trainer.model)
+            logger.info("Frozen BatchNorm is tuned in %d layers", len(report.tuned))
+            for name, reason in report.left.items():
+                logger.info("Not tuned: %s: %s", name, reason)
 
 
 class RenormSchedule(Hook):

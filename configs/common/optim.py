@@ -16,6 +16,7 @@ from bn_det.d2 import (
     LossSpikes,
     PreciseBN,
     RenormSchedule,
+    TuneBN,
     VirtualBatch,
 )
 from bn_det.d2.lazy import build_optimizer
@@ -63,6 +64,7 @@ optimizer = L(build_optimizer)(
             precise="${..precise_bn}",
             modules=None,  # names or patterns of names of modules; None for all
         ),
+        tune_bn=L(TuneBN)(iteration="${..freeze_bn.iteration}"),
         virtual_batch=L(VirtualBatch)(
             model="${...params.model}",
             data_loader=_train_batches(16, "${dataloader.train.num_workers}"),

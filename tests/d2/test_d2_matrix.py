@@ -36,6 +36,7 @@ NOT_DONE = {
     "update_bn_stats, folded": dict.fromkeys(KINDS, "refused"),
     "unfold": {"a cycle": "refused"},  # its levels share their affine
     "fuse": {"a cycle": "left"},
+    "tune": {"a cycle": "left"},
     "unfuse": {"a cycle": "refused"},
     "trained_with": dict.fromkeys(NAIVE, "refused"),
     "evaluated_with": dict.fromkeys(NAIVE, "refused"),
