@@ -1,7 +1,8 @@
-"""What a call of the benchmarks holds at once, launches, and exchanges."""
+"""What a call of the benchmarks holds at once, launches, exchanges, and waits for."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -78,6 +79,22 @@ def count_launches(events: Iterable[FunctionEvent]) -> Launches:
         raise RuntimeError("the profiler has seen no launch; CUPTI, which it needs, may be missing")
     us = sum(e.time_range.elapsed_us() for e in on_device)
     return Launches(number, us / 1e3 if len(on_device) == number else None)
+
+
+def host_waits(call: Callable[[], object]) -> int:
+    """How often the host waits for the GPU in a call, as far as torch sees it."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            call()
+            torch.cuda.set_sync_debug_mode(before)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+        torch.set_warn_always(False)
+    return sum("synchronizing CUDA operation" in str(w.message) for w in caught)
 
 
 def collectives(call: Callable[[], object]) -> int:

@@ -1,16 +1,18 @@
 #!/usr/bin/env python
 """Everything about the layers on a GPU, in one command of at most 6 minutes.
 
-Measures side by side BatchNorm that the levels of a feature pyramid share, by itself and in a
-RetinaNet head, and SyncBN; then runs the CUDA tests of the layers. It needs torch, numpy and
-pytest; bn_det need not be installed. Writes gpu.json and gpu.md, the table of docs/gpu.md, after
-each part. A part that fails does not keep the others from running: what has failed is in both
-files, and the exit status is 1.
+Measures side by side BatchNorm that the levels of a feature pyramid share, by itself, compiled and
+in a RetinaNet head, training steps of detectors with each norm, and SyncBN; then runs the CUDA
+tests of the layers. It needs torch, numpy and pytest, and torchvision for the detectors; bn_det
+need not be installed. Writes gpu.json and gpu.md, the table of docs/gpu.md, after each part. A part
+that fails does not keep the others from running: what has failed is in both files, and the exit
+status is 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import multiprocessing
@@ -26,6 +28,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 START = time.monotonic()
@@ -38,9 +41,9 @@ from torch import nn
 
 from bn_det import DomainBatchNorm2d
 from bn_det.layers import PerLevel
-from counting import collectives, launches, peak_memory
+from counting import collectives, host_waits, launches, peak_memory
 from pyramid import FORMS, SIZES, Pass, Tower, make_levels, max_error
-from timing import copied_bytes_per_s, median_ms
+from timing import copied_bytes_per_s, graphed, median_ms, seconds
 
 TOTAL_S = 350
 """For everything, the first import of torch and the end of a part that is cut off included."""
@@ -57,6 +60,11 @@ class Plan(NamedTuple):
         rounds: that count, of each of three turns.
         turn_s: seconds of a turn, about.
         copied_bytes: how large a tensor is from which the speed of the memory is taken.
+        image: height and width of the detectors' images.
+        depth: of their ResNets.
+        steps: of which detectors, how many images, and in which type.
+        norms: names of those that steps are measured with; none for all.
+        backend: of torch.compile.
     """
 
     device: str
@@ -66,6 +74,15 @@ class Plan(NamedTuple):
     rounds: int = 40
     turn_s: float = 0.3
     copied_bytes: int = 2**29
+    image: tuple[int, int] = (640, 800)
+    depth: int = 50
+    steps: Sequence[tuple[str, int, str]] = (
+        ("RetinaNet", 2, "float32"),
+        ("RetinaNet", 16, "bfloat16"),
+        ("Mask R-CNN", 2, "bfloat16"),
+    )
+    norms: Sequence[str] = ()
+    backend: str = "inductor"
 
     def settings(self, layouts: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Each batch, type and memory format."""
@@ -88,7 +105,15 @@ LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last
 def quick(device: str) -> Plan:
     """The same code in seconds: for a test, not for its numbers."""
     sizes = [(h // 4, w // 4) for h, w in SIZES]
-    return Plan(device, 8, (2,), sizes, rounds=1, turn_s=0.02, copied_bytes=2**20)
+    detectors = {
+        "image": (64, 64),
+        "depth": 18,
+        "steps": [("RetinaNet", 2, "float32")],
+        "norms": ["FrozenBatchNorm2d", "tune", "FrozenBatchNorm2d, shared BN in the head"],
+        "backend": "aot_eager",
+    }
+    small = {"rounds": 1, "turn_s": 0.02, "copied_bytes": 2**20}
+    return Plan(device, 8, (2,), sizes, **small, **detectors)
 
 
 class Report:
@@ -188,7 +213,67 @@ class Outcomes:
 def measure_pyramid(plan: Plan, report: Report) -> None:
     """The layer by itself."""
     for setting in plan.settings(list(LAYOUTS)):
-        measure_forms(plan, report, FORMS, setting)
+        measure_forms(plan, report, FORMS, setting, in_graph=plan.device == "cuda")
+
+
+def measure_compiled(plan: Plan, report: Report) -> None:
+    """The layer by torch.compile, which makes its own kernels, here for one size."""
+    for batch in plan.batches:
+        setting = {"batch": batch, "dtype": "float32", "layout": "NCHW"}
+        passes = {}
+        for name, make in FORMS.items():
+            with report.attempt(f"batch {batch}, {name}"):
+                torch._dynamo.reset()
+                levels = plan.levels(**setting)
+                form = plan.place(make(plan.channels), "NCHW")
+                eager = Pass(copy.deepcopy(form), *levels)
+                form.compile(backend=plan.backend, fullgraph=True, dynamic=False)
+                passes[name] = Pass(form, *levels)
+                compile_s = seconds(passes[name])
+                row = {"compile_s": compile_s, "max_abs_error": max_error(passes[name], eager)}
+                for mode, a_pass in (("eager", eager), ("compiled", passes[name])):
+                    times = median_ms({mode: a_pass}, plan.rounds, plan.turn_s)
+                    row |= {"eager_ms" if mode == "eager" else "ms": times[mode]}
+                if plan.device == "cuda":
+                    row |= count_launches_of(passes[name])
+                report.add(**setting, form=name, **row)
+
+
+def measure_step(plan: Plan, report: Report) -> None:
+    """Training steps of detectors, as one of two processes that wait for nobody."""
+    with report.attempt("torchvision"):
+        import detectors
+
+        with process_group(GROUPS[1], plan.device):
+            for detector, batch_size, dtype in plan.steps:
+                measure_steps(plan, report, detectors, detector, batch_size, dtype)
+
+
+def measure_steps(
+    plan: Plan, report: Report, detectors: ModuleType, detector: str, batch_size: int, dtype: str
+) -> None:
+    """Steps of a detector with each norm, side by side; a row for each."""
+    place = {"detector": detector, "batch": batch_size, "dtype": dtype}
+    batch = detectors.make_batch(batch_size, *plan.image, plan.device)
+    steps: dict[str, Callable[[], None]] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for name in detectors.names_for(detector):
+        if plan.norms and name not in plan.norms:
+            continue
+        with report.attempt(f"{detector}, {batch_size} images, {name}"):
+            torch.manual_seed(0)
+            model = detectors.DETECTORS[detector](detectors.NORMS[name], plan.depth, *plan.image)
+            autocast = None if dtype == "float32" else getattr(torch, dtype)
+            steps[name] = step = detectors.Step(model.to(plan.device), batch, autocast)
+            step()  # what is loaded, chosen and allocated once
+            rows[name] = {"peak_mib": peak_memory(step, plan.device) / 2**20}
+            if plan.device == "cuda":
+                rows[name]["host_waits"] = host_waits(step)
+    with report.attempt(f"{detector}, {batch_size} images, times"):
+        for name, ms in median_ms(steps, plan.rounds, 2 * plan.turn_s).items():
+            rows[name]["ms"] = ms
+    for name, row in rows.items():
+        report.add(**place, form=name, **row)
 
 
 def measure_head(plan: Plan, report: Report) -> None:
@@ -278,6 +363,7 @@ def measure_forms(
     *,
     autocast: torch.dtype | None = None,
     group: str | None = None,
+    in_graph: bool = False,
 ) -> None:
     """Forward and backward passes over the same levels, side by side; a row for each form.
 
@@ -285,6 +371,7 @@ def measure_forms(
         forms: by name, from the number of channels to a layer or tower.
         autocast: as in :class:`Pass`.
         group: the name of the process group, if there is one.
+        in_graph: whether to measure the pass as a CUDA graph, too.
     """
     place = "batch {batch}, {dtype}, {layout}".format(**setting)
     where = dict(setting)
@@ -311,6 +398,11 @@ def measure_forms(
         with report.attempt(f"{place}, times"):
             for name, ms in median_ms(passes, plan.rounds, plan.turn_s).items():
                 rows[name]["ms"] = ms
+        if in_graph:
+            with report.attempt(f"{place}, CUDA graphs"):
+                replays = {name: graphed(a_pass) for name, a_pass in passes.items()}
+                for name, ms in median_ms(replays, plan.rounds, plan.turn_s / 3).items():
+                    rows[name]["graph_ms"] = ms
         if {"joint", "concat"} <= set(passes):
             with report.attempt(f"{place}, differences"):
                 rows["joint"]["max_abs_error"] = max_error(passes["joint"], passes["concat"])
@@ -338,8 +430,10 @@ class Part(NamedTuple):
 PARTS = {
     "machine": Part(describe_machine, 25),
     "pyramid": Part(measure_pyramid, 75),
-    "head": Part(measure_head, 75),
+    "step": Part(measure_step, 130),
+    "compiled": Part(measure_compiled, 80),
     "sync": Part(measure_sync, 60),
+    "head": Part(measure_head, 60),
     "tests": Part(run_tests, 200),
 }
 
@@ -432,8 +526,7 @@ def summarize(found: Mapping[str, list[dict]], failed: Sequence[str]) -> dict[st
             "not_passed": [row for row in found["tests"] if row["outcome"] != "passed"],
         },
         "pyramid": with_floor(found["pyramid"], machine.get("copied_bytes_per_s")),
-        "head": found["head"],
-        "sync": found["sync"],
+        **{name: found[name] for name in TABLES if name != "pyramid"},
         "failed": list(failed),
         "seconds": time.monotonic() - START,
     }
@@ -454,16 +547,29 @@ def with_floor(rows: Sequence[dict], bytes_per_s: float | None) -> list[dict]:
     return result
 
 
-PLACES = ("group", "batch", "dtype", "layout", "form")
+TABLES = {
+    "pyramid": "Shared BatchNorm of a pyramid, forward and backward",
+    "step": "Training step of a detector",
+    "compiled": "Shared BatchNorm of a pyramid by torch.compile, forward and backward",
+    "sync": "SyncBN of a pyramid, forward and backward",
+    "head": "RetinaNet head, forward and backward",
+}
+"""The heads of what is measured."""
+
+PLACES = ("group", "detector", "batch", "dtype", "layout", "form")
 """The columns that say what a row is of."""
 
 COLUMNS = {
+    "eager_ms": ("ms, eager", ".3f"),
     "ms": ("ms", ".3f"),
     "times_floor": ("times the floor", ".2f"),
+    "graph_ms": ("ms as a CUDA graph", ".3f"),
     "kernel_ms": ("ms in kernels", ".3f"),
     "forward_launches": ("launches forward", "d"),
     "backward_launches": ("backward", "d"),
     "collectives": ("collectives", "d"),
+    "host_waits": ("waits for the GPU", "d"),
+    "compile_s": ("seconds to compile", ".1f"),
     "peak_mib": ("peak extra MiB", ".1f"),
     "max_abs_error": ("difference from concatenated", ".1e"),
     "note": ("note", "s"),
@@ -485,11 +591,7 @@ def to_markdown(result: Mapping[str, Any]) -> str:
         f"CUDA tests: {tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} "
         f"skipped{''.join(f' ({reason})' for reason in why)}.",
     ]
-    for name, head in (
-        ("pyramid", "Shared BatchNorm of a pyramid, forward and backward"),
-        ("head", "RetinaNet head, forward and backward"),
-        ("sync", "SyncBN of a pyramid, forward and backward"),
-    ):
+    for name, head in TABLES.items():
         lines += ["", f"## {head}", "", *table(result[name])]
     if result["failed"]:
         lines += ["", "## Failed", "", *(f"- {what}" for what in result["failed"])]
