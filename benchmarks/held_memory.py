@@ -93,7 +93,8 @@ def main() -> None:
     args = parser.parse_args()
     models = {name: model.to(args.device).train() for name, model in make_models().items()}
     images, of_step = (
-        torch.randn(args.batch, 3, *size, device=args.device) for size in (args.size, args.step_size)
+        torch.randn(args.batch, 3, *size, device=args.device)
+        for size in (args.size, args.step_size)
     )
     held = {name: held_mib(model, images) for name, model in models.items()}
     ratios = step_ratios(models["tune"], models["frozen_bn"], of_step, args.rounds)

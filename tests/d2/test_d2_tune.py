@@ -29,7 +29,8 @@ PER_LEVEL = [
 DETECTORS = {
     "RetinaNet": ([BASE], 20 + 6 + 4),
     "RetinaNet, per level": ([BASE, *PER_LEVEL], 20 + 6 + 4),
-    "stock RetinaNet": ([BASE, *STOCK_RETINANET, *norm_opts("FrozenBN")], 20 + 6),
+    "stock RetinaNet": ([BASE, *STOCK_RETINANET], 20 + 6),  # and a cycle of layers in its head
+    "stock RetinaNet, FrozenBN": ([BASE, *STOCK_RETINANET, *norm_opts("FrozenBN")], 20 + 6 + 4),
     "Mask R-CNN": ([RCNN_BASE, *norm_opts("BN")], 20 + 8 + 1 + 4),
     "Mask R-CNN, FrozenBN": ([RCNN_BASE, *norm_opts("FrozenBN")], 20 + 8 + 1 + 4),
 }
@@ -54,7 +55,7 @@ def test_outputs_and_gradients(name, affine):
     tuned = copy.deepcopy(frozen)
     report = tune(tuned)
     assert len(report.tuned) == number
-    assert all("norm" in left and "not certain" in why for left, why in report.left.items())
+    assert all("not certain" in why for why in report.left.values())
     assert list(tuned.state_dict()) == list(frozen.state_dict())
     outputs = []
     for model in (tuned, frozen):
