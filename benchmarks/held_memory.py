@@ -76,17 +76,28 @@ def step_ratios(tuned: nn.Module, frozen: nn.Module, images: Tensor, rounds: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--rounds", type=int, default=30, help="steps of each that count")
+    parser.add_argument("--rounds", type=int, default=15, help="steps of each that count")
     parser.add_argument("--batch", type=int, default=2, help="images")
     parser.add_argument(
         "--size", type=int, nargs=2, default=[128, 160], metavar=("HEIGHT", "WIDTH")
     )
+    parser.add_argument(
+        "--step-size",
+        type=int,
+        nargs=2,
+        default=[256, 320],
+        metavar=("HEIGHT", "WIDTH"),
+        help="of the images of a step; where they are smaller, the norm is less of it",
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     args = parser.parse_args()
     models = {name: model.to(args.device).train() for name, model in make_models().items()}
-    images = torch.randn(args.batch, 3, *args.size, device=args.device)
+    images, of_step = (
+        torch.randn(args.batch, 3, *size, device=args.device)
+        for size in (args.size, args.step_size)
+    )
     held = {name: held_mib(model, images) for name, model in models.items()}
-    ratios = step_ratios(models["tune"], models["frozen_bn"], images, args.rounds)
+    ratios = step_ratios(models["tune"], models["frozen_bn"], of_step, args.rounds)
     result = {
         **{f"{name}_mib": activations for name, (activations, _) in held.items()},
         "tune_derived_weights_mib": held["tune"][1],

@@ -167,9 +167,9 @@ def folds(conv: nn.Module, norm: nn.Module, x: Tensor) -> bool:
     are_as_tuned = (
         isinstance(norm, TunedNorm)
         and is_frozen(norm)
-        and isinstance(conv._parameters.get("weight"), Tensor)  # and not made by somebody
+        # Not what a parametrization makes, nor a replica's of DataParallel.
+        and isinstance(conv._parameters.get("weight"), Tensor)
         and not any(_is_watched(of) or "forward" in vars(of) for of in (conv, norm))
-        and not getattr(conv, "_is_replica", False)  # of DataParallel; it knows no other replica
     )
     return are_as_tuned and x.dim() == 4 and _num_outputs(conv, x) >= conv.weight.numel()
 

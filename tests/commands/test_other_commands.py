@@ -112,6 +112,17 @@ def test_benchmark_of_agc():
     assert set(result) == {"timm_ms", "ours_ms", "speedup"} and min(result.values()) > 0
 
 
+def test_benchmark_of_held_memory():
+    sizes = ["--size", "64", "64", "--step-size", "32", "32"]
+    done = run_here("benchmarks/held_memory.py", "--json", "--rounds", "1", "--batch", "1", *sizes)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    names = "frozen_bn_mib freeze_mib tune_mib bn_mib tune_derived_weights_mib tune_step"
+    assert set(result) == {*names.split()} and min(result.values()) > 0
+    assert max(result["tune_mib"], result["freeze_mib"]) <= result["frozen_bn_mib"]
+    assert result["bn_mib"] > 1.9 * result["frozen_bn_mib"]
+
+
 def test_benchmark_of_inference():
     small = ["--rounds", "1", "--channels", "16", "--size", "64", "80"]
     done = run_here("benchmarks/inference.py", "--json", *small)

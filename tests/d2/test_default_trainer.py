@@ -293,6 +293,7 @@ def test_the_config_is_as_it_was_where_a_projects_hooks_fail(make_cfg):
     [
         ("SOLVER.FREEZE_BN_ITER", "1", True),
         ("SOLVER.FREEZE_BN_MODULES", "('backbone',)", True),
+        ("SOLVER.TUNE_BN", "True", True),
         ("SOLVER.VIRTUAL_IMAGES", "2", True),
         ("SOLVER.SYNC_BN_TIMEOUT", "60.0", True),
         ("SOLVER.ACCUMULATE", "2", False),

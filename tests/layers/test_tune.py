@@ -8,8 +8,10 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet18
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -331,6 +333,33 @@ def test_compiled():
         torch._dynamo.reset()
         compiled = torch.compile(tuned, backend="aot_eager", fullgraph=True)
         assert_same(pass_of(compiled, images()), pass_of(frozen, images()))
+
+
+def test_sizes_that_change_compile_once_each_way():
+    """One graph for outputs that are larger than the weight, and one for the others."""
+    frozen, tuned = make("block", affine=False)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(tuned, backend=counter, fullgraph=True, dynamic=True)
+    for height, width in ((16, 12), (20, 14), (40, 16), (5, 3), (4, 3)):
+        x = torch.randn(2, 4, height, width, dtype=torch.float64)
+        torch.testing.assert_close(compiled(x), frozen(x), rtol=1e-12, atol=1e-12)
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("name", ["sequential", "inside"])
+def test_activation_checkpointing(name, use_reentrant):
+    frozen, tuned = make(name)
+    found = pass_of_checkpointed(tuned, images(), use_reentrant)
+    assert_same(found, pass_of(frozen, images()))
+
+
+def pass_of_checkpointed(model, x, use_reentrant):
+    x = x.clone().requires_grad_()
+    y = checkpoint(model, x, use_reentrant=use_reentrant)
+    (y**2).mean().backward()
+    return y.detach(), x.grad, [p.grad for p in model.parameters()]
 
 
 def pickled(model):

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bn_det import BatchNorm2d, update_bn_stats
+from bn_det import BatchNorm2d, freeze, update_bn_stats
 from bn_det.layers.renorm import RenormLimits
-from bn_det.training.hooks import FreezeBN, PreciseBN, RenormSchedule
+from bn_det.layers.tuned import TunedNorm
+from bn_det.training.hooks import FreezeBN, Hook, PreciseBN, RenormSchedule, TuneBN
 from ranks import run_ranks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -203,3 +204,21 @@ def test_renorm_schedule():
     expected += [(2.5, 5), (2.75, 5), (3, 5), (3, 5)]
     assert seen == expected
     assert model[3].renorm is None
+
+
+@pytest.mark.parametrize("start, number", [(0, [1, 1, 1, 2, 2]), (3, [2, 2]), (4, [2])])
+def test_tuning(start, number, caplog):
+    """What is frozen at the start, and the rest with it; also from where a run is resumed."""
+    model = freeze(make_model(), "1")
+    trainer, numbers = Trainer(model, 5, start), []
+
+    class Counts(Hook):
+        def after_step(self):
+            numbers.append(sum(isinstance(m, TunedNorm) for m in model))
+
+    trainer.register(FreezeBN(3), TuneBN(3), Counts())
+    with caplog.at_level(logging.INFO):
+        trainer.train()
+    assert numbers == number
+    words = "Not tuned: 3: it is not frozen; call freeze first"
+    assert (words in caplog.messages) == (start < 3)
