@@ -241,12 +241,14 @@ def measure_compiled(plan: Plan, report: Report) -> None:
 
 def measure_step(plan: Plan, report: Report) -> None:
     """Training steps of detectors, as one of two processes that wait for nobody."""
-    with report.attempt("torchvision"):
+    try:
         import detectors
-
-        with process_group(GROUPS[1], plan.device):
-            for detector, batch_size, dtype in plan.steps:
-                measure_steps(plan, report, detectors, detector, batch_size, dtype)
+    except ModuleNotFoundError as e:
+        report.add(form="none", note=str(e))
+        return
+    with process_group(GROUPS[1], plan.device):
+        for detector, batch_size, dtype in plan.steps:
+            measure_steps(plan, report, detectors, detector, batch_size, dtype)
 
 
 def measure_steps(

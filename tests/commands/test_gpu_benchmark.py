@@ -85,6 +85,11 @@ def test_quick_on_a_cpu(tmp_path):
             if part == "pyramid":
                 floor = rows[2, dtype, layout, "floor"]["ms"]
                 assert row["times_floor"] == pytest.approx(row["ms"] / floor)
+    assert result["step"] == [{"form": "none", "note": "no torchvision here"}]
+    compiled = {row["form"]: row for row in result["compiled"]}
+    assert set(compiled) == {"joint", "concat", "per_level"}
+    for row in compiled.values():
+        assert row["ms"] > 0 and row["compile_s"] > 0 and row["max_abs_error"] < 1e-4
     refused, *synced = result["sync"]
     assert refused["form"] == "nn.SyncBatchNorm" and "no CPU tensors" in refused["note"]
     assert [(r["group"], r["form"], r["collectives"]) for r in synced] == [
@@ -99,11 +104,21 @@ def check_table(text, result):
     title, *sections = text.split("\n## ")
     assert f"torch {torch.__version__}" in title
     assert f"CUDA tests: {result['tests']['passed']} passed" in title
-    assert len(sections) == 3
-    for section, part in zip(sections, ("pyramid", "head", "sync"), strict=True):
+    parts = ("pyramid", "step", "compiled", "sync", "head")
+    for section, part in zip(sections, parts, strict=True):
         lines = [line for line in section.splitlines() if line.startswith("|")]
         assert len(lines) == 2 + len(result[part])
         assert len({line.count("|") for line in lines}) == 1, section
+
+
+@pytest.mark.slow
+def test_training_steps(of_benchmarks):
+    gpu = of_benchmarks("gpu")
+    rows, failed = gpu.run_part(gpu.measure_step, gpu.quick("cpu"), 200.0, print)
+    assert not failed
+    norms = ["FrozenBatchNorm2d", "tune", "FrozenBatchNorm2d, shared BN in the head"]
+    assert [row["form"] for row in rows] == norms
+    assert all(row["ms"] > 0 and row["peak_mib"] > 0 for row in rows)
 
 
 def test_a_missing_gpu_is_told_in_one_line(tmp_path):
@@ -150,6 +165,7 @@ def test_what_fails_is_told_and_does_not_stop_the_rest(
 ):
     gpu = of_benchmarks("gpu")
     parts = {"machine": raises, "tests": dies, "pyramid": hangs, "head": works, "sync": works}
+    parts |= {"step": works, "compiled": works}
     limits = {"pyramid": 2.0}
     parts = {name: gpu.Part(part, limits.get(name, 100.0)) for name, part in parts.items()}
     monkeypatch.setattr(gpu, "PARTS", parts)
