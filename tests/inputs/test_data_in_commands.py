@@ -88,3 +88,22 @@ def test_an_image(host, make, words, sets, tmp_path):
         make(path)
     line = error_of(train(host, opts, tmp_path / "out"))
     assert any(str(path) in line for path in images) and words in line
+
+
+@every_host
+def test_long_and_narrow_images(host, sets, tmp_path):
+    """Scaled to the longest side that is accepted, their other side would be 0 pixels."""
+    opts, root = sets
+    for part in ("train", "val"):
+        file = root / f"tiny_{part}" / "a.json"
+        content = json.loads(file.read_text())
+        for image in content["images"]:
+            image["width"], image["height"] = size = (5000, 30) if image["id"] % 2 else (30, 5000)
+            Image.new("RGB", size).save(file.parent / "images" / image["file_name"])
+        for annotation in content["annotations"]:
+            annotation["bbox"], annotation["area"] = [1, 1, 8, 8], 64
+            annotation["segmentation"] = [[1, 1, 9, 1, 9, 9, 1, 9]]
+        file.write_text(json.dumps(content))
+    done = train(host, [*opts, "SOLVER.MAX_ITER", "1"], tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "Evaluation results for bbox" in done.stdout
