@@ -51,6 +51,8 @@ def one_line(error: Exception) -> str:
     In one line that leaves the terminal as it is, whatever a file of the user's has put into it.
     """
     text = str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
     if "Original Traceback (most recent call last):" in text:
         text = text.rpartition(f"{type(error).__name__}: ")[2]
     words = text.split()

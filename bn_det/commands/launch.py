@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import multiprocessing
 import os
 import pickle
@@ -38,10 +39,15 @@ _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 """What torchrun tells a process about its place, in _Place's order."""
 
 
-def is_mendable(error: BaseException) -> bool:
-    """Whether a command's user can mend it; of what the system refuses, where it names the file."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+"""What the system says of a file that could be opened, and cannot be written any more."""
+
+
+def is_mendable(error: BaseException | None) -> bool:
+    """Whether a command's user can mend it; what the system refuses, if it says of which file."""
     if isinstance(error, OSError):
-        return isinstance(error, FileNotFoundError) or error.filename is not None
+        names_file = error.filename is not None or isinstance(error, FileNotFoundError)
+        return names_file or error.errno in FULL
     return isinstance(error, InputError)
 
 

@@ -145,6 +145,22 @@ def test_what_cannot_be_resumed(host, options, tmp_path, monkeypatch):
 
 
 @every_host
+def test_a_run_that_only_lacks_its_last_file(host, options, tmp_path):
+    """It was killed between the checkpoint of its last iteration and model_final.pth."""
+    out = tmp_path / "out"
+    options += ["INPUT.MIN_SIZE_TRAIN", "(64,)", "DATASETS.TEST", "()", "SOLVER.MAX_ITER", "2"]
+    succeeds(host, *options)
+    before = torch.load(out / "model_final.pth", weights_only=True)
+    (out / "model_final.pth").unlink()
+    (out / "last_checkpoint").write_text("model_0000001.pth")
+    succeeds(host, "--resume", *options)
+    after = torch.load(out / "model_final.pth", weights_only=True)
+    assert after.keys() == before.keys() and after["iteration"] == before["iteration"] == 1
+    assert all(v.equal(after["model"][k]) for k, v in before["model"].items())
+    assert (out / "last_checkpoint").read_text() == "model_final.pth"
+
+
+@every_host
 def test_a_run_without_a_checkpoint_begins_anew(host, options, tmp_path):
     """It was killed before its first one."""
     options += ["INPUT.MIN_SIZE_TRAIN", "(64,)", "DATASETS.TEST", "()", "SOLVER.MAX_ITER", "1"]
