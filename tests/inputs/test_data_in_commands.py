@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bn_det.data.masks import decode_mask, encode_mask
 from here import run_here
-from hosts import every_host
+from hosts import detectron2, every_host
 from reference import BASE, norm_opts
 
 
@@ -107,3 +108,20 @@ def test_long_and_narrow_images(host, sets, tmp_path):
     done = train(host, [*opts, "SOLVER.MAX_ITER", "1"], tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "Evaluation results for bbox" in done.stdout
+
+
+@pytest.mark.parametrize("host", [detectron2])
+def test_rle_as_polygons(host, sets, tmp_path):
+    """Detectron2's own words for it would be an assertion, at the first such image."""
+    opts, root = sets
+    file = root / "tiny_train" / "a.json"
+    content = json.loads(file.read_text())
+    annotation = content["annotations"][3]
+    mask = decode_mask(annotation["segmentation"], 128, 128)
+    annotation["segmentation"] = encode_mask(mask)
+    file.write_text(json.dumps(content))
+    opts = ["MODEL.MASK_ON", "True", *opts]
+    assert error_of(train(host, opts, tmp_path / "out")) == (
+        f"error: INPUT.MASK_FORMAT: 'polygon' is not accepted with tiny_train: {file}: annotation "
+        f"{annotation['id']} is RLE; use 'bitmask'"
+    )

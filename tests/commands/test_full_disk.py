@@ -1,0 +1,95 @@
+"""What commands do where files cannot be written, at the start and in the middle, on both hosts.
+
+A limit on the size of files stands for a full disk: the system refuses a write in the same way.
+"""
+
+import resource
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from bn_det.commands.checkpoint import check_output
+from bn_det.commands.output_folder import used_by_one
+from bn_det.errors import InputError
+from bn_det.files import write_text
+from here import run_here
+from hosts import every_host
+from reference import BASE, norm_opts
+
+
+@contextmanager
+def files_of_at_most(size):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def opts(tiny_shapes, tmp_path):
+    return [
+        *("MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "out"), *tiny_shapes),
+        *("DATASETS.TEST", "()", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.CHECKPOINT_PERIOD", "2"),
+        *("INPUT.MIN_SIZE_TRAIN", "(64,)", *norm_opts("GN")),
+    ]
+
+
+def train(host, *args):
+    return run_here("tools/train_net.py", "--host", host, "--config-file", BASE, *args)
+
+
+@every_host
+@pytest.mark.parametrize(
+    "size, file, reason",
+    [(10**6, "model_0000003.pth", "File too large"), (2000, "config.yaml", "File too large")],
+    ids=["checkpoint", "start"],
+)
+def test_what_was_there_is_kept(host, size, file, reason, opts, tmp_path):
+    out = tmp_path / "out"
+    assert train(host, *opts, "SOLVER.MAX_ITER", "2").returncode == 0
+    kept = [
+        p for p in out.iterdir() if p.suffix in (".pth", ".yaml") or p.name == "last_checkpoint"
+    ]
+    before = {p: p.read_bytes() for p in kept if p.name != "config.yaml" or file == p.name}
+    more = ("--resume", *opts, "SOLVER.MAX_ITER", "4")
+    with files_of_at_most(size):
+        done = train(host, *more)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"error: {out}/{file}: cannot be written: {reason}"
+    assert "Traceback" not in done.stdout + done.stderr
+    assert {p: p.read_bytes() for p in before} == before
+    assert not list(out.glob("*.tmp")) and not (out / "model_0000003.pth").exists()
+    if host == "torchvision" and size < 10**6:  # Detectron2 logs nothing before
+        assert f"{out}/log.txt: ends here: {reason}" in done.stderr.splitlines()
+    assert train(host, *more).returncode == 0
+    assert torch.load(out / "model_final.pth", weights_only=True)["iteration"] == 3
+
+
+def test_no_file_is_half_written(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with (
+        files_of_at_most(100),
+        pytest.raises(InputError, match=f"^{path}: cannot be written: File too large$"),
+    ):
+        write_text(path, 1000 * "new")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_line_without_an_end_is_cut_off(tmp_path):
+    path = tmp_path / "metrics.json"
+    for text, left in (('{"a": 1}\n{"a', '{"a": 1}\n'), ("{", ""), ("{}\n", "{}\n"), ("", "")):
+        path.write_text(text)
+        with used_by_one("OUTPUT_DIR", tmp_path):
+            assert path.read_text() == left
+
+
+def test_output_is_tried_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=f"^--output: {tmp_path}/file cannot be written to: "):
+        check_output(str(tmp_path / "file" / "a.pth"), [], "--weights")
+    check_output(str(tmp_path / "new" / "a.pth"), [], "--weights")
+    assert list((tmp_path / "new").iterdir()) == []
