@@ -5,6 +5,7 @@ import importlib.util
 import json
 import logging
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -104,18 +105,24 @@ def test_an_integer_for_a_float(host, options, tmp_path):
 
 @pytest.mark.slow
 @every_host
-def test_continues_after_a_kill(host, options, tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_continues_after_a_kill(host, how, options, tmp_path):
     out = tmp_path / "out"
     options += ["INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"]
     long = [*options, "SOLVER.MAX_ITER", "1000000", "SOLVER.CHECKPOINT_PERIOD", "3"]
     process = subprocess.Popen(
-        command(host, *long), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(host, *long), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     try:
         wait_for((out / "model_0000005.pth").exists, 240)
+        process.send_signal(how)
+        error = process.communicate(timeout=60)[1]
     finally:
         process.kill()
         process.wait(60)
+    if how == signal.SIGINT:
+        assert process.returncode == 130 and error.splitlines()[-1] == "interrupted"
+        assert "Traceback" not in error
     last = (out / "last_checkpoint").read_text()
     done = torch.load(out / last, weights_only=True)["iteration"] + 1
     assert done >= 3
@@ -153,6 +160,7 @@ def test_a_run_that_only_lacks_its_last_file(host, options, tmp_path):
     before = torch.load(out / "model_final.pth", weights_only=True)
     (out / "model_final.pth").unlink()
     (out / "last_checkpoint").write_text("model_0000001.pth")
+    (out / "config.yaml").write_text("")  # another run was killed as it wrote it
     succeeds(host, "--resume", *options)
     after = torch.load(out / "model_final.pth", weights_only=True)
     assert after.keys() == before.keys() and after["iteration"] == before["iteration"] == 1
