@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from bn_det.commands.launch import RankError, _raise_first, launch, world_size
 from bn_det.errors import InputError
-from waiting import wait_for
+from waiting import takes_ctrl_c, wait_for
 
 
 @pytest.fixture(autouse=True)
@@ -157,7 +157,7 @@ def test_no_rank_survives_its_parent(fn, how, tmp_path):
     def ranks():
         return [p.name for p in tmp_path.iterdir() if p.name.isdigit()]
 
-    process = subprocess.Popen([sys.executable, str(script)], env=env)
+    process = subprocess.Popen([sys.executable, str(script)], env=env, preexec_fn=takes_ctrl_c)
     try:
         wait_for(lambda: len(ranks()) == 2, 60)
         process.send_signal(how)

@@ -17,7 +17,7 @@ from bn_det.commands.cli import run as run_command
 from here import run_here
 from hosts import INSTALLED, every_host
 from reference import BASE
-from waiting import wait_for
+from waiting import takes_ctrl_c, wait_for
 
 ROOT = Path(__file__).parents[2]
 TRAIN_NET = ROOT / "tools" / "train_net.py"
@@ -111,7 +111,11 @@ def test_continues_after_a_kill(host, how, options, tmp_path):
     options += ["INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"]
     long = [*options, "SOLVER.MAX_ITER", "1000000", "SOLVER.CHECKPOINT_PERIOD", "3"]
     process = subprocess.Popen(
-        command(host, *long), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command(host, *long),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=takes_ctrl_c,
     )
     try:
         wait_for((out / "model_0000005.pth").exists, 240)
