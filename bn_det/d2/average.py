@@ -17,7 +17,9 @@ from .train import Trainer, set_up_process, setup
 def main(args: argparse.Namespace) -> None:
     """As tools/average_checkpoints.py says."""
     check(args)
-    start(_run, args, setup(args))
+    cfg = setup(args)
+    args.eval_only = True  # no training, from here on
+    start(_run, args, cfg)
 
 
 def _run(args: argparse.Namespace, cfg: CfgNode) -> None:

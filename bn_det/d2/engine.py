@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,10 +82,21 @@ def set_up_group_and_log(args: argparse.Namespace, cfg: CfgNode, output_dir: str
     setup_logger(output_dir, distributed_rank=rank)
     end_logs_that_fail(("bn_det", "fvcore", "detectron2"))
     logging.getLogger("detectron2.engine.train_loop").addFilter(_in_a_line)
-    if comm.is_main_process() and isinstance(cfg, CfgNode):
-        # Detectron2 does it in place, where a full disk would cost what was there.
-        write_text(os.path.join(output_dir, "config.yaml"), cfg.dump())
-    default_setup(cfg, args)
+    with _config_of_training(args, cfg, Path(output_dir, "config.yaml")):
+        default_setup(cfg, args)
+
+
+@contextmanager
+def _config_of_training(args: argparse.Namespace, cfg: CfgNode, path: Path) -> Iterator[None]:
+    """Keep what resuming a training goes by, where Detectron2 replaces it with any command's."""
+    is_kept = args.eval_only and path.is_file()
+    text = path.read_text() if is_kept else ""
+    if comm.is_main_process() and not is_kept and isinstance(cfg, CfgNode):
+        # Detectron2 writes in place, where a full disk would cost what was there.
+        write_text(path, cfg.dump())
+    yield
+    if comm.is_main_process() and is_kept:
+        write_text(path, text)
 
 
 def _in_a_line(record: logging.LogRecord) -> bool:

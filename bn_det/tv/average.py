@@ -22,6 +22,7 @@ def main(args: argparse.Namespace) -> None:
     check(args)
     cfg = setup(args)
     check_datasets(cfg, "TRAIN")
+    args.eval_only = True  # no training, from here on
     start(_run, args, cfg)
 
 

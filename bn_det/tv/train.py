@@ -83,7 +83,10 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 
 def start_log(args: argparse.Namespace, cfg: CfgNode) -> None:
-    """Log to OUTPUT_DIR; of several processes the first to log.txt, which is shown, too."""
+    """Log to OUTPUT_DIR; of several processes the first to log.txt, which is shown, too.
+
+    The config is written there, but in the place of a training's by a training alone.
+    """
     rank, num_ranks = world()
     output_dir = Path(cfg.OUTPUT_DIR)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -99,5 +102,6 @@ def start_log(args: argparse.Namespace, cfg: CfgNode) -> None:
     logger.info("Rank of this process: %d of %d", rank, num_ranks)
     logger.info("Command line arguments: %s", args)
     logger.info("Running with full config:\n%s", cfg.dump())
-    if rank == 0:
+    # A training's, which resuming it goes by, stays.
+    if rank == 0 and not (args.eval_only and (output_dir / "config.yaml").exists()):
         write_text(output_dir / "config.yaml", cfg.dump())

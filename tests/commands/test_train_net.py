@@ -144,6 +144,9 @@ def test_what_cannot_be_resumed(host, options, tmp_path, monkeypatch):
     short = [*options, "SOLVER.MAX_ITER", "2"]
     succeeds(host, *short)
     before = (out / "config.yaml").read_bytes()
+    evaluated = ("MODEL.WEIGHTS", out / "model_final.pth", "SOLVER.BASE_LR", "0.5")
+    succeeds(host, "--eval-only", *options, *evaluated)
+    assert (out / "config.yaml").read_bytes() == before
     for key, value in (("BASE_LR", "0.5"), ("WEIGHT_DECAY", "0.25"), ("MOMENTUM", "0")):
         words = f"SOLVER.{key}: {float(value)} is not accepted with --resume: .* goes on with "
         assert re.search(
