@@ -8,8 +8,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from torch import nn
 
-from bn_det.commands.checkpoint import check_output
+from bn_det.commands.checkpoint import Checkpointer, check_output
 from bn_det.commands.output_folder import used_by_one
 from bn_det.errors import InputError
 from bn_det.files import write_text
@@ -77,6 +78,17 @@ def test_no_file_is_half_written(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_failed_save_keeps_the_last_checkpoint(tmp_path):
+    checkpointer = Checkpointer(nn.Linear(50, 50), str(tmp_path))
+    checkpointer.save("model")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    words = f"^{tmp_path}/model.pth: cannot be written: File too large$"
+    for size in (100, 5000):  # the first and a later part of it
+        with files_of_at_most(size), pytest.raises(InputError, match=words):
+            checkpointer.save("model")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
 def test_a_line_without_an_end_is_cut_off(tmp_path):
     path = tmp_path / "metrics.json"
     for text, left in (('{"a": 1}\n{"a', '{"a": 1}\n'), ("{", ""), ("{}\n", "{}\n"), ("", "")):
@@ -91,3 +103,17 @@ def test_output_is_tried_before_the_work(tmp_path):
         check_output(str(tmp_path / "file" / "a.pth"), [], "--weights")
     check_output(str(tmp_path / "new" / "a.pth"), [], "--weights")
     assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_pictures_on_a_path_that_cannot_be(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "metrics.json").write_text('{"iteration": 0, "total_loss": 1.0}\n')
+    path = str(tmp_path / "file" / "a.png")
+    args = (f"a={tmp_path}", "--metric", "total_loss", "--output", path)
+    done = run_here("tools/plot_metrics.py", *args)
+    assert done.returncode == 1
+    line = f"error: --output: {tmp_path}/file cannot be written to: File exists\n"
+    assert done.stderr == line
+    with files_of_at_most(100):
+        done = run_here("tools/plot_metrics.py", *args[:-1], tmp_path / "a.png")
+    assert done.stderr == f"error: --output: {tmp_path} cannot be written to: File too large\n"
