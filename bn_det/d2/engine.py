@@ -103,7 +103,7 @@ def _in_a_line(record: logging.LogRecord) -> bool:
     """Detectron2's trainer logs what ends a training with a traceback."""
     error = record.exc_info[1] if record.exc_info else None
     if is_mendable(error):
-        record.msg, record.exc_info = f"{record.msg} {one_line(error)}".replace("%", "%%"), None
+        record.msg, record.exc_info = f"{record.msg} {one_line(error)}", None
     return True
 
 

@@ -207,6 +207,10 @@ def test_auto_says_what_it_took_and_why(options, tmp_path):
         ),
         (["MODEL.RESNETS.NORM", "bn"], ["MODEL.RESNETS.NORM: 'bn'", "'FrozenBN'"]),
         (["MODEL.FPN.NORM", "bn"], ["MODEL.FPN.NORM: 'bn'", "'FrozenBN'"]),
+        (
+            ["MODEL.FPN.NORM", "GN", "MODEL.FPN.OUT_CHANNELS", "48"],
+            ["MODEL.FPN.NORM: 'GN'", "48 channels; use a multiple of 32"],
+        ),
         (["MODEL.RETINANET.BN.AFFINE", "own"], ["BN.AFFINE: 'own'", "'shared', 'per_domain'"]),
         (["MODEL.RETINANET.BM", "1"], ["MODEL.RETINANET.BM", "Non-existent", "host"]),
         (["SOLVER.MAX_ITER", "many"], ["SOLVER.MAX_ITER: 'many'", "Type mismatch"]),
