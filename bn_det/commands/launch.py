@@ -39,7 +39,10 @@ _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 """What torchrun tells a process about its place, in _Place's order."""
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+FULL = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO),
+    *(errno.EPERM, errno.EACCES),
+}
 """What the system says of a file that could be opened, and cannot be written any more."""
 
 

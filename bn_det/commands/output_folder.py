@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, path_of
 from ..files import is_aside, try_lock
 from .launch import FULL, is_first
 
@@ -30,7 +30,8 @@ def written_in(key: str, folder: str, fn: Callable[..., None], *args: Any) -> No
     except OSError as e:
         if e.errno not in FULL:
             raise
-        raise InputError(f"{key}: {e.filename or folder} cannot be written to: {e.strerror}") from e
+        path = folder if e.filename is None else path_of(e)
+        raise InputError(f"{key}: {path} cannot be written to: {e.strerror}") from e
 
 
 _excepthook = threading.excepthook

@@ -3,6 +3,7 @@
 A limit on the size of files stands for a full disk: the system refuses a write in the same way.
 """
 
+import errno
 import resource
 from contextlib import contextmanager
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from bn_det.commands.checkpoint import Checkpointer, check_output
-from bn_det.commands.output_folder import used_by_one
+from bn_det.commands.output_folder import used_by_one, written_in
 from bn_det.errors import InputError
 from bn_det.files import write_text
 from here import run_here
@@ -117,3 +118,23 @@ def test_pictures_on_a_path_that_cannot_be(tmp_path):
     with files_of_at_most(100):
         done = run_here("tools/plot_metrics.py", *args[:-1], tmp_path / "a.png")
     assert done.stderr == f"error: --output: {tmp_path} cannot be written to: File too large\n"
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "{folder} cannot be written to: No sp"),
+        (PermissionError(errno.EPERM, "Not permitted", b"/x/events"), "/x/events cannot be writ"),
+        (TimeoutError(errno.ETIMEDOUT, "Timed out"), None),
+    ],
+)
+def test_what_is_appended_to_names_the_folder(error, words, tmp_path):
+    """As TensorBoard's and Detectron2's writers raise it; another error is no fault of a disk."""
+
+    def fail():
+        raise error
+
+    with pytest.raises(InputError if words else TimeoutError) as e:
+        written_in("OUTPUT_DIR", str(tmp_path), fail)
+    if words:
+        assert str(e.value).startswith("OUTPUT_DIR: " + words.format(folder=tmp_path))
