@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 FLOORS = (
-    ("errors", "files"),
+    ("errors",),
+    ("files",),
     ("layers",),
     ("population",),
     ("training",),

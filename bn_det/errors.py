@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -51,10 +52,17 @@ def one_line(error: Exception) -> str:
     In one line that leaves the terminal as it is, whatever a file of the user's has put into it.
     """
     text = str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"{path_of(error)}: {error.strerror}"
     if "Original Traceback (most recent call last):" in text:
         text = text.rpartition(f"{type(error).__name__}: ")[2]
     words = text.split()
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(words))
+
+
+def path_of(error: OSError) -> str:
+    """The file that the system refused, as text; who opened it may have named it by bytes."""
+    return os.fsdecode(error.filename) if isinstance(error.filename, bytes) else str(error.filename)
 
 
 def reason_of(error: Exception) -> str:

@@ -8,9 +8,12 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, Any
+
+from .errors import InputError
 
 _ASIDE = re.compile(r"\.\d+\.tmp$")
 
@@ -34,14 +37,44 @@ def write_aside(path: str | os.PathLike) -> Iterator[str]:
     """A path to write to instead, which replaces the real one once the block is done.
 
     If the block fails, the real one stays as it was.
+
+    Raises:
+        InputError: it cannot be written.
     """
     aside = f"{os.fspath(path)}.{os.getpid()}.tmp"  # of several runs each has its own
     try:
         yield aside
         os.replace(aside, path)
+    except (OSError, RuntimeError) as e:
+        if reason := _reason_of_system(e):
+            raise InputError(f"{path}: cannot be written: {reason}") from e
+        raise
     finally:
-        if os.path.exists(aside):
+        with suppress(OSError):
             os.remove(aside)
+
+
+def _reason_of_system(error: BaseException | None) -> str:
+    """What the system said, where that began an error: torch's own of a full disk has no reason."""
+    while error is not None:
+        if isinstance(error, OSError) and error.strerror:
+            return error.strerror
+        error = error.__context__
+    return ""
+
+
+def check_writable(key: str, folder: str | os.PathLike) -> None:
+    """Make a folder where there is none.
+
+    Raises:
+        InputError: it cannot be, or no file can be in it. It begins with the key.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))  # a full disk still takes an empty one
+    except OSError as e:
+        raise InputError(f"{key}: {folder} cannot be written to: {e.strerror}") from e
 
 
 def is_aside(path: Path) -> bool:

@@ -38,6 +38,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add_config_arguments(parser)
     # What the set-up that evaluation shares asks for.
     parser.set_defaults(eval_only=False, resume=False, num_gpus=1, num_machines=1)
+    parser.set_defaults(machine_rank=0, dist_url="auto")
     return parser
 
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from bn_det.commands.cli import run
 from bn_det.commands.results import read_metrics
 from bn_det.errors import InputError, nearest
-from bn_det.files import write_aside
+from bn_det.files import check_writable, write_aside
 
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -79,8 +79,8 @@ def main() -> None:
     output = Path(args.output)
     if output.suffix not in PICTURES:
         raise InputError(f"--output: {args.output!r} is not accepted; use {', '.join(PICTURES)}")
+    check_writable("--output", output.parent)
     figure = draw([parse_run(text) for text in args.runs], args.metric)
-    output.parent.mkdir(parents=True, exist_ok=True)
     with write_aside(output) as aside:
         figure.savefig(aside, format=output.suffix[1:], dpi=120)
     print(f"{output}: {args.metric} of {len(args.runs)} runs")

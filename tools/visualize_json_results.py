@@ -18,7 +18,7 @@ from bn_det.data.annotations import are_numbers, is_box
 from bn_det.data.coco import CocoDataset, CocoSource, builtin_sources, check_names, load_coco
 from bn_det.data.images import read_image
 from bn_det.errors import InputError, check_positive
-from bn_det.files import write_aside
+from bn_det.files import check_writable, write_aside
 
 COLOURS = [(80, 80, 255), (80, 220, 80), (255, 140, 60), (60, 220, 255), (255, 80, 255)]
 """BGR, for the classes in turn."""
@@ -115,6 +115,7 @@ def draw(args: argparse.Namespace) -> None:
     dataset = load_coco(args.dataset, sources[args.dataset])
     if not cv2.haveImageWriter(args.output):
         raise InputError(f"--output: {args.output!r} is not accepted; use a .png or .jpg file")
+    check_writable("--output", Path(args.output).parent)
     by_image: dict[int, list[dict]] = {}
     for detection in load_detections(args.input):
         if detection["category_id"] not in dataset.category_ids:
@@ -129,7 +130,6 @@ def draw(args: argparse.Namespace) -> None:
         raise InputError(f"--first: {args.first} is not one of the {len(dataset.records)} images")
     columns = [draw_image(dataset, r, by_image.get(r["image_id"], []), args.size) for r in records]
     _, encoded = cv2.imencode(Path(args.output).suffix, np.hstack(columns))
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     with write_aside(args.output) as aside:
         Path(aside).write_bytes(encoded.tobytes())
     print(f"{args.output}: {len(records)} images, truth above, detections below")

@@ -14,7 +14,7 @@ from yacs.config import CfgNode
 
 from ..config.yaml_file import load_yaml
 from ..errors import LOAD_ERRORS, InputError, reason_of
-from ..files import write_aside, write_json, write_text
+from ..files import check_writable, write_aside, write_json, write_text
 from ..layers.state_dicts import READ_ERRORS, weights_of, why_unreadable
 from .fitting import refuse_fused, refuse_not_finite, refuse_others, refuse_rest, tell_parts
 
@@ -48,6 +48,12 @@ class CheckpointerMixin:
         self._is_resumed = resume and self.has_checkpoint()
         return super().resume_or_load(path, resume=resume)
 
+    def save_final(self, iteration: int, max_iter: int) -> None:
+        """Save model_final where a resumed training was ended right before, all else being done."""
+        is_done = self._is_resumed and iteration == max_iter - 1
+        if is_done and os.path.basename(self.get_checkpoint_file()) != "model_final.pth":
+            self.save("model_final", iteration=iteration)
+
     def save(self, name: str, **kwargs: Any) -> None:
         """Save the model and all checkpointables to ``<save_dir>/<name>.pth``."""
         if not self.save_dir:
@@ -59,8 +65,7 @@ class CheckpointerMixin:
             return
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
-        with write_aside(path) as aside:
-            torch.save(data, aside)
+        _save(data, path)
         self.tag_last_checkpoint(os.path.basename(path))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
@@ -115,6 +120,12 @@ class CheckpointerMixin:
         return incompatible
 
 
+def _save(content: dict[str, Any], path: str | Path) -> None:
+    # In a file of Python's, whose errors have the system's reason.
+    with write_aside(path) as aside, open(aside, "wb") as file:
+        torch.save(content, file)
+
+
 class _SafeCheckpointer(_Checkpointer):
     def _load_file(self, f: str) -> dict[str, Any]:
         return torch.load(f, map_location="cpu", weights_only=True)
@@ -141,7 +152,9 @@ def check_start(cfg: CfgNode, args: argparse.Namespace) -> None:
     """
     check_files(args, ("OUTPUT_DIR", cfg.OUTPUT_DIR), ("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS))
     path = os.path.join(cfg.OUTPUT_DIR, _CONFIG)
-    if args.resume and not args.eval_only and os.path.isfile(path):
+    # It is empty where a run was killed as it wrote it.
+    has_config = os.path.isfile(path) and os.path.getsize(path) > 0
+    if args.resume and not args.eval_only and has_config:
         before = load_yaml(path).get("SOLVER", {})
         for key in OF_OPTIMIZER:
             if key in before and cfg.SOLVER.get(key) != before[key]:
@@ -175,7 +188,9 @@ def check_files(
 
 
 def check_output(output: str | None, inputs: Sequence[str], flag: str) -> None:
-    """Raise InputError unless a command can write its --output beside what it reads.
+    """Raise InputError unless a command can write its --output, another file than what it reads.
+
+    The folder is made.
 
     Args:
         output: None for nothing to write.
@@ -190,13 +205,12 @@ def check_output(output: str | None, inputs: Sequence[str], flag: str) -> None:
         )
     if path.is_dir() or any(path.exists() and path.samefile(of) for of in inputs):
         raise InputError(f"--output: {output!r} is not accepted; use another file than {flag}")
+    check_writable("--output", path.parent)
 
 
 def save_with_table(content: dict[str, Any], table: dict[str, Any], output: str) -> None:
     """Write a checkpoint, and beside it a table as JSON."""
     path = Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with write_aside(path) as aside:
-        torch.save(content, aside)
+    _save(content, path)
     write_json(path.with_suffix(".json"), table)
     print(f"Saved to {path}, and the table to {path.with_suffix('.json')}")

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import importlib.util
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,8 @@ import torch
 from yacs.config import CfgNode
 
 from ..errors import InputError, check_positive, one_line
-from .launch import MENDABLE, RankError, launch
-from .output_folder import used_by_one
+from .launch import RankError, is_mendable, launch
+from .output_folder import used_by_one, written_in
 
 
 def add_host_argument(parser: argparse.ArgumentParser) -> None:
@@ -103,7 +104,6 @@ def measure_command(
     cfg, results = import_host(args.host, name).measure(args)
     print(table(results))
     path = Path(cfg.OUTPUT_DIR) / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     save(results, path)
     print(f"Saved to {path}")
 
@@ -134,23 +134,32 @@ def start(fn: Callable[..., None], args: argparse.Namespace, cfg: CfgNode) -> No
 
     No other run is in the config's OUTPUT_DIR meanwhile.
     """
-    with used_by_one("OUTPUT_DIR", cfg.OUTPUT_DIR, args.machine_rank):
-        launch(
-            fn,
-            (args, cfg),
-            args.num_gpus,
-            args.num_machines,
-            args.machine_rank,
-            args.dist_url,
-            cfg.MODEL.DEVICE,
-        )
+    start_in(("OUTPUT_DIR", cfg.OUTPUT_DIR), fn, (args, cfg), args, cfg.MODEL.DEVICE)
+
+
+def start_in(
+    output: tuple[str, str],
+    fn: Callable[..., None],
+    fn_args: tuple,
+    args: argparse.Namespace,
+    device: str,
+) -> None:
+    """As :func:`start`, from the key and the value of the folder."""
+    processes = args.num_gpus, args.num_machines, args.machine_rank, args.dist_url
+    with used_by_one(*output, args.machine_rank):
+        launch(written_in, (*output, fn, *fn_args), *processes, device)
 
 
 def run(main: Callable[[], None]) -> None:
     """Call a command's main function; what its user can mend is shown without a traceback."""
     try:
         main()
-    except MENDABLE as e:
+    except (InputError, OSError) as e:
+        if not is_mendable(e):
+            raise
         sys.exit(f"error: {one_line(e)}")
     except RankError as e:
         sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import multiprocessing
 import os
 import pickle
@@ -31,12 +33,25 @@ TIMEOUT = timedelta(minutes=30)
 
 _POLL = 0.5  # seconds
 
+_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
+
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 """What torchrun tells a process about its place, in _Place's order."""
 
 
-MENDABLE = (InputError, FileNotFoundError)
-"""What a command's user can mend; a file that is not there, an image for example, names itself."""
+FULL = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO),
+    *(errno.EPERM, errno.EACCES),
+}
+"""What the system says of a file that could be opened, and cannot be written any more."""
+
+
+def is_mendable(error: BaseException | None) -> bool:
+    """Whether a command's user can mend it; what the system refuses, if it says of which file."""
+    if isinstance(error, OSError):
+        names_file = error.filename is not None or isinstance(error, FileNotFoundError)
+        return names_file or error.errno in FULL
+    return isinstance(error, InputError)
 
 
 class RankError(RuntimeError):
@@ -258,6 +273,7 @@ def _rank(
     # Of its own, so that the processes of its data loader end with it, even if it is killed. Ctrl-C
     # then reaches the parent alone, which ends all.
     os.setpgid(0, 0)
+    _end_at_once_with_parent()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.update({name: str(value) for name, value in zip(_ENVIRONMENT, place, strict=True)})
     try:
@@ -266,12 +282,18 @@ def _rank(
             fn(*args)
     except Exception as e:
         # Before the connections close, which makes other ranks raise.
-        is_input = isinstance(e, MENDABLE)
+        is_input = is_mendable(e)
         message = one_line(e) if is_input else traceback.format_exc().rstrip()
         report = (time.time(), place.rank, InputError.__name__ if is_input else "", message)
         with write_aside(Path(reports) / f"{place.rank}.report") as aside:
             Path(aside).write_bytes(pickle.dumps(report))
         sys.exit(1)
+
+
+def _end_at_once_with_parent() -> None:
+    """Have Linux do it, where the interpreter is busy, too, and no thread of it would run."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _end_with_parent() -> None:

@@ -2,15 +2,71 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
-from collections.abc import Iterator
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, path_of
 from ..files import is_aside, try_lock
-from .launch import is_first
+from .launch import FULL, is_first
+
+
+def written_in(key: str, folder: str, fn: Callable[..., None], *args: Any) -> None:
+    """Call ``fn(*args)``, which writes into a folder, and name that where writing fails.
+
+    Raises:
+        InputError: it did, as the disk is full or the like.
+    """
+    threading.excepthook = _of_thread
+    try:
+        fn(*args)
+    except OSError as e:
+        if e.errno not in FULL:
+            raise
+        path = folder if e.filename is None else path_of(e)
+        raise InputError(f"{key}: {path} cannot be written to: {e.strerror}") from e
+
+
+_excepthook = threading.excepthook
+
+
+def _of_thread(args: threading.ExceptHookArgs) -> None:
+    # TensorBoard's thread, whose error its caller raises, too.
+    if not (isinstance(args.exc_value, OSError) and args.exc_value.errno in FULL):
+        _excepthook(args)
+
+
+def end_logs_that_fail(names: Iterable[str]) -> None:
+    """Have a log that cannot be written to its file say so once, and end; the run goes on.
+
+    By itself logging prints a traceback for each of its lines.
+
+    Args:
+        names: of loggers.
+    """
+    for name in names:
+        for handler in logging.getLogger(name).handlers:
+            if getattr(handler, "stream", None) not in (None, sys.stdout, sys.stderr):
+                handler.handleError = partial(_end_log, handler)
+
+
+def _end_log(handler: logging.StreamHandler, record: logging.LogRecord) -> None:
+    error, stream = sys.exc_info()[1], handler.stream
+    if isinstance(error, OSError):
+        print(f"{stream.name}: ends here: {error.strerror}", file=sys.stderr)
+        with suppress(OSError):  # what it holds would fail again when the process ends
+            stream.close()
+    elif not stream.closed:  # of Detectron2's loggers, which share it
+        logging.Handler.handleError(handler, record)
+        return
+    handler.setLevel(logging.CRITICAL + 1)
 
 
 @contextmanager
@@ -33,7 +89,8 @@ def used_by_one(key: str, folder: str | os.PathLike, machine_rank: int = 0) -> I
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
+        # Unbuffered: what a full disk does not take would fail again when it is closed.
+        lock = open(folder / ".lock", "ab+", buffering=0)  # noqa: SIM115
     except OSError as e:
         raise InputError(f"{key}: {folder} cannot be written to: {e.strerror}") from e
     with lock:
@@ -41,13 +98,19 @@ def used_by_one(key: str, folder: str | os.PathLike, machine_rank: int = 0) -> I
             if not try_lock(lock):
                 lock.seek(0)
                 raise InputError(
-                    f"{key}: {folder} is in use by {lock.read().strip() or 'another run'}; wait "
+                    f"{key}: {folder} is in use by {lock.read().decode() or 'another run'}; wait "
                     "for it, or use another folder"
                 )
             lock.truncate(0)
-            lock.write(f"process {os.getpid()} of {socket.gethostname()}")
-            lock.flush()
             for path in (*folder.glob("*.tmp"), *folder.glob("inference/*.tmp")):
                 if is_aside(path):
                     path.unlink(missing_ok=True)
+            _cut_line(folder / "metrics.json")
+            lock.write(f"process {os.getpid()} of {socket.gethostname()}".encode())
         yield
+
+
+def _cut_line(path: Path) -> None:
+    """Cut off a last line without an end, as a full disk leaves it: others would be added to it."""
+    if path.is_file() and not (content := path.read_bytes()).endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)

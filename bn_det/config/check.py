@@ -39,6 +39,8 @@ def check_values(cfg: CfgNode) -> None:
     check_ranges(cfg)
     if "resnet" in cfg.MODEL.BACKBONE.NAME and cfg.MODEL.BACKBONE.NAME not in NF_BACKBONES:
         choose("MODEL.RESNETS.DEPTH", cfg.MODEL.RESNETS.DEPTH, DEPTHS)
+        if cfg.MODEL.RESNETS.DEPTH < 50:  # of whose blocks there is one width
+            choose("MODEL.RESNETS.RES2_OUT_CHANNELS", cfg.MODEL.RESNETS.RES2_OUT_CHANNELS, [64])
     for part in PARTS:
         choose(f"MODEL.{part}.GHOST_ORDER", cfg.MODEL[part].GHOST_ORDER, GHOST_ORDERS)
         _check_weight_norm(cfg, part)

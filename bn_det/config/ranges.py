@@ -2,7 +2,8 @@
 
 Detectron2 looks at few of its values: others end in a traceback, train with weights that are NaN,
 or evaluate a net that was never trained. A key that a host or a project does not have is not looked
-at; what is only wrong together with other keys is in ``check.py``, and so are ours.
+at; what is only wrong together with other keys is in ``check.py``, and so are ours, but for
+``MODEL.BN_FCOS``, whose keys mean what Detectron2's FCOS calls so.
 """
 
 from __future__ import annotations
@@ -90,6 +91,7 @@ RANGES: dict[str, Rule] = {
     "DATASETS.TEST": _NAMES,
     "DATALOADER.NUM_WORKERS": _NUMBER,
     "INPUT.FORMAT": _one_of("BGR", "RGB", "L", "YUV-BT.601"),
+    "INPUT.MASK_FORMAT": _one_of("polygon", "bitmask"),
     "INPUT.MIN_SIZE_TRAIN": _each(_NUMBER, int, may_be_empty=False),
     "INPUT.MAX_SIZE_TRAIN": _COUNT,
     "INPUT.MIN_SIZE_TEST": _NUMBER,
@@ -113,6 +115,15 @@ RANGES: dict[str, Rule] = {
     "MODEL.RETINANET.SCORE_THRESH_TEST": _between(0, 1),
     "MODEL.RETINANET.NMS_THRESH_TEST": _between(0, 1),
     "MODEL.RETINANET.TOPK_CANDIDATES_TEST": _COUNT,
+    "MODEL.BN_FCOS.NUM_CLASSES": _COUNT,
+    "MODEL.BN_FCOS.NUM_CONVS": _NUMBER,
+    "MODEL.BN_FCOS.PRIOR_PROB": _within(0, 1),
+    "MODEL.BN_FCOS.CENTER_SAMPLING_RADIUS": _NUMBER,
+    "MODEL.BN_FCOS.FOCAL_LOSS_ALPHA": _between(0, 1),
+    "MODEL.BN_FCOS.FOCAL_LOSS_GAMMA": _NUMBER,
+    "MODEL.BN_FCOS.SCORE_THRESH_TEST": _between(0, 1),
+    "MODEL.BN_FCOS.NMS_THRESH_TEST": _between(0, 1),
+    "MODEL.BN_FCOS.TOPK_CANDIDATES_TEST": _COUNT,
     "MODEL.RPN.BATCH_SIZE_PER_IMAGE": _COUNT,
     "MODEL.RPN.POSITIVE_FRACTION": _between(0, 1),
     "MODEL.RPN.NMS_THRESH": _between(0, 1),

@@ -7,6 +7,7 @@ import argparse
 from detectron2.config import CfgNode
 
 from ..commands.average import Host, check, run
+from ..commands.cli import start
 from ..config.training import with_precise_bn_batches
 from .datasets import build_bn_loader, load_test_images, load_training
 from .leakage import annotated_loader
@@ -17,6 +18,11 @@ def main(args: argparse.Namespace) -> None:
     """As tools/average_checkpoints.py says."""
     check(args)
     cfg = setup(args)
+    args.eval_only = True  # no training, from here on
+    start(_run, args, cfg)
+
+
+def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
     set_up_process(args, cfg)
     model = Trainer.build_model(cfg)
     training = load_training(with_precise_bn_batches(cfg), build_bn_loader)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,7 @@ from ..data.coco import (
     registered_sources,
     shapes_sources,
 )
+from ..errors import InputError
 from .engine import readable_datasets
 from .mapper import Mapper
 
@@ -59,6 +60,18 @@ def check_files(cfg: CfgNode, split: str) -> None:
             prepare(name, CocoSource(metadata.json_file, metadata.image_root))
             content = read_annotations(name, metadata.json_file, **needs)
             check_num_classes(cfg, f"DATASETS.{split}", name, len(content["categories"]))
+            if split == "TRAIN" and cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon":
+                _refuse_rle(f"{name}: {metadata.json_file}", content["annotations"])
+
+
+def _refuse_rle(where: str, annotations: Iterable[dict[str, Any]]) -> None:
+    """Raise InputError for one that training uses, which makes no polygons of it."""
+    for annotation in annotations:
+        if isinstance(annotation["segmentation"], dict) and not annotation.get("iscrowd", 0):
+            raise InputError(
+                f"INPUT.MASK_FORMAT: 'polygon' is not accepted with {where}: annotation "
+                f"{annotation['id']} is RLE; use 'bitmask'"
+            )
 
 
 def build_train_loader(cfg: CfgNode) -> Any:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +20,11 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ..commands.checkpoint import CheckpointerMixin
+from ..commands.launch import is_mendable
+from ..commands.output_folder import end_logs_that_fail
 from ..commands.pickled_arrays import read_pickled_arrays
-from ..errors import InputError
+from ..errors import InputError, one_line
+from ..files import write_text
 
 
 class _SafeCheckpointer(DetectionCheckpointer):
@@ -70,8 +75,36 @@ def set_up_group_and_log(args: argparse.Namespace, cfg: CfgNode, output_dir: str
     """As :func:`set_up_process`, but for the data sets, of either kind of config."""
     if dist.is_initialized():
         comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
-    setup_logger(output_dir, distributed_rank=comm.get_rank(), name="bn_det")
-    default_setup(cfg, args)
+    rank = comm.get_rank()
+    setup_logger(output_dir, distributed_rank=rank, name="bn_det")
+    # As default_setup calls it, which then makes no others.
+    setup_logger(output_dir, distributed_rank=rank, name="fvcore")
+    setup_logger(output_dir, distributed_rank=rank)
+    end_logs_that_fail(("bn_det", "fvcore", "detectron2"))
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_in_a_line)
+    with _config_of_training(args, cfg, Path(output_dir, "config.yaml")):
+        default_setup(cfg, args)
+
+
+@contextmanager
+def _config_of_training(args: argparse.Namespace, cfg: CfgNode, path: Path) -> Iterator[None]:
+    """Keep what resuming a training goes by, where Detectron2 replaces it with any command's."""
+    is_kept = args.eval_only and path.is_file()
+    text = path.read_text() if is_kept else ""
+    if comm.is_main_process() and not is_kept and isinstance(cfg, CfgNode):
+        # Detectron2 writes in place, where a full disk would cost what was there.
+        write_text(path, cfg.dump())
+    yield
+    if comm.is_main_process() and is_kept:
+        write_text(path, text)
+
+
+def _in_a_line(record: logging.LogRecord) -> bool:
+    """Detectron2's trainer logs what ends a training with a traceback."""
+    error = record.exc_info[1] if record.exc_info else None
+    if is_mendable(error):
+        record.msg, record.exc_info = f"{record.msg} {one_line(error)}", None
+    return True
 
 
 @contextmanager

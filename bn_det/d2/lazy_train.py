@@ -22,9 +22,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from ..commands.checkpoint import check_files
+from ..commands.cli import start_in
 from ..commands.fitting import refuse_broken_statistics
-from ..commands.launch import launch, world_size
-from ..commands.output_folder import used_by_one
+from ..commands.launch import world_size
 from ..commands.results import results_table
 from ..config.check import usable_device
 from ..data.coco import check_names
@@ -47,9 +47,8 @@ class _AMPTrainer(EvaluatesOnSuccess, AMPTrainer):
 def main(args: argparse.Namespace) -> None:
     """Train and evaluate, or only evaluate, as the flags of ``tools/train_net.py`` say."""
     loaded = _Loaded(args)
-    processes = args.num_gpus, args.num_machines, args.machine_rank, args.dist_url
-    with used_by_one("train.output_dir", loaded.cfg.train.output_dir, args.machine_rank):
-        launch(_run, (args, loaded), *processes, loaded.cfg.train.device)
+    train = loaded.cfg.train
+    start_in(("train.output_dir", train.output_dir), _run, (args, loaded), args, train.device)
 
 
 class _Loaded:
@@ -208,6 +207,7 @@ def _train(args: argparse.Namespace, cfg: DictConfig, model: nn.Module) -> Mappi
     )
     checkpointer.must_match = args.resume
     checkpointer.resume_or_load(train.init_checkpoint, resume=args.resume)
+    checkpointer.save_final(trainer.iter, train.max_iter)
     # The checkpoint has the last iteration that is done.
     trainer.train(trainer.iter + 1 if args.resume else 0, train.max_iter)
     return results

@@ -14,6 +14,7 @@ from detectron2.modeling import GeneralizedRCNN
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from ..files import check_writable
 from ..layers import record_sources
 from ..measure.bootstrap import Estimate
 from ..measure.leakage import RoIBatch, check_architecture, measure_leakage
@@ -25,6 +26,7 @@ from .train import load_model, setup
 def measure(args: argparse.Namespace) -> tuple[CfgNode, dict[str, dict[str, Estimate]]]:
     """Measure the checkpoint of a config on DATASETS.TEST, as tools/measure_leakage.py says."""
     cfg = setup(args)
+    check_writable("OUTPUT_DIR", cfg.OUTPUT_DIR)
     check_architecture(cfg)
     model = load_model(cfg, resume=False).eval()
     loader = annotated_loader(cfg, load_test_images(cfg), args.images_per_batch)

@@ -10,6 +10,7 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils.events import EventStorage
 
 from ..data.category_batches import whole_batches
+from ..files import check_writable
 from ..measure.bootstrap import Estimate
 from ..measure.loss import WeightedLoss, check_dense, measure_loss
 from .datasets import load_test_images
@@ -20,6 +21,7 @@ from .train import load_model, setup
 def measure(args: argparse.Namespace) -> tuple[CfgNode, dict[str, Estimate]]:
     """Measure the checkpoint of a config on DATASETS.TEST, as tools/measure_loss.py says."""
     cfg = setup(args)
+    check_writable("OUTPUT_DIR", cfg.OUTPUT_DIR)
     check_dense(cfg)
     model = load_model(cfg, resume=False).eval()
     dataset = load_test_images(cfg)

@@ -73,6 +73,7 @@ class Trainer(EvaluatesOnSuccess, BNHooks, DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         self.checkpointer.must_match = resume
         super().resume_or_load(resume)
+        self.checkpointer.save_final(self.iter, self.max_iter)
 
     def train(self) -> dict[str, Any]:
         """Train and evaluate.

@@ -56,7 +56,8 @@ def norm_factory(
         A callable from the number of channels to the layer, or None for no normalization.
 
     Raises:
-        InputError: the name is unknown, or "GhostBN" has no size.
+        InputError: the name is unknown, or "GhostBN" has no size; from the callable for "GN": 32 is
+            no divisor of the number of channels.
     """
     if not norm:
         return None
@@ -76,4 +77,13 @@ def norm_factory(
         raise InputError(
             f"{ghost_key}: {ghost_size!r} is not accepted; {key} 'GhostBN' takes 1 sample or more"
         )
-    return named[norm]
+    return partial(_in_groups, named[norm], key) if norm == "GN" else named[norm]
+
+
+def _in_groups(make: NormFactory, key: str, channels: int) -> nn.Module:
+    """The hosts' GN, which has 32 groups."""
+    if channels % 32:
+        raise InputError(
+            f"{key}: 'GN' is not accepted with {channels} channels; use a multiple of 32"
+        )
+    return make(channels)

@@ -126,11 +126,3 @@ def check_folder(folder: Path, title: str, setting: Setting, seeds: Sequence[int
             f"--output: {folder} has a report of {len(found['seeds'])} seeds, and this is one of "
             f"{len(seeds)}; use another folder, or --seeds {len(found['seeds'])}"
         )
-
-
-def make_folder(flag: str, folder: Path) -> None:
-    """Make the folder that a flag names, unless it is there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"{flag}: {folder} cannot be made: {e.strerror}; name a folder") from e

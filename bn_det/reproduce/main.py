@@ -17,7 +17,8 @@ from tabulate import tabulate
 
 from ..commands.cli import choose_host
 from ..errors import InputError
-from .checks import check_arguments, check_folder, check_host, make_folder
+from ..files import check_writable
+from .checks import check_arguments, check_folder, check_host
 from .claims import claims_of
 from .published import NUM_GPUS
 from .registry import EXPERIMENTS, SHAPES_ONLY
@@ -56,7 +57,7 @@ def reproduce(args: argparse.Namespace, root: Path) -> None:
     folder = Path(args.output or f"output/reproduce/{args.experiment}-{args.data}")
     check_folder(folder, args.experiment, setting, seeds)
     if not args.dry_run:
-        make_folder("--output", folder)
+        check_writable("--output", folder)
     jobs = args.jobs or default_jobs()
     with nullcontext() if args.dry_run else _alone(setting.runs):
         runner = Runner(steps, setting.runs, jobs)
@@ -145,7 +146,7 @@ def _setting(args: argparse.Namespace, root: Path) -> Setting:
 @contextmanager
 def _alone(runs: Path) -> Iterator[None]:
     """Keep other commands out of a folder of runs."""
-    make_folder("--runs", runs)
+    check_writable("--runs", runs)
     with open(runs / ".lock", "w") as lock:
         os.set_inheritable(lock.fileno(), True)
         try:

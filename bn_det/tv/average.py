@@ -9,6 +9,7 @@ import torch
 from fvcore.common.config import CfgNode
 
 from ..commands.average import Host, check, run
+from ..commands.cli import start
 from ..config.training import with_precise_bn_batches
 from .data import build_test_loader, build_train_loader
 from .model import build_model
@@ -21,6 +22,11 @@ def main(args: argparse.Namespace) -> None:
     check(args)
     cfg = setup(args)
     check_datasets(cfg, "TRAIN")
+    args.eval_only = True  # no training, from here on
+    start(_run, args, cfg)
+
+
+def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
     start_log(args, cfg)
     torch.manual_seed(shared_seed(cfg))
     batches = with_precise_bn_batches(cfg)

@@ -157,7 +157,6 @@ def check_cfg(cfg: CfgNode) -> None:
     choose("INPUT.FORMAT", cfg.INPUT.FORMAT, ["BGR", "RGB"])
     choose("INPUT.RANDOM_FLIP", cfg.INPUT.RANDOM_FLIP, ["horizontal", "vertical", "none"])
     # The same here: masks are bits, whatever they are in the file.
-    choose("INPUT.MASK_FORMAT", cfg.INPUT.MASK_FORMAT, ["polygon", "bitmask"])
     schedules = ["WarmupMultiStepLR", "WarmupCosineLR"]
     choose("SOLVER.LR_SCHEDULER_NAME", cfg.SOLVER.LR_SCHEDULER_NAME, schedules)
     for key in ("MAX_ITER", "IMS_PER_BATCH", "CHECKPOINT_PERIOD"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
@@ -22,6 +23,14 @@ from ..layers.comm import share, world
 
 Sample = tuple[Tensor, dict[str, Tensor], dict]
 """An image (3, H, W) in float32 from 0 to 255, its target for training, and its record."""
+
+
+class _ShortestSize(v2.RandomShortestSize):
+    """torchvision's, but that no side of a long and narrow image becomes 0 pixels."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = super().make_params(flat_inputs)["size"]
+        return {"size": (max(1, height), max(1, width))}
 
 
 class DetectionDataset(Dataset):
@@ -104,7 +113,7 @@ def build_train_loader(
         "vertical": [v2.RandomVerticalFlip()],
         "none": [],
     }[cfg.INPUT.RANDOM_FLIP]
-    resize = v2.RandomShortestSize(list(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN)
+    resize = _ShortestSize(list(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN)
     transform = v2.Compose([resize, *flips])
     dataset = DetectionDataset(records, transform, cfg.INPUT.FORMAT, seed, cfg.MODEL.MASK_ON)
     batch_size = cfg.SOLVER.IMS_PER_BATCH
@@ -146,7 +155,7 @@ def build_test_loader(
         masks: whether targets have them; evaluation reads them elsewhere.
     """
     size = cfg.INPUT.MIN_SIZE_TEST
-    resize = v2.RandomShortestSize([size], cfg.INPUT.MAX_SIZE_TEST) if size else v2.Identity()
+    resize = _ShortestSize([size], cfg.INPUT.MAX_SIZE_TEST) if size else v2.Identity()
     images = DetectionDataset(dataset.records, resize, cfg.INPUT.FORMAT, masks=masks)
     draws = _Draws(SequentialSampler(images), 0, len(images), share(len(images)))
     return _loader(cfg, images, draws, batch_size)

@@ -9,6 +9,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
+from ..files import check_writable
 from ..layers import record_sources
 from ..measure.bootstrap import Estimate
 from ..measure.leakage import RoIBatch, check_architecture, measure_leakage
@@ -20,6 +21,7 @@ from .trainer import load_annotated
 def measure(args: argparse.Namespace) -> tuple[CfgNode, dict[str, dict[str, Estimate]]]:
     """Measure the checkpoint of a config on DATASETS.TEST, as tools/measure_leakage.py says."""
     cfg = setup(args)
+    check_writable("OUTPUT_DIR", cfg.OUTPUT_DIR)
     check_architecture(cfg)
     model = load_model(cfg, resume=False).eval()
     model.roi_heads.mask_head = None  # which would have masks sampled, too

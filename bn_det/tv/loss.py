@@ -9,6 +9,7 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from ..data.category_batches import whole_batches
+from ..files import check_writable
 from ..measure.bootstrap import Estimate
 from ..measure.loss import WeightedLoss, check_dense, measure_loss
 from .data import build_test_loader
@@ -19,6 +20,7 @@ from .trainer import load_annotated, losses_of
 def measure(args: argparse.Namespace) -> tuple[CfgNode, dict[str, Estimate]]:
     """Measure the checkpoint of a config on DATASETS.TEST, as tools/measure_loss.py says."""
     cfg = setup(args)
+    check_writable("OUTPUT_DIR", cfg.OUTPUT_DIR)
     check_dense(cfg)
     model = load_model(cfg, resume=False).eval()
     loaders, size = [], args.images_per_batch

@@ -14,10 +14,12 @@ from ..commands.checkpoint import Checkpointer, check_start
 from ..commands.cli import start
 from ..commands.fitting import refuse_broken_statistics
 from ..commands.launch import world_size
+from ..commands.output_folder import end_logs_that_fail
 from ..commands.results import results_table, save_results
 from ..config.check import check_ims_per_batch, resolve_device
 from ..config.load import load_config
 from ..errors import InputError
+from ..files import write_text
 from ..layers.comm import world
 from .config import check_cfg, get_cfg
 from .model import build_model
@@ -81,7 +83,10 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 
 def start_log(args: argparse.Namespace, cfg: CfgNode) -> None:
-    """Log to OUTPUT_DIR; of several processes the first to log.txt, which is shown, too."""
+    """Log to OUTPUT_DIR; of several processes the first to log.txt, which is shown, too.
+
+    The config is written there, but in the place of a training's by a training alone.
+    """
     rank, num_ranks = world()
     output_dir = Path(cfg.OUTPUT_DIR)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -93,8 +98,10 @@ def start_log(args: argparse.Namespace, cfg: CfgNode) -> None:
         handlers=[file] if rank else [logging.StreamHandler(sys.stdout), file],
         force=True,
     )
+    end_logs_that_fail([""])
     logger.info("Rank of this process: %d of %d", rank, num_ranks)
     logger.info("Command line arguments: %s", args)
     logger.info("Running with full config:\n%s", cfg.dump())
-    if rank == 0:
-        (output_dir / "config.yaml").write_text(cfg.dump())
+    # A training's, which resuming it goes by, stays.
+    if rank == 0 and not (args.eval_only and (output_dir / "config.yaml").exists()):
+        write_text(output_dir / "config.yaml", cfg.dump())

@@ -116,6 +116,7 @@ class Trainer:
         """Continue from the last checkpoint of OUTPUT_DIR, or begin from MODEL.WEIGHTS."""
         self.checkpointer.must_match = resume
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        self.checkpointer.save_final(self.iter, self.max_iter)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs beside the model. All processes have to call it."""

@@ -1,5 +1,6 @@
 """Starting processes: what they have, and what becomes of all when one fails."""
 
+import ctypes
 import json
 import multiprocessing
 import os
@@ -17,7 +18,7 @@ import torch.distributed as dist
 
 from bn_det.commands.launch import RankError, _raise_first, launch, world_size
 from bn_det.errors import InputError
-from waiting import wait_for
+from waiting import takes_ctrl_c, wait_for
 
 
 @pytest.fixture(autouse=True)
@@ -126,13 +127,28 @@ def say_and_sleep(folder):
     time.sleep(600)
 
 
+def say_and_be_busy(folder):
+    """In a call that keeps the interpreter; no signal but SIGKILL ends it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    (Path(folder) / str(os.getpid())).touch()
+    ctypes.PyDLL(None).sleep(600)
+
+
 @pytest.mark.slow
-def test_no_rank_survives_its_parent(tmp_path):
+@pytest.mark.parametrize(
+    "fn, how",
+    [
+        (say_and_sleep, signal.SIGKILL),
+        (say_and_be_busy, signal.SIGKILL),
+        (say_and_be_busy, signal.SIGINT),
+    ],
+)
+def test_no_rank_survives_its_parent(fn, how, tmp_path):
     lines = [
         "from bn_det.commands.launch import launch",
-        "from test_launch import say_and_sleep",
+        f"from test_launch import {fn.__name__} as fn",
         "if __name__ == '__main__':",
-        f"    launch(say_and_sleep, ({str(tmp_path)!r},), 2, device='cpu')",
+        f"    launch(fn, ({str(tmp_path)!r},), 2, device='cpu')",
     ]
     script = tmp_path / "script.py"
     script.write_text("\n".join(lines))
@@ -141,12 +157,13 @@ def test_no_rank_survives_its_parent(tmp_path):
     def ranks():
         return [p.name for p in tmp_path.iterdir() if p.name.isdigit()]
 
-    process = subprocess.Popen([sys.executable, str(script)], env=env)
+    process = subprocess.Popen([sys.executable, str(script)], env=env, preexec_fn=takes_ctrl_c)
     try:
         wait_for(lambda: len(ranks()) == 2, 60)
+        process.send_signal(how)
+        process.wait(60)
     finally:
         process.kill()
-        process.wait()
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks()), 60)
 
 

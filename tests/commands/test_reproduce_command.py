@@ -157,8 +157,11 @@ def test_a_kill_leaves_no_second_writer(tiny_variants, tmp_path):
         (["leakage", "--seeds", "0"], "--seeds: 0 is not accepted; use 1 or more"),
         (["leakage", "SEED"], "SEED: has no value"),
         (["leakage", "SEED", "7"], "SEED: is not accepted; --seeds and --runs say it"),
-        (["leakage", "--output", "file"], "--output: file cannot be made: File exists"),
-        (["leakage", "--runs", "file/runs"], "--runs: file/runs cannot be made: Not a directory"),
+        (["leakage", "--output", "file"], "--output: file cannot be written to: File exists"),
+        (
+            ["leakage", "--runs", "file/runs"],
+            "--runs: file/runs cannot be written to: Not a directory",
+        ),
         (
             ["leakage", "--data", "coco", "--dry-run"],
             "--host: 'torchvision' is not accepted with --data coco, whose trainings begin with "

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import logging
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from bn_det.commands.cli import run as run_command
 from here import run_here
 from hosts import INSTALLED, every_host
 from reference import BASE
-from waiting import wait_for
+from waiting import takes_ctrl_c, wait_for
 
 ROOT = Path(__file__).parents[2]
 TRAIN_NET = ROOT / "tools" / "train_net.py"
@@ -104,18 +105,28 @@ def test_an_integer_for_a_float(host, options, tmp_path):
 
 @pytest.mark.slow
 @every_host
-def test_continues_after_a_kill(host, options, tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_continues_after_a_kill(host, how, options, tmp_path):
     out = tmp_path / "out"
     options += ["INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"]
     long = [*options, "SOLVER.MAX_ITER", "1000000", "SOLVER.CHECKPOINT_PERIOD", "3"]
     process = subprocess.Popen(
-        command(host, *long), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(host, *long),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=takes_ctrl_c,
     )
     try:
         wait_for((out / "model_0000005.pth").exists, 240)
+        process.send_signal(how)
+        error = process.communicate(timeout=60)[1]
     finally:
         process.kill()
         process.wait(60)
+    if how == signal.SIGINT:
+        assert process.returncode == 130 and error.splitlines()[-1] == "interrupted"
+        assert "Traceback" not in error
     last = (out / "last_checkpoint").read_text()
     done = torch.load(out / last, weights_only=True)["iteration"] + 1
     assert done >= 3
@@ -133,6 +144,9 @@ def test_what_cannot_be_resumed(host, options, tmp_path, monkeypatch):
     short = [*options, "SOLVER.MAX_ITER", "2"]
     succeeds(host, *short)
     before = (out / "config.yaml").read_bytes()
+    evaluated = ("MODEL.WEIGHTS", out / "model_final.pth", "SOLVER.BASE_LR", "0.5")
+    succeeds(host, "--eval-only", *options, *evaluated)
+    assert (out / "config.yaml").read_bytes() == before
     for key, value in (("BASE_LR", "0.5"), ("WEIGHT_DECAY", "0.25"), ("MOMENTUM", "0")):
         words = f"SOLVER.{key}: {float(value)} is not accepted with --resume: .* goes on with "
         assert re.search(
@@ -142,6 +156,23 @@ def test_what_cannot_be_resumed(host, options, tmp_path, monkeypatch):
     content = torch.load(out / "model_final.pth", weights_only=True)
     torch.save({"model": content["model"]}, out / "model_final.pth")
     assert "weights alone" in fails(monkeypatch, host, "--resume", *options)
+
+
+@every_host
+def test_a_run_that_only_lacks_its_last_file(host, options, tmp_path):
+    """It was killed between the checkpoint of its last iteration and model_final.pth."""
+    out = tmp_path / "out"
+    options += ["INPUT.MIN_SIZE_TRAIN", "(64,)", "DATASETS.TEST", "()", "SOLVER.MAX_ITER", "2"]
+    succeeds(host, *options)
+    before = torch.load(out / "model_final.pth", weights_only=True)
+    (out / "model_final.pth").unlink()
+    (out / "last_checkpoint").write_text("model_0000001.pth")
+    (out / "config.yaml").write_text("")  # another run was killed as it wrote it
+    succeeds(host, "--resume", *options)
+    after = torch.load(out / "model_final.pth", weights_only=True)
+    assert after.keys() == before.keys() and after["iteration"] == before["iteration"] == 1
+    assert all(v.equal(after["model"][k]) for k, v in before["model"].items())
+    assert (out / "last_checkpoint").read_text() == "model_final.pth"
 
 
 @every_host
@@ -176,6 +207,10 @@ def test_auto_says_what_it_took_and_why(options, tmp_path):
         ),
         (["MODEL.RESNETS.NORM", "bn"], ["MODEL.RESNETS.NORM: 'bn'", "'FrozenBN'"]),
         (["MODEL.FPN.NORM", "bn"], ["MODEL.FPN.NORM: 'bn'", "'FrozenBN'"]),
+        (
+            ["MODEL.FPN.NORM", "GN", "MODEL.FPN.OUT_CHANNELS", "48"],
+            ["MODEL.FPN.NORM: 'GN'", "48 channels; use a multiple of 32"],
+        ),
         (["MODEL.RETINANET.BN.AFFINE", "own"], ["BN.AFFINE: 'own'", "'shared', 'per_domain'"]),
         (["MODEL.RETINANET.BM", "1"], ["MODEL.RETINANET.BM", "Non-existent", "host"]),
         (["SOLVER.MAX_ITER", "many"], ["SOLVER.MAX_ITER: 'many'", "Type mismatch"]),

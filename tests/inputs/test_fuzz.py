@@ -27,6 +27,7 @@ from bn_det.data.masks import decode_mask
 from bn_det.errors import InputError, one_line
 from here import ROOT
 from hosts import every_host, make_cfg
+from reference import BASE
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 300))
 fuzzed = settings(
@@ -35,6 +36,13 @@ fuzzed = settings(
     derandomize="FUZZ_EXAMPLES" not in os.environ,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
+
+
+@pytest.fixture(autouse=True)
+def _host_is_imported(request):
+    """Which takes longer than an example may, on a machine that is busy."""
+    if "host" in request.fixturenames:
+        make_cfg(request.getfixturevalue("host"), BASE)
 
 
 def assert_one_line(error):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from bn_det.config.keys import add_bn_det_config
 from bn_det.config.ranges import RANGES, check_ranges
 from bn_det.errors import InputError, one_line
 from hosts import every_host, make_cfg
@@ -16,6 +17,7 @@ REFUSED = {
     "DATASETS.TRAIN": ["(1,)", "(None,)"],
     "DATALOADER.NUM_WORKERS": ["-1"],
     "INPUT.FORMAT": ["XYZ"],
+    "INPUT.MASK_FORMAT": ["rle"],
     "INPUT.MIN_SIZE_TRAIN": ["()", "(-1,)", "('a',)", "(1.5,)", "(True,)"],
     "INPUT.MAX_SIZE_TRAIN": ["0"],
     "MODEL.PIXEL_MEAN": ["[]", "[1.0, 2.0]"],
@@ -25,6 +27,9 @@ REFUSED = {
     "MODEL.BACKBONE.FREEZE_AT": ["-1"],
     "MODEL.FPN.OUT_CHANNELS": ["0"],
     "MODEL.RESNETS.DEPTH": ["19"],
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": ["16"],
+    "MODEL.BN_FCOS.NUM_CONVS": ["-1"],
+    "MODEL.BN_FCOS.PRIOR_PROB": ["1.0"],
     "MODEL.RETINANET.NUM_CLASSES": ["0"],
     "MODEL.RETINANET.NUM_CONVS": ["-1"],
     "MODEL.RETINANET.SCORE_THRESH_TEST": ["1.5", "-0.1"],
@@ -74,5 +79,7 @@ def test_every_rule_is_of_a_key():
             else:
                 known.add(f"{path}{key}")
 
-    walk(detectron2.get_cfg(), "")
+    cfg = detectron2.get_cfg()
+    add_bn_det_config(cfg)
+    walk(cfg, "")
     assert RANGES.keys() <= known
