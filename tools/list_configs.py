@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write configs/README.md, the table of all configs; or, with --check, see that it is up to date.
+"""Write configs/README.md, the tables of configs and keys; or, with --check, see that it is so.
 
 Detectron2 is not needed, also for the configs that only it can run.
 """
@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from bn_det.commands.cli import run
+from bn_det.config.key_table import key_table
 from bn_det.config.table import config_table
 from bn_det.errors import InputError
 from bn_det.files import write_text
@@ -41,7 +42,7 @@ def main() -> None:
     if not args.folder.is_dir():
         raise InputError(f"--folder: there is no folder {args.folder}")
     path = args.folder / "README.md"
-    table = config_table(args.folder, get_cfg, check_cfg)
+    table = f"{config_table(args.folder, get_cfg, check_cfg)}\n{key_table()}"
     if args.check:
         check(path, table)
         print(f"{path}: is up to date")

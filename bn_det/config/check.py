@@ -8,20 +8,14 @@ from operator import attrgetter
 import torch
 from yacs.config import CfgNode
 
-from ..errors import InputError, check_positive, check_rate, choose
-from ..layers import BATCH_NORMS, SHARING, WEIGHT_NORMS
-from ..layers.batch_norm import STATISTICS
-from ..layers.ghost import GHOST_ORDERS
-from ..layers.meeting import check_timeout
-from ..population.estimate import ESTIMATORS
+from ..errors import InputError, choose
+from ..layers import BATCH_NORMS
 from .nf import check_nf
 from .parts import (
     COMPONENTS,
     DENSE,
-    LEVEL_PARTS,
     NF_BACKBONES,
     PARTS,
-    SOURCE_PARTS,
     has_our_batch_norm,
     is_per_level,
     why_not_ours,
@@ -42,27 +36,20 @@ def check_values(cfg: CfgNode) -> None:
         if cfg.MODEL.RESNETS.DEPTH < 50:  # of whose blocks there is one width
             choose("MODEL.RESNETS.RES2_OUT_CHANNELS", cfg.MODEL.RESNETS.RES2_OUT_CHANNELS, [64])
     for part in PARTS:
-        choose(f"MODEL.{part}.GHOST_ORDER", cfg.MODEL[part].GHOST_ORDER, GHOST_ORDERS)
         _check_weight_norm(cfg, part)
     for part in ("RETINANET", "ROI_BOX_HEAD"):
         _check_dropout(cfg, part)
     if cfg.MODEL.BACKBONE.NAME in NF_BACKBONES:
         check_nf(cfg)
-    for part in (*LEVEL_PARTS, "ROI_BOX_HEAD"):
-        for choice, value in cfg.MODEL[part].BN.items():
-            choose(f"MODEL.{part}.BN.{choice}", value, SHARING)
     _check_rpn(cfg)
     _check_levels_of_rois(cfg)
     _check_statistics(cfg, "TEST", "population")
     _check_statistics(cfg, "SOLVER", "batch")
-    _check_momentum(cfg)
-    _check_categories(cfg)
     _check_renorm(cfg)
     _check_steps(cfg)
     _check_agc(cfg)
     _check_sources(cfg)
-    _check_precise_bn(cfg)
-    check_timeout("SOLVER.SYNC_BN_TIMEOUT", cfg.SOLVER.SYNC_BN_TIMEOUT)
+    _check_freezing(cfg)
 
 
 def check_ims_per_batch(cfg: CfgNode, num_processes: int) -> None:
@@ -115,7 +102,6 @@ def usable_device(key: str, name: str) -> str:
 
 def _check_weight_norm(cfg: CfgNode, part: str) -> None:
     key, kind = f"MODEL.{part}.WEIGHT_NORM", cfg.MODEL[part].WEIGHT_NORM
-    choose(key, kind, ["", *WEIGHT_NORMS])
     if kind and (reason := why_not_ours(cfg, part)):
         raise InputError(f"{key}: {kind!r} is not accepted with {reason}")
     if part == "RESNETS" and kind == "ScaledWS":
@@ -133,7 +119,6 @@ def _check_weight_norm(cfg: CfgNode, part: str) -> None:
 
 def _check_dropout(cfg: CfgNode, part: str) -> None:
     key, rate = f"MODEL.{part}.DROPOUT", cfg.MODEL[part].DROPOUT
-    check_rate(key, rate)
     if rate and (reason := why_not_ours(cfg, part)):
         raise InputError(f"{key}: {rate!r} is not accepted with {reason}")
 
@@ -176,7 +161,6 @@ def _check_levels_of_rois(cfg: CfgNode) -> None:
 def _check_sources(cfg: CfgNode) -> None:
     """Raise InputError unless every data set is of a source, where some part tells them apart."""
     node, entries = cfg.MODEL.BN_SOURCES, cfg.DATASETS.SOURCES
-    choose("MODEL.BN_SOURCES.AFFINE", node.AFFINE, SHARING)
     for entry in entries:
         is_list = isinstance(entry, (list, tuple)) and len(entry) > 1
         if not is_list or not all(isinstance(e, str) for e in entry):
@@ -193,7 +177,6 @@ def _check_sources(cfg: CfgNode) -> None:
         return
     choose("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, _NAME_SOURCES)
     for part in node.PARTS:
-        choose("MODEL.BN_SOURCES.PARTS", part, SOURCE_PARTS)
         if not has_our_batch_norm(cfg, part):
             raise InputError(
                 f"MODEL.BN_SOURCES.PARTS: {part!r} is not accepted with MODEL.{part}.NORM "
@@ -220,9 +203,6 @@ def _check_statistics(cfg: CfgNode, node: str, default: str) -> None:
         default: what its BN_STATISTICS is where nothing is asked.
     """
     statistics, parts = cfg[node].BN_STATISTICS, cfg[node].BN_STATISTICS_PARTS
-    choose(f"{node}.BN_STATISTICS", statistics, STATISTICS)
-    for part in parts:
-        choose(f"{node}.BN_STATISTICS_PARTS", part, PARTS)
     if statistics == default:
         return
     has_batch = {part: has_our_batch_norm(cfg, part) for part in PARTS}
@@ -242,34 +222,13 @@ def _check_statistics(cfg: CfgNode, node: str, default: str) -> None:
         )
 
 
-def _check_momentum(cfg: CfgNode) -> None:
-    momentum = cfg.SOLVER.BN_MOMENTUM
-    if not 0 < momentum <= 1:
-        raise InputError(
-            f"SOLVER.BN_MOMENTUM: {momentum!r} is not accepted; use more than 0.0, and 1.0 at most"
-        )
-
-
-def _check_categories(cfg: CfgNode) -> None:
-    number = cfg.DATALOADER.CATEGORIES_PER_BATCH
-    if number < 0:
-        raise InputError(
-            f"DATALOADER.CATEGORIES_PER_BATCH: {number!r} is not accepted; use 0 (for any) or more"
-        )
-
-
 def _check_renorm(cfg: CfgNode) -> None:
     node = cfg.SOLVER.BRN
-    if not (node.R_MAX >= 1 and node.D_MAX >= 0):
-        raise InputError(
-            f"SOLVER.BRN: R_MAX {node.R_MAX!r} and D_MAX {node.D_MAX!r} are not accepted; use 1.0 "
-            "or more and 0.0 or more"
-        )
     for key in ("R_MAX_ITER", "D_MAX_ITER"):
-        if not 0 <= node.WARMUP_ITERS <= node[key]:
+        if node[key] < node.WARMUP_ITERS:
             raise InputError(
                 f"SOLVER.BRN.{key}: {node[key]!r} is not accepted with WARMUP_ITERS "
-                f"{node.WARMUP_ITERS!r}; use 0 or more, and WARMUP_ITERS not above it"
+                f"{node.WARMUP_ITERS!r}; use as many or more"
             )
     if cfg.SOLVER.BN_STATISTICS == "population":
         for part in cfg.SOLVER.BN_STATISTICS_PARTS or PARTS:
@@ -282,9 +241,6 @@ def _check_renorm(cfg: CfgNode) -> None:
 
 def _check_agc(cfg: CfgNode) -> None:
     node, other = cfg.SOLVER.AGC, cfg.SOLVER.get("CLIP_GRADIENTS")
-    for key in ("CLIP_FACTOR", "EPS"):
-        if not node[key] > 0:
-            raise InputError(f"SOLVER.AGC.{key}: {node[key]!r} is not accepted; use more than 0.0")
     if node.ENABLED and other is not None and other.ENABLED:
         raise InputError(
             "SOLVER.AGC.ENABLED: True is not accepted with SOLVER.CLIP_GRADIENTS.ENABLED True, "
@@ -293,7 +249,6 @@ def _check_agc(cfg: CfgNode) -> None:
 
 
 def _check_steps(cfg: CfgNode) -> None:
-    check_positive("SOLVER.ACCUMULATE", cfg.SOLVER.ACCUMULATE)
     freeze, last = cfg.SOLVER.FREEZE_BN_ITER, cfg.SOLVER.MAX_ITER
     if cfg.SOLVER.ACCUMULATE > 1 and freeze >= last:
         raise InputError(
@@ -306,8 +261,6 @@ def _check_steps(cfg: CfgNode) -> None:
 
 def _check_virtual(cfg: CfgNode) -> None:
     number = cfg.SOLVER.VIRTUAL_IMAGES
-    if number < 0:
-        raise InputError(f"SOLVER.VIRTUAL_IMAGES: {number!r} is not accepted; use 0 or more")
     if number and cfg.SOLVER.ACCUMULATE > 1:
         raise InputError(
             f"SOLVER.VIRTUAL_IMAGES: {number!r} is not accepted with SOLVER.ACCUMULATE "
@@ -326,25 +279,7 @@ def _check_virtual(cfg: CfgNode) -> None:
         )
 
 
-def _check_precise_bn(cfg: CfgNode) -> None:
-    node = cfg.TEST.PRECISE_BN
-    choose("TEST.PRECISE_BN.ESTIMATOR", node.ESTIMATOR, ESTIMATORS)
-    check_positive("TEST.PRECISE_BN.NUM_ITER", node.NUM_ITER)
-    if node.IMS_PER_BATCH < 0:
-        raise InputError(
-            f"TEST.PRECISE_BN.IMS_PER_BATCH: {node.IMS_PER_BATCH!r} is not accepted; use 0 (for "
-            "as many as in training) or more"
-        )
-    if not node.TOLERANCE >= 0:
-        raise InputError(
-            f"TEST.PRECISE_BN.TOLERANCE: {node.TOLERANCE!r} is not accepted; use 0.0 (for none) or "
-            "more"
-        )
-    if cfg.SOLVER.FREEZE_BN_ITER < 0:
-        raise InputError(
-            f"SOLVER.FREEZE_BN_ITER: {cfg.SOLVER.FREEZE_BN_ITER!r} is not accepted; use 0 (for "
-            "never) or more"
-        )
+def _check_freezing(cfg: CfgNode) -> None:
     if cfg.SOLVER.FREEZE_BN_ITER and cfg.TEST.BN_STATISTICS == "batch":
         raise InputError(
             f"SOLVER.FREEZE_BN_ITER: {cfg.SOLVER.FREEZE_BN_ITER!r} is not accepted with "

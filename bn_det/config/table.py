@@ -65,8 +65,7 @@ of its bases; what a config reproduces is in the comment at its head.
 - *backbone*, *FPN*, *heads*: the `NORM` of each part. `FREEZE_AT 2` freezes stem and res2.
 - *levels*: where a head's normalization tells levels apart, its `BN.STATISTICS`, `BN.POPULATION`
   and `BN.AFFINE`.
-- *choices*: `TEST.EVAL_PERIOD`, and the other keys of [README.md](../README.md), where they are not
-  at their defaults.
+- *choices*: `TEST.EVAL_PERIOD`, and the other [keys](#keys), where they are not at their defaults.
 """
 
 

@@ -11,6 +11,7 @@ from yacs.config import CfgNode
 from ..errors import InputError
 from ..layers import BASELINES, BATCH_NORMS
 from .keys import our_keys
+from .ours import HOOKS, KEYS, TRAINER
 from .parts import PARTS, ROI_PARTS, has_our_batch_norm, why_not_ours
 
 logger = logging.getLogger(__name__)
@@ -83,14 +84,10 @@ def _unread(cfg: CfgNode) -> Iterator[tuple[str, str, bool]]:
             yield f"SOLVER.AGC.{key}", "SOLVER.AGC.ENABLED False", False
 
 
-HOOK_KEYS = (
-    *("SOLVER.FREEZE_BN_ITER", "SOLVER.FREEZE_BN_MODULES", "SOLVER.VIRTUAL_IMAGES"),
-    *("SOLVER.FREEZE_BN_AFFINE", "SOLVER.FREEZE_BN_PRECISE", "SOLVER.SYNC_BN_TIMEOUT"),
-    "SOLVER.TUNE_BN",
-)
+HOOK_KEYS = tuple(key for key, described in KEYS.items() if described.reader == HOOKS)
 """What our hooks read."""
 
-TRAINER_KEYS = ("SOLVER.ACCUMULATE", "SOLVER.AGC.ENABLED", "DATALOADER.CATEGORIES_PER_BATCH")
+TRAINER_KEYS = tuple(key for key, described in KEYS.items() if described.reader == TRAINER)
 """What our trainers read, beside their hooks."""
 
 
