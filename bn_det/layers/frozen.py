@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
-from .held import constant, with_zero_gradients
 from .kernels import normalize_one
 
 
@@ -38,9 +37,8 @@ class FrozenBatchNorm(_NormBase):
     def forward(self, x: Tensor, groups: Tensor | None = None) -> Tensor:
         del groups  # of ours in training; it has no batch
         self._check_input_dim(x)
-        weight, bias = self.weight, self.bias
-        constants = self.running_mean, self.running_var, constant(weight), constant(bias)
-        return with_zero_gradients(normalize_one(x, *constants, self.eps), weight, bias)
+        statistics = self.running_mean, self.running_var
+        return normalize_one(x, *statistics, self.weight, self.bias, self.eps)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, was={self.thawed_type.__name__}"

@@ -23,7 +23,7 @@ from bn_det import (
     update_bn_stats,
 )
 from bn_det.errors import InputError
-from bn_det.layers.freeze import is_frozen
+from bn_det.layers.freeze import _hold, is_frozen
 from kinds import call, every_kind, fill, inputs_of, make, outputs_and_gradients
 from ranks import run_ranks
 
@@ -413,6 +413,9 @@ def test_what_a_frozen_layer_holds(make_layer):
     x = torch.randn(8, C, 32, 32, requires_grad=True)
     layer = freeze(make_layer())
     number = 2 if isinstance(layer, DomainBatchNorm2d) else 1
+    assert held(layer, [x, x] if number == 2 else x) == number * C * 4
+    for parameter in layer.parameters():  # as in a DistributedDataParallel that waits for them
+        _hold(parameter.requires_grad_())
     assert held(layer, [x, x] if number == 2 else x) == number * C * 4
     assert held(nn.BatchNorm2d(C).eval(), x) > x.numel() * 4
 
