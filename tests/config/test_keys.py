@@ -1,10 +1,15 @@
 """Our keys beside those of other projects, on both hosts' configs."""
 
+from fnmatch import fnmatch
+
 import pytest
 
 from bn_det import add_bn_det_config
 from bn_det.config.keys import our_keys
 from bn_det.config.load import load_config
+from bn_det.config.ours import KEYS
+from bn_det.config.ranges import check_ranges
+from bn_det.config.rules import ANY
 from bn_det.config.table import leaves
 from bn_det.errors import InputError
 from hosts import every_host, make_cfg
@@ -153,3 +158,67 @@ def test_the_name_that_our_fcos_had(host, tmp_path):
         make_cfg(host, path)
     with pytest.raises(InputError, match="MODEL.FCOS.NORM: 'BN' .*bn_det is MODEL.BN_FCOS"):
         make_cfg(host, BASE, "MODEL.FCOS.NORM", "BN")
+
+
+REFUSED = {
+    "MODEL.BN_FCOS.NUM_CLASSES": 0,
+    "MODEL.BN_FCOS.IN_FEATURES": [3],
+    "MODEL.BN_FCOS.NUM_CONVS": -1,
+    "MODEL.BN_FCOS.PRIOR_PROB": 1.0,
+    "MODEL.BN_FCOS.CENTER_SAMPLING_RADIUS": -0.5,
+    "MODEL.BN_FCOS.FOCAL_LOSS_ALPHA": 1.5,
+    "MODEL.BN_FCOS.FOCAL_LOSS_GAMMA": -1.0,
+    "MODEL.BN_FCOS.SCORE_THRESH_TEST": -0.1,
+    "MODEL.BN_FCOS.TOPK_CANDIDATES_TEST": 0,
+    "MODEL.BN_FCOS.NMS_THRESH_TEST": 2.0,
+    "MODEL.*.GHOST_SIZE": -1,
+    "MODEL.*.GHOST_ORDER": "sorted",
+    "MODEL.*.WEIGHT_NORM": "BN",
+    "MODEL.*.DROPOUT": 1.0,
+    "MODEL.NF.NAME": "",
+    "MODEL.NF.DROP_PATH_RATE": -0.1,
+    "MODEL.*.BN.*": "both",
+    "MODEL.BN_SOURCES.PARTS": ["ROI_BOX_HEAD"],
+    "MODEL.BN_SOURCES.AFFINE": "none",
+    "*.BN_STATISTICS": "ema",
+    "*.BN_STATISTICS_PARTS": ["HEAD"],
+    "SOLVER.BN_MOMENTUM": 0.0,
+    "SOLVER.ACCUMULATE": 0,
+    "SOLVER.AGC.CLIP_FACTOR": 0.0,
+    "SOLVER.AGC.EPS": 0.0,
+    "SOLVER.AGC.EXCLUDE": [1],
+    "SOLVER.VIRTUAL_IMAGES": -1,
+    "SOLVER.BRN.R_MAX": 0.9,
+    "SOLVER.BRN.D_MAX": -0.1,
+    "SOLVER.BRN.*_ITER*": -1,
+    "SOLVER.SYNC_BN_TIMEOUT": -1.0,
+    "SOLVER.FREEZE_BN_ITER": -1,
+    "SOLVER.FREEZE_BN_MODULES": [None],
+    "TEST.PRECISE_BN.TOLERANCE": -0.1,
+    "TEST.PRECISE_BN.ESTIMATOR": "ema",
+    "TEST.PRECISE_BN.IMS_PER_BATCH": -1,
+    "DATASETS.REGISTER_COCO": ["coco"],
+    "DATALOADER.CATEGORIES_PER_BATCH": -1,
+    "DATASETS.SOURCES": ["lab"],
+}
+"""For each key of ours whose type is not all that is asked, a value that is not accepted."""
+
+
+def refused_value(key):
+    found = [value for pattern, value in REFUSED.items() if fnmatch(key, pattern)]
+    return found[0] if found else None
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_the_values_of_a_key(key):
+    described = KEYS[key]
+    assert described.rule.accepts(described.default) and described.meaning
+    value = refused_value(key)
+    if value is None:
+        assert type(described.default) is bool or described.rule is ANY
+        return
+    cfg = our_keys()
+    set_key(cfg, key, value)
+    with pytest.raises(InputError) as e:
+        check_ranges(cfg)
+    assert str(e.value) == f"{key}: {value!r} is not accepted; use {described.rule.words}"
