@@ -41,11 +41,14 @@ def write_aside(path: str | os.PathLike) -> Iterator[str]:
     Raises:
         InputError: it cannot be written.
     """
+    check_replaceable(path)
     aside = f"{os.fspath(path)}.{os.getpid()}.tmp"  # of several runs each has its own
     try:
         yield aside
         os.replace(aside, path)
     except (OSError, RuntimeError) as e:
+        if interrupt := _interrupt_behind(e):
+            raise interrupt from None
         if reason := _reason_of_system(e):
             raise InputError(f"{path}: cannot be written: {reason}") from e
         raise
@@ -61,6 +64,22 @@ def _reason_of_system(error: BaseException | None) -> str:
             return error.strerror
         error = error.__context__
     return ""
+
+
+def _interrupt_behind(error: BaseException | None) -> KeyboardInterrupt | None:
+    """Ctrl-C, where torch's writer then failed, as its file has no end."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error
+
+
+def check_replaceable(path: str | os.PathLike) -> None:
+    """Raise InputError for what is there and no file, as a rename would put a file in its place."""
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise InputError(
+            f"{path}: cannot be written: it is no file, but a folder, a device, a pipe or a link "
+            "to nothing"
+        )
 
 
 def check_writable(key: str, folder: str | os.PathLike) -> None:

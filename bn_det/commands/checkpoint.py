@@ -14,9 +14,18 @@ from yacs.config import CfgNode
 
 from ..config.yaml_file import load_yaml
 from ..errors import LOAD_ERRORS, InputError, reason_of
-from ..files import check_writable, write_aside, write_json, write_text
-from ..layers.state_dicts import READ_ERRORS, weights_of, why_unreadable
-from .fitting import refuse_fused, refuse_not_finite, refuse_others, refuse_rest, tell_parts
+from ..files import check_replaceable, check_writable, write_aside, write_json, write_text
+from ..layers.state_dicts import READ_ERRORS, refuse_damaged, weights_of, why_unreadable
+from .fitting import (
+    refuse_broken_statistics,
+    refuse_fused,
+    refuse_not_finite,
+    refuse_others,
+    refuse_rest,
+    refuse_types,
+    tell_parts,
+)
+from .pickled_arrays import read_pickled_arrays
 
 
 class CheckpointerMixin:
@@ -75,12 +84,13 @@ class CheckpointerMixin:
         """As fvcore's, with errors that name the file."""
         try:
             return super().load(path, *args, **kwargs)
-        except InputError:
-            raise
+        except InputError as e:
+            raise e if str(path) in str(e) else InputError(f"{path}: {e}") from e
         except LOAD_ERRORS as e:
             raise InputError(f"{path}: cannot be loaded as a checkpoint: {reason_of(e)}") from e
 
     def _load_file(self, f: str) -> dict[str, Any]:
+        refuse_damaged(f)
         try:
             loaded = super()._load_file(f)
         except READ_ERRORS as e:
@@ -101,7 +111,10 @@ class CheckpointerMixin:
         parameters = {name for name, _ in self.model.named_parameters()}
         of_parameters = [(n, v) for n, v in checkpoint["model"].items() if n in parameters]
         refuse_not_finite(of_parameters, "the training had failed: use an earlier checkpoint")
+        refuse_types(self.model, checkpoint["model"])
         incompatible = super()._load_model(checkpoint)
+        if not self.must_match:
+            refuse_broken_statistics(self.model)
         if any(name.endswith("running_mean") for name in incompatible.missing_keys):
             refuse_fused(self.model, weights)
         for key, found, expected in incompatible.incorrect_shapes:
@@ -128,6 +141,8 @@ def _save(content: dict[str, Any], path: str | Path) -> None:
 
 class _SafeCheckpointer(_Checkpointer):
     def _load_file(self, f: str) -> dict[str, Any]:
+        if f.endswith(".pkl"):
+            return read_pickled_arrays(f)
         return torch.load(f, map_location="cpu", weights_only=True)
 
 
@@ -178,6 +193,7 @@ def check_files(
         print(f"--resume: {key} {folder} has no checkpoint yet; the training begins anew")
         args.resume = False
     if args.resume:
+        _check_last(os.path.join(folder, "last_checkpoint"))
         return
     key, path = weights
     if args.eval_only and not path:
@@ -185,6 +201,13 @@ def check_files(
     # Detectron2 takes options after a question mark.
     if path and "://" not in path and not os.path.isfile(path.split("?")[0]):
         raise InputError(f"{key}: there is no file {path}")
+
+
+def _check_last(path: str) -> None:
+    with open(path, "rb") as file:
+        name = file.read(1000).decode(errors="replace")
+    if not name or not name.isprintable():
+        raise InputError(f"--resume: {path}: {name!r} is not the name of a checkpoint beside it")
 
 
 def check_output(output: str | None, inputs: Sequence[str], flag: str) -> None:
@@ -206,6 +229,7 @@ def check_output(output: str | None, inputs: Sequence[str], flag: str) -> None:
     if path.is_dir() or any(path.exists() and path.samefile(of) for of in inputs):
         raise InputError(f"--output: {output!r} is not accepted; use another file than {flag}")
     check_writable("--output", path.parent)
+    check_replaceable(path)
 
 
 def save_with_table(content: dict[str, Any], table: dict[str, Any], output: str) -> None:

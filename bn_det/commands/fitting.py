@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -59,6 +60,19 @@ def refuse_not_finite(named: Iterable[tuple[str, Tensor]], what: str) -> None:
     ]
     if broken:
         raise InputError(f"{broken[0]}: it and {len(broken) - 1} more have NaN or infinity; {what}")
+
+
+def refuse_types(model: nn.Module, weights: Mapping[str, Any]) -> None:
+    """Raise InputError for weights that are no real numbers where the model's are.
+
+    torch would make some of them: of integers, and of complex numbers their real parts.
+    """
+    for name, own in model.state_dict().items():
+        tensor = weights.get(name)
+        if isinstance(tensor, Tensor) and own.is_floating_point() != tensor.is_floating_point():
+            raise InputError(
+                f"{name}: the checkpoint has {tensor.dtype}, the model of this config {own.dtype}"
+            )
 
 
 def refuse_broken_statistics(model: nn.Module) -> None:

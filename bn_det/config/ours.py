@@ -241,7 +241,7 @@ KEYS: dict[str, Key] = {
         False,
         _FLAG,
         "whether frozen BN, `FrozenBN` too, is folded into the convolution's weight in each step: "
-        "the same training, for less time (`bn_det.tune`)",
+        "the same training, for less time where the device is busy (`bn_det.tune`)",
         HOOKS,
     ),
     "TEST.PRECISE_BN.TOLERANCE": Key(

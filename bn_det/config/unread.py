@@ -76,7 +76,7 @@ def _unread(cfg: CfgNode) -> Iterator[tuple[str, str, bool]]:
             yield key, "no part of the model that has BatchNorm of ours", False
     if not any(cfg.MODEL[part].NORM == "BRN" for part in PARTS):
         for key in cfg.SOLVER.BRN:
-            yield f"SOLVER.BRN.{key}", "no NORM 'BRN'", False
+            yield f"SOLVER.BRN.{key}", "a model that has NORM 'BRN' nowhere", False
     if not cfg.MODEL.BN_SOURCES.PARTS:
         yield "MODEL.BN_SOURCES.AFFINE", "MODEL.BN_SOURCES.PARTS ()", False
     if not cfg.SOLVER.AGC.ENABLED:

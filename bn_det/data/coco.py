@@ -82,7 +82,11 @@ def registered_sources(cfg: CfgNode) -> dict[str, CocoSource]:
                 f"DATASETS.REGISTER_COCO: {entry!r} is not accepted; each entry is a list "
                 "[name, JSON file, folder of images]"
             )
-        sources[entry[0]] = CocoSource(*entry[1:])
+        source = CocoSource(*entry[1:])
+        if sources.setdefault(entry[0], source) != source:
+            raise InputError(
+                f"DATASETS.REGISTER_COCO: {entry[0]!r} stands there twice, of other files"
+            )
     return sources
 
 

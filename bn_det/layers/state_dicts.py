@@ -7,6 +7,8 @@ import os
 import pickle
 import re
 import struct
+import zipfile
+import zlib
 from codecs import getincrementaldecoder
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -39,6 +41,8 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
     Raises:
         InputError: it cannot be read so; the message begins with the path.
     """
+    if isinstance(path, (str, os.PathLike)):
+        refuse_damaged(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except READ_ERRORS as e:
@@ -66,7 +70,30 @@ def why_unreadable(path: str | os.PathLike, error: Exception) -> str:
         reason = "it is a text file"
     else:
         reason = "it is incomplete, or of another format"
-    return f"{reason}; use a file of tensors and plain data, as torch.save writes it"
+    use = "use a file of tensors and plain data, as torch.save writes it"
+    if named:
+        trusted = 'torch.load(file, weights_only=False)["model"]'
+        use += f"; of a file that you trust you can save {trusted} alone"
+    return f"{reason}; {use}"
+
+
+def refuse_damaged(path: str | os.PathLike) -> None:
+    """Raise InputError for a file of torch.save whose content is not what was written.
+
+    It has a checksum of each tensor, at which torch.load does not look.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as file:
+            record = file.testzip()
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, zlib.error):
+        return  # of which the loader says what it is
+    if record is not None:
+        raise InputError(
+            f"{path}: cannot be loaded as a checkpoint: it is damaged: {record} in it does not "
+            "have its checksum"
+        )
 
 
 def _is_text(start: bytes) -> bool:

@@ -16,7 +16,7 @@ from torch import nn
 from ..layers import BatchNorm2d
 from ..layers.freeze import Modules, check_freezing, freeze
 from ..layers.renorm import RenormLimits
-from ..layers.tune import tune
+from ..layers.tune import TuneReport, tune
 from ..population.average import average_population_statistics
 from ..population.observation import population_layers
 from ..population.progress import with_progress
@@ -258,9 +258,21 @@ class TuneBN(Hook):
         if not self._has_begun or self.trainer.iter == self.iteration:
             self._has_begun = True
             report = tune(self.trainer.model)
-            logger.info("Frozen BatchNorm is tuned in %d layers", len(report.tuned))
-            for name, reason in report.left.items():
-                logger.info("Not tuned: %s: %s", name, reason)
+            if report.tuned or self.trainer.iter >= self.iteration:
+                self._tell(report)
+
+    def _tell(self, report: TuneReport) -> None:
+        logger.info("Frozen BatchNorm is tuned in %d layers", len(report.tuned))
+        names: dict[str, list[str]] = {}
+        for name, reason in report.left.items():
+            names.setdefault(reason, []).append(name)
+        for reason, of_reason in names.items():
+            logger.info("Not tuned, as %s: %s", reason, ", ".join(of_reason))
+        if not report.tuned:
+            logger.warning(
+                "SOLVER.TUNE_BN: True does nothing here; BatchNorm is frozen by NORM 'FrozenBN', "
+                "SOLVER.FREEZE_BN_ITER and FREEZE_BN_MODULES"
+            )
 
 
 class RenormSchedule(Hook):

@@ -6,6 +6,7 @@ import pytest
 
 from bn_det.config.keys import add_bn_det_config
 from bn_det.config.ranges import RANGES, check_ranges
+from bn_det.data.coco import registered_sources
 from bn_det.errors import InputError, one_line
 from hosts import every_host, make_cfg
 from reference import BASE
@@ -83,3 +84,12 @@ def test_every_rule_is_of_a_key():
     add_bn_det_config(cfg)
     walk(cfg, "")
     assert RANGES.keys() <= known
+
+
+def test_a_name_of_two_data_sets():
+    cfg = make_cfg("torchvision", BASE)
+    cfg.DATASETS.REGISTER_COCO = [["a", "a.json", "images"], ["a", "a.json", "images"]]
+    assert list(registered_sources(cfg)) == ["a"]
+    cfg.DATASETS.REGISTER_COCO[1][1] = "b.json"
+    with pytest.raises(InputError, match="REGISTER_COCO: 'a' stands there twice, of other files"):
+        registered_sources(cfg)

@@ -2,14 +2,17 @@
 
 import os
 import pickle
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 
+from bn_det.commands.checkpoint import check_output
 from bn_det.commands.fitting import refuse_broken_statistics
 from bn_det.commands.pickled_arrays import read_pickled_arrays
 from bn_det.errors import InputError
+from bn_det.files import write_aside
 from hosts import build_model, make_cfg
 from reference import BASE
 
@@ -202,3 +205,75 @@ def test_the_table_does_not_take_the_checkpoints_name(host, weights, tmp_path):
     done = run_here("tools/recompute_statistics.py", *args, "--output", str(tmp_path / "new.json"))
     assert done.returncode == 1
     assert done.stderr.strip().endswith("is not accepted; the table gets that name, use .pth")
+
+
+CHANGES = {
+    "integers": (
+        lambda name, tensor: tensor.long() if name.endswith("conv1.weight") else tensor,
+        "conv1.weight: the checkpoint has torch.int64, the model of this config torch.float32",
+    ),
+    "complex numbers": (
+        lambda name, tensor: tensor.to(torch.complex64) if name.endswith("bias") else tensor,
+        "bias: the checkpoint has torch.complex64, the model of this config torch.float32",
+    ),
+    "a negative variance": (
+        lambda name, tensor: -1 - tensor if name.endswith("running_var") else tensor,
+        r"running_var: it and \d+ more have a negative variance",
+    ),
+}
+
+
+@pytest.mark.parametrize("row", CHANGES)
+def test_a_training_does_not_begin_with(host, weights, tmp_path, row):
+    change, words = CHANGES[row]
+    state = torch.load(weights, weights_only=True)["model"]
+    path = tmp_path / "changed.pth"
+    torch.save({"model": {name: change(name, tensor) for name, tensor in state.items()}}, path)
+    with pytest.raises(InputError, match=f"changed.pth: .*{words}"):
+        checkpointer(host, model_of(host)).load(str(path))
+
+
+def test_a_file_whose_content_has_changed(host, weights, tmp_path):
+    """torch.load does not look at its checksums."""
+    with zipfile.ZipFile(weights) as file:
+        record = max(file.infolist(), key=lambda info: info.file_size)
+    content = bytearray(weights.read_bytes())
+    content[record.header_offset + record.file_size // 2] ^= 1
+    path = tmp_path / "changed.pth"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"changed.pth: .* damaged: {record.filename} in it"):
+        checkpointer(host, model_of(host)).load(str(path))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_what_is_no_file_is_not_replaced(kind, tmp_path):
+    path = tmp_path / "out.pth"
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("nothing")
+    with pytest.raises(InputError, match=f"{path}: cannot be written: it is no file"):
+        check_output(str(path), [], "--weights")
+    with pytest.raises(InputError, match=f"{path}: cannot be written"), write_aside(path):
+        pass
+    assert path.is_symlink() or path.is_fifo()
+
+
+def test_ctrl_c_while_a_checkpoint_is_written(tmp_path):
+    """torch's writer then says that its file has no end."""
+    path = tmp_path / "model.pth"
+    with pytest.raises(KeyboardInterrupt), write_aside(path) as aside:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            open(aside, "w").close()
+            raise RuntimeError("unexpected pos")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pickled_arrays_on_both_hosts(host, weights, tmp_path):
+    state = torch.load(weights, weights_only=True)["model"]
+    path = tmp_path / "arrays.pkl"
+    arrays = {name: tensor.numpy() for name, tensor in state.items()}
+    path.write_bytes(pickle.dumps({"model": arrays, "__author__": "somebody"}))
+    model = model_of(host)
+    torch.nn.init.zeros_(next(model.parameters()))
+    checkpointer(host, model).load(str(path))
+    assert all(torch.equal(v, state[name]) for name, v in model.state_dict().items())

@@ -220,5 +220,5 @@ def test_tuning(start, number, caplog):
     with caplog.at_level(logging.INFO):
         trainer.train()
     assert numbers == number
-    words = "Not tuned: 3: it is not frozen; call freeze first"
+    words = "Not tuned, as it is not frozen; call freeze first: 3"
     assert (words in caplog.messages) == (start < 3)
