@@ -68,13 +68,16 @@ TWO_SOURCES = [
 """KEY VALUE pairs after tiny_shapes: both of its data sets are trained on, each a source."""
 
 BAD_SOURCES = [
-    (["MODEL.BN_SOURCES.PARTS", "['ROI_BOX_HEAD']"], "PARTS: 'ROI_BOX_HEAD' is not accepted"),
+    (["MODEL.BN_SOURCES.PARTS", "['ROI_BOX_HEAD']"], r"PARTS: \['ROI_BOX_HEAD'\] is not accepted"),
     (["MODEL.RETINANET.NORM", "GN"], "PARTS: 'RETINANET' is not accepted .*NORM 'GN'; use a NORM"),
     (["MODEL.BN_SOURCES.AFFINE", "own"], "MODEL.BN_SOURCES.AFFINE: 'own' is not accepted"),
     (["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"], "use one of .*'BNGeneralizedRCNN'"),
     (["DATASETS.SOURCES", "[['a', 'tiny_train']]"], "DATASETS.TRAIN: 'tiny_val' is of no source;"),
     (["DATASETS.TEST", "('shapes_fog_val',)"], "'shapes_fog_val' is of no source; .*'tiny_train'"),
-    (["DATASETS.SOURCES", "['tiny_train']"], "'tiny_train' is not accepted; each entry is a list"),
+    (
+        ["DATASETS.SOURCES", "['tiny_train']"],
+        r"\['tiny_train'\] is not accepted; use a list of lists",
+    ),
     (["DATASETS.SOURCES", "[['a']]"], "each entry is a list .*one data set or more"),
     (["DATASETS.SOURCES", "[['a', 'x'], ['a', 'y']]"], "the source 'a' stands there twice"),
     (["DATASETS.SOURCES", "[['a', 'x'], ['b', 'x']]"], "the data set 'x' stands there twice"),

@@ -35,7 +35,7 @@ from .rules import (
 MODEL, HOOKS, TRAINER, DATA = "the model", "our hooks", "our trainers", "the data"
 """What reads keys. Hooks work in any trainer of Detectron2 that has BNHooks."""
 
-_LISTS = Rule(each(ANY, (list, tuple)).accepts, "a list of lists")
+_LISTS = each(ANY, (list, tuple)).accepts
 _FLAG, _SHARING = one_of(True, False), one_of(*SHARING)
 
 
@@ -276,9 +276,8 @@ KEYS: dict[str, Key] = {
     ),
     "DATASETS.REGISTER_COCO": Key(
         [],
-        _LISTS,
-        "data sets of your own, `[[name, JSON file, image folder], ...]`, to be named in "
-        "`DATASETS.TRAIN` and `TEST`",
+        Rule(_LISTS, "a list of lists [name, JSON file, folder of images]"),
+        "data sets of your own, to be named in `DATASETS.TRAIN` and `TEST`",
         DATA,
     ),
     "DATALOADER.CATEGORIES_PER_BATCH": Key(
@@ -289,8 +288,8 @@ KEYS: dict[str, Key] = {
     ),
     "DATASETS.SOURCES": Key(
         [],
-        _LISTS,
-        "which data sets are of which source (lab, sensor): `[[source, data set, ...], ...]`",
+        Rule(_LISTS, "a list of lists [source, data set, ...]"),
+        "which data sets are of which source (lab, sensor)",
         DATA,
     ),
 }

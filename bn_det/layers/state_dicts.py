@@ -70,11 +70,7 @@ def why_unreadable(path: str | os.PathLike, error: Exception) -> str:
         reason = "it is a text file"
     else:
         reason = "it is incomplete, or of another format"
-    use = "use a file of tensors and plain data, as torch.save writes it"
-    if named:
-        trusted = 'torch.load(file, weights_only=False)["model"]'
-        use += f"; of a file that you trust you can save {trusted} alone"
-    return f"{reason}; {use}"
+    return f"{reason}; use a file of tensors and plain data, as torch.save writes it"
 
 
 def refuse_damaged(path: str | os.PathLike) -> None:

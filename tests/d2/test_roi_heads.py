@@ -241,7 +241,7 @@ def test_population_statistics_in_training():
             [*STOCK, "TEST.BN_STATISTICS", "batch", "TEST.BN_STATISTICS_PARTS", "['ROI_BOX_HEAD']"],
             "MODEL.ROI_BOX_HEAD.NAME 'FastRCNNConvFCHead'; .* in .'BNFastRCNNConvFCHead'",
         ),
-        (["TEST.BN_STATISTICS_PARTS", "['HEAD']"], "TEST.BN_STATISTICS_PARTS: 'HEAD' .*'FPN'"),
+        (["TEST.BN_STATISTICS_PARTS", "['HEAD']"], r"TEST.BN_STATISTICS_PARTS: \['HEAD'\] .*'FPN'"),
         (["TEST.BN_STATISTICS", "ema"], "TEST.BN_STATISTICS: 'ema' .*'population', 'batch'"),
         (
             ["SOLVER.BN_STATISTICS", "population", *heads_norm("GN")],
@@ -251,8 +251,11 @@ def test_population_statistics_in_training():
             ["SOLVER.BN_STATISTICS", "population", *heads_norm("BRN")],
             "SOLVER.BN_STATISTICS: 'population' is not accepted with MODEL.ROI_BOX_HEAD.NORM 'BRN'",
         ),
-        (["SOLVER.BN_STATISTICS_PARTS", "['HEAD']"], "SOLVER.BN_STATISTICS_PARTS: 'HEAD' .*'FPN'"),
-        (["SOLVER.BRN.R_MAX", "0.5"], "SOLVER.BRN: R_MAX 0.5 and D_MAX 5.0 are not accepted"),
+        (
+            ["SOLVER.BN_STATISTICS_PARTS", "['HEAD']"],
+            r"SOLVER.BN_STATISTICS_PARTS: \['HEAD'\] .*'FPN'",
+        ),
+        (["SOLVER.BRN.R_MAX", "0.5"], "SOLVER.BRN.R_MAX: 0.5 is not accepted; use 1.0 or more"),
         (["SOLVER.BRN.D_MAX_ITER", "9"], "SOLVER.BRN.D_MAX_ITER: 9 is not accepted .* 5000;"),
         (["MODEL.FPN.GHOST_ORDER", "x"], "MODEL.FPN.GHOST_ORDER: 'x' .*'contiguous', 'random'"),
     ],

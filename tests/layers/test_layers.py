@@ -21,7 +21,7 @@ LEVELS = partial(DomainBatchNorm2d, num_domains=3, **CHOICES)
 def test_norms_by_name_and_callable(layer):
     assert norm_factory("", layer, OTHERS) is None
     assert norm_factory(None, layer, OTHERS) is None
-    assert isinstance(norm_factory("GN", layer, OTHERS)(4), nn.GroupNorm)
+    assert isinstance(norm_factory("GN", layer, OTHERS)(32), nn.GroupNorm)
     assert norm_factory(nn.Identity, layer, OTHERS) is nn.Identity
     found = {
         name: norm_factory(name, layer, OTHERS, ghost_size=3, renorm=(2, 1))(4)
