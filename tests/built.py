@@ -11,9 +11,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bn_det import BatchNorm2d, L1BatchNorm2d
+from bn_det.config.keys import leaves
 from bn_det.config.nf import NFBackbone
 from bn_det.config.parts import DENSE
-from bn_det.config.table import BOTH, COLUMNS, DETECTRON2, OTHER_WEIGHTS, leaves
+from bn_det.config.table import BOTH, COLUMNS, DETECTRON2, OTHER_WEIGHTS
 from bn_det.layers.kinds import batch_norms
 from bn_det.tv import get_cfg
 from hosts import HOSTS, detectron2

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bn_det.config.table import head_comment, leaves
+from bn_det.config.keys import leaves
+from bn_det.config.table import head_comment
 from reference import EIGHT_CHOICES
 
 ROOT = Path(__file__).parents[1]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from yacs.config import CfgNode
 
@@ -54,6 +56,15 @@ def our_keys(node: type[CfgNode] = CfgNode) -> CfgNode:
             parent = parent.setdefault(step, node())
         parent[name] = copy.deepcopy(key.default)
     return cfg
+
+
+def leaves(cfg: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted keys of a config, with their values."""
+    for key, value in cfg.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _check_fit(ours: CfgNode, cfg: CfgNode, prefix: str = "") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from yacs.config import CfgNode
@@ -11,7 +12,7 @@ from yacs.config import CfgNode
 from ..errors import InputError, shown
 from .arithmetic import MAX_BITS
 from .check import check_values
-from .keys import check_keys
+from .keys import check_keys, leaves
 from .unread import check_read
 from .yaml_file import load_yaml
 
@@ -64,9 +65,11 @@ def _merge_file(cfg: CfgNode, config_file: str, host: str) -> None:
     except InputError as e:
         raise InputError(f"--config-file: {name}: {e}") from e
     except _BROKEN as e:
-        raise InputError(f"--config-file: {name} is not a config file: {_reason(e, host)}") from e
+        raise InputError(
+            f"--config-file: {name} is not a config file: {_reason(e, host, before)}"
+        ) from e
     except _REFUSED as e:
-        raise InputError(f"--config-file: {name}: {_reason(e, host)}") from e
+        raise InputError(f"--config-file: {name}: {_reason(e, host, before)}") from e
     finally:
         del vars(cfg)["load_yaml_with_base"]
 
@@ -86,7 +89,7 @@ def _merge_opts(cfg: CfgNode, opts: Sequence[str], host: str) -> None:
         try:
             cfg.merge_from_list([key, _with_floats(value, _value(cfg, key))])
         except (*_BROKEN, *_REFUSED) as e:
-            reason = _reason(e, host)
+            reason = _reason(e, host, before)
             raise InputError(f"{shown(key)}: {_short(value)} is not accepted: {reason}") from e
         _check_merged(before, cfg)
 
@@ -144,14 +147,15 @@ def _short(value: Any) -> str:
     return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
 
 
-def _reason(error: Exception, host: str) -> str:
+def _reason(error: Exception, host: str, cfg: CfgNode) -> str:
     if isinstance(error, (MemoryError, RecursionError)):
         return "a value has too many parts in each other"
     reason = " ".join(str(error.args[0] if error.args else error).split()).removesuffix(".")
     if len(reason) > 300:  # with all the keys of a node
         reason = f"{reason[:150]} ... {reason[-150:]}"
     if "Non-existent" in reason:
-        reason += f" (the {host} host does not know it)"
+        close = get_close_matches(reason.rpartition(" ")[2], dict(leaves(cfg)), n=3)
+        reason += f" (the {host} host does not know it{f'; nearest: {close}' if close else ''})"
         if "MODEL.FCOS" in reason:  # as ours was called
             reason += "; the FCOS of bn_det is MODEL.BN_FCOS"
     return reason

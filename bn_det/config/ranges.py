@@ -8,12 +8,12 @@ at; what is only wrong together with other keys is in ``check.py``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 from yacs.config import CfgNode
 
 from ..errors import InputError
+from .keys import leaves
 from .ours import KEYS
 from .rules import (
     ANY,
@@ -115,7 +115,7 @@ RANGES: dict[str, Rule] = {
 
 def check_ranges(cfg: CfgNode) -> None:
     """Raise InputError for a number that is not finite, and for what RANGES does not accept."""
-    values = dict(_leaves(cfg))
+    values = dict(leaves(cfg))
     for key, value in values.items():
         if not _is_finite(value):
             raise InputError(f"{key}: {value!r} is not accepted; use numbers that are finite")
@@ -128,15 +128,6 @@ def check_ranges(cfg: CfgNode) -> None:
             f"MODEL.PIXEL_STD: {std!r} is not accepted with MODEL.PIXEL_MEAN {mean!r}; use as many "
             "values, one for each channel"
         )
-
-
-def _leaves(node: CfgNode, path: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        name = f"{path}.{key}" if path else str(key)
-        if isinstance(value, CfgNode):
-            yield from _leaves(value, name)
-        else:
-            yield name, value
 
 
 def _is_finite(value: Any) -> bool:

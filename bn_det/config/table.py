@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 
 from ..errors import InputError
 from ..layers import BATCH_NORMS
-from .keys import our_keys
+from .keys import leaves, our_keys
 from .load import load_config
 from .parts import DENSE, LEVEL_PARTS, NF_BACKBONES
 
@@ -126,15 +126,6 @@ def head_comment(text: str) -> str:
     lines = text.splitlines()
     end = next((k for k, line in enumerate(lines) if not line.startswith("#")), len(lines))
     return " ".join(line[1:].strip() for line in lines[:end])
-
-
-def leaves(cfg: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The dotted keys of a config, with their values."""
-    for key, value in cfg.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _row(

@@ -5,12 +5,11 @@ from fnmatch import fnmatch
 import pytest
 
 from bn_det import add_bn_det_config
-from bn_det.config.keys import our_keys
+from bn_det.config.keys import leaves, our_keys
 from bn_det.config.load import load_config
 from bn_det.config.ours import KEYS
 from bn_det.config.ranges import check_ranges
 from bn_det.config.rules import ANY
-from bn_det.config.table import leaves
 from bn_det.errors import InputError
 from hosts import every_host, make_cfg
 from reference import BASE

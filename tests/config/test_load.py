@@ -2,8 +2,8 @@
 
 import pytest
 
+from bn_det.config.keys import leaves
 from bn_det.config.load import load_config
-from bn_det.config.table import leaves
 from bn_det.errors import InputError
 from hosts import detectron2, every_host, make_cfg
 from reference import BASE
@@ -148,3 +148,9 @@ def test_a_path_with_a_line_end(write, tmp_path):
         with pytest.raises(InputError, match=r"a\\nc") as e:
             load_config(cfg, str(tmp_path / name), [], "torchvision")
         assert "\n" not in str(e.value)
+
+
+@every_host
+def test_a_misspelt_key_gets_the_nearest_names(host):
+    with pytest.raises(InputError, match="does not know it; nearest: .'SOLVER.FREEZE_BN_ITER'"):
+        make_cfg(host, BASE, "SOLVER.FREZE_BN_ITER", "3")

@@ -14,8 +14,8 @@ from detectron2.structures import Boxes
 from torch import nn
 
 import bn_det.d2
+from bn_det.config.keys import leaves
 from bn_det.config.load import load_config
-from bn_det.config.table import leaves
 from bn_det.d2 import norms as d2_norms
 from bn_det.data.coco import builtin_sources, load_coco, registered_sources
 from bn_det.tv import build_model, get_cfg

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import detectron2.config
 
+from bn_det.config.keys import leaves
 from bn_det.config.load import load_config
-from bn_det.config.table import leaves
 from bn_det.d2 import add_bn_det_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
