@@ -220,7 +220,6 @@ def measure_compiled(plan: Plan, report: Report) -> None:
     """The layer by torch.compile, which makes its own kernels, here for one size."""
     for batch in plan.batches:
         setting = {"batch": batch, "dtype": "float32", "layout": "NCHW"}
-        passes = {}
         for name, make in FORMS.items():
             with report.attempt(f"batch {batch}, {name}"):
                 torch._dynamo.reset()
@@ -228,14 +227,11 @@ def measure_compiled(plan: Plan, report: Report) -> None:
                 form = plan.place(make(plan.channels), "NCHW")
                 eager = Pass(copy.deepcopy(form), *levels)
                 form.compile(backend=plan.backend, fullgraph=True, dynamic=False)
-                passes[name] = Pass(form, *levels)
-                compile_s = seconds(passes[name])
-                row = {"compile_s": compile_s, "max_abs_error": max_error(passes[name], eager)}
-                for mode, a_pass in (("eager", eager), ("compiled", passes[name])):
-                    times = median_ms({mode: a_pass}, plan.rounds, plan.turn_s)
-                    row |= {"eager_ms" if mode == "eager" else "ms": times[mode]}
+                compiled = Pass(form, *levels)
+                row = {"compile_s": seconds(compiled), "max_abs_error": max_error(compiled, eager)}
+                row |= median_ms({"eager_ms": eager, "ms": compiled}, plan.rounds, plan.turn_s)
                 if plan.device == "cuda":
-                    row |= count_launches_of(passes[name])
+                    row |= count_launches_of(compiled)
                 report.add(**setting, form=name, **row)
 
 

@@ -57,20 +57,22 @@ def write_aside(path: str | os.PathLike) -> Iterator[str]:
             os.remove(aside)
 
 
-def _reason_of_system(error: BaseException | None) -> str:
-    """What the system said, where that began an error: torch's own of a full disk has no reason."""
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and what it came after, which may have begun it."""
     while error is not None:
-        if isinstance(error, OSError) and error.strerror:
-            return error.strerror
+        yield error
         error = error.__context__
-    return ""
 
 
-def _interrupt_behind(error: BaseException | None) -> KeyboardInterrupt | None:
+def _reason_of_system(error: BaseException) -> str:
+    """What the system said, where that began an error: torch's own of a full disk has no reason."""
+    reasons = (e.strerror for e in _chain(error) if isinstance(e, OSError) and e.strerror)
+    return next(reasons, "")
+
+
+def _interrupt_behind(error: BaseException) -> KeyboardInterrupt | None:
     """Ctrl-C, where torch's writer then failed, as its file has no end."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__context__
-    return error
+    return next((e for e in _chain(error) if isinstance(e, KeyboardInterrupt)), None)
 
 
 def check_replaceable(path: str | os.PathLike) -> None:

@@ -78,3 +78,15 @@ def outputs_and_gradients(layer, xs):
     sum((y**3).sum() for y in ys).backward()
     grads = [x.grad for x in xs[: len(ys)]] + [p.grad for p in layer.parameters()]
     return [y.detach() for y in ys], grads
+
+
+class ConvNormReLU(nn.Conv2d):
+    """As Detectron2's Conv2d."""
+
+    def __init__(self, out_channels, norm):
+        super().__init__(4, out_channels, 3, padding=1)
+        self.norm, self.activation = norm, nn.ReLU()
+
+    def forward(self, x):
+        x = super().forward(x)
+        return self.activation(x if self.norm is None else self.norm(x))

@@ -7,12 +7,12 @@ wrong together with other keys is in ``check.py``.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 from ..layers import SHARING, WEIGHT_NORMS
 from ..layers.batch_norm import STATISTICS
 from ..layers.ghost import GHOST_ORDERS
+from ..layers.meeting import TIMEOUT, TIMEOUTS, is_timeout
 from ..population.estimate import ESTIMATORS
 from ..training.agc import PREDICTORS
 from .parts import LEVEL_PARTS, PARTS, SOURCE_PARTS
@@ -213,12 +213,8 @@ KEYS: dict[str, Key] = {
         HOOKS,
     ),
     "SOLVER.SYNC_BN_TIMEOUT": Key(
-        300.0,
-        Rule(
-            lambda seconds: 0 <= seconds < math.inf,
-            "seconds, or 0.0 to wait as long as the process group does, and to take every rank to "
-            "be in the same layer",
-        ),
+        TIMEOUT,
+        Rule(is_timeout, TIMEOUTS),
         "how long a process waits for the others in `SyncBN` or `SHUFFLE`; then it ends with the "
         "layer and the processes that did not come",
         HOOKS,

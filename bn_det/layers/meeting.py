@@ -109,13 +109,22 @@ class Place(NamedTuple):
         return f"{self.name}{number}, call {self.call}, {self.stage}"
 
 
+TIMEOUTS = (
+    "seconds, or 0.0 to wait as long as the process group does, and to take every rank to be in "
+    "the same layer"
+)
+"""What can be waited for, in the words of messages and docs."""
+
+
+def is_timeout(timeout: float) -> bool:
+    """Whether a rank can wait that long."""
+    return 0 <= timeout < float("inf")
+
+
 def check_timeout(name: str, timeout: float) -> None:
     """Raise InputError unless a rank can wait that long."""
-    if not 0 <= timeout < float("inf"):
-        raise InputError(
-            f"{name}: {timeout!r} is not accepted; use seconds, or 0.0 to wait as long as the "
-            "process group does, and to take every rank to be in the same layer"
-        )
+    if not is_timeout(timeout):
+        raise InputError(f"{name}: {timeout!r} is not accepted; use {TIMEOUTS}")
 
 
 def meet(place: Place | None, group: dist.ProcessGroup) -> Meeting:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from ast import literal_eval
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+from ..config.keys import leaves
 from ..config.yaml_file import load_yaml
 
 NUM_GPUS = 8
@@ -59,15 +60,7 @@ def _values(file: str) -> dict[str, Any]:
 
 def file_values(file: str) -> dict[str, Any]:
     """What a config file and its bases set, by key."""
-    return dict(sorted(_flat(load_yaml(file))))
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in node.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+    return dict(sorted(leaves(load_yaml(file))))
 
 
 def _decoded(value: Any) -> Any:

@@ -23,6 +23,7 @@ from bn_det import (
 )
 from bn_det.errors import InputError
 from bn_det.layers import PerLevel, forward_levels
+from kinds import ConvNormReLU
 
 C = 6
 
@@ -98,24 +99,12 @@ def test_head_on_levels(choices):
     )
 
 
-class ConvNormReLU(nn.Conv2d):
-    """As Detectron2's Conv2d."""
-
-    def __init__(self, norm):
-        super().__init__(4, C, 3, padding=1)
-        self.norm, self.activation = norm, nn.ReLU()
-
-    def forward(self, x):
-        x = super().forward(x)
-        return self.activation(x if self.norm is None else self.norm(x))
-
-
 @pytest.mark.parametrize("choices", reference.EIGHT_CHOICES, ids="-".join)
 def test_convolution_with_a_norm_on_levels(choices):
     """In its parent's place."""
     names = ("statistics", "population", "affine")
     norm = DomainBatchNorm2d(C, 3, **dict(zip(names, choices, strict=True)))
-    before = randomize(nn.ModuleDict({"conv": ConvNormReLU(norm)}))
+    before = randomize(nn.ModuleDict({"conv": ConvNormReLU(C, norm)}))
     model = copy.deepcopy(before)
     assert fuse(model).fused == ["conv.norm"]
     assert isinstance(model.conv, PerLevel) == (choices[1:] != ("shared", "shared"))
@@ -564,5 +553,5 @@ def test_a_model_that_cannot_be_copied():
 
 
 def test_a_model_that_is_a_convolution():
-    model = randomize(ConvNormReLU(DomainBatchNorm2d(C, 3, affine="per_domain")))
+    model = randomize(ConvNormReLU(C, DomainBatchNorm2d(C, 3, affine="per_domain")))
     assert "the model itself" in fuse(model).left["norm"]

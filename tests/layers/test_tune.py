@@ -34,22 +34,10 @@ from bn_det import (
     update_bn_stats,
 )
 from bn_det.layers.tuned import Deferred, TunedConv, TunedNorm
-from kinds import fill
+from kinds import ConvNormReLU, fill
 from ranks import run_ranks
 
 C = 6
-
-
-class ConvNormReLU(nn.Conv2d):
-    """As Detectron2's Conv2d."""
-
-    def __init__(self, norm):
-        super().__init__(4, C, 3, padding=1)
-        self.norm, self.activation = norm, nn.ReLU()
-
-    def forward(self, x):
-        x = super().forward(x)
-        return self.activation(x if self.norm is None else self.norm(x))
 
 
 class Block(nn.Module):
@@ -83,7 +71,7 @@ class OnLevels(nn.Module):
         super().__init__()
         names = ("statistics", "population", "affine")
         norm = DomainBatchNorm2d(C, 3, **dict(zip(names, choices, strict=True)))
-        inside = ConvNormReLU(norm)
+        inside = ConvNormReLU(C, norm)
         outside = nn.Sequential(nn.Conv2d(4, C, 3, padding=1, bias=False), norm, nn.ReLU())
         self.tower = nn.Sequential(*([inside] if is_inside else outside))
 
@@ -106,7 +94,7 @@ MODELS = {
     "no affine": partial(sequential, make_norm=partial(nn.BatchNorm2d, affine=False)),
     "RoI levels": OnRoILevels,
     "block": Block,
-    "inside": lambda: nn.Sequential(ConvNormReLU(nn.BatchNorm2d(C))),
+    "inside": lambda: nn.Sequential(ConvNormReLU(C, nn.BatchNorm2d(C))),
     **{
         f"levels {'inside ' * is_inside}{'-'.join(choices)}": partial(OnLevels, choices, is_inside)
         for choices in reference.EIGHT_CHOICES
