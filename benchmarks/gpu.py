@@ -621,6 +621,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--quick", action="store_true", help="small sizes, to try the command")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART",
+        help=f"of {', '.join(PARTS)}",
+    )  # fmt: skip
     parser.add_argument("--output", type=Path, default=Path("output/gpu"), help="folder")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -638,7 +642,8 @@ def main() -> None:
     def left() -> float:
         return START + TOTAL_S - time.monotonic()
 
-    for name, part in PARTS.items():
+    for name in args.parts:
+        part = PARTS[name]
 
         def progress(case: str, name: str = name) -> None:
             print(f"[{left():.0f} s left] {name}: {case}", file=sys.stderr, flush=True)

@@ -67,10 +67,15 @@ class Tower(nn.Module):
             nn.Conv2d(channels, channels, 3, padding=1) for _ in range(NUM_CONVS)
         )
         self.norms = nn.ModuleList(make_norm(channels) for _ in range(NUM_CONVS))
+        self.relu = nn.ReLU()
 
     def forward(self, xs: list[Tensor]) -> list[Tensor]:
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            xs = [y.relu() for y in norm(forward_levels([conv], xs))]
+            xs = forward_levels([conv], xs)
+            if isinstance(norm, DomainBatchNorm2d):
+                xs = forward_levels([norm, self.relu], xs)
+            else:
+                xs = [self.relu(y) for y in norm(xs)]
         return xs
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import bn_det
-from bn_det import BatchNorm2d, DomainBatchNorm2d
+from bn_det import BatchNorm2d, DomainBatchNorm2d, forward_levels
 from bn_det.layers import kernels
 from reference import EIGHT_CHOICES
 
@@ -39,6 +39,10 @@ def of_one(layer, xs):
 
 def of_all(layer, xs):
     return layer(xs)
+
+
+def of_all_with_relu(layer, xs):
+    return forward_levels([layer, nn.ReLU()], xs)
 
 
 def random_order(layer, xs):
@@ -108,6 +112,10 @@ CASES = {
     **{
         "levels " + "-".join(choices): Case(partial(domain_layer, choices), of_all, LEVELS)
         for choices in EIGHT_CHOICES
+    },
+    **{
+        f"levels {choices[0]}, ReLU": Case(partial(domain_layer, choices), of_all_with_relu, LEVELS)
+        for choices in (SHARED, ("per_domain", "shared", "per_domain"))
     },
     "levels, ghosts": Case(partial(domain_layer, SHARED, ghost_size=2), of_all, AS_MANY),
     "levels, groups": Case(partial(domain_layer, SHARED), of_groups, AS_MANY),

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bn_det.layers.pieces import Normalization
+
 EPS = 1e-3
 SHAPES = {
     "one": [(2, 3, 5, 7)],
@@ -34,6 +36,10 @@ class Case(NamedTuple):
         """The pieces of each batch."""
         numbers = range(max(self.batch_of) + 1)
         return [[k for k, b in enumerate(self.batch_of) if b == number] for number in numbers]
+
+    def how(self, batches, relu=False) -> Normalization:
+        of_affines = self.weights, self.biases, tuple(self.affine_of)
+        return Normalization(batches, tuple(self.batch_of), *of_affines, EPS, relu)
 
 
 def make_case(name, dtype, memory_format, affine=True, mean=3.0) -> Case:
@@ -83,8 +89,11 @@ def statistics(xs) -> tuple[int, Tensor, Tensor]:
     return rows.shape[1], rows.mean(1), rows.var(1, correction=0)
 
 
-def by_autograd(case: Case):
-    """Outputs and gradients of inputs, weights and biases, of batch normalization as it is said."""
+def by_autograd(case: Case, relu=False):
+    """Outputs and gradients of inputs, weights and biases, of batch normalization as it is said.
+
+    A ReLU is that of what the pieces' type has of its input.
+    """
     xs = [x.double().requires_grad_() for x in case.xs]
     weights, biases = (
         [None if p is None else p.double().requires_grad_() for p in of]
@@ -97,7 +106,7 @@ def by_autograd(case: Case):
         y = (x - column(mean, x)) * (column(var, x) + EPS).rsqrt()
         if weights[a] is not None:
             y = y * column(weights[a], x) + column(biases[a], x)
-        ys.append(y)
+        ys.append(y * (y.to(case.xs[0].dtype) > 0) if relu else y)
     inputs = [*xs, *(p for p in (*weights, *biases) if p is not None)]
     grads = torch.autograd.grad(ys, inputs, [dy.double() for dy in case.dys])
     return ys, grads[: len(xs)], grads[len(xs) :]

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Stack = tuple[Tensor, Tensor, Tensor]
-"""Counts, means and biased variances of several sets of values: shapes (n,), (n, C) and (n, C)."""
+from .pieces import Normalization, Stack
 
 
 def moments(xs: Sequence[Tensor]) -> Stack:
@@ -41,59 +40,51 @@ def merged_rows(counts: Tensor, means: Tensor, variances: Tensor) -> Stack:
     return total, mean.to(dtype), var.to(dtype)
 
 
-def normalize(
-    xs: Sequence[Tensor],
-    batches: Stack,
-    batch_of: Sequence[int],
-    weights: Sequence[Tensor | None],
-    biases: Sequence[Tensor | None],
-    affine_of: Sequence[int],
-    eps: float,
-) -> list[Tensor]:
+def normalize(xs: Sequence[Tensor], how: Normalization) -> list[Tensor]:
     """See :func:`bn_det.layers.kernels.normalize`."""
-    _, means, variances = (stack.unbind() for stack in batches)
-    return [
-        normalize_one(x, means[b], variances[b], weights[a], biases[a], eps)
-        for x, b, a in zip(xs, batch_of, affine_of, strict=True)
+    _, means, variances = (stack.unbind() for stack in how.batches)
+    ys = [
+        normalize_one(x, means[b], variances[b], how.weights[a], how.biases[a], how.eps)
+        for x, b, a in zip(xs, how.batch_of, how.affine_of, strict=True)
     ]
+    return [F.relu(y) for y in ys] if how.relu else ys
 
 
 def backward_sums(
-    dys: Sequence[Tensor],
-    xs: Sequence[Tensor],
-    batches: Stack,
-    batch_of: Sequence[int],
-    weights: Sequence[Tensor | None],
-    affine_of: Sequence[int],
-    eps: float,
+    dys: Sequence[Tensor], xs: Sequence[Tensor], how: Normalization
 ) -> tuple[Tensor, Tensor]:
     """See :func:`bn_det.layers.kernels.backward_sums`."""
-    _, means, variances = (stack.unbind() for stack in batches)
+    dys = _before_relu(dys, xs, how)
+    _, means, variances = (stack.unbind() for stack in how.batches)
     of_batches = means[0].new_zeros(len(means), 2, len(means[0]))
-    of_affines = means[0].new_zeros(len(weights), 2, len(means[0]))
-    for dy, x, b, a in zip(dys, xs, batch_of, affine_of, strict=True):
-        pair = torch.stack(_sums(dy, x, means[b], variances[b], eps))
+    of_affines = means[0].new_zeros(len(how.weights), 2, len(means[0]))
+    for dy, x, b, a in zip(dys, xs, how.batch_of, how.affine_of, strict=True):
+        pair = torch.stack(_sums(dy, x, means[b], variances[b], how.eps))
         of_affines[a] += pair
-        of_batches[b] += pair if weights[a] is None else pair * weights[a]
+        of_batches[b] += pair if how.weights[a] is None else pair * how.weights[a]
     return of_batches, of_affines
 
 
 def backward_inputs(
-    dys: Sequence[Tensor],
-    xs: Sequence[Tensor],
-    batches: Stack,
-    batch_of: Sequence[int],
-    weights: Sequence[Tensor | None],
-    affine_of: Sequence[int],
-    sums: Tensor,
-    eps: float,
+    dys: Sequence[Tensor], xs: Sequence[Tensor], how: Normalization, sums: Tensor
 ) -> list[Tensor]:
     """See :func:`bn_det.layers.kernels.backward_inputs`."""
-    counts, means, variances = (stack.unbind() for stack in batches)
+    dys = _before_relu(dys, xs, how)
+    counts, means, variances = (stack.unbind() for stack in how.batches)
     return [
-        _input(dy, x, means[b], variances[b], weights[a], sums[b], counts[b], eps)
-        for dy, x, b, a in zip(dys, xs, batch_of, affine_of, strict=True)
+        _input(dy, x, means[b], variances[b], how.weights[a], sums[b], counts[b], how.eps)
+        for dy, x, b, a in zip(dys, xs, how.batch_of, how.affine_of, strict=True)
     ]
+
+
+def _before_relu(
+    dys: Sequence[Tensor], xs: Sequence[Tensor], how: Normalization
+) -> Sequence[Tensor]:
+    """The gradients of a ReLU's inputs, from those of its outputs."""
+    if not how.relu:
+        return dys
+    ys = normalize(xs, how)
+    return [dy.masked_fill(y <= 0, 0) for dy, y in zip(dys, ys, strict=True)]
 
 
 def _counts(xs: Sequence[Tensor]) -> Tensor:

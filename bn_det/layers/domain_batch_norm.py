@@ -96,14 +96,18 @@ class DomainBatchNorm2d(BatchNorm2d):
                 )
                 self.add_module(str(k), own)
 
-    def forward(self, xs: Sequence[Tensor], groups: Tensor | None = None) -> list[Tensor]:
+    def forward(
+        self, xs: Sequence[Tensor], groups: Tensor | None = None, *, relu: bool = False
+    ) -> list[Tensor]:
         """Normalize the tensors of all domains.
 
         Args:
             groups: as in :class:`BatchNorm2d`, for the samples of every domain.
+            relu: whether to apply a ReLU, too, on a GPU in the same pass.
         """
         self._check_input(xs)
-        return batch_norm(self.plan([self._domain(k, x) for k, x in enumerate(xs)], groups))
+        plan = self.plan([self._domain(k, x) for k, x in enumerate(xs)], groups)
+        return batch_norm(plan._replace(relu=True) if relu else plan)
 
     def _domain(self, k: int, x: Tensor) -> Domain:
         return Domain(

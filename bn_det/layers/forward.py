@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import lru_cache
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,11 +21,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from . import ema
 from .batch import Batch, check_size
 from .joint import joint_batch_norm
-from .kernels import normalize_one, one_launch
+from .kernels import grid_of, normalize_one, one_launch
 from .meeting import Place, meet
 from .moments import Moments, Parts
 from .partition import Partition
+from .pieces import Normalization
 from .renorm import RenormLimits, correction, renormalized
+
+if TYPE_CHECKING:
+    from .triton_lists import Grid
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
@@ -69,6 +73,7 @@ class Plan(NamedTuple):
         extensions: what adds to the batches.
         observers: what is shown the batches.
         place: with a group, where the ranks have to be.
+        relu: whether a ReLU follows, which is applied with it.
     """
 
     domains: Sequence[Domain]
@@ -80,6 +85,7 @@ class Plan(NamedTuple):
     extensions: Sequence[Extension] = ()
     observers: Sequence[Observation] = ()
     place: Place | None = None
+    relu: bool = False
 
     @property
     def needs_batches(self) -> bool:
@@ -133,7 +139,7 @@ class _Merged(NamedTuple):
 
     moments: Moments
     sizes: list[int]
-    batch_of: list[int]
+    batch_of: tuple[int, ...]
     seen: list[ema.Seen]
 
     def batch(self, number: int) -> Batch:
@@ -147,11 +153,12 @@ def _in_steps(plan: Plan, partitions: Sequence[Partition]) -> list[Tensor]:
         for k, (domain, of) in enumerate(zip(plan.domains, partitions, strict=True))
         for ghost, x in enumerate(of.split(domain.x))
     ]
-    parts, sizes = _parts(plan, pieces)
+    grid = grid_of([piece.x for piece in pieces])
+    parts, sizes = _parts(plan, pieces, grid)
     merged = _merged(plan, pieces, parts, sizes)
     _show(plan, merged)
     if plan.by_batch:
-        ys = _by_batch(plan, pieces, merged)
+        ys = _by_batch(plan, pieces, merged, grid)
         parts_of = _grouped(ys, [piece.domain for piece in pieces])
         ys = [of.join(parts_of[k]) for k, of in enumerate(partitions)]
     else:
@@ -169,10 +176,10 @@ def _in_one(plan: Plan, domain: Domain) -> Tensor:
     _check_size(size, [domain])
     if plan.observers:
         y, moments = _with_moments(x, affine, plan.eps)
-        merged = _Merged(Moments.stack([moments]), [size], [0], [(population, [0])])
+        merged = _Merged(Moments.stack([moments]), [size], (0,), [(population, [0])])
         _show(plan, merged)
         ema.update(merged.moments, merged.sizes, merged.seen)
-        return y
+        return _activated(plan, y)
     # A weight of 0 does not keep an infinite variance out, so evaluation gives no buffers.
     # Training does in any case: a recomputation has to save what the first pass saved.
     is_tracked = ema.tracks(population)
@@ -181,7 +188,8 @@ def _in_one(plan: Plan, domain: Domain) -> Tensor:
     buffers = population.running_mean, population.running_var
     running = tuple(buffer.data for buffer in buffers) if is_tracked else (None, None)
     momentum = ema.count_batch(population) if is_tracked else 0.0
-    return F.batch_norm(x, *running, affine.weight, affine.bias, True, momentum, plan.eps)
+    y = F.batch_norm(x, *running, affine.weight, affine.bias, True, momentum, plan.eps)
+    return _activated(plan, y)
 
 
 def _with_moments(x: Tensor, affine: _BatchNorm, eps: float) -> tuple[Tensor, Moments]:
@@ -220,16 +228,16 @@ def _are_alone(plan: Plan, partitions: Sequence[Partition]) -> bool:
         return False
     if any(len(of.sizes) > 1 for of in partitions):
         return False
-    if len(plan.domains) > 1 and one_launch([domain.x for domain in plan.domains]):
-        return False
     are_apart = len({domain.batch for domain in plan.domains}) == len(plan.domains)
-    return are_apart or not any(domain.x.numel() for domain in plan.domains)
+    if not are_apart:
+        return not any(domain.x.numel() for domain in plan.domains)
+    return len(plan.domains) == 1 or one_launch([domain.x for domain in plan.domains]) is None
 
 
-def _parts(plan: Plan, pieces: Sequence[_Piece]) -> tuple[Parts, list[int]]:
+def _parts(plan: Plan, pieces: Sequence[_Piece], grid: Grid | None) -> tuple[Parts, list[int]]:
     """Moments of the pieces on all processes, with what extensions add; and their sizes."""
     meeting = None if plan.group is None else meet(plan.place, plan.group)
-    parts = Parts.of([piece.x for piece in pieces])
+    parts = Parts.of([piece.x for piece in pieces], grid)
     sizes = [len(piece.x) * math.prod(piece.x.shape[2:]) for piece in pieces]
     if meeting is not None:
         parts = parts.all_gather(plan.group, meeting)
@@ -262,7 +270,7 @@ def _merged(plan: Plan, pieces: Sequence[_Piece], parts: Parts, sizes: Sequence[
 @lru_cache(maxsize=1024)
 def _sets(
     batches: tuple[tuple[int, int], ...], populations: tuple[int, ...]
-) -> tuple[list[tuple[int, ...]], list[int], list[tuple[int, list[int]]]]:
+) -> tuple[list[tuple[int, ...]], tuple[int, ...], list[tuple[int, list[int]]]]:
     """The sets of pieces whose moments are needed.
 
     Args:
@@ -287,7 +295,7 @@ def _sets(
     for (_, population), of_population in _grouped(numbers, owners).items():
         by_batch = _grouped(of_population, [batches[k] for k in of_population])
         seen.append((population, [number(of_batch) for of_batch in by_batch.values()]))
-    return list(sets), [number_of[key] for key in batches], seen
+    return list(sets), tuple([number_of[key] for key in batches]), seen
 
 
 def _check_size(size: int, domains: Iterable[Domain]) -> None:
@@ -304,7 +312,9 @@ def _show(plan: Plan, merged: _Merged) -> None:
             observe(population, [merged.batch(number) for number in numbers])
 
 
-def _by_batch(plan: Plan, pieces: Sequence[_Piece], merged: _Merged) -> list[Tensor]:
+def _by_batch(
+    plan: Plan, pieces: Sequence[_Piece], merged: _Merged, grid: Grid | None
+) -> list[Tensor]:
     """Each piece normalized by its batch."""
     domains = [plan.domains[piece.domain] for piece in pieces]
     if plan.renorm is None:
@@ -314,17 +324,12 @@ def _by_batch(plan: Plan, pieces: Sequence[_Piece], merged: _Merged) -> list[Ten
     else:
         moments = [merged.moments.row(number) for number in merged.batch_of]
         affines = [_renormalizing(plan, *pair) for pair in zip(domains, moments, strict=True)]
-        affine_of = list(range(len(pieces)))
-    return joint_batch_norm(
-        [piece.x for piece in pieces],
-        merged.moments,
-        merged.batch_of,
-        *zip(*affines, strict=True),
-        affine_of,
-        plan.eps,
-        plan.group,
-        plan.place,
-    )
+        affine_of = range(len(pieces))
+    weights, biases = zip(*affines, strict=True)
+    of_affines = weights, biases, tuple(affine_of)
+    how = Normalization(merged.moments, merged.batch_of, *of_affines, plan.eps, plan.relu)
+    xs = [piece.x for piece in pieces]
+    return joint_batch_norm(xs, how, grid, plan.group, plan.place)
 
 
 def _renormalizing(plan: Plan, domain: Domain, moments: Moments) -> tuple[Tensor, Tensor]:
@@ -341,7 +346,12 @@ def _by_population(plan: Plan, domain: Domain) -> Tensor:
     if not plan.by_batch and ema.tracks(population):
         ema.refuse_recomputation("normalizing by an EMA that is updated")
         mean, var = ema.snapshot(population)  # the update comes before the backward pass
-    return normalize_one(domain.x, mean, var, affine.weight, affine.bias, plan.eps)
+    y = normalize_one(domain.x, mean, var, affine.weight, affine.bias, plan.eps)
+    return _activated(plan, y)
+
+
+def _activated(plan: Plan, y: Tensor) -> Tensor:
+    return F.relu(y) if plan.relu else y
 
 
 def _grouped(values: Iterable[T], keys: Iterable[K]) -> dict[K, list[T]]:

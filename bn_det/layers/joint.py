@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,17 +13,16 @@ from torch.autograd.function import FunctionCtx
 
 from . import kernels
 from .meeting import Place, meet
-from .moments import Moments
+from .pieces import Normalization
+
+if TYPE_CHECKING:
+    from .triton_lists import Grid
 
 
 def joint_batch_norm(
     xs: Sequence[Tensor],
-    batches: Moments,
-    batch_of: Sequence[int],
-    weights: Sequence[Tensor | None],
-    biases: Sequence[Tensor | None],
-    affine_of: Sequence[int],
-    eps: float,
+    how: Normalization,
+    grid: Grid | None = None,
     group: dist.ProcessGroup | None = None,
     place: Place | None = None,
 ) -> list[Tensor]:
@@ -34,12 +33,8 @@ def joint_batch_norm(
 
     Args:
         xs: tensors of shape (N_k, C, H_k, W_k). Any may be empty.
-        batches: the moments of each normalization batch, stacked: of exactly the tensors in it, on
-            all ranks of the group.
-        batch_of: for each tensor the index of its batch.
-        weights, biases: of each affine one of shape (C,), or all None.
-        affine_of: for each tensor the index of its affine.
-        eps: added to the variance.
+        how: its batches are of exactly the tensors in them, on all ranks of the group.
+        grid: that of the tensors, by :func:`bn_det.layers.kernels.grid_of`.
         group: the processes that batches have been merged over; every one of them has to run the
             backward pass, which is one collective. Gradients of weights and biases are those of
             this process's tensors, for DistributedDataParallel to average.
@@ -51,11 +46,12 @@ def joint_batch_norm(
     Raises:
         RuntimeError: from the backward pass, if second derivatives are asked for.
     """
-    dtype = batches.mean.dtype
-    affine = (None if p is None else p.to(dtype) for p in (*weights, *biases))
+    dtype = how.batches[1].dtype
+    affine = (None if p is None else p.to(dtype) for p in (*how.weights, *how.biases))
+    of_how = how.batch_of, how.affine_of, len(how.weights), how.eps, how.relu
+    call = _Call(*of_how, grid, group, place)
     anchor = None if group is None else _ANCHOR
-    call = _Call(tuple(batch_of), tuple(affine_of), len(weights), eps, group, place)
-    return list(_JointBatchNorm.apply(call, anchor, *batches, *xs, *affine))
+    return list(_JointBatchNorm.apply(call, anchor, *how.batches, *xs, *affine))
 
 
 _ANCHOR = torch.zeros((), requires_grad=True)
@@ -73,12 +69,27 @@ class _Call(NamedTuple):
     affine_of: tuple[int, ...]
     num_affines: int
     eps: float
+    relu: bool
+    grid: Grid | None
     group: dist.ProcessGroup | None
     place: Place | None
 
-    @property
-    def num_tensors(self) -> int:
-        return len(self.batch_of)
+    def parts(
+        self, flat: Sequence[Tensor | None]
+    ) -> tuple[Normalization, Sequence[Tensor], Sequence[Tensor]]:
+        """How it is normalized, the tensors, and what follows weights and biases."""
+        first = 3 + len(self.batch_of)
+        second, third = first + self.num_affines, first + 2 * self.num_affines
+        how = Normalization(
+            flat[:3],
+            self.batch_of,
+            flat[first:second],
+            flat[second:third],
+            self.affine_of,
+            self.eps,
+            self.relu,
+        )
+        return how, flat[3:first], flat[third:]
 
 
 class _JointBatchNorm(torch.autograd.Function):
@@ -86,19 +97,17 @@ class _JointBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, call: _Call, anchor: Tensor | None, *flat: Tensor | None):
-        num = 3 + call.num_tensors
-        batches, xs = flat[:3], flat[3:num]
-        weights, biases = flat[num : num + call.num_affines], flat[num + call.num_affines :]
-        ctx.save_for_backward(*batches, *xs, *weights)
+        how, xs, _ = call.parts(flat)
+        # A bias says what came through a ReLU, and nothing else.
+        biases = how.biases if call.relu else [None] * call.num_affines
+        ctx.save_for_backward(*how.batches, *xs, *how.weights, *biases)
         ctx.call = call
-        return tuple(
-            kernels.normalize(xs, batches, call.batch_of, weights, biases, call.affine_of, call.eps)
-        )
+        return tuple(kernels.normalize(xs, how, call.grid))
 
     @staticmethod
     def backward(ctx: FunctionCtx, *dys: Tensor):
         needed = ctx.needs_input_grad[_NUM_CONSTANT:]
-        needs_x = any(needed[: ctx.call.num_tensors])
+        needs_x = any(needed[: len(dys)])
         inputs = ctx.call, needs_x, *ctx.saved_tensors, *dys
         if torch.is_grad_enabled():
             flat = _JointBatchNormBackward.apply(*inputs)
@@ -133,20 +142,18 @@ def _backward(call: _Call, needs_x: bool, *flat: Tensor | None) -> tuple[Tensor 
     Ioffe & Szegedy, *Batch Normalization*, 2015, Sec. 3, with the two sums over the whole
     normalization batch, times the weights of the tensors in it.
     """
-    num = 3 + call.num_tensors
-    batches, xs, dys = flat[:3], flat[3:num], flat[num + call.num_affines :]
-    weights = flat[num : num + call.num_affines]
-    pieces = dys, xs, batches, call.batch_of, weights, call.affine_of
+    how, xs, dys = call.parts(flat)
+    grid = call.grid if kernels.one_launch(dys) is not None else None
     meeting = None
     if call.group is not None:
         place = call.place and call.place._replace(stage="backward pass")
         meeting = meet(place, call.group)
-    of_batches, of_affines = kernels.backward_sums(*pieces, call.eps)
+    of_batches, of_affines = kernels.backward_sums(dys, xs, how, grid)
     if meeting is not None:
         sum_up = partial(dist.all_reduce, of_batches, dist.ReduceOp.SUM)
         meeting.exchange(sum_up)
     dxs = [None] * len(xs)
     if needs_x:
-        dxs = kernels.backward_inputs(*pieces, of_batches, call.eps)
+        dxs = kernels.backward_inputs(dys, xs, how, of_batches, grid)
     grad_biases, grad_weights = of_affines.unbind(1)
     return *dxs, *grad_weights.unbind(), *grad_biases.unbind()

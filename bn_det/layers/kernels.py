@@ -2,8 +2,8 @@
 
 All that is computed value by value is behind this, and what pieces have in common is merged on
 numbers per channel. A piece is a tensor of shape (N, C, *), in any memory format, and may be
-empty; weights and biases have shape (C,). ATen's kernels run everywhere; Triton's take a list in
-one launch, and are for GPUs.
+empty. ATen's kernels run everywhere; Triton's take a list in one launch, and are for GPUs. Whose a
+list's are is found out once, by :func:`grid_of`, and goes with the list from then on.
 """
 
 from __future__ import annotations
@@ -13,14 +13,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import choose
 from . import aten_kernels
-from .aten_kernels import Stack
 from .held import constant, with_zero_gradients
+from .pieces import Normalization, Stack
+
+if TYPE_CHECKING:
+    from .triton_lists import Grid
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +79,9 @@ def one_launch(xs: Sequence[Tensor], number: int = 0) -> ModuleType | None:
 
 @cache
 def _triton() -> ModuleType:
-    from . import triton_kernels
+    from . import triton_lists
 
-    return triton_kernels
+    return triton_lists
 
 
 @cache
@@ -98,14 +102,19 @@ def _working(device: torch.device) -> ModuleType | None:
     return kernels
 
 
-def moments(xs: Sequence[Tensor]) -> tuple[Stack, tuple[int, ...]]:
+def grid_of(xs: Sequence[Tensor]) -> Grid | None:
+    """How Triton's kernels go through a list of pieces; None where ATen's compute it."""
+    triton = one_launch(xs)
+    return triton.grid_of(xs) if triton is not None and xs[0].shape[1] else None
+
+
+def moments(xs: Sequence[Tensor], grid: Grid | None = None) -> tuple[Stack, tuple[int, ...]]:
     """Of parts of the pieces, in float32 at least; and the number of each piece's first part.
 
     An empty piece has one part, of zeros.
     """
-    triton = _with_channels(xs)
-    if triton is not None:
-        return triton.moments(xs)
+    if grid is not None:
+        return _triton().moments(xs, grid), grid.firsts
     return aten_kernels.moments(xs), tuple(range(len(xs)))
 
 
@@ -150,26 +159,11 @@ def merge_packed(gathered: Tensor, sets: Sequence[Sequence[int]], dtype: torch.d
     return aten_kernels.merge((count, mean.to(dtype), var.to(dtype)), sets)
 
 
-def normalize(
-    xs: Sequence[Tensor],
-    batches: Stack,
-    batch_of: Sequence[int],
-    weights: Sequence[Tensor | None],
-    biases: Sequence[Tensor | None],
-    affine_of: Sequence[int],
-    eps: float,
-) -> list[Tensor]:
-    """(x - mean) / sqrt(var + eps) * weight + bias of each piece.
-
-    Args:
-        batches: moments of normalization batches.
-        batch_of: of each piece the number of its batch.
-        weights, biases: of each affine; all are None, or none is.
-        affine_of: of each piece the number of its affine.
-    """
-    call = xs, batches, tuple(batch_of), weights, biases, tuple(affine_of), eps
-    triton = _with_channels(xs, max(len(batches[0]), len(weights)))
-    return (triton or aten_kernels).normalize(*call)
+def normalize(xs: Sequence[Tensor], how: Normalization, grid: Grid | None = None) -> list[Tensor]:
+    """Each piece by the statistics of its batch, with its affine, and through the ReLU if any."""
+    if grid is not None:
+        return _triton().normalize(xs, how, grid)
+    return aten_kernels.normalize(xs, how)
 
 
 def normalize_one(
@@ -181,34 +175,27 @@ def normalize_one(
 
 
 def backward_sums(
-    dys: Sequence[Tensor],
-    xs: Sequence[Tensor],
-    batches: Stack,
-    batch_of: Sequence[int],
-    weights: Sequence[Tensor | None],
-    affine_of: Sequence[int],
-    eps: float,
+    dys: Sequence[Tensor], xs: Sequence[Tensor], how: Normalization, grid: Grid | None = None
 ) -> tuple[Tensor, Tensor]:
     """Per channel the sum of dy, and the sum of dy times the normalized x.
+
+    With a ReLU, dy is what comes through it.
 
     Returns:
         of each batch, times the weights of its pieces, shape (number of batches, 2, C); and of
         each affine, shape (number of affines, 2, C).
     """
-    call = dys, xs, batches, tuple(batch_of), weights, tuple(affine_of), eps
-    triton = _with_channels([*xs, *dys], max(len(batches[0]), len(weights)))
-    return (triton or aten_kernels).backward_sums(*call)
+    if grid is not None:
+        return _triton().backward_sums(dys, xs, how, grid)
+    return aten_kernels.backward_sums(dys, xs, how)
 
 
 def backward_inputs(
     dys: Sequence[Tensor],
     xs: Sequence[Tensor],
-    batches: Stack,
-    batch_of: Sequence[int],
-    weights: Sequence[Tensor | None],
-    affine_of: Sequence[int],
+    how: Normalization,
     sums: Tensor,
-    eps: float,
+    grid: Grid | None = None,
 ) -> list[Tensor]:
     """dx of each piece: (dy weight - (sum_0 + z sum_1) / count) / sqrt(var + eps).
 
@@ -217,10 +204,6 @@ def backward_inputs(
     Args:
         sums: of each batch, as from :func:`backward_sums`, on all ranks.
     """
-    call = dys, xs, batches, tuple(batch_of), weights, tuple(affine_of), sums, eps
-    triton = _with_channels(xs, max(len(batches[0]), len(weights)))
-    return (triton or aten_kernels).backward_inputs(*call)
-
-
-def _with_channels(xs: Sequence[Tensor], number: int = 0) -> ModuleType | None:
-    return one_launch(xs, number) if xs[0].shape[1] else None
+    if grid is not None:
+        return _triton().backward_inputs(dys, xs, how, sums, grid)
+    return aten_kernels.backward_inputs(dys, xs, how, sums)

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .domain_batch_norm import DomainBatchNorm2d
+from .kernels import grid_of
+from .watched import is_watched
 
 
 class PerLevel(nn.ModuleList):
@@ -34,7 +37,8 @@ def forward_levels(
     """Apply layers that all levels share, layer by layer over the list of levels.
 
     Level by level would give the same for a convolution, but a layer that normalizes levels
-    together (:class:`DomainBatchNorm2d`), or each otherwise, has to see all of them at once.
+    together (:class:`DomainBatchNorm2d`), or each otherwise, has to see all of them at once. A ReLU
+    that follows such a layer is computed with it where Triton's kernels are.
 
     Args:
         layers: modules in the order of application; an ``nn.Sequential`` among them is taken
@@ -46,27 +50,48 @@ def forward_levels(
         One tensor for each level.
     """
     features = list(features)
-    for layer in layers:
-        if isinstance(layer, nn.Sequential):
-            features = forward_levels(layer, features)
-        elif isinstance(layer, _FOR_LISTS):
-            features = layer(features)
+    steps = list(_steps(layers))
+    while steps:
+        step, *steps = steps
+        if steps and _has_relu(step, steps[0]) and grid_of(features) is not None:
+            features = step.call(features, relu=True)
+            steps = steps[1:]
+        elif isinstance(step.call, _FOR_LISTS):
+            features = step.call(features)
         else:
             # One weight for all levels. (A graph that is traced would hold it as a constant.)
-            is_cached = parametrize.is_parametrized(layer) and not torch.jit.is_tracing()
+            is_cached = parametrize.is_parametrized(step.owner) and not torch.jit.is_tracing()
             with parametrize.cached() if is_cached else nullcontext():
-                features = _apply(layer, features)
+                features = [step.call(x) for x in features]
     return features
 
 
-def _apply(layer: Callable[..., Any], features: Sequence[Tensor]) -> list[Tensor]:
-    if isinstance(getattr(layer, "norm", None), _FOR_LISTS):
-        return forward_levels(_steps(layer), features)
-    return [layer(x) for x in features]
+class _Step(NamedTuple):
+    """What is applied to the list, or to each level, and whose parameters it has."""
+
+    call: Callable[..., Any]
+    owner: Any
 
 
-def _steps(conv: nn.Conv2d) -> Iterator[Callable[..., Any]]:
-    yield partial(nn.Conv2d.forward, conv)
-    yield conv.norm
-    if conv.activation is not None:
-        yield conv.activation
+def _steps(layers: Iterable[Callable[..., Any]]) -> Iterator[_Step]:
+    for layer in layers:
+        if isinstance(layer, nn.Sequential):
+            yield from _steps(layer)
+        elif isinstance(getattr(layer, "norm", None), _FOR_LISTS):
+            yield _Step(partial(nn.Conv2d.forward, layer), layer)
+            yield from _steps([layer.norm])
+            if layer.activation is not None:
+                yield from _steps([layer.activation])
+        else:
+            yield _Step(layer, layer)
+
+
+_RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
+
+
+def _has_relu(step: _Step, following: _Step) -> bool:
+    """Whether a layer can compute the ReLU that follows it, and nobody sees what is between."""
+    layer, relu = step.call, following.call
+    if type(layer) is not DomainBatchNorm2d or is_watched(layer):
+        return False
+    return relu in _RELUS or (type(relu) is nn.ReLU and not is_watched(relu))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,9 @@ from . import kernels
 from .aten_kernels import merged_rows
 from .comm import gather_into
 from .meeting import Meeting
+
+if TYPE_CHECKING:
+    from .triton_lists import Grid
 
 
 class Moments(NamedTuple):
@@ -43,7 +46,7 @@ class Moments(NamedTuple):
         Raises:
             ValueError: x has fewer than two dimensions, or is not floating point.
         """
-        return Parts.of([x]).merge([[0]]).row(0)
+        return Parts.of([x], kernels.grid_of([x])).merge([[0]]).row(0)
 
     @classmethod
     def merge(cls, parts: Sequence[Moments]) -> Moments:
@@ -89,15 +92,19 @@ class Parts(NamedTuple):
 
     @classmethod
     @torch.no_grad()
-    def of(cls, xs: Sequence[Tensor]) -> Parts:
-        """Of tensors of shape (N, C, *), with as many channels; see :meth:`Moments.of`."""
+    def of(cls, xs: Sequence[Tensor], grid: Grid | None = None) -> Parts:
+        """Of tensors of shape (N, C, *), with as many channels; see :meth:`Moments.of`.
+
+        Args:
+            grid: theirs, by :func:`bn_det.layers.kernels.grid_of`; None has ATen compute them.
+        """
         for x in xs:
             if x.dim() < 2 or not x.is_floating_point():
                 raise ValueError(
                     "moments need a floating point tensor of shape (N, C, *), got "
                     f"{x.dtype} of shape {tuple(x.shape)}"
                 )
-        stack, firsts = kernels.moments(xs)
+        stack, firsts = kernels.moments(xs, grid)
         return cls(Moments(*stack), firsts)
 
     @classmethod

@@ -1,414 +1,12 @@
-"""The kernels of :mod:`bn_det.layers.kernels` in Triton, for pieces on a GPU: one launch a list.
+"""The kernels of :mod:`bn_det.layers.kernels` in Triton, which :mod:`triton_lists` launches.
 
 On a GPU the small levels of a pyramid cost what their launches cost. So a kernel gets the whole
 list, and each of its programs finds the piece that its part of the work is in. What the programs
 find of a piece merges as pieces do.
 """
 
-from __future__ import annotations
-
-import math
-import struct
-from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
-
-from .aten_kernels import Stack
-
-
-class _Grid(NamedTuple):
-    """How programs share the pieces.
-
-    A tile has ``width`` places by ``channels`` channels. Places are those of one sample, or with
-    channels_last of all.
-
-    Attributes:
-        firsts: the first row of programs of each piece.
-        pieces: these rows, and the samples and places of each piece (1 sample with channels_last),
-            as kernels take them: see :func:`_coded`.
-        tiles: that each program goes through.
-        size: numbers of rows and of blocks of channels.
-    """
-
-    firsts: tuple[int, ...]
-    pieces: tuple[tuple[int, ...], ...]
-    tiles: int
-    width: int
-    channels: int
-    size: tuple[int, int, int]
-
-
-_PROGRAMS = 2112
-"""To aim at: 16 for each multiprocessor of an H100."""
-
-_TILE = 1024
-"""Values that a program has at once."""
-
-_BLOCK = 32
-"""Rows, and channels, that are merged at once."""
-
-_CHANNELS = 128
-"""That an EMA moves at once."""
-
-
-@lru_cache(maxsize=4096)
-def _grid(shapes: tuple[tuple[int, ...], ...], channels_last: bool) -> _Grid:
-    num_channels = shapes[0][1]
-    channels = min(64, triton.next_power_of_2(num_channels)) if channels_last else 1
-    width = _TILE // channels
-    blocks = -(-num_channels // channels)
-    samples, places = [], []
-    for shape in shapes:
-        num_places = math.prod(shape[2:])
-        samples.append(1 if channels_last else shape[0])
-        places.append(num_places * shape[0] if channels_last else num_places)
-    tiles = [n * -(-m // width) for n, m in zip(samples, places, strict=True)]
-    each = max(4, -(-sum(tiles) * blocks // _PROGRAMS))
-    firsts, row = [], 0
-    for number in tiles:
-        firsts.append(row)
-        row += max(1, -(-number // each))
-    pieces = _coded(firsts), _coded(samples), _coded(places)
-    return _Grid(tuple(firsts), pieces, each, width, channels, (row, blocks, 1))
-
-
-def _coded(sizes: Sequence[int]) -> tuple[int, ...]:
-    """Sizes that Triton does not compile anew for: in a tuple it does for 1 and multiples of 16."""
-    return tuple([2 * size + 3 for size in sizes])
-
-
-_compiled: dict[tuple, Any] = {}
-
-
-def _launch(
-    kernel: Any, grid: tuple[int, int, int], pointers: Sequence[Tensor], *args: Any, kind: tuple
-) -> None:
-    """Launch a kernel.
-
-    Triton takes most of the time that a launch takes to find out what it has compiled already.
-
-    Args:
-        pointers: tensors of others, which may not be aligned.
-        args: all that the kernel takes.
-        kind: what decides, with the alignment, which of its variants is the right one.
-    """
-    device = pointers[0].device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            _launch(kernel, grid, pointers, *args, kind=kind)
-        return
-    for tensor in pointers:
-        if tensor.data_ptr() % 16:
-            kernel[grid](*args)
-            return
-    key = id(kernel), device.index, kind
-    compiled = _compiled.get(key)
-    if compiled is None:
-        _compiled[key] = kernel[grid](*args)  # None from the interpreter
-    else:
-        compiled[grid](*args)
-
-
-def moments(xs: Sequence[Tensor]) -> tuple[Stack, tuple[int, ...]]:
-    """Of each part of each piece; and the number of the first part of each piece."""
-    xs, channels_last = _alike(xs)
-    grid, num_channels = _grid(tuple([x.shape for x in xs]), channels_last), xs[0].shape[1]
-    num_rows, like = grid.size[0], xs[0]
-    # Not by torch.promote_types, which is a call of ATen.
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    mean, var = like.new_empty((2, num_rows, num_channels), dtype=dtype)
-    count = like.new_empty(num_rows, dtype=torch.float64)
-    constants = channels_last, grid.width, grid.channels
-    _launch(
-        _moments,
-        grid.size,
-        xs,
-        xs,
-        *grid.pieces,
-        count,
-        mean,
-        var,
-        num_channels,
-        grid.tiles,
-        *constants,
-        kind=(like.dtype, num_channels, len(xs), *constants),
-    )
-    return (count, mean, var), grid.firsts
-
-
-def merge(stack: Stack, firsts: tuple[int, ...], sets: Sequence[Sequence[int]]) -> Stack:
-    """Moments of sets of pieces, from those of their parts."""
-    merged = _empty_stack(len(sets), stack[1])
-    _merge_into(merged, stack, sets, firsts)
-    return merged
-
-
-def pack(stack: Stack, firsts: tuple[int, ...]) -> Tensor:
-    """Moments of each piece, in one float64 tensor of shape (number of pieces, 1 + 2 C)."""
-    num_pieces, num_channels = len(firsts), stack[1].shape[1]
-    packed = stack[0].new_empty((num_pieces, 1 + 2 * num_channels))
-    _merge_into(_unpacked(packed), stack, [[k] for k in range(num_pieces)], firsts)
-    return packed
-
-
-def merge_packed(gathered: Tensor, sets: Sequence[Sequence[int]], dtype: torch.dtype) -> Stack:
-    """Moments of sets of pieces over ranks; gathered has shape (ranks, pieces, 1 + 2 C)."""
-    parts = _unpacked(gathered.flatten(0, 1))
-    merged = _empty_stack(len(sets), parts[1], dtype)
-    _merge_into(merged, parts, sets, (0,), gathered.shape[1])
-    return merged
-
-
-def _empty_stack(size: int, like: Tensor, dtype: torch.dtype | None = None) -> Stack:
-    mean, var = like.new_empty((2, size, like.shape[1]), dtype=dtype)
-    return like.new_empty(size, dtype=torch.float64), mean, var
-
-
-def _unpacked(packed: Tensor) -> Stack:
-    num_channels = packed.shape[1] // 2
-    count, mean, var = packed.split([1, num_channels, num_channels], 1)
-    return count[:, 0], mean, var
-
-
-def _merge_into(
-    merged: Stack,
-    parts: Stack,
-    sets: Sequence[Sequence[int]],
-    firsts: tuple[int, ...],
-    num_pieces: int = 0,
-) -> None:
-    """Merge parts into sets of pieces.
-
-    Args:
-        merged: is written to.
-        firsts: the first part of each piece.
-        num_pieces: where a part of each piece follow each other in turn, their number.
-    """
-    num_parts, num_channels = parts[1].shape
-    constants = num_pieces, _BLOCK
-    strides = [field.stride(0) for field in (*parts, *merged)]
-    _launch(
-        _merge,
-        (-(-num_channels // _BLOCK), len(sets), 1),
-        (parts[0],),
-        *parts,
-        *merged,
-        _coded(firsts),
-        _masks(sets),
-        *strides,
-        num_channels,
-        num_parts,
-        *constants,
-        kind=(parts[1].dtype, merged[1].dtype, *strides, len(firsts), len(sets), *constants),
-    )
-
-
-def normalize(
-    xs: Sequence[Tensor],
-    batches: Stack,
-    batch_of: tuple[int, ...],
-    weights: Sequence[Tensor | None],
-    biases: Sequence[Tensor | None],
-    affine_of: tuple[int, ...],
-    eps: float,
-) -> list[Tensor]:
-    """Each piece by the statistics of its batch, with its affine."""
-    xs, channels_last = _alike(xs)
-    grid, num_channels = _grid(tuple([x.shape for x in xs]), channels_last), xs[0].shape[1]
-    ys = [torch.empty_like(x) for x in xs]
-    _, mean, var = batches
-    constants = weights[0] is not None, biases[0] is not None
-    constants = (eps, *constants, channels_last, grid.width, grid.channels)
-    weights, biases = _pointers(weights, mean), _pointers(biases, mean)
-    _launch(
-        _normalize,
-        grid.size,
-        (*xs, *weights, *biases),
-        xs,
-        tuple(ys),
-        *grid.pieces,
-        _coded(batch_of),
-        _coded(affine_of),
-        mean,
-        var,
-        weights,
-        biases,
-        num_channels,
-        grid.tiles,
-        *constants,
-        kind=(xs[0].dtype, num_channels, len(xs), len(weights), *constants),
-    )
-    return ys
-
-
-def backward_sums(
-    dys: Sequence[Tensor],
-    xs: Sequence[Tensor],
-    batches: Stack,
-    batch_of: tuple[int, ...],
-    weights: Sequence[Tensor | None],
-    affine_of: tuple[int, ...],
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """Of dy, and of dy times the normalized x: of batches, times the weights, and of affines.
-
-    Returns:
-        shapes (number of batches, 2, C) and (number of affines, 2, C).
-    """
-    xs, channels_last = _alike(xs)
-    dys, _ = _alike(dys, channels_last)
-    grid, num_channels = _grid(tuple([x.shape for x in xs]), channels_last), xs[0].shape[1]
-    _, mean, var = batches
-    rows = mean.new_empty((grid.size[0], 2, num_channels))
-    constants = eps, channels_last, grid.width, grid.channels
-    _launch(
-        _sums,
-        grid.size,
-        (*dys, *xs),
-        dys,
-        xs,
-        *grid.pieces,
-        _coded(batch_of),
-        mean,
-        var,
-        rows,
-        num_channels,
-        grid.tiles,
-        *constants,
-        kind=(xs[0].dtype, num_channels, len(xs), *constants),
-    )
-    num_batches = len(mean)
-    totals = mean.new_empty((num_batches + len(weights), 2, num_channels))
-    constants = weights[0] is not None, _BLOCK
-    weights = _pointers(weights, mean)
-    _launch(
-        _add_up,
-        (-(-num_channels // _BLOCK), len(totals), 1),
-        weights,
-        rows,
-        grid.pieces[0],
-        _coded(batch_of),
-        _coded(affine_of),
-        weights,
-        totals,
-        num_channels,
-        len(rows),
-        num_batches,
-        *constants,
-        kind=(mean.dtype, num_channels, len(xs), len(weights), *constants),
-    )
-    return totals[:num_batches], totals[num_batches:]
-
-
-def backward_inputs(
-    dys: Sequence[Tensor],
-    xs: Sequence[Tensor],
-    batches: Stack,
-    batch_of: tuple[int, ...],
-    weights: Sequence[Tensor | None],
-    affine_of: tuple[int, ...],
-    sums: Tensor,
-    eps: float,
-) -> list[Tensor]:
-    """dx of each piece, by the sums of its batch."""
-    xs, channels_last = _alike(xs)
-    dys, _ = _alike(dys, channels_last)
-    grid, num_channels = _grid(tuple([x.shape for x in xs]), channels_last), xs[0].shape[1]
-    dxs = [torch.empty_like(x) for x in xs]
-    count, mean, var = batches
-    constants = eps, weights[0] is not None, channels_last, grid.width, grid.channels
-    weights = _pointers(weights, mean)
-    _launch(
-        _inputs,
-        grid.size,
-        (*dys, *xs, *weights),
-        dys,
-        xs,
-        tuple(dxs),
-        *grid.pieces,
-        _coded(batch_of),
-        _coded(affine_of),
-        count,
-        mean,
-        var,
-        sums,
-        weights,
-        num_channels,
-        grid.tiles,
-        *constants,
-        kind=(xs[0].dtype, num_channels, len(xs), len(weights), *constants),
-    )
-    return dxs
-
-
-def update_emas(
-    batches: Stack, sets: Sequence[Sequence[int]], layers: Sequence[_BatchNorm]
-) -> None:
-    """Move the EMAs of layers towards the statistics of sets of batches, in this order."""
-    holders = list(dict.fromkeys(layers))
-    count, mean, var = batches
-    num_channels = mean.shape[1]
-    means = tuple([layer.running_mean for layer in holders])
-    variances = tuple([layer.running_var for layer in holders])
-    _launch(
-        _update_emas,
-        (len(holders), 1, 1),
-        (*means, *variances),
-        count,
-        mean,
-        var,
-        means,
-        variances,
-        tuple([layer.num_batches_tracked for layer in holders]),
-        tuple([_bits(layer.momentum) for layer in holders]),
-        _masks(sets),
-        _coded([holders.index(layer) for layer in layers]),
-        num_channels,
-        len(mean),
-        _CHANNELS,
-        kind=(mean.dtype, means[0].dtype, num_channels, len(holders), len(sets)),
-    )
-
-
-def _masks(sets: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """Sets of numbers as bits, as kernels take them."""
-    return _coded([sum([1 << number for number in numbers]) for numbers in sets])
-
-
-_LEAST = 1e-300
-
-
-def _bits(momentum: float | None) -> int:
-    """Those of a float64, as Triton would take a float in float32; odd, as in :func:`_coded`."""
-    momentum = math.nan if momentum is None else max(float(momentum), _LEAST)
-    return 1 | struct.unpack("q", struct.pack("d", momentum))[0]
-
-
-def _alike(
-    xs: Sequence[Tensor], channels_last: bool | None = None
-) -> tuple[tuple[Tensor, ...], bool]:
-    """The pieces in one memory format, that of the first, and whether it is channels_last."""
-    if channels_last is None:
-        first = xs[0]
-        channels_last = (
-            first.dim() == 4
-            and not first.is_contiguous()
-            and first.is_contiguous(memory_format=torch.channels_last)
-        )
-    wanted = torch.channels_last if channels_last else torch.contiguous_format
-    return tuple([x.contiguous(memory_format=wanted) for x in xs]), channels_last
-
-
-def _pointers(tensors: Sequence[Tensor | None], other: Tensor) -> tuple[Tensor, ...]:
-    """Of the tensors, or one that will not be read."""
-    return (other,) if tensors[0] is None else tuple(tensors)
-
 
 # How large the pieces are is no reason to compile anew.
 _jit = triton.jit(do_not_specialize=["tiles", "num_rows", "num_batches"])
@@ -507,7 +105,7 @@ def _shifted_sums(
 
 
 @_jit
-def _moments(
+def moments(
     xs, firsts, samples, places, counts, means, variances, num_channels, tiles,
     CHANNELS_LAST: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -548,7 +146,7 @@ def _are_in(row, firsts, mask, PIECES: tl.constexpr):
 
 
 @_jit
-def _merge(
+def merge(
     counts, means, variances, to_count, to_mean, to_var, firsts, masks, count_stride, mean_stride,
     var_stride, to_count_stride, to_mean_stride, to_var_stride, num_channels, num_rows,
     PIECES: tl.constexpr, BLOCK: tl.constexpr,
@@ -599,9 +197,35 @@ def _statistics(means, variances, batch, num_channels, c, EPS: tl.constexpr):
 
 
 @triton.jit
+def _affine(
+    weights, biases, affine, inv_std, num_channels, c, HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """What is multiplied and what is added where the mean has been subtracted."""
+    scale = inv_std
+    bias = tl.zeros_like(inv_std)
+    if HAS_WEIGHT:
+        scale *= tl.load(_number(weights, affine) + c, mask=c < num_channels, other=0.0)
+    if HAS_BIAS:
+        bias += tl.load(_number(biases, affine) + c, mask=c < num_channels, other=0.0)
+    return scale, bias
+
+
+@triton.jit
+def _before_relu(grad, off, scale, bias, dtype: tl.constexpr):
+    """The gradient of a ReLU's input, from that of its output.
+
+    The input is what the forward pass has rounded it to, as whoever computes a ReLU by itself gets
+    it. (The output is somebody else's, and would have to be read.)
+    """
+    value = (off * scale + bias).to(dtype)
+    return tl.where(value <= 0, 0.0, grad)  # one of NaN lets it through
+
+
+@triton.jit
 def _scaled(
-    x, y, begin, end, places, num_channels, c, mean, scale, bias, CHANNELS_LAST: tl.constexpr,
-    WIDTH: tl.constexpr, ALIGNED: tl.constexpr,
+    x, y, begin, end, places, num_channels, c, mean, scale, bias, RELU: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     mean = _spread(mean, CHANNELS_LAST)
     scale = _spread(scale, CHANNELS_LAST)
@@ -610,14 +234,16 @@ def _scaled(
         offsets, mask, _ = _tile(j, places, num_channels, c, CHANNELS_LAST, WIDTH, ALIGNED)
         value = tl.load(x + offsets, mask=mask, other=0.0).to(mean.dtype)
         value = (value - mean) * scale + bias
+        if RELU:
+            value = tl.where(value <= 0, 0.0, value)
         tl.store(y + offsets, value.to(y.dtype.element_ty), mask=mask)
 
 
 @_jit
-def _normalize(
+def normalize(
     xs, ys, firsts, samples, places, batch_of, affine_of, means, variances, weights, biases,
     num_channels, tiles, EPS: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
+    RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
@@ -626,28 +252,29 @@ def _normalize(
     here, begin, end = _tiles_of(row, firsts, samples, places, tiles, WIDTH)
     batch = _size(_of_piece(row, firsts, batch_of))
     affine = _size(_of_piece(row, firsts, affine_of))
-    mean, scale = _statistics(means, variances, batch, num_channels, c, EPS)
-    bias = tl.zeros_like(mean)
-    if HAS_WEIGHT:
-        scale *= tl.load(_number(weights, affine) + c, mask=c < num_channels, other=0.0)
-    if HAS_BIAS:
-        bias += tl.load(_number(biases, affine) + c, mask=c < num_channels, other=0.0)
+    mean, inv_std = _statistics(means, variances, batch, num_channels, c, EPS)
+    scale, bias = _affine(weights, biases, affine, inv_std, num_channels, c, HAS_WEIGHT, HAS_BIAS)
     if here % 16 == 0:
         _scaled(
-            x, y, begin, end, here, num_channels, c, mean, scale, bias, CHANNELS_LAST, WIDTH, True
-        )
+            x, y, begin, end, here, num_channels, c, mean, scale, bias, RELU, CHANNELS_LAST,
+            WIDTH, True,
+        )  # fmt: skip
     else:
         _scaled(
-            x, y, begin, end, here, num_channels, c, mean, scale, bias, CHANNELS_LAST, WIDTH, False
-        )
+            x, y, begin, end, here, num_channels, c, mean, scale, bias, RELU, CHANNELS_LAST,
+            WIDTH, False,
+        )  # fmt: skip
 
 
 @triton.jit
 def _sums_of(
-    dy, x, begin, end, places, num_channels, c, mean, inv_std, CHANNELS_LAST: tl.constexpr,
-    WIDTH: tl.constexpr, CHANNELS: tl.constexpr, ALIGNED: tl.constexpr,
+    dy, x, begin, end, places, num_channels, c, mean, inv_std, scale, bias, RELU: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     wide = _spread(mean, CHANNELS_LAST)
+    scale = _spread(scale, CHANNELS_LAST)
+    bias = _spread(bias, CHANNELS_LAST)
     shape: tl.constexpr = (WIDTH, CHANNELS) if CHANNELS_LAST else (CHANNELS, WIDTH)
     plain = tl.zeros(shape, mean.dtype)
     products = tl.zeros(shape, mean.dtype)
@@ -655,16 +282,19 @@ def _sums_of(
         offsets, mask, _ = _tile(j, places, num_channels, c, CHANNELS_LAST, WIDTH, ALIGNED)
         grad = tl.load(dy + offsets, mask=mask, other=0.0).to(mean.dtype)
         value = tl.load(x + offsets, mask=mask, other=0.0).to(mean.dtype)
+        off = value - wide
+        if RELU:
+            grad = _before_relu(grad, off, scale, bias, x.dtype.element_ty)
         plain += grad
-        products += tl.where(mask, grad * (value - wide), 0.0)
+        products += tl.where(mask, grad * off, 0.0)
     return _total(plain, CHANNELS_LAST), _total(products, CHANNELS_LAST) * inv_std
 
 
 @_jit
-def _sums(
-    dys, xs, firsts, samples, places, batch_of, means, variances, out,
-    num_channels, tiles, EPS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
+def sums(
+    dys, xs, firsts, samples, places, batch_of, affine_of, means, variances, weights, biases, out,
+    num_channels, tiles, EPS: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
@@ -672,16 +302,18 @@ def _sums(
     x = _of_piece(row, firsts, xs)
     here, begin, end = _tiles_of(row, firsts, samples, places, tiles, WIDTH)
     batch = _size(_of_piece(row, firsts, batch_of))
+    affine = _size(_of_piece(row, firsts, affine_of))
     mean, inv_std = _statistics(means, variances, batch, num_channels, c, EPS)
+    scale, bias = _affine(weights, biases, affine, inv_std, num_channels, c, HAS_WEIGHT, HAS_BIAS)
     if here % 16 == 0:
         plain, products = _sums_of(
-            dy, x, begin, end, here, num_channels, c, mean, inv_std, CHANNELS_LAST, WIDTH,
-            CHANNELS, True,
+            dy, x, begin, end, here, num_channels, c, mean, inv_std, scale, bias, RELU,
+            CHANNELS_LAST, WIDTH, CHANNELS, True,
         )  # fmt: skip
     else:
         plain, products = _sums_of(
-            dy, x, begin, end, here, num_channels, c, mean, inv_std, CHANNELS_LAST, WIDTH,
-            CHANNELS, False,
+            dy, x, begin, end, here, num_channels, c, mean, inv_std, scale, bias, RELU,
+            CHANNELS_LAST, WIDTH, CHANNELS, False,
         )  # fmt: skip
     at = out + row.to(tl.int64) * 2 * num_channels + c
     tl.store(at, plain, mask=c < num_channels)
@@ -689,7 +321,7 @@ def _sums(
 
 
 @_jit
-def _add_up(
+def add_up(
     rows, firsts, batch_of, affine_of, weights, totals, num_channels, num_rows, num_batches,
     HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -726,26 +358,31 @@ def _add_up(
 
 @triton.jit
 def _inputs_of(
-    dy, x, dx, begin, end, places, num_channels, c, mean, scale, slope, offset,
-    CHANNELS_LAST: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr,
+    dy, x, dx, begin, end, places, num_channels, c, mean, scale, bias, slope, offset,
+    RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     mean = _spread(mean, CHANNELS_LAST)
     scale = _spread(scale, CHANNELS_LAST)
+    bias = _spread(bias, CHANNELS_LAST)
     slope = _spread(slope, CHANNELS_LAST)
     offset = _spread(offset, CHANNELS_LAST)
     for j in range(begin, end):
         offsets, mask, _ = _tile(j, places, num_channels, c, CHANNELS_LAST, WIDTH, ALIGNED)
         grad = tl.load(dy + offsets, mask=mask, other=0.0).to(mean.dtype)
         value = tl.load(x + offsets, mask=mask, other=0.0).to(mean.dtype)
-        value = grad * scale - (offset + (value - mean) * slope)
+        off = value - mean
+        if RELU:
+            grad = _before_relu(grad, off, scale, bias, x.dtype.element_ty)
+        value = grad * scale - (offset + off * slope)
         tl.store(dx + offsets, value.to(dx.dtype.element_ty), mask=mask)
 
 
 @_jit
-def _inputs(
+def inputs(
     dys, xs, dxs, firsts, samples, places, batch_of, affine_of, counts, means, variances, totals,
-    weights, num_channels, tiles, EPS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
+    weights, biases, num_channels, tiles, EPS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """(dy weight - (sum_0 + z sum_1) / count) / sqrt(var + eps), z being the normalized x."""
     row = tl.program_id(0)
@@ -762,23 +399,21 @@ def _inputs(
     offset = tl.load(at, mask=c < num_channels, other=0.0) / count * inv_std
     slope = tl.load(at + num_channels, mask=c < num_channels, other=0.0) / count
     slope *= inv_std * inv_std
-    scale = inv_std
-    if HAS_WEIGHT:
-        scale *= tl.load(_number(weights, affine) + c, mask=c < num_channels, other=0.0)
+    scale, bias = _affine(weights, biases, affine, inv_std, num_channels, c, HAS_WEIGHT, HAS_BIAS)
     if here % 16 == 0:
         _inputs_of(
-            dy, x, dx, begin, end, here, num_channels, c, mean, scale, slope, offset,
-            CHANNELS_LAST, WIDTH, True,
+            dy, x, dx, begin, end, here, num_channels, c, mean, scale, bias, slope, offset,
+            RELU, CHANNELS_LAST, WIDTH, True,
         )  # fmt: skip
     else:
         _inputs_of(
-            dy, x, dx, begin, end, here, num_channels, c, mean, scale, slope, offset,
-            CHANNELS_LAST, WIDTH, False,
+            dy, x, dx, begin, end, here, num_channels, c, mean, scale, bias, slope, offset,
+            RELU, CHANNELS_LAST, WIDTH, False,
         )  # fmt: skip
 
 
 @_jit
-def _update_emas(
+def update_emas(
     counts, means, variances, running_means, running_vars, counters, momenta, masks,
     holder_of, num_channels, num_rows, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -828,10 +463,3 @@ def _move(at, towards, weight, mask):
         old = tl.load(at, mask=mask, other=0.0).to(tl.float64)
         new = (1 - weight) * old + weight * towards
         tl.store(at, new.to(at.dtype.element_ty), mask=mask)
-
-
-def check(device: torch.device) -> None:
-    """Raise what comes of it unless the kernels work on a device."""
-    (_, mean, _), _ = moments([torch.ones(2, 2, 2, 2, device=device)])
-    if mean.tolist() != [[1.0, 1.0]]:
-        raise RuntimeError(f"the mean of ones is {mean.tolist()}")

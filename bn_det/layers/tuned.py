@@ -19,6 +19,7 @@ from .freeze import is_frozen
 from .held import constant, with_zero_gradients
 from .kernels import normalize_one
 from .kinds import eps_of, is_host_frozen
+from .watched import is_watched
 
 
 class Deferred(NamedTuple):
@@ -169,15 +170,10 @@ def folds(conv: nn.Module, norm: nn.Module, x: Tensor) -> bool:
         and is_frozen(norm)
         # Not what a parametrization makes, nor a replica's of DataParallel.
         and isinstance(conv._parameters.get("weight"), Tensor)
-        and not any(_is_watched(of) or "forward" in vars(of) for of in (conv, norm))
+        # Observers are those of a BatchNorm of ours.
+        and not (is_watched(conv) or is_watched(norm) or getattr(norm, "_observers", None))
     )
     return are_as_tuned and x.dim() == 4 and _num_outputs(conv, x) >= conv.weight.numel()
-
-
-def _is_watched(module: nn.Module) -> bool:
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks
-    observers = getattr(module, "_observers", None)  # of a BatchNorm of ours
-    return bool(any(hooks) or module._backward_pre_hooks or observers)
 
 
 def _num_outputs(conv: nn.Module, x: Tensor) -> int:

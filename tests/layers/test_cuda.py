@@ -56,6 +56,27 @@ class Head(nn.Module):
 
 
 @cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_relu_lets_the_same_gradients_through(memory_format, dtype):
+    """A million values, of which none may be on the other side of 0 in the backward pass."""
+    layer = DomainBatchNorm2d(64, 2, statistics="shared").cuda()
+    shapes = [(4, 64, 64, 50), (4, 64, 31, 25)]
+    xs = [torch.randn(s, device="cuda", dtype=dtype) for s in shapes]
+    xs = [x.to(memory_format=memory_format).requires_grad_() for x in xs]
+    grads = [torch.randn_like(x) for x in xs]
+    inputs = [*xs, *layer.parameters()]
+    found, expected = forward_levels([layer, nn.ReLU()], xs), [y.relu() for y in layer(xs)]
+    for a, b in zip(found, expected, strict=True):
+        assert a.equal(b)
+    found, expected = (torch.autograd.grad(ys, inputs, grads) for ys in (found, expected))
+    # One that is let through or not is as large as a gradient; the compiler may round otherwise.
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3}.get(dtype, 1e-2)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
+
+
+@cuda
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_mixed_precision(memory_format):
     head = Head()

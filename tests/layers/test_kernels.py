@@ -9,10 +9,12 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from kernel_cases import EPS, SHAPES, by_autograd, make_case, statistics
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bn_det import forward_levels
 from bn_det.layers import ema, kernels
 from bn_det.layers.moments import Moments
 from cases import CASES, check_as_in_float64, domain_layer
@@ -76,7 +78,7 @@ def rounding(dtype):
 
 
 def moments_of(xs, sets):
-    return Moments(*kernels.merge(*kernels.moments(xs), sets))
+    return Moments(*kernels.merge(*kernels.moments(xs, kernels.grid_of(xs)), sets))
 
 
 def test_moments(name, dtype, memory_format):
@@ -104,7 +106,9 @@ def test_moments_of_a_large_mean(memory_format):
 def test_moments_of_ranks(name, dtype):
     """What ranks have packed merges into what one process would find that holds everything."""
     case, other = (make_case(name, dtype, torch.contiguous_format) for _ in range(2))
-    ranks = torch.stack([kernels.pack(*kernels.moments(c.xs)) for c in (case, other)])
+    ranks = torch.stack(
+        [kernels.pack(*kernels.moments(c.xs, kernels.grid_of(c.xs))) for c in (case, other)]
+    )
     sets = [list(range(len(case.xs))), [0]]
     found = Moments(*kernels.merge_packed(ranks, sets, torch.promote_types(dtype, torch.float32)))
     for k, of_set in enumerate(sets):
@@ -121,17 +125,17 @@ def test_what_is_not_finite_stays():
     assert found.mean.isfinite().tolist() == found.var.isfinite().tolist() == [False, False, True]
 
 
-@pytest.mark.parametrize("affine", [True, False])
-def test_normalize_and_backward(name, dtype, memory_format, affine):
+@pytest.mark.parametrize("affine, relu", [(True, False), (False, False), (True, True)])
+def test_normalize_and_backward(name, dtype, memory_format, affine, relu):
     case = make_case(name, dtype, memory_format, affine)
-    batches = moments_of(case.xs, case.sets)
-    of_affines = case.weights, case.biases, case.affine_of
-    ys = kernels.normalize(case.xs, batches, case.batch_of, *of_affines, EPS)
-    pieces = case.dys, case.xs, batches, case.batch_of, case.weights, case.affine_of
-    of_batches, sums = kernels.backward_sums(*pieces, EPS)
-    dxs = kernels.backward_inputs(*pieces, of_batches, EPS)
+    grid = kernels.grid_of(case.xs)
+    assert (grid is not None) == INTERPRETED
+    how = case.how(moments_of(case.xs, case.sets), relu)
+    ys = kernels.normalize(case.xs, how, grid)
+    of_batches, sums = kernels.backward_sums(case.dys, case.xs, how, grid)
+    dxs = kernels.backward_inputs(case.dys, case.xs, how, of_batches, grid)
 
-    expected_ys, expected_dxs, of_parameters = by_autograd(case)
+    expected_ys, expected_dxs, of_parameters = by_autograd(case, relu)
     for found, expected in ((ys, expected_ys), (dxs, expected_dxs)):
         for t, x, of_reference in zip(found, case.xs, expected, strict=True):
             assert t.shape == x.shape and t.dtype == x.dtype
@@ -149,11 +153,11 @@ def test_normalize_and_backward(name, dtype, memory_format, affine):
 def test_gradients_in_another_memory_format():
     case = make_case("tiles", torch.float32, torch.channels_last)
     other = case._replace(dys=[dy.contiguous() for dy in case.dys])
-    batches = moments_of(case.xs, case.sets)
+    how, grid = case.how(moments_of(case.xs, case.sets)), kernels.grid_of(case.xs)
     found = []
     for c in (case, other):
-        pieces = c.dys, c.xs, batches, c.batch_of, c.weights, c.affine_of
-        found.append(kernels.backward_inputs(*pieces, kernels.backward_sums(*pieces, EPS)[0], EPS))
+        sums, _ = kernels.backward_sums(c.dys, c.xs, how, grid)
+        found.append(kernels.backward_inputs(c.dys, c.xs, how, sums, grid))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -202,6 +206,8 @@ def test_an_empty_piece_keeps_its_affine_in_the_graph():
         "levels shared-per_domain-per_domain",
         "levels per_domain-shared-shared",
         "levels, renorm",
+        "levels shared, ReLU",
+        "levels per_domain, ReLU",
         "sources of levels",
         "RoI levels, shared",
     ],
@@ -230,42 +236,84 @@ class Operations(TorchDispatchMode):
 
 
 @interpreted
+@pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("choices", EIGHT_CHOICES, ids="-".join)
-def test_launches(choices, monkeypatch):
-    """Four forward and three backward, and nothing of ATen, whatever levels have in common."""
-    from bn_det.layers import triton_kernels
+def test_launches(choices, relu, monkeypatch):
+    """Four forward and three backward, and nothing of ATen, whatever levels have in common.
+
+    A ReLU that follows adds none.
+    """
+    from bn_det.layers import triton_lists
 
     launched = []
-    launch = triton_kernels._launch
+    launch = triton_lists._launch
 
     def counting(kernel, *args, **kwargs):
         launched.append(kernel.fn.__name__)
         with torch.utils._python_dispatch._disable_current_modes():
             launch(kernel, *args, **kwargs)
 
-    monkeypatch.setattr(triton_kernels, "_launch", counting)
+    monkeypatch.setattr(triton_lists, "_launch", counting)
     layer = domain_layer(choices)
     xs = [torch.randn(2, 5, n, n, requires_grad=True) for n in (3, 2, 2)]
     grads = [torch.randn_like(x) for x in xs]
     with Operations() as operations:
-        ys = layer(xs)
+        ys = forward_levels([layer, *[nn.ReLU()] * relu], xs)
     # Where no level has been taken apart, there is nothing to merge without shared statistics.
     merged = choices[0] == "shared"
-    assert launched == ["_moments", *["_merge"] * merged, "_normalize", "_update_emas"]
+    assert launched == ["moments", *["merge"] * merged, "normalize", "update_emas"]
     assert operations.names == []
     launched.clear()
     with Operations() as operations:
         torch.autograd.grad(ys, [*xs, *layer.parameters()], grads)
-    assert launched == ["_sums", "_add_up", "_inputs"]
+    assert launched == ["sums", "add_up", "inputs"]
     assert operations.names == []
+
+
+@interpreted
+@pytest.mark.parametrize("relu", [nn.ReLU(), nn.ReLU(inplace=True), F.relu, F.relu_])
+def test_a_relu_is_exact(relu):
+    """To the bit, with the gradients of a ReLU by itself."""
+    layer = domain_layer(("shared", "shared", "shared"))
+    xs = [torch.randn(2, 5, n, n, requires_grad=True) for n in (3, 2, 2)]
+    with torch.no_grad():
+        xs[1][:, 2] = xs[0][:, 2] = xs[2][:, 2] = 1.0  # ends at 0, which no gradient goes through
+    grads = [torch.randn_like(x) for x in xs]
+    inputs = [*xs, *layer.parameters()]
+    found = forward_levels([layer, relu], xs)
+    expected = [F.relu(y) for y in layer(xs)]
+    assert not any(y[:, 2].any() for y in expected)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, inputs, grads),
+        torch.autograd.grad(expected, inputs, grads),
+        rtol=0,
+        atol=0,
+    )
+
+
+@interpreted
+@pytest.mark.parametrize("watched", [0, 1])
+def test_a_relu_is_apart_where_somebody_looks(watched):
+    layers = [domain_layer(("shared", "shared", "shared")), nn.ReLU()]
+    seen = []
+    handle = layers[watched].register_forward_hook(lambda module, args, y: seen.append(y))
+    xs = [torch.randn(2, 5, n, n) for n in (3, 2, 2)]
+    forward_levels(layers, xs)
+    negative = [any((y < 0).any() for y in ys) for ys in seen]
+    assert negative == ([True] if watched == 0 else [False] * 3)
+    handle.remove()
+    forward_levels(layers, xs)
+    assert len(seen) == len(negative)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="it is Triton's process")
 def test_without_triton(monkeypatch, caplog):
     """A GPU where Triton's kernels do not work gets ATen's, and one line."""
     monkeypatch.setitem(sys.modules, "triton", None)  # as if it were not installed
-    monkeypatch.delitem(sys.modules, "bn_det.layers.triton_kernels", raising=False)
-    monkeypatch.delattr("bn_det.layers.triton_kernels", raising=False)
+    for module in ("triton_lists", "triton_kernels"):
+        monkeypatch.delitem(sys.modules, f"bn_det.layers.{module}", raising=False)
+        monkeypatch.delattr(f"bn_det.layers.{module}", raising=False)
     for cached in (kernels._triton, kernels._working):
         cached.cache_clear()
     try:

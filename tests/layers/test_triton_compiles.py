@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 pytest.importorskip("triton")
-from kernel_cases import EPS, make_case
+from kernel_cases import make_case
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from bn_det.layers import triton_kernels
+from bn_det.layers import triton_kernels, triton_lists
 
-KERNELS = ("_moments", "_merge", "_normalize", "_sums", "_add_up", "_inputs", "_update_emas")
+KERNELS = ("moments", "merge", "normalize", "sums", "add_up", "inputs", "update_emas")
 TYPES = {
     torch.float32: "*fp32",
     torch.float64: "*fp64",
@@ -44,18 +44,18 @@ def calls(monkeypatch):
     return calls
 
 
-def call_all(dtype, memory_format):
+def call_all(dtype, memory_format, relu):
     case = make_case("divisible", dtype, memory_format)
-    stack, firsts = triton_kernels.moments(case.xs)
-    batches = triton_kernels.merge(stack, firsts, [[0, 1]])
-    packed = triton_kernels.pack(stack, firsts)
-    triton_kernels.merge_packed(torch.stack([packed, packed]), [[0, 1], [0]], batches[1].dtype)
-    of_pieces = batches, (0, 0), case.weights, case.biases, (0, 1)
-    triton_kernels.normalize(case.xs, *of_pieces, EPS)
-    pieces = case.dys, case.xs, batches, (0, 0), case.weights, (0, 1)
-    sums, _ = triton_kernels.backward_sums(*pieces, EPS)
-    triton_kernels.backward_inputs(*pieces, sums, EPS)
-    triton_kernels.update_emas(batches, [[0]], [nn.BatchNorm2d(16, momentum=None)])
+    grid = triton_lists.grid_of(case.xs)
+    stack, firsts = triton_lists.moments(case.xs, grid), grid.firsts
+    batches = triton_lists.merge(stack, firsts, [[0, 1]])
+    packed = triton_lists.pack(stack, firsts)
+    triton_lists.merge_packed(torch.stack([packed, packed]), [[0, 1], [0]], batches[1].dtype)
+    how = case.how(batches, relu)
+    triton_lists.normalize(case.xs, how, grid)
+    sums, _ = triton_lists.backward_sums(case.dys, case.xs, how, grid)
+    triton_lists.backward_inputs(case.dys, case.xs, how, sums, grid)
+    triton_lists.update_emas(batches, [[0]], [nn.BatchNorm2d(16, momentum=None)])
 
 
 def compiled(kernel, args, capability):
@@ -88,11 +88,11 @@ def type_of(arg):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_kernels_compile(dtype, memory_format, capability, calls):
-    call_all(dtype, memory_format)
+    call_all(dtype, memory_format, relu=True)
     assert {kernel.fn.__name__ for kernel, _ in calls} == set(KERNELS)
     for kernel, args in calls:
         ptx = compiled(kernel, args, capability).asm["ptx"]
         assert "ld.local" not in ptx and "st.local" not in ptx, "registers are spilled"
-        if kernel.fn.__name__ in ("_moments", "_normalize", "_sums", "_inputs"):
+        if kernel.fn.__name__ in ("moments", "normalize", "sums", "inputs"):
             # Four values of float32 at once, where a level's rows are aligned.
             assert re.search(r"ld\.global\S*\.v[248]", ptx)
