@@ -19,6 +19,7 @@ FLOORS = (
     ("files",),
     ("layers",),
     ("population",),
+    ("doctor",),
     ("training",),
     ("config",),
     ("data",),

@@ -15,6 +15,7 @@ from yacs.config import CfgNode
 from ..config.yaml_file import load_yaml
 from ..errors import LOAD_ERRORS, InputError, reason_of
 from ..files import check_replaceable, check_writable, write_aside, write_json, write_text
+from ..layers.pickled_arrays import read_pickled_arrays
 from ..layers.state_dicts import READ_ERRORS, refuse_damaged, weights_of, why_unreadable
 from .fitting import (
     refuse_broken_statistics,
@@ -25,7 +26,6 @@ from .fitting import (
     refuse_types,
     tell_parts,
 )
-from .pickled_arrays import read_pickled_arrays
 
 
 class CheckpointerMixin:

@@ -22,9 +22,9 @@ from detectron2.utils.logger import setup_logger
 from ..commands.checkpoint import CheckpointerMixin
 from ..commands.launch import is_mendable
 from ..commands.output_folder import end_logs_that_fail
-from ..commands.pickled_arrays import read_pickled_arrays
 from ..errors import InputError, one_line
 from ..files import write_text
+from ..layers.pickled_arrays import read_pickled_arrays
 
 
 class _SafeCheckpointer(DetectionCheckpointer):

@@ -10,9 +10,9 @@ import torch
 
 from bn_det.commands.checkpoint import check_output
 from bn_det.commands.fitting import refuse_broken_statistics
-from bn_det.commands.pickled_arrays import read_pickled_arrays
 from bn_det.errors import InputError
 from bn_det.files import write_aside
+from bn_det.layers.pickled_arrays import read_pickled_arrays
 from hosts import build_model, make_cfg
 from reference import BASE
 

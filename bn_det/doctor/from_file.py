@@ -1,0 +1,314 @@
+"""What can be told of BatchNorm from a checkpoint alone."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .checkpoint import Checkpoint, Layer, read
+from .findings import Finding, Report, make_report
+from .rules import RULES
+
+FLOAT16 = torch.finfo(torch.float16)
+MOMENTUM = 0.1
+"""torch's default; that of a training is in no file."""
+
+_EPS = 1e-5, 1e-3
+"""The usual ones: torch's and Detectron2's, and that of TensorFlow and of many detectors."""
+
+_LEAST_LEFT = 0.01
+_MANY_WITH_BIAS = 0.9
+_OF_USUAL = 0.1
+
+_RECOMPUTE = (
+    "python tools/recompute_statistics.py --weights {path} --config-file CONFIG --output mended.pth"
+    " (or --model and --data for any model; in code bn_det.update_bn_stats(model, batches))"
+)
+
+
+def examine_file(
+    path: str | os.PathLike,
+    rules: Collection[str] = tuple(RULES),
+    part: str | None = None,
+) -> Report:
+    """Findings of a checkpoint, from which no model is made.
+
+    Args:
+        path: a file of torch.save with plain data, a .pkl of Detectron2, or safetensors.
+        rules: ids of those that are to be looked for.
+        part: the key under which the weights are; by default where they usually are.
+
+    Raises:
+        InputError: it has no weights, or only an unsafe load could read them.
+    """
+    checkpoint = read(path, part)
+    recompute = _RECOMPUTE.format(path=path)
+    findings = [
+        finding
+        for check in _CHECKS
+        for finding in check(checkpoint, recompute)
+        if finding.rule in rules
+    ]
+    number = len(checkpoint.layers)
+    also = f"; the file has weights under {checkpoint.others}, too: --part" * bool(
+        checkpoint.others
+    )
+    healthy = (
+        f"nothing is wrong with what the file says of its {number} BatchNorm layers; whether their "
+        f"statistics fit the weights is seen on images (bn_det.update_bn_stats){also}"
+    )
+    return make_report(findings, healthy if number else "the file has no BatchNorm" + also)
+
+
+_Check = Callable[[Checkpoint, str], Iterator[Finding]]
+_CHECKS: list[_Check] = []
+
+
+def _check(function: _Check) -> _Check:
+    _CHECKS.append(function)
+    return function
+
+
+def _named(layers: Sequence[Layer]) -> tuple[str, ...]:
+    return tuple(layer.name for layer in layers)
+
+
+def _is_initial(layer: Layer) -> bool:
+    """Whether the statistics are those of a new layer."""
+    # Detectron2's FrozenBatchNorm2d has 1 - eps. Half precision is finer than the tolerance.
+    near = (layer.var.double() - 1).abs() <= 2 * max(_EPS)
+    return not layer.mean.any() and bool(near.all())
+
+
+def _is_affine_initial(layer: Layer) -> bool:
+    """Whether weight and bias are. The weight may be any constant: 0 at a residual block's end."""
+    weight, bias = layer.weight, layer.bias
+    varies = weight is not None and weight.numel() > 0 and bool((weight != weight[0]).any())
+    return not varies and (bias is None or not bias.any())
+
+
+@_check
+def initial_statistics(checkpoint: Checkpoint, recompute: str) -> Iterator[Finding]:
+    """BN101 to BN105: by the counter, and by whether the affine is a new layer's."""
+    groups: dict[str, list[Layer]] = {}
+    for layer in filter(_is_initial, checkpoint.layers):
+        is_new = _is_affine_initial(layer)
+        if layer.batches is None:
+            rule = "BN102" if is_new else "BN103"
+        elif layer.batches == 0:
+            rule = "BN105" if is_new else "BN101"
+        else:
+            rule = "BN104"
+        groups.setdefault(rule, []).append(layer)
+    number = len(checkpoint.layers)
+    for rule, layers in groups.items():
+        words = f"{len(layers)} of {number} layers"
+        severity, why, treatment = {
+            "BN101": (
+                "error",
+                f"{words} hold mean 0, variance 1 and a counter of 0 under a trained weight and "
+                "bias: averaged without buffers, left out of the file, or never in training mode",
+                recompute,
+            ),
+            "BN102": (
+                "error",
+                f"{words} are frozen at mean 0, variance 1, weight 1 and bias 0: the identity",
+                "train with BN, SyncBN or GN in place of FrozenBN (MODEL.RESNETS.NORM), or start "
+                "from weights that have statistics",
+            ),
+            "BN103": (
+                "note",
+                f"{words} have their statistics in weight and bias: right while they are frozen",
+                "keep them frozen, or have real statistics before they train: bn_det.unfold(model, "
+                "batches)",
+            ),
+            "BN104": (
+                "error",
+                f"{words} have counted {max(of.batches or 0 for of in layers)} batches and hold "
+                "mean 0 and variance 1: momentum 0, or buffers that were set back",
+                f"set momentum 0.1 and train on, or {recompute}",
+            ),
+            "BN105": (
+                "warning",
+                f"{words} are as new ones, with a counter of 0"
+                + ("; nothing in the file is trained" if len(layers) == number else ""),
+                f"if they are in use: {recompute}",
+            ),
+        }[rule]
+        yield Finding(rule, severity, _named(layers), len(layers), why, treatment)
+
+
+@_check
+def start_left(checkpoint: Checkpoint, recompute: str) -> Iterator[Finding]:
+    """BN106."""
+    young = {}
+    for layer in checkpoint.layers:
+        is_young = layer.batches and (1 - MOMENTUM) ** layer.batches >= _LEAST_LEFT
+        if is_young and not _is_initial(layer):
+            young[layer.name] = layer.batches
+    if young:
+        fewest = min(young.values())
+        most = (1 - MOMENTUM) ** fewest
+        why = (
+            f"{len(young)} of {len(checkpoint.layers)} layers have counted {fewest} batches or a "
+            f"few more: with momentum {MOMENTUM} {100 * most:.0f} % of the start's mean 0 and "
+            "variance 1 are in their statistics"
+        )
+        yield Finding("BN106", "warning", tuple(young), most, why, recompute)
+
+
+def _by_channels(
+    checkpoint: Checkpoint,
+    rule: str,
+    severity: str,
+    of_layer: Callable[[Layer], Tensor],
+    what: str,
+    treatment: str,
+) -> Iterator[Finding]:
+    """A finding of the layers that have channels of a kind, with the first of these."""
+    numbers = {}
+    for layer in checkpoint.layers:
+        channels = of_layer(layer).nonzero().flatten().tolist()
+        if channels:
+            numbers[layer.name] = channels
+    if numbers:
+        first = next(iter(numbers))
+        some = ", ".join(map(str, numbers[first][:5])) + ", ..." * (len(numbers[first]) > 5)
+        total = sum(map(len, numbers.values()))
+        why = f"{total} channels in {len(numbers)} layers {what}; {first}: channel {some}"
+        yield Finding(rule, severity, tuple(numbers), total, why, treatment)
+
+
+@_check
+def not_finite(checkpoint: Checkpoint, recompute: str) -> Iterator[Finding]:
+    """BN107, BN108, BN109."""
+    yield from _by_channels(
+        checkpoint, "BN107", "error",
+        lambda layer: ~(layer.mean.isfinite() & layer.var.isfinite()),
+        "have a mean or variance that is NaN or infinite", recompute,
+    )  # fmt: skip
+    yield from _by_channels(
+        checkpoint, "BN108", "error", lambda layer: layer.var < 0,
+        "have a variance below 0", recompute,
+    )  # fmt: skip
+    yield from _by_channels(
+        checkpoint, "BN109", "error", _is_clamped,
+        "have a mean or variance at float16's largest number", recompute,
+    )  # fmt: skip
+
+
+@_check
+def half_precision(checkpoint: Checkpoint, recompute: str) -> Iterator[Finding]:
+    """BN115."""
+    del recompute
+    layers = [of for of in checkpoint.layers if of.var.dtype in (torch.float16, torch.bfloat16)]
+    if layers:
+        # Of bfloat16, which has float32's exponents, none is.
+        lost = sum(int((of.var.abs() < torch.finfo(of.var.dtype).tiny).sum()) for of in layers)
+        why = (
+            f"{len(layers)} of {len(checkpoint.layers)} layers have statistics of "
+            f"{str(layers[0].var.dtype).removeprefix('torch.')}; {lost} channels have a variance "
+            "below the least that it has in full precision"
+        )
+        treatment = "save statistics in float32: model.half() only for inference"
+        yield Finding("BN115", "note", _named(layers), lost, why, treatment)
+
+
+def _is_clamped(layer: Layer) -> Tensor:
+    values = torch.stack([layer.mean.abs(), layer.var]).double()
+    return (values == FLOAT16.max).any(0)
+
+
+@_check
+def near_eps(checkpoint: Checkpoint, recompute: str) -> Iterator[Finding]:
+    """BN110."""
+    del recompute
+    yield from _by_channels(
+        checkpoint, "BN110", "note", _depends_on_eps,
+        f"give something else with eps {_EPS[1]} than with {_EPS[0]}",
+        "give every layer the eps that the model was trained with",
+    )  # fmt: skip
+
+
+def _depends_on_eps(layer: Layer) -> Tensor:
+    """Channels whose output varies otherwise, by a tenth of what is usual in the layer."""
+    var = layer.var.double().clamp(min=0)
+    scale = torch.ones_like(var) if layer.weight is None else layer.weight.double().abs()
+    stds = [scale * (var / (var + eps)).sqrt() for eps in _EPS]
+    usual = stds[0].median() if len(var) else 0.0
+    return stds[0] - stds[1] > _OF_USUAL * usual
+
+
+@_check
+def dead(checkpoint: Checkpoint, recompute: str) -> Iterator[Finding]:
+    """BN111."""
+    del recompute
+    yield from _by_channels(
+        checkpoint, "BN111", "note", _is_dead, "are the same for every image",
+        "none is needed; they can be pruned",
+    )  # fmt: skip
+
+
+def _is_dead(layer: Layer) -> Tensor:
+    without_weight = layer.var == 0
+    if layer.weight is None or _is_affine_initial(layer):
+        return without_weight
+    return without_weight | (layer.weight == 0)
+
+
+_MOST_TIMES = 16
+
+
+@_check
+def counters(checkpoint: Checkpoint, recompute: str) -> Iterator[Finding]:
+    """BN112."""
+    del recompute
+    counted = [layer for layer in checkpoint.layers if layer.batches]
+    if not counted:
+        return
+    (usual, _), *_ = Counter(layer.batches for layer in counted).most_common(1)
+    groups: dict[int, list[Layer]] = {}
+    for layer in counted:
+        times, rest = divmod(layer.batches, usual)
+        if usual > 1 and ((rest == 0 and 1 < times <= _MOST_TIMES) or (times, rest) == (1, 1)):
+            groups.setdefault(layer.batches, []).append(layer)
+    for batches, layers in groups.items():
+        times = batches / usual
+        what = "one more than" if batches == usual + 1 else f"{times:g} times"
+        meaning = {
+            1: "a forward pass in training mode that belongs to no step",
+            2: "activation checkpointing that updates the EMA again, or two calls a pass",
+        }.get(batches // usual, "as many calls a pass: a layer that levels share")
+        why = (
+            f"{len(layers)} layers have counted {batches} batches, {what} the {usual} of most: "
+            f"{meaning}"
+        )
+        treatment = "statistics for each level, in place of shared ones: bn_det.convert_batchnorm"
+        if times <= 2:
+            treatment = "bn_det.unchanged_statistics(model) around what only looks, and ours in "
+            treatment += "place of torch's where activations are checkpointed"
+        yield Finding("BN112", "warning", _named(layers), times, why, treatment)
+
+
+@_check
+def missing_keys(checkpoint: Checkpoint, recompute: str) -> Iterator[Finding]:
+    """BN113, BN114."""
+    if checkpoint.broken:
+        key, what = next(iter(checkpoint.broken.items()))
+        why = f"{len(checkpoint.broken)} keys make no layer, first {key}, which {what}"
+        names = tuple(name.rpartition(".")[0] for name in checkpoint.broken)
+        yield Finding("BN113", "error", names, len(checkpoint.broken), why, recompute)
+    elif not checkpoint.layers:
+        number, with_bias = checkpoint.num_convs, checkpoint.num_with_bias
+        if number > 1 and with_bias >= _MANY_WITH_BIAS * number:
+            why = (
+                f"it has no statistics, and {with_bias} of {number} convolutions have a bias: if "
+                "the model has BatchNorm, this is its fused file"
+            )
+            treatment = "fuse the model, too, before it is loaded (bn_det.fuse), or load the "
+            treatment += "unfused file"
+            yield Finding("BN114", "warning", (), with_bias, why, treatment)

@@ -1,0 +1,200 @@
+"""The doctor's rules: what each finds and why that matters. Their ids stay.
+
+BN1xx are known from a file alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Rule(NamedTuple):
+    """Attributes:
+    name: in few words.
+    says: the beginning of a verdict.
+    unit: of a finding's value.
+    finds: what is looked at, and what is found.
+    why: why it matters, with a source.
+    limits: what cannot be told apart, and when a finding is wrong.
+    threads: of users who met it, as repository and number.
+    """
+
+    name: str
+    says: str
+    unit: str
+    finds: str
+    why: str
+    limits: str
+    threads: str
+
+    def explain(self, rule: str) -> str:
+        """A page about it."""
+        parts = {
+            "What it finds": self.finds,
+            "Why it matters": self.why,
+            "What it cannot tell": self.limits,
+            "Who met it": self.threads,
+        }
+        body = "\n\n".join(f"{head}\n  {text}" for head, text in parts.items())
+        return f"{rule}: {self.name}\n\n{body}"
+
+
+_IOFFE = "Ioffe & Szegedy, Batch Normalization, 2015, Sec. 3.1"
+
+RULES = {
+    "BN101": Rule(
+        "statistics that never saw data",
+        "the weights are trained and the statistics are not",
+        "layers",
+        "Mean 0 and variance 1 in every channel and no batch counted, where weight and bias are "
+        "not those of a new layer.",
+        "Test time normalizes by the population statistics "
+        f"({_IOFFE}); those of a new layer fit no trained weights.",
+        "Whether buffers were left out of an average of weights, or of the file, or the layers "
+        "were in evaluation mode: all three leave the same.",
+        "PyTorch-Classification/U2PL 64, pytorch/ignite 2590, facebookresearch/moco 70, "
+        "lucidrains/byol-pytorch 73, open-mmlab/mmdetection 5774",
+    ),
+    "BN102": Rule(
+        "frozen from scratch",
+        "frozen layers hold the values of new ones and normalize nothing",
+        "layers",
+        "Mean 0, variance 1, weight 1, bias 0, and no counter of batches, which FrozenBatchNorm2d "
+        "does not have.",
+        "Such a layer is the identity: a detector that is trained from scratch with FrozenBN has "
+        "no normalization at all.",
+        "A file of a new model that nobody has trained looks the same.",
+        "pytorch/vision 5443, 2164, 3394, facebookresearch/detectron2 914",
+    ),
+    "BN103": Rule(
+        "statistics folded into the affine",
+        "statistics are folded into weight and bias",
+        "layers",
+        "Mean 0, variance 1 and no counter, where weight and bias are trained.",
+        "As in the ResNets that Caffe published. It is right as long as the layers are frozen; a "
+        "BatchNorm that trains in their place begins with wrong statistics, and its weight means "
+        "something else (maskrcnn-benchmark 561).",
+        "FrozenBN whose affine has been trained from scratch looks the same.",
+        "facebookresearch/maskrcnn-benchmark 561, 267, 675, facebookresearch/detectron2 1159",
+    ),
+    "BN104": Rule(
+        "statistics that never moved",
+        "batches were counted and the statistics have not moved",
+        "layers",
+        "Mean 0 and variance 1 in every channel, and a counter above 0.",
+        f"Test time normalizes by them ({_IOFFE}). A momentum of 0 counts batches and moves "
+        "nothing; so does code that sets the buffers back.",
+        "Which of the two it was.",
+        "Cadene/pretrained-models 5, pytorch/pytorch 20967, 37823",
+    ),
+    "BN105": Rule(
+        "layers that nothing has trained",
+        "layers are as new ones",
+        "layers",
+        "Mean 0, variance 1, weight 1, bias 0 and a counter of 0.",
+        "Where other layers are trained, these were not called in training, were in evaluation "
+        "mode, or are new in this file.",
+        "A layer that is never used is harmless.",
+        "open-mmlab/mmcv 2199, open-mmlab/mmaction2 1781",
+    ),
+    "BN106": Rule(
+        "values of the start left in the EMA",
+        "the statistics have seen too few batches",
+        "of the start's values",
+        "(1 - m)^n for n batches counted, with torch's default m of 0.1, from 0.01 up.",
+        "An EMA begins at mean 0 and variance 1 and forgets that by the momentum m of each batch.",
+        "The momentum is in no file: with m 0.01 as much is left after ten times as many batches. "
+        "Statistics that were recomputed may have no counter of theirs.",
+        "tensorflow/models 4367, uber/ludwig 328",
+    ),
+    "BN107": Rule(
+        "statistics that are not finite",
+        "statistics are NaN or infinite",
+        "channels",
+        "NaN or infinity in a mean or a variance.",
+        "Every output of such a channel is NaN in evaluation, while training, which normalizes by "
+        "the batch, may look fine.",
+        "What made them so.",
+        "ultralytics/ultralytics 24615, 24871, open-edge-platform/anomalib 2965, "
+        "pytorch/pytorch 10008",
+    ),
+    "BN108": Rule(
+        "negative variances",
+        "variances are negative",
+        "channels",
+        "A variance below 0.",
+        "Its root is NaN, or of what eps leaves of it: nothing that a batch can have.",
+        "What made them so; averages of checkpoints with negative weights can.",
+        "timgaripov/swa 12",
+    ),
+    "BN109": Rule(
+        "statistics clamped in half precision",
+        "statistics are at the largest number of float16",
+        "channels",
+        "A mean or variance of 65504, the largest number of float16, or more in a file of float16.",
+        "The real value was larger: the channel is scaled wrongly in evaluation.",
+        "",
+        "ultralytics/ultralytics 24615, pytorch/pytorch 10008",
+    ),
+    "BN110": Rule(
+        "variances that eps decides",
+        "variances are near eps",
+        "channels",
+        "Channels that another usual eps, 1e-3 in place of 1e-5, would scale otherwise by more "
+        "than a tenth of what is usual in the layer.",
+        "eps is in no state dict: who rebuilds the model in another framework gets its default.",
+        "The eps that the model was trained with.",
+        "pytorch/vision 2599, 2169, pytorch/pytorch 43614",
+    ),
+    "BN111": Rule(
+        "dead channels",
+        "channels are constant",
+        "channels",
+        "A weight of exactly 0, or a variance of exactly 0.",
+        "They give a constant, whatever the image.",
+        "Zero weights are how the last BatchNorm of a residual block begins: in a file of a new "
+        "model all of those are.",
+        "",
+    ),
+    "BN112": Rule(
+        "counters that disagree",
+        "layers have counted other numbers of batches",
+        "times the usual count",
+        "A counter that is a multiple of that of most layers, or one more.",
+        "Twice: activation checkpointing has updated the EMA in each recomputation, too. As often "
+        "as there are levels: a layer that levels share, each of which has moved its EMA. One "
+        "more: a forward pass in training mode that no step belongs to.",
+        "Layers that were loaded from another training have counted that one, too.",
+        "pytorch/pytorch 96136, 62471, jakc4103/DFQ 19, ultralytics/ultralytics 17469",
+    ),
+    "BN113": Rule(
+        "keys that are missing",
+        "statistics are incomplete",
+        "keys",
+        "A mean without a variance or the reverse, a counter without statistics, or numbers of "
+        "channels that differ.",
+        "A loader that is not strict leaves the model's own value there, that of a new layer.",
+        "",
+        "Cadene/pretrained-models 5, pytorch/pytorch 37823",
+    ),
+    "BN114": Rule(
+        "no BatchNorm in the file",
+        "there is no BatchNorm in the file",
+        "convolutions with a bias",
+        "No statistics anywhere, and convolutions that nearly all have a bias.",
+        "If the model has BatchNorm, this is its fused file: loaded without being strict, the "
+        "model keeps new BatchNorms and gives wrong boxes.",
+        "A network that never had any looks the same.",
+        "open-mmlab/mmdetection 2924, ultralytics/yolov5 4034",
+    ),
+    "BN115": Rule(
+        "statistics in half precision",
+        "statistics are in half precision",
+        "channels of small variance",
+        "Statistics of float16 or bfloat16, and channels whose variance is too small for it.",
+        "A variance below 6e-5 loses digits in float16, and below 6e-8 is 0; an average of "
+        "checkpoints that is made in half is rounded at each step, and infinite beyond 65504.",
+        "Whether it was averaged so.",
+        "ultralytics/ultralytics 24615, open-edge-platform/anomalib 2965",
+    ),
+}

@@ -1,0 +1,80 @@
+"""tools/doctor.py as its users call it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from bn_det.doctor import RULES
+from here import ROOT, run_here
+
+
+def doctor(*args):
+    return run_here("tools/doctor.py", *args)
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """A file with one error, one warning and one note."""
+    state = nn.Sequential(*[nn.BatchNorm2d(4) for _ in range(5)]).state_dict()
+    for k in range(5):
+        state[f"{k}.running_mean"] = torch.randn(4)
+        state[f"{k}.num_batches_tracked"] = torch.tensor(100)
+    state["1.running_var"][2] = float("nan")
+    state["2.num_batches_tracked"] += 1
+    state["3.running_var"][0] = 0.0
+    torch.save(state, tmp_path / "model.pth")
+    return tmp_path / "model.pth"
+
+
+def test_table_and_exit_status(broken):
+    command = [sys.executable, ROOT / "tools/doctor.py", broken]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 3, done.stderr
+    assert done.stdout.startswith("statistics are NaN or infinite, in 1 (BN107); python tools/")
+    for rule in ("BN107", "BN112", "BN111"):
+        assert rule in done.stdout
+    for fail_on, status in (("never", 0), ("note", 3)):
+        assert doctor(broken, "--fail-on", fail_on).returncode == status
+    done = doctor(broken, "--ignore", "BN107", "--fail-on", "warning")
+    assert done.returncode == 3 and "BN107" not in done.stdout
+    assert doctor(broken, "--select", "BN10", "BN111", "--ignore", "BN107").returncode == 0
+
+
+def test_json(broken):
+    found = json.loads(doctor(broken, "--format", "json").stdout)
+    assert set(found) == {"verdict", "findings"}
+    first, *_ = found["findings"]
+    assert first["rule"] == "BN107" and first["severity"] == "error" and first["where"] == ["1"]
+    assert set(first) == {
+        *("rule", "severity", "where", "value", "standard_error", "why", "treatment", "gain")
+    }
+    assert [of["severity"] for of in found["findings"]] == ["error", "warning", "note"]
+
+
+def test_list_and_explain():
+    listed = doctor("--list").stdout
+    assert all(f"{rule}: {of.name}" in listed for rule, of in RULES.items())
+    assert doctor("--explain", "BN103").stdout.startswith("BN103: statistics folded")
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        ([], "file: name a checkpoint"),
+        (["nowhere.pth"], "nowhere.pth: there is no such file"),
+        (["."], ".: there is no such file"),
+        ([__file__], "it is a text file"),
+        (["--explain", "BN1O3"], "--explain: there is no rule 'BN1O3'; nearest names: ['BN1"),
+        (["model.pth", "--select", "BN9"], "--select: there is no rule 'BN9'"),
+        (["model.pth", "--part", "ema"], "--part: 'ema' is not accepted"),
+    ],
+)
+def test_what_cannot_be_examined_gets_one_line(args, words, broken, monkeypatch):
+    monkeypatch.chdir(broken.parent)
+    done = doctor(*args)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and words in done.stderr

@@ -1,0 +1,275 @@
+"""Faults planted into files of real models, and what is found in them."""
+
+from pickle import dumps
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torchvision.models import mobilenet_v3_small, resnet18
+
+import bn_det
+from bn_det.doctor import RULES, examine_file
+from bn_det.doctor.from_file import MOMENTUM
+from bn_det.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """The state dict of a ResNet-18 that has seen 60 batches, with weights that have moved."""
+    torch.manual_seed(0)
+    model = resnet18().train()
+    with torch.no_grad():
+        for _ in range(60):
+            model(torch.randn(2, 3, 32, 32))
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model.state_dict()
+
+
+@pytest.fixture
+def state(trained):
+    return {name: value.clone() for name, value in trained.items()}
+
+
+@pytest.fixture
+def examine(tmp_path):
+    def examine(content, **kwargs):
+        torch.save(content, tmp_path / "model.pth")
+        return examine_file(tmp_path / "model.pth", **kwargs)
+
+    return examine
+
+
+NEW = resnet18().state_dict()
+LAYER = "layer2.0.bn1"
+
+
+def of_layers(state):
+    return [name.removesuffix(".running_mean") for name in state if name.endswith("running_mean")]
+
+
+def without_buffers(state):
+    for name in of_layers(state):
+        for key in ("running_mean", "running_var", "num_batches_tracked"):
+            state[f"{name}.{key}"] = NEW[f"{name}.{key}"]
+
+
+def without_counters(state):
+    for name in of_layers(state):
+        del state[f"{name}.num_batches_tracked"]
+
+
+def frozen_from_scratch(state):
+    without_counters(state)
+    for name in of_layers(state):
+        for key in ("weight", "bias", "running_mean", "running_var"):
+            state[f"{name}.{key}"] = NEW[f"{name}.{key}"]
+
+
+def folded(state):
+    without_buffers(state)
+    without_counters(state)
+    for name in of_layers(state):  # as Detectron2's FrozenBatchNorm2d begins
+        state[f"{name}.running_var"] = torch.ones_like(state[f"{name}.running_var"]) - 1e-5
+
+
+def never_moved(state):
+    counter = state["bn1.num_batches_tracked"]
+    without_buffers(state)
+    for name in of_layers(state):
+        state[f"{name}.num_batches_tracked"] = counter
+
+
+def as_new(state):
+    state.update({name: value for name, value in NEW.items() if name.startswith(LAYER)})
+
+
+def young(state):
+    for name in of_layers(state):
+        state[f"{name}.num_batches_tracked"] = torch.tensor(2)
+
+
+def put(key, value, dtype=None):
+    def plant(state):
+        tensor = state[f"{LAYER}.{key}"]
+        if dtype is not None:
+            tensor = state[f"{LAYER}.{key}"] = tensor.to(dtype)
+        tensor.view(-1)[1] = value
+
+    return plant
+
+
+def times(factor, more=0):
+    def plant(state):
+        state[f"{LAYER}.num_batches_tracked"] *= factor
+        state[f"{LAYER}.num_batches_tracked"] += more
+
+    return plant
+
+
+def without(key):
+    return lambda state: state.pop(f"{LAYER}.{key}")
+
+
+def fused(state):
+    convs = [name for name in state if state[name].dim() == 4]
+    kept = {name: state[name] for name in convs}
+    state.clear()
+    state.update(kept)
+    state.update({n.replace("weight", "bias"): torch.ones(len(kept[n])) for n in convs})
+
+
+ALL = 20
+PLANTED = {
+    "averaged without buffers": (without_buffers, "BN101", "error", ALL, ALL),
+    "frozen from scratch": (frozen_from_scratch, "BN102", "error", ALL, None),
+    "folded": (folded, "BN103", "note", ALL, ALL),
+    "momentum 0": (never_moved, "BN104", "error", ALL, ALL),
+    "a layer that is not used": (as_new, "BN105", "warning", 1, 1),
+    "two batches": (young, "BN106", "warning", ALL, (1 - MOMENTUM) ** 2),
+    "NaN": (put("running_mean", float("nan")), "BN107", "error", 1, 1),
+    "infinite": (put("running_var", float("inf")), "BN107", "error", 1, 1),
+    "negative": (put("running_var", -1e-3), "BN108", "error", 1, 1),
+    "clamped": (put("running_var", 65504.0), "BN109", "error", 1, 1),
+    "clamped from below": (put("running_mean", -65504.0), "BN109", "error", 1, 1),
+    "half": (put("running_var", 1e-6, torch.float16), "BN115", "note", 1, 1),
+    "near eps": (put("running_var", 1e-5), "BN110", "note", 1, 1),
+    "a dead weight": (put("weight", 0.0), "BN111", "note", 1, 1),
+    "a probe": (times(1, 1), "BN112", "warning", 1, 61 / 60),
+    "recomputed activations": (times(2), "BN112", "warning", 1, 2),
+    "five levels": (times(5), "BN112", "warning", 1, 5),
+    "no variance": (without("running_var"), "BN113", "error", 1, 1),
+    "fused": (fused, "BN114", "warning", 0, 20),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted(name, state, examine):
+    plant, rule, severity, num_layers, value = PLANTED[name]
+    plant(state)
+    report = examine(state)
+    (finding,) = [of for of in report.findings if of.rule == rule]
+    others = {of.rule for of in report.findings if of.severity != "note"} - {rule}
+    assert not others, "it is found by one rule"
+    assert finding.severity == severity
+    assert len(finding.where) == num_layers
+    assert num_layers != 1 or finding.where == (LAYER,)
+    if value is not None:
+        assert finding.value == pytest.approx(value)
+    if severity != "note":
+        assert rule in report.verdict and finding.place in report.verdict
+    assert RULES[rule].name in str(report) and finding.treatment in str(report)
+
+
+def test_every_rule_is_planted():
+    assert {rule for _, rule, *_ in PLANTED.values()} == set(RULES)
+
+
+def test_healthy(state, examine):
+    report = examine(state)
+    assert report.findings == []
+    assert "20 BatchNorm layers" in report.verdict
+
+
+def test_a_new_model_is_no_error(examine):
+    for model in (resnet18(zero_init_residual=True), mobilenet_v3_small()):
+        report = examine(model.state_dict())
+        assert {of.rule for of in report.findings} == {"BN105"}
+        assert "nothing in the file is trained" in report.findings[0].why
+
+
+@pytest.mark.parametrize("part", ["model", "state_dict", "model_ema"])
+def test_where_training_codes_put_weights(part, state, examine):
+    report = examine({part: state, "epoch": 3, "optimizer": {"lr": 0.1}})
+    assert "20 BatchNorm layers" in report.verdict
+
+
+def test_an_average_beside_the_weights(state, examine):
+    averaged = {name: value.clone() for name, value in state.items()}
+    without_buffers(averaged)
+    content = {"model": state, "model_ema": averaged}
+    assert examine(content).findings == []
+    assert "model_ema" in examine(content).verdict
+    assert [of.rule for of in examine(content, part="model_ema").findings] == ["BN101"]
+    with pytest.raises(InputError, match=r"--part: 'ema' .*\['model', 'model_ema'\]"):
+        examine(content, part="ema")
+
+
+def test_arrays_of_detectron2(state, tmp_path):
+    without_buffers(state)
+    arrays = {name: value.numpy() for name, value in state.items()}
+    path = tmp_path / "model.pkl"
+    path.write_bytes(dumps({"model": arrays, "__author__": "somebody"}))
+    assert [of.rule for of in examine_file(path).findings] == ["BN101"]
+
+
+def test_safetensors(state, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    without_buffers(state)
+    safetensors.save_file(state, tmp_path / "model.safetensors")
+    report = examine_file(tmp_path / "model.safetensors")
+    assert [of.rule for of in report.findings] == ["BN101"]
+    (tmp_path / "cut.safetensors").write_bytes(b"\x08\0\0\0")
+    with pytest.raises(InputError, match=r"cut.safetensors: cannot be loaded as safetensors"):
+        examine_file(tmp_path / "cut.safetensors")
+
+
+def test_a_list_of_layers_shares_its_affine(examine):
+    """Ours with statistics for each level, and Detectron2's CycleBatchNormList, have it beside."""
+    layer = bn_det.DomainBatchNorm2d(4, 2, population="per_domain", affine="shared")
+    state = {f"norm.{name}": value for name, value in layer.state_dict().items()}
+    state["norm.weight"] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    (finding,) = examine(state).findings
+    assert finding.rule == "BN101" and finding.where == ("norm.0", "norm.1")
+
+
+def test_detectron2s_list_of_layers(examine):
+    pytest.importorskip("detectron2")
+    from detectron2.layers import CycleBatchNormList
+
+    layer = CycleBatchNormList(2, num_features=4)
+    with torch.no_grad():
+        layer.weight += torch.arange(4)
+    assert [of.rule for of in examine(layer.state_dict()).findings] == ["BN101"]
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("code has run",)
+
+
+@pytest.mark.parametrize("name", ["model.pth", "model.pkl"])
+def test_code_is_not_run(name, tmp_path, capsys):
+    save = {"model.pth": torch.save, "model.pkl": lambda content, p: p.write_bytes(dumps(content))}
+    save[name]({"model": Code()}, tmp_path / name)
+    with pytest.raises(InputError, match=f"{name}: .*may run any code"):
+        examine_file(tmp_path / name)
+    torch.save({"model": nn.BatchNorm2d(3)}, tmp_path / "module.pth")
+    with pytest.raises(InputError, match=r"module.pth: .*may run any code"):
+        examine_file(tmp_path / "module.pth")
+    assert "code has run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{}, {"epoch": 3}, {"model": {"epoch": 3}}, [torch.ones(3)], {"model": {3: torch.ones(3)}}],
+)
+def test_no_weights(content, examine):
+    with pytest.raises(InputError, match=r"model.pth: it has no weights by name"):
+        examine(content)
+
+
+def test_odd_statistics_are_told(state, examine):
+    state["bn1.running_mean"] = torch.zeros(3, 3)
+    state["bn1.num_batches_tracked"] = torch.ones(2, dtype=torch.int64)
+    state[f"{LAYER}.weight"] = torch.ones(3)
+    (finding,) = examine(state).findings
+    assert finding.rule == "BN113" and finding.where == ("bn1", LAYER)
+
+
+def test_numbers_of_other_types(tmp_path):
+    arrays = {"bn.running_mean": np.array(["a"]), "bn.running_var": np.ones(1), "n": np.float64(3)}
+    (tmp_path / "model.pkl").write_bytes(dumps(arrays))
+    (finding,) = examine_file(tmp_path / "model.pkl").findings
+    assert finding.rule == "BN113"
