@@ -5,6 +5,7 @@ Importing it needs torch and nothing else.
 
 from typing import TYPE_CHECKING, Any
 
+from .doctor import examine
 from .layers import (
     BatchNorm2d,
     DomainBatchNorm2d,
@@ -61,6 +62,7 @@ __all__ = [
     "convert_batchnorm",
     "evaluated_losses",
     "evaluated_with",
+    "examine",
     "forward_levels",
     "freeze",
     "fuse",

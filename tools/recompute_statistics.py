@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 
 from bn_det.commands import recompute_any
+from bn_det.commands.any_model import add_model_arguments
 from bn_det.commands.cli import add_config_arguments, add_process_arguments, import_host, run
 from bn_det.commands.recompute import check_numbers
 from bn_det.errors import InputError
@@ -69,12 +70,7 @@ def argument_parser() -> argparse.ArgumentParser:
         help="also where mean 0 and variance 1 look folded, as training never updated them "
         "(initial=True in messages)",
     )
-    for flag, what in (
-        ("model", "makes the model, without a config"),
-        ("data", "gives its batches"),
-        ("call", "takes the model and a batch, and calls it; by default model(batch)"),
-    ):
-        parser.add_argument(f"--{flag}", metavar="MODULE:FUNCTION", help=f"a function that {what}")
+    add_model_arguments(parser)
     parser.add_argument("--evaluate", action="store_true", help="show AP before and after")
     add_process_arguments(parser)
     add_config_arguments(parser, required=False)

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import logging
-import os
-import sys
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,8 +12,8 @@ from ..errors import InputError
 from ..layers.state_dicts import read_checkpoint
 from ..population.progress import with_progress
 from ..population.update import update_bn_stats
+from .any_model import functions_of, made
 from .checkpoint import check_output, save_with_table
-from .fitting import load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -31,24 +27,18 @@ _NUM_ITERS = 200
 def main(args: argparse.Namespace) -> None:
     """As tools/recompute_statistics.py says of --model."""
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s]: %(message)s", datefmt="%H:%M:%S")
-    if not args.data:
-        raise InputError("--data: is needed with --model: MODULE:FUNCTION that gives the batches")
+    functions = functions_of(args)
     check_output(args.output, [args.weights], "--weights")
-    functions = {flag: _function(flag, getattr(args, flag)) for flag in ("model", "data", "call")}
     checkpoint, weights = _read(args.weights)
-    model = _called("--model", functions["model"])
-    if not isinstance(model, nn.Module):
-        raise InputError(f"--model: {args.model} gave a {type(model).__name__}, and no module")
-    _load(model, weights, args.weights)
+    model, batches, call = made(functions, args, weights, f"--weights: {args.weights}")
     number = _NUM_ITERS if args.num_iters is None else args.num_iters
-    batches = _called("--data", functions["data"])
     report = update_bn_stats(
         model.train(),
         with_progress(batches, number, logger, "Population statistics: %d/%d batches"),
         number,
         tolerance=args.tolerance or 0.0,
         allow_short=True,
-        call=functions["call"],
+        call=call,
         initial=args.initial,
     )
     if not report.layers:
@@ -56,29 +46,6 @@ def main(args: argparse.Namespace) -> None:
     print(report)
     if args.output is not None:
         _save(checkpoint, model, report.as_dict(), args.output)
-
-
-def _function(flag: str, name: str | None) -> Callable[..., Any] | None:
-    """What MODULE:FUNCTION means; the folder that the command is in counts, too."""
-    if name is None:
-        return None
-    module, colon, attribute = name.partition(":")
-    if not colon or not attribute:
-        raise InputError(f"--{flag}: {name!r} is not accepted; use MODULE:FUNCTION")
-    sys.path.insert(0, os.getcwd())
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as e:
-        raise InputError(f"--{flag}: {name!r} cannot be imported: {e}") from e
-    finally:
-        sys.path.remove(os.getcwd())
-
-
-def _called(flag: str, function: Callable[[], Any]) -> Any:
-    try:
-        return function()
-    except TypeError as e:
-        raise InputError(f"{flag}: it has to be a function without arguments: {e}") from e
 
 
 def _read(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -93,13 +60,6 @@ def _read(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if isinstance(checkpoint.get(node), dict):
             return checkpoint, checkpoint[node]
     return checkpoint, checkpoint
-
-
-def _load(model: nn.Module, weights: dict[str, Tensor], path: str) -> None:
-    try:
-        load_weights(model, weights, of_config=False)
-    except InputError as e:
-        raise InputError(f"--weights: {path}: {e}") from e
 
 
 def _save(checkpoint: dict[str, Any], model: nn.Module, report: dict, output: str) -> None:

@@ -30,12 +30,12 @@ def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
     set_up_process(args, cfg)
     old = load_model(cfg, resume=False)
     new = Trainer.build_model(with_population(cfg, args.population)) if args.population else old
-    load = _test_batches if args.adabn else _train_batches
+    load = _test_batches if args.adabn else train_batches
     batches = load(with_precise_bn_batches(cfg))
     run(args, cfg, (old, new), batches, lambda model: Trainer.test(cfg, model))
 
 
-def _train_batches(cfg: CfgNode) -> Iterable[Any]:
+def train_batches(cfg: CfgNode) -> Iterable[Any]:
     """As training makes them, of any images."""
     return load_training(cfg, build_bn_loader)
 

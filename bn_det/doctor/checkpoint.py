@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,7 +55,7 @@ class Checkpoint(NamedTuple):
 
 
 def read(path: str | os.PathLike, part: str | None = None) -> Checkpoint:
-    """What a file has: of torch.save, a Detectron2 .pkl, or safetensors.
+    """The layers of a file: of torch.save, a Detectron2 .pkl, or safetensors.
 
     Args:
         part: the key of the file under which to look; by default where weights usually are.
@@ -64,6 +63,20 @@ def read(path: str | os.PathLike, part: str | None = None) -> Checkpoint:
     Raises:
         InputError: it has no weights, not there, or only an unsafe load could read it.
     """
+    parts = _parts(path)
+    chosen = _chosen(parts, part)
+    others = [name for name in parts if name != chosen]
+    return of_state(parts[chosen])._replace(part=chosen, others=others)
+
+
+def read_state(path: str | os.PathLike, part: str | None = None) -> dict[str, Tensor]:
+    """The weights of a file by name, as :func:`read` finds them."""
+    parts = _parts(path)
+    return parts[_chosen(parts, part)]
+
+
+def _parts(path: str | os.PathLike) -> dict[str, dict[str, Tensor]]:
+    """What of a file are weights, by the key under which they are."""
     content = _content(os.fspath(path))
     parts = {}
     if isinstance(content, Mapping):
@@ -71,15 +84,21 @@ def read(path: str | os.PathLike, part: str | None = None) -> Checkpoint:
         parts = {name: state for name, state in parts.items() if state}
     if not parts:
         raise InputError(f"{path}: it has no weights by name, nor has one of {list(_PARTS[1:])}")
+    return parts
+
+
+def _chosen(parts: Mapping[str, Any], part: str | None) -> str:
     if part is not None and part not in parts:
         raise InputError(f"--part: {part!r} is not accepted; use one of {sorted(parts)}")
-    chosen = next(iter(parts)) if part is None else part
-    state = parts[chosen]
+    return next(iter(parts)) if part is None else part
+
+
+def of_state(state: Mapping[str, Tensor]) -> Checkpoint:
+    """What a state dict has."""
     layers, broken = _layers(state)
     convs = [name for name, t in state.items() if name.endswith("weight") and t.dim() in (4, 5)]
     biases = sum(name.removesuffix("weight") + "bias" in state for name in convs)
-    others = [name for name in parts if name != chosen]
-    return Checkpoint(chosen, others, layers, broken, len(convs), biases)
+    return Checkpoint("", [], layers, broken, len(convs), biases)
 
 
 def _content(path: str) -> Any:
@@ -115,7 +134,7 @@ def _tensors(content: Any) -> dict[str, Tensor]:
         return {}
     state = {}
     for name, value in content.items():
-        if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "fiu":
+        if getattr(getattr(value, "dtype", None), "kind", "") in tuple("fiu"):  # of NumPy
             value = torch.as_tensor(value)
         if isinstance(name, str) and isinstance(value, Tensor) and value.layout is torch.strided:
             state[name] = value

@@ -47,12 +47,7 @@ def examine_file(
     """
     checkpoint = read(path, part)
     recompute = _RECOMPUTE.format(path=path)
-    findings = [
-        finding
-        for check in _CHECKS
-        for finding in check(checkpoint, recompute)
-        if finding.rule in rules
-    ]
+    findings = [of for of in findings_of(checkpoint, recompute) if of.rule in rules]
     number = len(checkpoint.layers)
     also = f"; the file has weights under {checkpoint.others}, too: --part" * bool(
         checkpoint.others
@@ -62,6 +57,16 @@ def examine_file(
         f"statistics fit the weights is seen on images (bn_det.update_bn_stats){also}"
     )
     return make_report(findings, healthy if number else "the file has no BatchNorm" + also)
+
+
+def findings_of(checkpoint: Checkpoint, recompute: str) -> Iterator[Finding]:
+    """By all rules of what a file has.
+
+    Args:
+        recompute: how its statistics are recomputed.
+    """
+    for check in _CHECKS:
+        yield from check(checkpoint, recompute)
 
 
 _Check = Callable[[Checkpoint, str], Iterator[Finding]]

@@ -1,6 +1,6 @@
 """The doctor's rules: what each finds and why that matters. Their ids stay.
 
-BN1xx are known from a file alone.
+BN1xx are known from a file alone, BN2xx from passes over images.
 """
 
 from __future__ import annotations
@@ -196,5 +196,32 @@ RULES = {
         "checkpoints that is made in half is rounded at each step, and infinite beyond 65504.",
         "Whether it was averaged so.",
         "ultralytics/ultralytics 24615, open-edge-platform/anomalib 2965",
+    ),
+    "BN201": Rule(
+        "stale statistics",
+        "statistics do not fit the weights",
+        "standard deviations",
+        "Population statistics against those of batches of the model as it is (PreciseBN), where "
+        "the difference is more than an EMA's own noise and that of the estimate explain, at one "
+        "false alarm in a hundred examinations.",
+        "Test time normalizes by them. They lag behind weights that moved fast, were averaged "
+        "apart from them, are of another domain, or of one process alone (Wu & Johnson, "
+        "Rethinking Batch in BatchNorm, Sec. 3).",
+        "The noise of an EMA is taken from the batches of the examination: with much smaller ones "
+        "than those of training, less is found. Values of a map are not independent; batches are "
+        "taken to be. That a difference costs AP is certain only once it was tried.",
+        "facebookresearch/maskrcnn-benchmark 686, open-mmlab/mmdetection 726, tensorflow/models "
+        "4367, open-mmlab/mmengine 1536, pytorch/pytorch 48929",
+    ),
+    "BN202": Rule(
+        "levels that share statistics",
+        "levels that differ share one set of statistics",
+        "of the variance between calls",
+        "Layers that are called several times a pass, such as those of a head that levels share: "
+        "the share of their variance that lies between the calls and not in them.",
+        "In training each call is normalized by its own batch, at test time all by one EMA, which "
+        "fits none (Wu & Johnson, Sec. 5.2).",
+        "A layer that normalizes all levels together has one batch a pass, and is not meant.",
+        "open-mmlab/mmdetection 6991, 1468, 6515, rwightman/efficientdet-pytorch 53",
     ),
 }

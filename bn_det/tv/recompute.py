@@ -36,7 +36,7 @@ def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
     torch.manual_seed(shared_seed(cfg))
     old = load_model(cfg, resume=False)
     new = build_model(with_population(cfg, args.population)) if args.population else old
-    load, call = (_test_batches, _detect) if args.adabn else (_train_batches, losses_of)
+    load, call = (_test_batches, _detect) if args.adabn else (train_batches, losses_of)
     batches = load(with_precise_bn_batches(cfg))
     run(args, cfg, (old, new), batches, lambda model: _evaluate(cfg, model), call)
 
@@ -45,7 +45,7 @@ def _evaluate(cfg: CfgNode, model: nn.Module) -> dict:
     return test(cfg, model, load_datasets(cfg, "TEST"))
 
 
-def _train_batches(cfg: CfgNode) -> Iterable[list]:
+def train_batches(cfg: CfgNode) -> Iterable[list]:
     """As training makes them, MAX_ITER of them."""
     return build_train_loader(cfg, load_datasets(cfg, "TRAIN"), shared_seed(cfg), 0)
 

@@ -10,6 +10,8 @@ from torch import nn
 
 from bn_det.doctor import RULES
 from here import ROOT, run_here
+from hosts import build_model, every_host, make_cfg
+from reference import BASE
 
 
 def doctor(*args):
@@ -41,7 +43,9 @@ def test_table_and_exit_status(broken):
         assert doctor(broken, "--fail-on", fail_on).returncode == status
     done = doctor(broken, "--ignore", "BN107", "--fail-on", "warning")
     assert done.returncode == 3 and "BN107" not in done.stdout
-    assert doctor(broken, "--select", "BN10", "BN111", "--ignore", "BN107").returncode == 0
+    few = "--select", "BN10", "--select", "BN111", "--ignore", "BN107"
+    done = doctor(broken, *few)
+    assert done.returncode == 0 and "BN111" in done.stdout and "BN112" not in done.stdout
 
 
 def test_json(broken):
@@ -55,6 +59,55 @@ def test_json(broken):
     assert [of["severity"] for of in found["findings"]] == ["error", "warning", "note"]
 
 
+PROJECT = """
+import torch
+from torch import nn
+
+def make():
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+
+def batches():
+    torch.manual_seed(1)
+    return [{"image": torch.randn(4, 3, 5, 5)} for k in range(9)]
+
+def call(model, batch):
+    return model(batch["image"])
+"""
+
+
+def test_a_model_of_another_project(tmp_path, monkeypatch):
+    (tmp_path / "a_project.py").write_text(PROJECT)
+    monkeypatch.chdir(tmp_path)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    model[1].running_mean += 9
+    model[1].num_batches_tracked += 1000
+    torch.save({"state_dict": model.state_dict()}, "model.pth")
+    flags = "--model", "a_project:make", "--data", "a_project:batches", "--call", "a_project:call"
+    done = doctor("model.pth", *flags, "--format", "json")
+    assert done.returncode == 3, done.stderr
+    (finding,) = json.loads(done.stdout)["findings"]
+    assert finding["rule"] == "BN201" and finding["where"] == ["1"]
+    assert finding["value"] > 5 and finding["standard_error"] > 0
+
+
+@every_host
+def test_a_config(host, tiny_shapes, tmp_path):
+    small = *tiny_shapes, "MODEL.DEVICE", "cpu", "SOLVER.IMS_PER_BATCH", "2"
+    model = build_model(host, make_cfg(host, BASE, *small))
+    for name, buffer in model.named_buffers():
+        if name.endswith("num_batches_tracked"):
+            buffer += 1000
+        if name.endswith("running_mean"):
+            buffer += 5
+    torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
+    done = doctor(
+        *("--host", host, "--num-iters", 3, "--config-file", BASE, *small),
+        *("MODEL.WEIGHTS", tmp_path / "model.pth", "OUTPUT_DIR", tmp_path / "run"),
+    )
+    assert done.returncode == 3, done.stderr
+    assert done.stdout.startswith("statistics do not fit the weights, in ")
+
+
 def test_list_and_explain():
     listed = doctor("--list").stdout
     assert all(f"{rule}: {of.name}" in listed for rule, of in RULES.items())
@@ -64,7 +117,11 @@ def test_list_and_explain():
 @pytest.mark.parametrize(
     "args, words",
     [
-        ([], "file: name a checkpoint"),
+        ([], "FILE: [] is not accepted; name one checkpoint"),
+        (["model.pth", "other.pth"], "FILE: ['model.pth', 'other.pth'] is not accepted"),
+        (["model.pth", "--model", "a:b"], "--data: is needed with --model"),
+        (["--config-file", "c.yaml", "--model", "a:b"], "--model: is not accepted with --config"),
+        (["model.pth", "--num-iters", "0"], "--num-iters: 0 is not accepted"),
         (["nowhere.pth"], "nowhere.pth: there is no such file"),
         (["."], ".: there is no such file"),
         ([__file__], "it is a text file"),

@@ -163,7 +163,8 @@ def test_planted(name, state, examine):
 
 
 def test_every_rule_is_planted():
-    assert {rule for _, rule, *_ in PLANTED.values()} == set(RULES)
+    of_files = {rule for rule in RULES if rule.startswith("BN1")}
+    assert {rule for _, rule, *_ in PLANTED.values()} == of_files
 
 
 def test_healthy(state, examine):

@@ -1,0 +1,99 @@
+"""A model of torch, whoever made it, by the functions that a command's flags name."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ..errors import InputError
+from .fitting import load_weights
+
+
+class AnyModel(NamedTuple):
+    """Attributes:
+    model: with its weights.
+    batches: as ``call`` takes them, or the model.
+    call: runs the model on a batch; None for ``model(batch)``.
+    """
+
+    model: nn.Module
+    batches: Iterable[Any]
+    call: Callable[[nn.Module, Any], Any] | None
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """--model, --data and --call."""
+    for flag, what in (
+        ("model", "makes the model, without a config"),
+        ("data", "gives its batches"),
+        ("call", "takes the model and a batch, and calls it; by default model(batch)"),
+    ):
+        parser.add_argument(f"--{flag}", metavar="MODULE:FUNCTION", help=f"a function that {what}")
+
+
+class Functions(NamedTuple):
+    """What the flags name, imported and not yet called."""
+
+    model: Callable[[], Any]
+    data: Callable[[], Any]
+    call: Callable[[nn.Module, Any], Any] | None
+
+
+def functions_of(args: argparse.Namespace) -> Functions:
+    """What --model, --data and --call name.
+
+    Raises:
+        InputError: there are no data, or something cannot be imported.
+    """
+    if not args.data:
+        raise InputError("--data: is needed with --model: MODULE:FUNCTION that gives the batches")
+    return Functions(*(_function(flag, getattr(args, flag)) for flag in Functions._fields))
+
+
+def made(
+    functions: Functions, args: argparse.Namespace, weights: Mapping[str, Tensor] | None, path: str
+) -> AnyModel:
+    """Call the functions, and load the weights into the model.
+
+    Args:
+        weights: None to leave the model as it is made.
+        path: of the file that they are from, for messages.
+    """
+    model = _called("--model", functions.model)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"--model: {args.model} gave a {type(model).__name__}, and no module")
+    if weights is not None:
+        try:
+            load_weights(model, weights, of_config=False)
+        except InputError as e:
+            raise InputError(f"{path}: {e}") from e
+    return AnyModel(model, _called("--data", functions.data), functions.call)
+
+
+def _function(flag: str, name: str | None) -> Callable[..., Any] | None:
+    """What MODULE:FUNCTION means; the folder that the command is in counts, too."""
+    if name is None:
+        return None
+    module, colon, attribute = name.partition(":")
+    if not colon or not attribute:
+        raise InputError(f"--{flag}: {name!r} is not accepted; use MODULE:FUNCTION")
+    sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise InputError(f"--{flag}: {name!r} cannot be imported: {e}") from e
+    finally:
+        sys.path.remove(os.getcwd())
+
+
+def _called(flag: str, function: Callable[[], Any]) -> Any:
+    try:
+        return function()
+    except TypeError as e:
+        raise InputError(f"{flag}: it has to be a function without arguments: {e}") from e

@@ -1,0 +1,20 @@
+"""What the doctor examines on the Detectron2 host."""
+
+from __future__ import annotations
+
+import argparse
+
+from detectron2.utils.env import seed_all_rng
+
+from ..commands.any_model import AnyModel
+from ..config.training import with_precise_bn_batches
+from .recompute import train_batches
+from .train import load_model, setup
+
+
+def load(args: argparse.Namespace) -> AnyModel:
+    """The checkpoint of a config, and batches of DATASETS.TRAIN."""
+    cfg = setup(args)
+    seed_all_rng(None if cfg.SEED < 0 else cfg.SEED)
+    model = load_model(cfg, resume=False)
+    return AnyModel(model, train_batches(with_precise_bn_batches(cfg)), None)

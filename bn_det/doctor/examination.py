@@ -1,0 +1,73 @@
+"""A model is examined as it is, with its state dict and on images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+from torch import nn
+
+from ..errors import check_positive, choose
+from ..layers.comm import Group
+from ..layers.kinds import unwrapped
+from . import from_file, from_passes
+from .checkpoint import of_state
+from .findings import Report, make_report
+from .rules import RULES
+
+_RECOMPUTE = "bn_det.update_bn_stats(model, batches)"
+
+
+def examine(
+    model: nn.Module,
+    batches: Iterable[Any] | None = None,
+    num_iters: int = 32,
+    *,
+    call: Callable[[nn.Module, Any], Any] | None = None,
+    rules: Collection[str] = tuple(RULES),
+    group: Group = "world",
+    progress: str | None = None,
+) -> Report:
+    """What is wrong with the BatchNorm of a model, whoever wrote it, and what mends it.
+
+        print(bn_det.examine(model, data_loader))
+
+    Nothing of the model changes, whatever fails: it is run in training mode, where its layers
+    normalize by their batch, and is then as it was.
+
+    Args:
+        batches: training batches, as the model takes them; None to look at its state alone.
+        num_iters: the number of batches, at most; of each rank.
+        call: how the model is run on a batch, ``model(batch)`` by default.
+        rules: ids of those that are to be looked for (:data:`bn_det.doctor.RULES`).
+        group: the processes that have to call this, each with the same model.
+        progress: "tqdm" for a bar, or None.
+
+    Returns:
+        findings, the most severe first; prints as a verdict in one line, and a table.
+
+    Raises:
+        InputError: an argument is not accepted; a layer has seen NaN or infinity; there are no
+            batches, or the model reaches none of its BatchNorm layers.
+        Exception: what the model raises.
+    """
+    check_positive("num_iters", num_iters)
+    for rule in rules:
+        choose("rules", rule, RULES)
+    model = unwrapped(model)
+    checkpoint = of_state(model.state_dict())
+    findings = list(from_file.findings_of(checkpoint, _RECOMPUTE))
+    number = len(checkpoint.layers)
+    healthy = f"nothing is wrong with the state of its {number} BatchNorm layers"
+    if batches is not None and number:
+        seen = from_passes.look(model, batches, num_iters, call, group, progress)
+        for check in (from_passes.stale, from_passes.levels):
+            findings += check(seen, _RECOMPUTE)
+        images = max((of.num_batches for of in seen.layers), default=0)
+        healthy = (
+            f"nothing is wrong with its {number} BatchNorm layers: their statistics fit the "
+            f"weights, on {images} batches"
+        )
+    if not number:
+        healthy = "the model has no BatchNorm with population statistics"
+    return make_report([of for of in findings if of.rule in rules], healthy)

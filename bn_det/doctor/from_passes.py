@@ -1,0 +1,193 @@
+"""What can be told of a model's BatchNorm from passes over images, of which nothing is left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.comm import Group, process_group
+from ..layers.moments import Moments
+from ..population.observation import Observed, Observer, PopulationLayer, population_layers
+from ..population.report import LayerReport
+from ..population.update import How, measure_statistics
+from .findings import Finding
+
+FALSE_ALARMS = 0.01
+"""Of an examination of a healthy model, by one rule."""
+
+_MOMENTUM = 0.1
+"""Of a layer that does not say its own: FrozenBN."""
+
+_COSTS = 1.0
+"""Standard deviations by which a channel's output is off from which on AP is taken to suffer."""
+
+
+class Seen(NamedTuple):
+    """What the layers have seen.
+
+    Attributes:
+        layers: statistics as they are against those of the passes.
+        momenta: of the layers' EMAs, by name.
+        shares: of each layer that is called several times a pass, in each pass the share of its
+            variance that lies between the calls.
+        calls: of these layers, a pass.
+    """
+
+    layers: list[LayerReport]
+    momenta: dict[str, float]
+    shares: dict[str, list[float]]
+    calls: dict[str, int]
+
+
+class _LevelObserver(Observer):
+    """Also looks at how the calls of a layer in a pass differ."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.shares: dict[str, list[float]] = {}
+        self.calls: dict[str, int] = {}
+
+    def run(self, inputs: Any, observed: Observed) -> None:
+        super().run(inputs, observed)
+        for layer, batches in zip(self.layers, observed.batches, strict=True):
+            if len(batches) > 1 and self._is_one_a_call(layer, len(batches)):
+                self.shares.setdefault(layer.name, []).append(between_share(batches))
+                self.calls[layer.name] = len(batches)
+
+    def _is_one_a_call(self, layer: PopulationLayer, number: int) -> bool:
+        """Whether these are its calls, and not several normalization batches of one."""
+        return self._usual_calls is not None and self._usual_calls[layer.owner] == number
+
+
+def between_share(batches: Sequence[Moments]) -> float:
+    """The share of a variance that lies between the sets of values and not in them.
+
+    The mean over channels of (merged variance - mean variance within) / merged variance; channels
+    without variance count as 0.
+    """
+    merged = Moments.merge(batches)
+    counts = torch.stack([of.count for of in batches])
+    weights = (counts / counts.sum()).unsqueeze(1)
+    within = (weights * torch.stack([of.var.double() for of in batches])).sum(0)
+    total = merged.var.double()
+    share = torch.where(total > 0, 1 - within / total, 0.0)
+    return float(share.clamp(min=0).mean()) if len(share) else 0.0
+
+
+def look(
+    model: nn.Module,
+    batches: Iterable[Any],
+    num_iters: int,
+    call: Callable[[nn.Module, Any], Any] | None,
+    group: Group,
+    progress: str | None,
+) -> Seen:
+    """Run a model in training mode on batches, and leave it as it was.
+
+    Raises:
+        InputError: as :func:`bn_det.update_bn_stats`; there are no batches.
+    """
+    with _in_training_mode(model):
+        layers = population_layers(model, frozen=True)
+        observer = _LevelObserver(partial(call, model) if call else model, model, layers)
+        # What an EMA estimates is the mean of the batches' variances.
+        how = How(num_iters, "mean_of_batch_variances", 0.0, True, process_group(group))
+        _, report = measure_statistics(observer, batches, how, progress)
+        momenta = {layer.name: _momentum(layer.module, report.num_batches) for layer in layers}
+    return Seen(report.layers, momenta, observer.shares, observer.calls)
+
+
+@contextmanager
+def _in_training_mode(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _momentum(layer: nn.Module, num_batches: int) -> float:
+    momentum = getattr(layer, "momentum", _MOMENTUM)
+    # A mean of all batches is as precise as that of as many as the passes had, at least.
+    return 2 / (num_batches + 1) if momentum is None else float(momentum)
+
+
+def _bound(num_batches: int, num_tests: int) -> float:
+    """The ratio of a difference to its standard error that chance alone does not reach."""
+    from scipy.stats import t  # only for this: the layers need torch alone
+
+    return float(t.isf(FALSE_ALARMS / (2 * num_tests), max(num_batches - 1, 1)))
+
+
+def _explained(of: LayerReport, error: float, momentum: float) -> float:
+    """The standard deviation of an EMA about what it estimates, with that of the estimate.
+
+    An EMA of weight m has m / (2 - m) of the variance of a batch's statistics, for batches of the
+    size that the passes had.
+    """
+    of_batch = error * math.sqrt(of.num_batches)
+    return math.hypot(of_batch * math.sqrt(momentum / (2 - momentum)), error)
+
+
+def stale(seen: Seen, recompute: str) -> Iterator[Finding]:
+    """BN201."""
+    bound = _bound(min((of.num_batches for of in seen.layers), default=1), 2 * len(seen.layers))
+    off: dict[str, tuple[float, float]] = {}
+    for of in seen.layers:
+        pairs = ((of.mean_shift, of.mean_error), (of.var_shift, of.var_error))
+        for shift, error in pairs:
+            explained = _explained(of, error, seen.momenta[of.name])
+            if shift > bound * explained and shift > off.get(of.name, (0.0, 0.0))[0]:
+                off[of.name] = shift, explained
+    if off:
+        names = sorted(off, key=lambda name: -off[name][0])
+        shift, error = off[names[0]]
+        why = (
+            f"{len(off)} of {len(seen.layers)} layers have statistics that chance does not "
+            f"explain on the weights as they are; the furthest is {names[0]}, by {shift:.3g} "
+            f"(standard deviations of the mean, or relative to the variance), where an EMA would "
+            f"be off by {error:.2g}"
+        )
+        severity = "error" if shift >= _COSTS else "warning"
+        yield Finding("BN201", severity, tuple(names), shift, why, recompute, error)
+
+
+def levels(seen: Seen, recompute: str) -> Iterator[Finding]:
+    """BN202."""
+    del recompute
+    noise = {of.name: of.mean_error**2 * of.num_batches for of in seen.layers}
+    off = {}
+    for name, shares in seen.shares.items():
+        values = torch.tensor(shares, dtype=torch.float64)
+        share, error = float(values.mean()), _standard_error(values)
+        bound = _bound(len(shares), len(seen.shares))
+        # The means of calls differ as those of batches do, where nothing but chance is between.
+        if share - bound * error > noise.get(name, 0.0):
+            off[name] = share, error
+    if off:
+        names = sorted(off, key=lambda name: -off[name][0])
+        share, error = off[names[0]]
+        why = (
+            f"{len(off)} layers are called several times a pass ({names[0]} "
+            f"{seen.calls[names[0]]} times), each normalizing by its own batch, and share "
+            f"statistics at test time: {100 * share:.0f} % of {names[0]}'s variance lie between "
+            "the calls"
+        )
+        treatment = (
+            "statistics for each level: MODEL.RETINANET.BN.POPULATION per_domain, or "
+            "bn_det.DomainBatchNorm2d in code"
+        )
+        severity = "error" if math.sqrt(share) >= _COSTS else "warning"
+        yield Finding("BN202", severity, tuple(names), share, why, treatment, error)
+
+
+def _standard_error(values: Tensor) -> float:
+    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.inf

@@ -1,0 +1,180 @@
+"""Models of which something is wrong on images, and what is found; nothing of them changes."""
+
+import copy
+import itertools
+import math
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models.detection import retinanet_resnet50_fpn
+
+import bn_det
+from bn_det import DomainBatchNorm2d, examine
+from bn_det.doctor.from_passes import between_share
+from bn_det.errors import InputError
+from bn_det.layers.moments import Moments
+
+
+def classifier(norm=nn.BatchNorm2d):
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), norm(8), nn.ReLU(), nn.Conv2d(8, 16, 3), norm(16), nn.ReLU()
+    )
+
+
+def batches(number=32, seed=0):
+    """Of images that differ from each other in brightness, by a generator of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(8, 3, 12, 12, generator=generator)
+        + torch.randn(8, 1, 1, 1, generator=generator)
+        for _ in range(number)
+    ]
+
+
+@pytest.fixture
+def model():
+    """With the EMA that 200 batches leave of weights that do not move."""
+    torch.manual_seed(0)
+    model = classifier().train()
+    with torch.no_grad():
+        for x in batches(200, seed=1):
+            model(x)
+    return model.eval()
+
+
+def rules(report, severity=("error", "warning")):
+    return [of.rule for of in report.findings if of.severity in severity]
+
+
+def test_healthy(model):
+    report = examine(model, batches())
+    assert rules(report) == []
+    assert report.verdict.startswith("nothing is wrong with its 2 BatchNorm layers")
+
+
+@pytest.mark.parametrize("key", ["running_mean", "running_var"])
+def test_stale(key, model):
+    buffer = getattr(model[4], key)
+    buffer += 1.5 * model[4].running_var.sqrt() if key == "running_mean" else 2 * buffer
+    (finding,) = [of for of in examine(model, batches()).findings if of.severity != "note"]
+    assert finding.rule == "BN201" and finding.where == ("4",)
+    # By 1.5 standard deviations; a variance that is threefold is off by 2 of its own.
+    expected = {"running_mean": 1.5, "running_var": 2.0}[key]
+    assert finding.value == pytest.approx(expected, rel=0.15)
+    assert finding.severity == "error" and 0 < finding.standard_error < 0.2
+
+
+def test_frozen_layers_are_examined(model):
+    bn_det.freeze(model)
+    assert rules(examine(model, batches())) == []
+    model[1].running_mean += 5
+    report = examine(model, batches())
+    assert rules(report) == ["BN201"] and report.findings[0].where == ("1",)
+    assert bn_det.states(model).layers[0].statistics == "frozen"
+
+
+class Levels(nn.Module):
+    """A head that three levels share; they are as bright as each other, or not."""
+
+    def __init__(self, norm, offset):
+        super().__init__()
+        self.norm, self.offset = norm, offset
+
+    def forward(self, x):
+        levels = [x[..., :k, :k] + k * self.offset for k in (12, 6, 3)]
+        is_list = isinstance(self.norm, DomainBatchNorm2d)
+        return self.norm(levels) if is_list else [self.norm(level) for level in levels]
+
+
+def trained(head):
+    with torch.no_grad():
+        for x in batches(100, seed=2):
+            head.train()(x)
+    return head
+
+
+def test_levels_that_differ_and_share_statistics():
+    report = examine(trained(Levels(nn.BatchNorm2d(3), 0.5)), batches())
+    (finding,) = [of for of in report.findings if of.rule == "BN202"]
+    assert finding.where == ("norm",) and "3 times" in finding.why
+    # Their offsets 6, 3 and 1.5 are weighted by 144, 36 and 9 values; images have variance 2.
+    weights, offsets = torch.tensor([144.0, 36.0, 9.0]) / 189, torch.tensor([6.0, 3.0, 1.5])
+    between = (weights * (offsets - (weights * offsets).sum()).square()).sum()
+    assert finding.value == pytest.approx(float(between / (between + 2)), rel=0.1)
+    assert "per_domain" in finding.treatment
+
+
+def test_levels_that_do_not_differ_or_do_not_share():
+    assert "BN202" not in rules(examine(trained(Levels(nn.BatchNorm2d(3), 0.0)), batches()))
+    for choices in ({"population": "per_domain"}, {"statistics": "shared", "population": "shared"}):
+        head = trained(Levels(DomainBatchNorm2d(3, 3, **choices), 0.5))
+        assert rules(examine(head, batches())) == []
+
+
+def test_between_share():
+    """Against the law of total variance, in float64."""
+    parts = [torch.randn(n, 3, 4, 4, dtype=torch.float64) * n + n for n in (2, 3, 5)]
+    whole = torch.cat(parts)
+    within = sum(p.numel() / whole.numel() * p.var((0, 2, 3), correction=0) for p in parts)
+    expected = (1 - within / whole.var((0, 2, 3), correction=0)).mean()
+    found = between_share([Moments.of(p) for p in parts])
+    assert math.isclose(found, float(expected), rel_tol=1e-9)
+    assert between_share([Moments.of(torch.ones(2, 3, 2, 2))] * 2) == 0.0
+
+
+def test_without_images(model):
+    assert examine(model).verdict.startswith("nothing is wrong with the state of its 2")
+    model[1].running_var[3] = math.nan
+    assert rules(examine(model)) == ["BN107"]
+    assert examine(nn.Conv2d(3, 3, 1), batches()).verdict.startswith("the model has no BatchNorm")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_changes(model, fails):
+    model[1].train()  # modes that differ
+    before, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
+    attributes = [dict(vars(m)) for m in model.modules()]
+    random = torch.get_rng_state()
+    number = itertools.count()
+
+    def call(model, x):
+        y = model(x)
+        if fails and next(number) == 3:
+            raise RuntimeError("out of luck")
+        return y
+
+    with pytest.raises(RuntimeError, match="out of luck") if fails else nullcontext():
+        examine(model, batches(), call=call)
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+    assert modes == [m.training for m in model.modules()]
+    assert attributes == [dict(vars(m)) for m in model.modules()]
+    assert random.equal(torch.get_rng_state())
+
+
+def test_a_detector_that_is_called_otherwise():
+    """torchvision's, whose FrozenBatchNorm2d of a new model has never seen data."""
+    torch.manual_seed(0)
+    model = retinanet_resnet50_fpn(
+        weights=None, weights_backbone=None, num_classes=3, min_size=64, max_size=64
+    )
+    target = {"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]), "labels": torch.tensor([1])}
+    data = [[torch.rand(3, 64, 64) for _ in range(2)] for _ in range(3)]
+    report = examine(model, data, call=lambda m, images: m(images, [target] * len(images)))
+    assert "BN201" in rules(report)
+    assert len(next(of for of in report.findings if of.rule == "BN201").where) > 1
+
+
+@pytest.mark.parametrize(
+    "kwargs, words",
+    [
+        ({"num_iters": 0}, "num_iters: 0 is not accepted"),
+        ({"rules": ["BN9"]}, "rules: 'BN9' is not accepted"),
+        ({"batches": []}, "data_loader: has 0 of 32 batches"),
+        ({"call": lambda model, x: x}, "reaches none of its BatchNorm layers"),
+    ],
+)
+def test_what_cannot_be_examined(model, kwargs, words):
+    with pytest.raises(InputError, match=words):
+        examine(model, **{"batches": batches(), **kwargs})
