@@ -163,10 +163,10 @@ def _check_sources(cfg: CfgNode) -> None:
     node, entries = cfg.MODEL.BN_SOURCES, cfg.DATASETS.SOURCES
     for entry in entries:
         is_list = isinstance(entry, (list, tuple)) and len(entry) > 1
-        if not is_list or not all(isinstance(e, str) for e in entry):
+        if not is_list or not all(isinstance(e, str) and e for e in entry):
             raise InputError(
                 f"DATASETS.SOURCES: {entry!r} is not accepted; each entry is a list [source, data "
-                "set, ...] with one data set or more"
+                "set, ...] of names, with one data set or more"
             )
     names = [name for _, *names in entries for name in names]
     for what, values in (("source", [entry[0] for entry in entries]), ("data set", names)):

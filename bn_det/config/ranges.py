@@ -12,7 +12,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from ..errors import InputError
+from ..errors import InputError, is_text
 from .keys import leaves
 from .ours import KEYS
 from .rules import (
@@ -41,7 +41,9 @@ RANGES: dict[str, Rule] = {
     **{key: described.rule for key, described in KEYS.items()},
     "VERSION": one_of(1, 2),
     "SEED": between(-1, 2**31 - 1),
-    "OUTPUT_DIR": Rule(bool, "the path of a folder"),
+    "OUTPUT_DIR": Rule(
+        lambda value: value and "://" not in value, "the path of a folder, which is no address"
+    ),
     "DATASETS.TRAIN": NAMES,
     "DATASETS.TEST": NAMES,
     "DATALOADER.NUM_WORKERS": NUMBER,
@@ -114,20 +116,34 @@ RANGES: dict[str, Rule] = {
 
 
 def check_ranges(cfg: CfgNode) -> None:
-    """Raise InputError for a number that is not finite, and for what RANGES does not accept."""
+    """Raise InputError for values that RANGES does not accept, and what no key takes."""
     values = dict(leaves(cfg))
     for key, value in values.items():
-        if not _is_finite(value):
-            raise InputError(f"{key}: {value!r} is not accepted; use numbers that are finite")
-        rule = RANGES.get(key, ANY)
-        if not rule.accepts(value):
-            raise InputError(f"{key}: {value!r} is not accepted; use {rule.words}")
+        check_value(key, value, RANGES.get(key, ANY))
     mean, std = (values.get(f"MODEL.PIXEL_{of}", ()) for of in ("MEAN", "STD"))
     if len(mean) != len(std):
         raise InputError(
             f"MODEL.PIXEL_STD: {std!r} is not accepted with MODEL.PIXEL_MEAN {mean!r}; use as many "
             "values, one for each channel"
         )
+
+
+def check_value(key: str, value: Any, rule: Rule) -> None:
+    """Raise InputError for what a rule does not accept, for no finite number, and for no text."""
+    for accepts, words in (
+        (_is_finite, "numbers that are finite"),
+        (_can_be_written, "text of UTF-8, without NUL"),
+        rule,
+    ):
+        if not accepts(value):
+            raise InputError(f"{key}: {value!r} is not accepted; use {words}")
+
+
+def _can_be_written(value: Any) -> bool:
+    """Whether texts, at any depth, can stand in a file, or be the name of one."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_can_be_written, value))
+    return not isinstance(value, str) or (is_text(value) and "\0" not in value)
 
 
 def _is_finite(value: Any) -> bool:

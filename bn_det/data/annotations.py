@@ -6,14 +6,14 @@ that do not fill the image it never ends, and boxes that nothing can match lower
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, shown
+from ..errors import InputError, is_text, shown
+from ..files import check_regular, parse_json
 from .images import MAX_PIXELS
 from .masks import is_segmentation, run_lengths
 
@@ -63,8 +63,9 @@ def read_annotations(
 
 
 def _parsed(where: str, json_file: str) -> dict[str, Any]:
+    check_regular(json_file)
     try:
-        content = json.loads(Path(json_file).read_bytes())
+        content = parse_json(Path(json_file).read_bytes())
     except FileNotFoundError as e:
         raise InputError(f"{where}: there is no such file") from e
     except OSError as e:
@@ -108,9 +109,10 @@ def _check_image(image: dict) -> str:
 
 
 def _check_category(category: dict) -> str:
-    if not isinstance(category.get("name"), str):
-        return f"name: {_value(category.get('name'))} is not accepted; use a string"
-    return ""
+    name = category.get("name")
+    if not isinstance(name, str):
+        return f"name: {_value(name)} is not accepted; use a string"
+    return "" if is_text(name) else f"name: {_value(name)} is not accepted; use text of UTF-8"
 
 
 def _refuse_equal_names(where: str, categories: dict[Hashable, dict]) -> None:

@@ -73,11 +73,15 @@ def builtin_sources() -> dict[str, CocoSource]:
 
 
 def registered_sources(cfg: CfgNode) -> dict[str, CocoSource]:
-    """The data sets of DATASETS.REGISTER_COCO."""
+    """The data sets of DATASETS.REGISTER_COCO.
+
+    Raises:
+        InputError: an entry is none, or has the name of another data set.
+    """
     sources = {}
     for entry in cfg.DATASETS.REGISTER_COCO:
         is_triple = isinstance(entry, (list, tuple)) and len(entry) == 3
-        if not is_triple or not all(isinstance(e, str) for e in entry):
+        if not is_triple or not all(isinstance(e, str) and e for e in entry):
             raise InputError(
                 f"DATASETS.REGISTER_COCO: {entry!r} is not accepted; each entry is a list "
                 "[name, JSON file, folder of images]"
@@ -87,7 +91,17 @@ def registered_sources(cfg: CfgNode) -> dict[str, CocoSource]:
             raise InputError(
                 f"DATASETS.REGISTER_COCO: {entry[0]!r} stands there twice, of other files"
             )
+        check_free(entry[0], source, builtin_sources().get(entry[0], source))
     return sources
+
+
+def check_free(name: str, source: CocoSource, other: CocoSource) -> None:
+    """Raise InputError if a name of DATASETS.REGISTER_COCO is that of another data set."""
+    if source != other:
+        raise InputError(
+            f"DATASETS.REGISTER_COCO: {name!r} is not accepted for {source.json_file}: it is the "
+            f"name of the data set of {other.json_file}; use another name"
+        )
 
 
 def check_names(key: str, names: Iterable[str], known: Iterable[str]) -> None:

@@ -303,6 +303,7 @@ def _parallel(model: nn.Module) -> DistributedDataParallel:
 def check_datasets(cfg: CfgNode, split: str) -> None:
     """Check that the data sets of DATASETS.TRAIN or DATASETS.TEST are there; generate ours."""
     known = {**builtin_sources(), **registered_sources(cfg)}
+    check_names("DATASETS.SOURCES", source_of(cfg), known)
     check_names(f"DATASETS.{split}", cfg.DATASETS[split], known)
     for name in cfg.DATASETS[split]:
         prepare(name, known[name])

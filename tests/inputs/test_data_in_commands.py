@@ -125,3 +125,18 @@ def test_rle_as_polygons(host, sets, tmp_path):
         f"error: INPUT.MASK_FORMAT: 'polygon' is not accepted with tiny_train: {file}: annotation "
         f"{annotation['id']} is RLE; use 'bitmask'"
     )
+
+
+@every_host
+def test_a_source_of_a_data_set_that_is_not_there(host, sets, tmp_path):
+    opts, _ = sets
+    line = error_of(train(host, [*opts, "DATASETS.SOURCES", "[['a', 'tiny_vall']]"], tmp_path))
+    assert "DATASETS.SOURCES: 'tiny_vall' is not a registered data set; nearest names: ['ti" in line
+
+
+@every_host
+def test_an_argument_of_no_text(host, sets, tmp_path):
+    """Bytes that are no UTF-8 come from the system so."""
+    opts, _ = sets
+    line = error_of(train(host, opts, f"{tmp_path}/\udcff"))
+    assert line.endswith(r"\udcff': is not accepted; use text of UTF-8")

@@ -14,8 +14,9 @@ from reference import BASE
 REFUSED = {
     "VERSION": ["3"],
     "SEED": ["-2", "4294967296", "9" * 30],
-    "OUTPUT_DIR": [""],
-    "DATASETS.TRAIN": ["(1,)", "(None,)"],
+    "OUTPUT_DIR": ["", "s3://bucket/run", "http://host/run", r"'a\ud800'", r"'a\0b'"],
+    "DATASETS.TRAIN": ["(1,)", "(None,)", r"('\ud800',)"],
+    "DATASETS.SOURCES": ["[['', 'x']]", "[['a', '']]"],
     "DATALOADER.NUM_WORKERS": ["-1"],
     "INPUT.FORMAT": ["XYZ"],
     "INPUT.MASK_FORMAT": ["rle"],
@@ -67,6 +68,33 @@ def test_not_finite(host):
         cfg.SOLVER.BASE_LR = value
         with pytest.raises(InputError, match="SOLVER.BASE_LR: .* use numbers that are finite"):
             check_ranges(cfg)
+
+
+@every_host
+def test_the_name_of_another_data_set(host):
+    """It would be trained on, or evaluated, in the place of the one that the name is known for."""
+    for name in ("shapes_val", "coco_2017_val"):
+        cfg = make_cfg(host, BASE, "DATASETS.REGISTER_COCO", repr([[name, "mine.json", "images"]]))
+        words = f"{name}' is not accepted for mine.json: it is the name of the data set of .*/inst"
+        with pytest.raises(InputError, match=words):
+            registered_sources(cfg)
+
+
+def test_the_name_of_a_data_set_in_the_catalog(tmp_path):
+    pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+    from detectron2.data import DatasetCatalog
+
+    from bn_det.d2 import register_datasets
+
+    DatasetCatalog.register("somebodys", list)
+    try:
+        opts = ["DATASETS.REGISTER_COCO", "[['somebodys', 'mine.json', 'images']]"]
+        with pytest.raises(
+            InputError, match="'somebodys' is not accepted .* in DatasetCatalog; use"
+        ):
+            register_datasets(make_cfg("detectron2", BASE, *opts))
+    finally:
+        DatasetCatalog.remove("somebodys")
 
 
 def test_every_rule_is_of_a_key():
