@@ -25,7 +25,7 @@ _SMALLEST = 1e-5
 _LARGEST = 1e10
 """The area up to which pycocotools counts an object."""
 
-_FARTHEST = 10
+FARTHEST = 10
 """How many times the longer side of its image a coordinate may be; masks take memory with it."""
 
 
@@ -166,7 +166,7 @@ class _Annotations:
         if (crowd := annotation.get("iscrowd", 0)) not in (0, 1):
             return f"iscrowd: {_value(crowd)} is not accepted; use 0 or 1"
         image = self._images.get(image_id)
-        farthest = _FARTHEST * max(image["height"], image["width"]) if image else math.inf
+        farthest = FARTHEST * max(image["height"], image["width"]) if image else math.inf
         return (
             self._why_no_box(annotation.get("bbox"), farthest)
             or _why_no_mask(annotation.get("segmentation"), image, farthest)
