@@ -110,9 +110,10 @@ def check_detections(path: str, detections: list[dict], dataset: CocoDataset) ->
             raise InputError(f"{start}: image_id: {image!r} is no image of {dataset.name}")
         if category not in dataset.category_ids:
             raise InputError(f"{start}: category_id: {category!r} is no category of {dataset.name}")
-        if max(map(abs, detection["bbox"])) > FARTHEST * sides[image]:
+        box = detection["bbox"]
+        if max(map(abs, box)) > FARTHEST * sides[image]:
             raise InputError(
-                f"{start}: bbox: {detection['bbox']} is not accepted; it is far outside of the image"
+                f"{start}: bbox: {box} is not accepted; it is far outside of the image"
             )
 
 

@@ -227,7 +227,18 @@ def test_auto_says_what_it_took_and_why(options, tmp_path):
         (["MODEL.DEVICE", "gpu"], ["MODEL.DEVICE: 'gpu'"]),
         (["DATASETS.TRAIN", "()"], ["DATASETS.TRAIN: ()"]),
         (["MODEL.RETINANET.NUM_CONVS.X", "3"], ["NUM_CONVS.X: '3'"]),
-        (["SOLVER.IMS_PER_BATCH", "1"], ["domain 4: ", "single value per channel"]),
+        (
+            ["SOLVER.IMS_PER_BATCH", "1"],
+            [": domain 4: ", "single value per channel", "head.cl", "(SOLVER.IMS_PER_BATCH)"],
+        ),
+        (
+            ["TEST.BN_STATISTICS", "batch"],
+            [
+                "TEST.BN_STATISTICS: 'batch' is not accepted with ",
+                ".png: head.cl",
+                "BN_STATISTICS_P",
+            ],
+        ),
     ],
     ids=lambda v: "-".join(map(str, v[:2])) if isinstance(v, list) else None,
 )
