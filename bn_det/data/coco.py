@@ -13,7 +13,7 @@ from typing import NamedTuple
 from pycocotools.coco import COCO
 from yacs.config import CfgNode
 
-from ..config.parts import DENSE
+from ..config.parts import DENSE, RCNNS
 from ..errors import InputError, nearest
 from .annotations import read_annotations
 from .masks import is_segmentation
@@ -120,7 +120,7 @@ def check_num_classes(cfg: CfgNode, key: str, name: str, found: int) -> None:
 
     Other architectures than those of our configs are not looked at.
     """
-    parts = {**DENSE, **dict.fromkeys(("GeneralizedRCNN", "BNGeneralizedRCNN"), "ROI_HEADS")}
+    parts = {**DENSE, **dict.fromkeys(RCNNS, "ROI_HEADS")}
     part = parts.get(cfg.MODEL.META_ARCHITECTURE)
     if part and found > cfg.MODEL[part].NUM_CLASSES:
         raise InputError(
