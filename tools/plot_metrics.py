@@ -11,6 +11,7 @@ import argparse
 import math
 from pathlib import Path
 
+import ctrl_c  # noqa: F401
 import matplotlib
 from matplotlib.figure import Figure
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import ctrl_c  # noqa: F401
 import cv2
 import numpy as np
 

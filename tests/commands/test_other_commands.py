@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from here import run_here
 from hosts import every_host
+from waiting import takes_ctrl_c, wait_for
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,6 +25,23 @@ def run(script, *args):
         text=True,
         timeout=300,
     )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what is imported is looked up in /proc")
+@pytest.mark.parametrize("tool", sorted(p.stem for p in (ROOT / "tools").glob("[!c]*.py")))
+def test_ctrl_c_while_torch_is_imported(tool):
+    command = [sys.executable, str(ROOT / "tools" / f"{tool}.py")]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, text=True, preexec_fn=takes_ctrl_c
+    )
+    try:
+        wait_for(lambda: "libtorch_cpu" in Path(f"/proc/{process.pid}/maps").read_text())
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, err) == (130, "interrupted\n")
 
 
 def visualize(tiny_shapes, tmp_path, detections, *args, run=run_here):
