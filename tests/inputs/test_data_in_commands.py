@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -67,6 +68,20 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:3000])
 
 
+def empty(path):
+    path.write_bytes(b"")
+
+
+def circle(path):
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
 def small(path):
     Image.new("RGB", (20, 30)).save(path)
 
@@ -79,8 +94,11 @@ def small(path):
         (cut, "cannot be read as an image: "),
         (small, "20"),
         (Path.unlink, "there is no such image"),
+        (empty, "is empty, or no image of a known format"),
+        (circle, "cannot be read as an image: Too many levels of symbolic links"),
+        (pipe, "is a pipe, a device or a socket; use a file"),
     ],
-    ids=["16 bits", "cut", "of another size", "missing"],
+    ids=["16 bits", "cut", "of another size", "missing", "empty", "circle", "pipe"],
 )
 def test_an_image(host, make, words, sets, tmp_path):
     opts, root = sets
