@@ -41,6 +41,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"nearest names: {close}" if close else f"known names: {known}"
 
 
+def is_text(text: str) -> bool:
+    """Whether a file in UTF-8 can hold it: not half of a character, nor a byte of another code."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def shown(text: str) -> str:
     """A text of a user in a message: as it is, or with escapes if it would break the line."""
     return text if text.isprintable() else repr(text)

@@ -1,4 +1,4 @@
-"""Files that are never half-written."""
+"""Files that are never half-written, and what is looked at before one is read."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 import math
 import os
 import re
+import stat
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -82,6 +84,37 @@ def check_replaceable(path: str | os.PathLike) -> None:
             f"{path}: cannot be written: it is no file, but a folder, a device, a pipe or a link "
             "to nothing"
         )
+
+
+def check_regular(path: str | os.PathLike) -> None:
+    """Raise InputError for what is no file, such as a pipe, which would be waited for without end.
+
+    Of what is not there, or is a folder, the system says what it is when it is opened.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):  # ValueError: of a name that no file can have
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise InputError(f"{path}: is a pipe, a device or a socket; use a file")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON file has.
+
+    Raises:
+        ValueError: it is not valid, or an object has a key twice, of which Python keeps the last.
+        RecursionError: it has too many parts in each other.
+    """
+    return json.loads(text, object_pairs_hook=_without_twins)
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        key = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {key!r} stands twice in the object {repr(content)[:60]}")
+    return content
 
 
 def check_writable(key: str, folder: str | os.PathLike) -> None:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 
+import ctrl_c  # noqa: F401
+
 from bn_det.commands.average import CHOICES
 from bn_det.commands.cli import add_config_arguments, import_host, run
 

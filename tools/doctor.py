@@ -18,6 +18,8 @@ import logging
 import sys
 from contextlib import redirect_stdout
 
+import ctrl_c  # noqa: F401
+
 from bn_det.commands.any_model import AnyModel, add_model_arguments, functions_of, made
 from bn_det.commands.cli import add_config_arguments, import_host, run
 from bn_det.doctor import RULES, SEVERITIES, Report, examine, examine_file

@@ -7,6 +7,8 @@ batch statistics; see bn_det/measure/leakage.py. The results go to the terminal 
 
 from __future__ import annotations
 
+import ctrl_c  # noqa: F401
+
 from bn_det.commands.cli import measure_command, run
 from bn_det.measure.leakage import leakage_table, save_leakage
 

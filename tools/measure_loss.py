@@ -8,6 +8,8 @@ and to OUTPUT_DIR. A loss is for each positive anchor (on torchvision, for each 
 
 from __future__ import annotations
 
+import ctrl_c  # noqa: F401
+
 from bn_det.commands.cli import measure_command, run
 from bn_det.measure.loss import loss_table, save_loss
 

@@ -8,8 +8,10 @@ the same label have the same colour.
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
+import ctrl_c  # noqa: F401
 import matplotlib
 from matplotlib.figure import Figure
 
@@ -22,17 +24,31 @@ PICTURES = (".png", ".svg", ".pdf")
 
 
 def read_metric(folder: str, metric: str) -> tuple[list[int], list[float]]:
-    """Iterations, counted from 1, and values; of an iteration that was repeated, the last."""
+    """Iterations, counted from 1, and values; of an iteration that was repeated, the last.
+
+    NaN, the value of what could not be measured, is left out; a line counts it.
+    """
     path = Path(folder) / "metrics.json"
     try:
         lines = read_metrics(folder)
         found = [(line["iteration"] + 1, line[metric]) for line in lines if metric in line]
         known = {name for line in lines for name in line}
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise InputError(f"{path}: is not the metrics.json of a run: {e}") from e
     if not found:
         raise InputError(f"--metric: {path} has no {metric!r}; {nearest(metric, known)}")
-    return [list(column) for column in zip(*found, strict=True)]
+    for iteration, value in found:
+        if type(iteration) is not int or type(value) not in (int, float) or abs(value) == math.inf:
+            raise InputError(
+                f"{path}: {metric}: {value!r} of iteration {iteration - 1!r} is not accepted; use "
+                "finite numbers"
+            )
+    measured = [(iteration, value) for iteration, value in found if not math.isnan(value)]
+    if not measured:
+        raise InputError(f"{path}: {metric} is NaN throughout; name a metric that was measured")
+    if len(measured) < len(found):
+        print(f"{path}: {metric} is NaN {len(found) - len(measured)} times, which is left out")
+    return [list(column) for column in zip(*measured, strict=True)]
 
 
 def parse_run(text: str) -> tuple[str, str, str]:

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 
+import ctrl_c  # noqa: F401
+
 from bn_det.commands import recompute_any
 from bn_det.commands.any_model import add_model_arguments
 from bn_det.commands.cli import add_config_arguments, add_process_arguments, import_host, run

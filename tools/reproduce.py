@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import ctrl_c  # noqa: F401
+
 from bn_det.commands.cli import add_host_argument, run
 from bn_det.reproduce.main import DEFAULT_SEEDS, reproduce, times
 from bn_det.reproduce.registry import EXPERIMENTS

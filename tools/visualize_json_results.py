@@ -7,21 +7,29 @@ Of each image the truth is above and the detections, with their scores, below.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
+import ctrl_c  # noqa: F401
 import cv2
 import numpy as np
 
 from bn_det.commands.cli import run
-from bn_det.data.annotations import are_numbers, is_box
+from bn_det.config.ranges import check_value
+from bn_det.config.rules import between
+from bn_det.data.annotations import FARTHEST, are_numbers, is_box
 from bn_det.data.coco import CocoDataset, CocoSource, builtin_sources, check_names, load_coco
 from bn_det.data.images import read_image
 from bn_det.errors import InputError, check_positive
-from bn_det.files import check_writable, write_aside
+from bn_det.files import check_regular, check_writable, parse_json, write_aside
 
 COLOURS = [(80, 80, 255), (80, 220, 80), (255, 140, 60), (60, 220, 255), (255, 80, 255)]
 """BGR, for the classes in turn."""
+
+WIDEST = 20_000
+"""Pixels of the picture's longer side."""
+
+EDGE = 2
+"""Pixels around an image."""
 
 
 def draw_objects(image: np.ndarray, objects: list[dict], names: dict[int, str]) -> np.ndarray:
@@ -71,22 +79,43 @@ def draw_image(dataset: CocoDataset, record: dict, detections: list[dict], size:
         scaled = [{**o, "bbox": [scale * v for v in o["bbox"]]} for o in objects]
         picture = np.zeros((size, size, 3), np.uint8)
         picture[: image.shape[0], : image.shape[1]] = draw_objects(image, scaled, names)
-        pictures.append(cv2.copyMakeBorder(picture, 2, 2, 2, 2, cv2.BORDER_CONSTANT))
+        pictures.append(cv2.copyMakeBorder(picture, *[EDGE] * 4, cv2.BORDER_CONSTANT))
     return np.vstack(pictures)
 
 
 def load_detections(path: str) -> list[dict]:
     """Detections in COCO's result format."""
+    check_regular(path)
     try:
-        detections = json.loads(Path(path).read_text())
+        detections = parse_json(Path(path).read_text())
         for number, detection in enumerate(detections):
             if not {"image_id", "category_id", "bbox", "score"} <= set(detection):
                 raise ValueError(f"detection {number} lacks image_id, category_id, bbox or score")
             if not (is_box(detection["bbox"]) and are_numbers([detection["score"]])):
                 raise ValueError(f"bbox or score of detection {number} are no finite numbers")
-    except (OSError, ValueError, TypeError) as e:
+            ids = detection["image_id"], detection["category_id"]
+            if not all(isinstance(of, (int, str)) for of in ids):
+                raise ValueError(f"image_id or category_id of detection {number} are no ids")
+    except (OSError, ValueError, TypeError, RecursionError) as e:
         raise InputError(f"--input: {path} is not a file of detections: {e}") from e
     return detections
+
+
+def check_detections(path: str, detections: list[dict], dataset: CocoDataset) -> None:
+    """Raise InputError for one that is of another data set, or cannot be drawn."""
+    sides = {image["image_id"]: max(image["height"], image["width"]) for image in dataset.records}
+    for number, detection in enumerate(detections):
+        image, category = detection["image_id"], detection["category_id"]
+        start = f"--input: {path}: detection {number}"
+        if image not in sides:
+            raise InputError(f"{start}: image_id: {image!r} is no image of {dataset.name}")
+        if category not in dataset.category_ids:
+            raise InputError(f"{start}: category_id: {category!r} is no category of {dataset.name}")
+        box = detection["bbox"]
+        if max(map(abs, box)) > FARTHEST * sides[image]:
+            raise InputError(
+                f"{start}: bbox: {box} is not accepted; it is far outside of the image"
+            )
 
 
 def main() -> None:
@@ -105,7 +134,8 @@ def main() -> None:
 
 def draw(args: argparse.Namespace) -> None:
     check_positive("--num-images", args.num_images)
-    check_positive("--size", args.size)
+    check_value("--size", args.size, between(1, 4096))
+    check_value("--conf-threshold", args.conf_threshold, between(0, 1))
     sources = builtin_sources()
     if args.json:
         if not Path(args.json).is_file():
@@ -116,18 +146,21 @@ def draw(args: argparse.Namespace) -> None:
     if not cv2.haveImageWriter(args.output):
         raise InputError(f"--output: {args.output!r} is not accepted; use a .png or .jpg file")
     check_writable("--output", Path(args.output).parent)
+    detections = load_detections(args.input)
+    check_detections(args.input, detections, dataset)
     by_image: dict[int, list[dict]] = {}
-    for detection in load_detections(args.input):
-        if detection["category_id"] not in dataset.category_ids:
-            raise InputError(
-                f"--input: {args.input} has category {detection['category_id']}, which "
-                f"{dataset.name} has not"
-            )
+    for detection in detections:
         if detection["score"] >= args.conf_threshold:
             by_image.setdefault(detection["image_id"], []).append(detection)
     records = dataset.records[args.first : args.first + args.num_images]
     if not 0 <= args.first < len(dataset.records):
         raise InputError(f"--first: {args.first} is not one of the {len(dataset.records)} images")
+    width = len(records) * (args.size + 2 * EDGE)
+    if width > WIDEST:
+        raise InputError(
+            f"--num-images: {len(records)} is not accepted with --size {args.size}: a picture of "
+            f"{width} pixels; use fewer or smaller images, for {WIDEST} at most"
+        )
     columns = [draw_image(dataset, r, by_image.get(r["image_id"], []), args.size) for r in records]
     _, encoded = cv2.imencode(Path(args.output).suffix, np.hstack(columns))
     with write_aside(args.output) as aside:

@@ -8,7 +8,7 @@ import importlib.util
 import logging
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from yacs.config import CfgNode
 
-from ..errors import InputError, check_positive, one_line
+from ..errors import InputError, check_positive, is_text, one_line
 from .launch import RankError, is_mendable, launch
 from .output_folder import used_by_one, written_in
 
@@ -150,9 +150,17 @@ def start_in(
         launch(written_in, (*output, fn, *fn_args), *processes, device)
 
 
+def _check_arguments(arguments: Sequence[str]) -> None:
+    """Raise InputError for one that no log, config or report of the command could hold."""
+    for argument in arguments:
+        if not is_text(argument):
+            raise InputError(f"{argument!r}: is not accepted; use text of UTF-8")
+
+
 def run(main: Callable[[], None]) -> None:
     """Call a command's main function; what its user can mend is shown without a traceback."""
     try:
+        _check_arguments(sys.argv[1:])
         main()
     except (InputError, OSError) as e:
         if not is_mendable(e):

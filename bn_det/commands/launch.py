@@ -33,6 +33,9 @@ TIMEOUT = timedelta(minutes=30)
 
 _POLL = 0.5  # seconds
 
+_MOST = 128
+"""Processes of a machine that has no more cores: each takes some hundred megabytes."""
+
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -71,12 +74,15 @@ def world_size(num_processes: int, num_machines: int = 1) -> int:
     """The number of processes on all machines together that ``launch`` leads to.
 
     Raises:
-        InputError: a number is below 1.
+        InputError: a number is below 1, or beyond what a machine can hold.
     """
     if _under_torchrun():
         return int(os.environ["WORLD_SIZE"])
     for flag, value in (("--num-gpus", num_processes), ("--num-machines", num_machines)):
         check_positive(flag, value)
+    most = max(_MOST, os.cpu_count() or 1)
+    if num_processes > most:
+        raise InputError(f"--num-gpus: {num_processes} is not accepted; use 1 to {most}")
     return num_processes * num_machines
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, path_of
-from ..files import is_aside, try_lock
+from ..files import check_regular, is_aside, try_lock
 from .launch import FULL, is_first
 
 
@@ -89,6 +89,7 @@ def used_by_one(key: str, folder: str | os.PathLike, machine_rank: int = 0) -> I
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _refuse_pipes(folder)
         # Unbuffered: what a full disk does not take would fail again when it is closed.
         lock = open(folder / ".lock", "ab+", buffering=0)  # noqa: SIM115
     except OSError as e:
@@ -108,6 +109,12 @@ def used_by_one(key: str, folder: str | os.PathLike, machine_rank: int = 0) -> I
             _cut_line(folder / "metrics.json")
             lock.write(f"process {os.getpid()} of {socket.gethostname()}".encode())
         yield
+
+
+def _refuse_pipes(folder: Path) -> None:
+    """Raise InputError for what no run leaves there, and logs would be added to, or results put."""
+    for path in (*folder.iterdir(), *folder.glob("inference/**/*")):
+        check_regular(path)
 
 
 def _cut_line(path: Path) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from tabulate import tabulate
 
 from ..errors import shown
-from ..files import finite, write_json
+from ..files import check_regular, finite, parse_json, write_json
 
 
 def results_table(results: Mapping[str, Mapping]) -> str:
@@ -43,8 +42,10 @@ def read_metrics(folder: str | Path) -> list[dict[str, float]]:
     Of an iteration that was repeated after an interruption, the last line counts.
     """
     found: dict[int, dict[str, float]] = {}
-    for text in (Path(folder) / "metrics.json").read_text().splitlines():
-        line = json.loads(text)
+    path = Path(folder) / "metrics.json"
+    check_regular(path)
+    for text in path.read_text().splitlines():
+        line = parse_json(text)
         found.setdefault(line["iteration"], {}).update(line)
     return [found[iteration] for iteration in sorted(found)]
 

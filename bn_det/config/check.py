@@ -17,6 +17,7 @@ from .parts import (
     NF_BACKBONES,
     PARTS,
     has_our_batch_norm,
+    is_built,
     is_per_level,
     why_not_ours,
 )
@@ -125,7 +126,8 @@ def _check_dropout(cfg: CfgNode, part: str) -> None:
 
 def _check_rpn(cfg: CfgNode) -> None:
     name, norm = cfg.MODEL.RPN.HEAD_NAME, cfg.MODEL.RPN.NORM
-    if norm and name == "StandardRPNHead":  # another head may know the key
+    # Another head may know the key.
+    if norm and name == "StandardRPNHead" and is_built(cfg, "RPN"):
         raise InputError(
             f"MODEL.RPN.NORM: {norm!r} is not accepted with MODEL.RPN.HEAD_NAME {name!r}, which "
             "has none; use '', or HEAD_NAME 'BNRPNHead'"
@@ -134,7 +136,7 @@ def _check_rpn(cfg: CfgNode) -> None:
 
 def _check_levels_of_rois(cfg: CfgNode) -> None:
     """Raise InputError where the BN of RoIs is to be per level, and their levels are not known."""
-    if not is_per_level(cfg, "ROI_BOX_HEAD"):
+    if not is_per_level(cfg, "ROI_BOX_HEAD") or not is_built(cfg, "ROI_BOX_HEAD"):
         return
     box_head, choices = cfg.MODEL.ROI_BOX_HEAD, dict(cfg.MODEL.ROI_BOX_HEAD.BN)
     start = f"MODEL.ROI_BOX_HEAD.BN: {choices} is not accepted with"
@@ -163,10 +165,10 @@ def _check_sources(cfg: CfgNode) -> None:
     node, entries = cfg.MODEL.BN_SOURCES, cfg.DATASETS.SOURCES
     for entry in entries:
         is_list = isinstance(entry, (list, tuple)) and len(entry) > 1
-        if not is_list or not all(isinstance(e, str) for e in entry):
+        if not is_list or not all(isinstance(e, str) and e for e in entry):
             raise InputError(
                 f"DATASETS.SOURCES: {entry!r} is not accepted; each entry is a list [source, data "
-                "set, ...] with one data set or more"
+                "set, ...] of names, with one data set or more"
             )
     names = [name for _, *names in entries for name in names]
     for what, values in (("source", [entry[0] for entry in entries]), ("data set", names)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -13,6 +13,8 @@ from ..errors import InputError, shown
 from .arithmetic import MAX_BITS
 from .check import check_values
 from .keys import check_keys, leaves
+from .ranges import RANGES
+from .rules import ANY
 from .unread import check_read
 from .yaml_file import load_yaml
 
@@ -69,7 +71,7 @@ def _merge_file(cfg: CfgNode, config_file: str, host: str) -> None:
             f"--config-file: {name} is not a config file: {_reason(e, host, before)}"
         ) from e
     except _REFUSED as e:
-        raise InputError(f"--config-file: {name}: {_reason(e, host, before)}") from e
+        raise InputError(f"--config-file: {name}: {_reason(e, host, before, content)}") from e
     finally:
         del vars(cfg)["load_yaml_with_base"]
 
@@ -94,11 +96,11 @@ def _merge_opts(cfg: CfgNode, opts: Sequence[str], host: str) -> None:
         _check_merged(before, cfg)
 
 
-def _value(cfg: CfgNode, key: str) -> Any:
+def _value(cfg: Mapping[str, Any], key: str) -> Any:
     """What a config has under a key; None for nothing."""
     value: Any = cfg
     for name in key.split("."):
-        value = value.get(name) if isinstance(value, CfgNode) else None
+        value = value.get(name) if isinstance(value, Mapping) else None
     return value
 
 
@@ -141,18 +143,47 @@ def _integers(value: Any) -> Iterator[int]:
             yield from _integers(element)
 
 
+_NUMBERS = {int: "an integer", float: "a number"}
+
+
+def _accepted(key: str, default: Any) -> str:
+    """What a key takes, whose default is of the type that a value has to be of."""
+    words = RANGES.get(key, ANY).words
+    if type(default) in _NUMBERS:
+        return f"{_NUMBERS[type(default)]}{', ' if words else ''}{words}"
+    if isinstance(default, (list, tuple)):
+        return f"{words or 'a list'}{f', such as {list(default[:1])}' if default else ''}"
+    if isinstance(default, CfgNode):
+        return f"a node, with keys such as {next(iter(default), '')!r}"
+    kinds = {bool: "True or False", str: "text"}
+    return words or kinds.get(type(default), f"a value of type {type(default).__name__}")
+
+
 def _short(value: Any) -> str:
     """A value for a message."""
     text = repr(value)
     return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
 
 
-def _reason(error: Exception, host: str, cfg: CfgNode) -> str:
+def _reason(
+    error: Exception, host: str, cfg: CfgNode, content: Mapping[str, Any] | None = None
+) -> str:
+    """What yacs refused, and why, in words of ours where those of types say nothing to a user.
+
+    Args:
+        content: of the file; None where the message begins with key and value.
+    """
     if isinstance(error, (MemoryError, RecursionError)):
         return "a value has too many parts in each other"
     reason = " ".join(str(error.args[0] if error.args else error).split()).removesuffix(".")
     if len(reason) > 300:  # with all the keys of a node
         reason = f"{reason[:150]} ... {reason[-150:]}"
+    if reason.startswith("Type mismatch"):
+        key = reason.rpartition(" ")[2]
+        accepted = f"use {_accepted(key, _value(cfg, key))}"
+        if content is None:
+            return accepted
+        return f"{shown(key)}: {_short(_value(content, key))} is not accepted: {accepted}"
     if "Non-existent" in reason:
         close = get_close_matches(reason.rpartition(" ")[2], dict(leaves(cfg)), n=3)
         reason += f" (the {host} host does not know it{f'; nearest: {close}' if close else ''})"

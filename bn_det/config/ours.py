@@ -18,7 +18,9 @@ from ..training.agc import PREDICTORS
 from .parts import LEVEL_PARTS, PARTS, SOURCE_PARTS
 from .rules import (
     ANY,
+    CLASSES,
     COUNT,
+    LAYERS,
     NAMES,
     NUMBER,
     Rule,
@@ -102,9 +104,9 @@ def _fcos() -> dict[str, Key]:
     radius = "within so many strides of a box's center a position is positive"
     score = "least score of a detection: the root of class score times centerness"
     keys = {
-        "NUM_CLASSES": Key(80, COUNT, "categories"),
+        "NUM_CLASSES": Key(80, CLASSES, "categories"),
         "IN_FEATURES": Key(["p3", "p4", "p5", "p6", "p7"], NAMES, "feature levels"),
-        "NUM_CONVS": Key(4, NUMBER, "convolutions of each tower"),
+        "NUM_CONVS": Key(4, LAYERS, "convolutions of each tower"),
         "NORM": Key("GN", ANY, "the normalization layer, as of every part"),
         "PRIOR_PROB": Key(0.01, within(0, 1), "score of a category before training"),
         "CENTER_SAMPLING_RADIUS": Key(1.5, NUMBER, radius),
@@ -173,7 +175,7 @@ KEYS: dict[str, Key] = {
     ),
     "SOLVER.ACCUMULATE": Key(
         1,
-        COUNT,
+        between(1, 10_000),
         "batches of `IMS_PER_BATCH` images for a step of the optimizer and of the schedule, whose "
         "gradients add up; all numbers of iterations count steps",
         TRAINER,
@@ -191,7 +193,7 @@ KEYS: dict[str, Key] = {
     ),
     "SOLVER.VIRTUAL_IMAGES": Key(
         0,
-        NUMBER,
+        between(0, 2**16),
         "extra images of all processes in the normalization batches of a step, without gradient "
         "(Virtual BN)",
         HOOKS,
@@ -254,7 +256,7 @@ KEYS: dict[str, Key] = {
     ),
     "TEST.PRECISE_BN.IMS_PER_BATCH": Key(
         0,
-        at_least(0, "for as many as in training"),
+        between(0, 2**16, "for as many as in training"),
         "images in such a batch, of all processes",
         HOOKS,
     ),

@@ -37,6 +37,9 @@ ROI_PARTS = ("ROI_BOX_HEAD", "ROI_MASK_HEAD")
 PARTS = (*SOURCE_PARTS, *ROI_PARTS)
 """The nodes of MODEL that have a NORM."""
 
+RCNNS = ("GeneralizedRCNN", "BNGeneralizedRCNN")
+"""Detectron2's, and ours, which tells its layers the sources of images."""
+
 DENSE = {"BNRetinaNet": "RETINANET", "BNFCOS": "BN_FCOS"}
 """Our meta-architectures without RPN and RoI heads, and their heads' nodes."""
 
@@ -157,6 +160,32 @@ COMPONENTS = {
 def has_our_batch_norm(cfg: CfgNode, part: str) -> bool:
     """Whether a part of the model, one of PARTS, is built with one of BATCH_NORMS by us."""
     return not why_not_ours(cfg, part) and cfg.MODEL[part].NORM in BATCH_NORMS
+
+
+_DENSE = {"RETINANET": ("RetinaNet", "BNRetinaNet"), "BN_FCOS": ("FCOS", "BNFCOS")}
+"""The meta-architectures that a head of a dense detector is a part of, Detectron2's and ours."""
+
+_KNOWN = (*(name for names in _DENSE.values() for name in names), *RCNNS)
+
+
+def is_built(cfg: CfgNode, part: str) -> bool:
+    """Whether the detector has the part, whoever builds it."""
+    architecture = cfg.MODEL.META_ARCHITECTURE
+    if part in _DENSE:
+        return architecture in _DENSE[part]
+    is_dense = any(architecture in names for names in _DENSE.values())
+    return part in ("RESNETS", "FPN") or not is_dense
+
+
+def why_not_built(cfg: CfgNode, part: str) -> str:
+    """Which key says that the detector does not have the part, if so.
+
+    Of architectures of other projects nothing is known.
+    """
+    architecture = cfg.MODEL.META_ARCHITECTURE
+    if architecture in _KNOWN and not is_built(cfg, part):
+        return f"MODEL.META_ARCHITECTURE {architecture!r}, which does not have this part"
+    return ""
 
 
 def why_not_ours(cfg: CfgNode, part: str) -> str:

@@ -28,8 +28,10 @@ def above(low: float) -> Rule:
     return Rule(lambda value: value > low, f"more than {low}")
 
 
-def between(low: float, high: float) -> Rule:
-    return Rule(lambda value: low <= value <= high, f"{low} to {high}")
+def between(low: float, high: float, meaning: str = "") -> Rule:
+    """A number, and perhaps what the lowest one stands for."""
+    lowest = f"{low} ({meaning})" if meaning else str(low)
+    return Rule(lambda value: low <= value <= high, f"{lowest} to {high}")
 
 
 def within(low: float, high: float) -> Rule:
@@ -70,4 +72,11 @@ def each(rule: Rule, of: type | tuple[type, ...] = (int, float), may_be_empty: b
 
 ANY = Rule(lambda value: True, "")
 COUNT, NUMBER = at_least(1), at_least(0)
+
+# Where more would end without a line, for lack of memory or in a number's overflow, or never.
+ITERATIONS = between(1, 10**9)
+IMAGES = between(1, 2**16)
+CLASSES = between(1, 10**5)
+CHANNELS = between(1, 2**14)
+LAYERS = between(0, 1000)
 NAMES = Rule(each(ANY, str).accepts, "a list of names")

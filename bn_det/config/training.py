@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import nn
 from yacs.config import CfgNode
 
+from ..errors import InputError
 from ..layers.renorm import RenormLimits
 from ..training.agc import AdaptiveGradientClipping
 from ..training.hooks import (
@@ -76,6 +79,28 @@ def with_precise_bn_batches(cfg: CfgNode) -> CfgNode:
     cfg.SOLVER.IMS_PER_BATCH = node.IMS_PER_BATCH or cfg.SOLVER.IMS_PER_BATCH
     cfg.SOLVER.MAX_ITER = node.NUM_ITER
     return cfg
+
+
+@contextmanager
+def evaluated_by_batch(file: str) -> Iterator[None]:
+    """Name TEST.BN_STATISTICS in an error that a test image raises inside the block."""
+    try:
+        yield
+    except InputError as e:
+        raise InputError(
+            f"TEST.BN_STATISTICS: 'batch' is not accepted with {file}: {e}; or name "
+            "other parts in TEST.BN_STATISTICS_PARTS"
+        ) from e
+
+
+def smallest_image(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The record of the image that has the fewest values at the deepest level in evaluation."""
+
+    def longer_side(record: dict[str, Any]) -> float:
+        sides = record["height"], record["width"]
+        return max(sides) / min(sides) if cfg.INPUT.MIN_SIZE_TEST else max(sides)
+
+    return min(records, key=longer_side)
 
 
 def build_hooks(

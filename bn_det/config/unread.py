@@ -12,7 +12,15 @@ from ..errors import InputError
 from ..layers import BASELINES, BATCH_NORMS
 from .keys import our_keys
 from .ours import HOOKS, KEYS, TRAINER
-from .parts import PARTS, ROI_PARTS, has_our_batch_norm, why_not_ours
+from .parts import (
+    NF_BACKBONES,
+    PARTS,
+    ROI_PARTS,
+    has_our_batch_norm,
+    is_built,
+    why_not_built,
+    why_not_ours,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +36,9 @@ def check_read(cfg: CfgNode) -> None:
     """
     for part in PARTS:
         _check_norm(cfg, part)
-    default = our_keys()
     for key, reason, is_error in _unread(cfg):
         value = attrgetter(key)(cfg)
-        if value == attrgetter(key)(default):
+        if value == (KEYS[key].default if key in KEYS else ""):  # a NORM of the hosts
             continue
         if is_error:
             raise InputError(f"{key}: {value!r} is not accepted with {reason}")
@@ -40,34 +47,31 @@ def check_read(cfg: CfgNode) -> None:
 
 def _check_norm(cfg: CfgNode, part: str) -> None:
     norm, reason = cfg.MODEL[part].NORM, why_not_ours(cfg, part)
-    if norm in OUR_NORMS and reason and _is_built(cfg, part):
+    if norm in OUR_NORMS and reason and is_built(cfg, part):
         raise InputError(f"MODEL.{part}.NORM: {norm!r} is not accepted with {reason}")
-
-
-def _is_built(cfg: CfgNode, part: str) -> bool:
-    """Whether the detector has the part, whoever builds it."""
-    dense = {"RETINANET": ("RetinaNet", "BNRetinaNet"), "BN_FCOS": ("FCOS", "BNFCOS")}
-    architecture = cfg.MODEL.META_ARCHITECTURE
-    if part in dense:
-        return architecture in dense[part]
-    is_dense = any(architecture in names for names in dense.values())
-    return part in ("RESNETS", "FPN") or not is_dense
 
 
 def _unread(cfg: CfgNode) -> Iterator[tuple[str, str, bool]]:
     """Keys that nothing reads: each with the reason, and whether another component is it."""
     for part in PARTS:
+        if elsewhere := why_not_built(cfg, part):
+            keys = [key for key in KEYS if key.startswith(f"MODEL.{part}.")]
+            # Not of RETINANET, which is in what configs of FCOS are based on.
+            keys += [f"MODEL.{part}.NORM"] if part in ROI_PARTS else []
+            for key in keys:
+                yield key, elsewhere, False
+            continue
         reason, norm = why_not_ours(cfg, part), cfg.MODEL[part].NORM
         of_norm = f"MODEL.{part}.NORM {norm!r}"
         keys = [f"BN.{key}" for key in cfg.MODEL[part].get("BN", {})]
         keys += ["SHUFFLE"] if part in ROI_PARTS else []
         for key in keys:
-            if reason and _is_built(cfg, part):
+            if reason and is_built(cfg, part):
                 yield f"MODEL.{part}.{key}", reason, True
             elif norm not in BATCH_NORMS and key != "SHUFFLE":  # of which its head warns
                 yield f"MODEL.{part}.{key}", f"{of_norm}, which has no batch", False
         for key in ("GHOST_SIZE", "GHOST_ORDER"):
-            if reason and _is_built(cfg, part):  # and with 'GhostBN' it is an error above
+            if reason and is_built(cfg, part):  # and with 'GhostBN' it is an error above
                 yield f"MODEL.{part}.{key}", reason, False
             elif norm != "GhostBN":
                 yield f"MODEL.{part}.{key}", f"{of_norm}; it is for 'GhostBN'", False
@@ -79,6 +83,17 @@ def _unread(cfg: CfgNode) -> Iterator[tuple[str, str, bool]]:
             yield f"SOLVER.BRN.{key}", "a model that has NORM 'BRN' nowhere", False
     if not cfg.MODEL.BN_SOURCES.PARTS:
         yield "MODEL.BN_SOURCES.AFFINE", "MODEL.BN_SOURCES.PARTS ()", False
+    if cfg.MODEL.BACKBONE.NAME not in NF_BACKBONES:
+        for key in cfg.MODEL.NF:
+            yield f"MODEL.NF.{key}", f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME!r}", False
+    for node, statistics in (("TEST", "population"), ("SOLVER", "batch")):
+        if statistics == cfg[node].BN_STATISTICS:
+            yield f"{node}.BN_STATISTICS_PARTS", f"{node}.BN_STATISTICS {statistics!r}", False
+    if not cfg.SOLVER.FREEZE_BN_ITER:
+        yield "SOLVER.FREEZE_BN_PRECISE", "SOLVER.FREEZE_BN_ITER 0", False
+        if not cfg.SOLVER.FREEZE_BN_MODULES:
+            reason = "SOLVER.FREEZE_BN_ITER 0 and FREEZE_BN_MODULES []: no BN is frozen"
+            yield "SOLVER.FREEZE_BN_AFFINE", reason, False
     if not cfg.SOLVER.AGC.ENABLED:
         for key in cfg.SOLVER.AGC:
             yield f"SOLVER.AGC.{key}", "SOLVER.AGC.ENABLED False", False

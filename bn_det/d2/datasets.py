@@ -23,6 +23,7 @@ from ..data.annotations import read_annotations
 from ..data.category_batches import CategoryBatches
 from ..data.coco import (
     CocoSource,
+    check_free,
     check_names,
     check_num_classes,
     prepare,
@@ -34,14 +35,27 @@ from ..errors import InputError
 from .engine import readable_datasets
 from .mapper import Mapper
 
+_OF_CONFIGS: set[str] = set()
+"""The names that DATASETS.REGISTER_COCO has registered in this process."""
+
 
 def register_datasets(cfg: CfgNode) -> None:
     """Register the data sets of DATASETS.REGISTER_COCO, and name the sources of DATASETS.SOURCES.
 
-    A name can be registered again. The images of any registered data set that DATASETS.SOURCES
-    names have the number of its source in their dicts, under "source".
+    A name of DATASETS.REGISTER_COCO can be registered again. The images of any registered data set
+    that DATASETS.SOURCES names have the number of its source in their dicts, under "source".
+
+    Raises:
+        InputError: a name is that of a data set which something else has registered, or unknown.
     """
-    _register(registered_sources(cfg))
+    sources = registered_sources(cfg)
+    for name, source in sources.items():
+        if name in DatasetCatalog and name not in _OF_CONFIGS:
+            other = MetadataCatalog.get(name)
+            file = other.get("json_file", "a function in DatasetCatalog")
+            check_free(name, source, CocoSource(file, other.get("image_root", "")))
+    _OF_CONFIGS.update(sources)
+    _register(sources)
     check_names("DATASETS.SOURCES", source_of(cfg), DatasetCatalog.list())
     for name, source in source_of(cfg).items():
         load = DatasetCatalog.pop(name)

@@ -27,6 +27,7 @@ from ..commands.fitting import refuse_broken_statistics
 from ..commands.launch import world_size
 from ..commands.results import results_table
 from ..config.check import usable_device
+from ..config.ranges import RANGES, check_value
 from ..data.coco import check_names
 from ..errors import InputError, nearest
 from ..layers import name_layers
@@ -74,6 +75,7 @@ def setup(args: argparse.Namespace) -> DictConfig:
     """
     cfg = load_lazy_config(args.config_file, args.opts)
     train = cfg.train
+    check_value("train.output_dir", train.output_dir, RANGES["OUTPUT_DIR"])
     files = ("train.output_dir", train.output_dir), ("train.init_checkpoint", train.init_checkpoint)
     check_files(args, *files)
     train.device = usable_device("train.device", train.device)

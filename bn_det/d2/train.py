@@ -7,10 +7,11 @@ import os
 import weakref
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
 from detectron2.engine import DefaultTrainer, create_ddp_model
-from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation import COCOEvaluator, inference_context
 from detectron2.utils import comm
 from torch import nn
 from torch.optim import Optimizer
@@ -23,7 +24,7 @@ from ..commands.results import results_table, save_results
 from ..config.check import check_ims_per_batch, resolve_device
 from ..config.keys import add_bn_det_config
 from ..config.load import load_config
-from ..config.training import clipping_of
+from ..config.training import clipping_of, evaluated_by_batch, smallest_image
 from ..config.unread import HOOK_KEYS, TRAINER_KEYS
 from ..data.coco import check_names
 from ..layers import name_layers
@@ -38,6 +39,7 @@ from .datasets import (
 )
 from .default_trainer import BNHooks
 from .engine import Checkpointer, EvaluatesOnSuccess, set_up_group_and_log
+from .mapper import Mapper
 
 
 class Trainer(EvaluatesOnSuccess, BNHooks, DefaultTrainer):
@@ -81,6 +83,8 @@ class Trainer(EvaluatesOnSuccess, BNHooks, DefaultTrainer):
         Returns:
             the results of the last evaluation, empty without a test set.
         """
+        if self.cfg.TEST.BN_STATISTICS == "batch":
+            check_evaluation(self.cfg, self.model)
         super().train()
         return getattr(self, "_last_eval_results", {})
 
@@ -105,6 +109,15 @@ class Trainer(EvaluatesOnSuccess, BNHooks, DefaultTrainer):
         if len(cfg.DATASETS.TEST) > 1:
             folder = os.path.join(folder, dataset_name)
         return COCOEvaluator(dataset_name, output_dir=folder)
+
+
+def check_evaluation(cfg: CfgNode, model: nn.Module) -> None:
+    """Raise InputError for a test image that has no batch statistics, before the training."""
+    mapper = Mapper(cfg, is_train=False)
+    for name in cfg.DATASETS.TEST:
+        image = smallest_image(cfg, get_detection_dataset_dicts(name, filter_empty=False))
+        with evaluated_by_batch(image["file_name"]), inference_context(model), torch.no_grad():
+            model([mapper(image)])
 
 
 def main(args: argparse.Namespace) -> None:

@@ -6,14 +6,14 @@ that do not fill the image it never ends, and boxes that nothing can match lower
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, shown
+from ..errors import InputError, is_text, shown
+from ..files import check_regular, parse_json
 from .images import MAX_PIXELS
 from .masks import is_segmentation, run_lengths
 
@@ -25,7 +25,7 @@ _SMALLEST = 1e-5
 _LARGEST = 1e10
 """The area up to which pycocotools counts an object."""
 
-_FARTHEST = 10
+FARTHEST = 10
 """How many times the longer side of its image a coordinate may be; masks take memory with it."""
 
 
@@ -63,8 +63,9 @@ def read_annotations(
 
 
 def _parsed(where: str, json_file: str) -> dict[str, Any]:
+    check_regular(json_file)
     try:
-        content = json.loads(Path(json_file).read_bytes())
+        content = parse_json(Path(json_file).read_bytes())
     except FileNotFoundError as e:
         raise InputError(f"{where}: there is no such file") from e
     except OSError as e:
@@ -108,9 +109,10 @@ def _check_image(image: dict) -> str:
 
 
 def _check_category(category: dict) -> str:
-    if not isinstance(category.get("name"), str):
-        return f"name: {_value(category.get('name'))} is not accepted; use a string"
-    return ""
+    name = category.get("name")
+    if not isinstance(name, str):
+        return f"name: {_value(name)} is not accepted; use a string"
+    return "" if is_text(name) else f"name: {_value(name)} is not accepted; use text of UTF-8"
 
 
 def _refuse_equal_names(where: str, categories: dict[Hashable, dict]) -> None:
@@ -164,7 +166,7 @@ class _Annotations:
         if (crowd := annotation.get("iscrowd", 0)) not in (0, 1):
             return f"iscrowd: {_value(crowd)} is not accepted; use 0 or 1"
         image = self._images.get(image_id)
-        farthest = _FARTHEST * max(image["height"], image["width"]) if image else math.inf
+        farthest = FARTHEST * max(image["height"], image["width"]) if image else math.inf
         return (
             self._why_no_box(annotation.get("bbox"), farthest)
             or _why_no_mask(annotation.get("segmentation"), image, farthest)

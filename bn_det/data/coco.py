@@ -13,7 +13,7 @@ from typing import NamedTuple
 from pycocotools.coco import COCO
 from yacs.config import CfgNode
 
-from ..config.parts import DENSE
+from ..config.parts import DENSE, RCNNS
 from ..errors import InputError, nearest
 from .annotations import read_annotations
 from .masks import is_segmentation
@@ -73,11 +73,15 @@ def builtin_sources() -> dict[str, CocoSource]:
 
 
 def registered_sources(cfg: CfgNode) -> dict[str, CocoSource]:
-    """The data sets of DATASETS.REGISTER_COCO."""
+    """The data sets of DATASETS.REGISTER_COCO.
+
+    Raises:
+        InputError: an entry is none, or has the name of another data set.
+    """
     sources = {}
     for entry in cfg.DATASETS.REGISTER_COCO:
         is_triple = isinstance(entry, (list, tuple)) and len(entry) == 3
-        if not is_triple or not all(isinstance(e, str) for e in entry):
+        if not is_triple or not all(isinstance(e, str) and e for e in entry):
             raise InputError(
                 f"DATASETS.REGISTER_COCO: {entry!r} is not accepted; each entry is a list "
                 "[name, JSON file, folder of images]"
@@ -87,7 +91,17 @@ def registered_sources(cfg: CfgNode) -> dict[str, CocoSource]:
             raise InputError(
                 f"DATASETS.REGISTER_COCO: {entry[0]!r} stands there twice, of other files"
             )
+        check_free(entry[0], source, builtin_sources().get(entry[0], source))
     return sources
+
+
+def check_free(name: str, source: CocoSource, other: CocoSource) -> None:
+    """Raise InputError if a name of DATASETS.REGISTER_COCO is that of another data set."""
+    if source != other:
+        raise InputError(
+            f"DATASETS.REGISTER_COCO: {name!r} is not accepted for {source.json_file}: it is the "
+            f"name of the data set of {other.json_file}; use another name"
+        )
 
 
 def check_names(key: str, names: Iterable[str], known: Iterable[str]) -> None:
@@ -106,7 +120,7 @@ def check_num_classes(cfg: CfgNode, key: str, name: str, found: int) -> None:
 
     Other architectures than those of our configs are not looked at.
     """
-    parts = {**DENSE, **dict.fromkeys(("GeneralizedRCNN", "BNGeneralizedRCNN"), "ROI_HEADS")}
+    parts = {**DENSE, **dict.fromkeys(RCNNS, "ROI_HEADS")}
     part = parts.get(cfg.MODEL.META_ARCHITECTURE)
     if part and found > cfg.MODEL[part].NUM_CLASSES:
         raise InputError(

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import InputError
+from ..files import check_regular
 
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)
 """Of an image; of more Pillow makes an error."""
@@ -36,6 +37,7 @@ def readable_image(path: str | os.PathLike) -> Iterator[None]:
 
 def check_image(path: str | os.PathLike) -> None:
     """Raise InputError unless a file looks like an image of 8 bits; it is not decoded."""
+    check_regular(path)
     with readable_image(path), Image.open(path) as image:
         _check_mode(path, image)
 
@@ -46,6 +48,7 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     Raises:
         InputError: it is missing, cut or no image, or has more than 8 bits.
     """
+    check_regular(path)
     with readable_image(path), Image.open(path) as image:
         _check_mode(path, image)
         return np.array(ImageOps.exif_transpose(image).convert("RGB"))

@@ -36,5 +36,6 @@ def check_size(size: int, where: str = "") -> None:
     if size == 1:
         raise InputError(
             f"{where}a normalization batch of a single value per channel has no variance: use "
-            "more images, larger ones, or statistics shared between domains"
+            "more images (SOLVER.IMS_PER_BATCH), larger ones (INPUT.MIN_SIZE_TRAIN, "
+            "MIN_SIZE_TEST), or statistics shared between domains (BN.STATISTICS, BN.POPULATION)"
         )

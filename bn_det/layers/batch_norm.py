@@ -149,8 +149,10 @@ class BatchNorm2d(nn.BatchNorm2d):
         """
         by_batch = self._statistics == "batch" or domains[0].population.running_mean is None
         hooks = tuple(self._extensions.values()), tuple(self._observers.values())
+        # A graph of one layer is used for others, too.
+        name = "" if torch.compiler.is_compiling() else self.name
         if not self.training or self.frozen:
-            return Plan(domains, self.eps, by_batch, None, None, None, *hooks)
+            return Plan(domains, self.eps, by_batch, None, None, None, *hooks, name=name)
         group = process_group(self.group)
         if groups is not None and group is not None:
             raise ValueError("groups: not accepted by a layer that normalizes over processes")
@@ -158,7 +160,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         if groups is not None or self.ghost_size is not None:
             how = {"ghost_size": self.ghost_size, "ghost_order": self.ghost_order}
             partition = partial(ghost_batches, **how, groups=groups)
-        plan = Plan(domains, self.eps, by_batch, group, partition, self.renorm, *hooks)
+        plan = Plan(domains, self.eps, by_batch, group, partition, self.renorm, *hooks, name=name)
         if group is not None and plan.needs_batches:
             return plan._replace(place=self._next_place(domains))
         return plan

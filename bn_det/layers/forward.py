@@ -74,6 +74,7 @@ class Plan(NamedTuple):
         observers: what is shown the batches.
         place: with a group, where the ranks have to be.
         relu: whether a ReLU follows, which is applied with it.
+        name: what messages call the layer; may be empty.
     """
 
     domains: Sequence[Domain]
@@ -86,6 +87,7 @@ class Plan(NamedTuple):
     observers: Sequence[Observation] = ()
     place: Place | None = None
     relu: bool = False
+    name: str = ""
 
     @property
     def needs_batches(self) -> bool:
@@ -173,7 +175,7 @@ def _in_one(plan: Plan, domain: Domain) -> Tensor:
     if x.numel() == 0:  # which has no statistics, and needs none
         return _by_population(plan, domain)
     size = x.numel() // x.shape[1]
-    _check_size(size, [domain])
+    _check_size(size, plan, [domain])
     if plan.observers:
         y, moments = _with_moments(x, affine, plan.eps)
         merged = _Merged(Moments.stack([moments]), [size], (0,), [(population, [0])])
@@ -262,7 +264,7 @@ def _merged(plan: Plan, pieces: Sequence[_Piece], parts: Parts, sizes: Sequence[
     totals = [sum([sizes[k] for k in of_set]) for of_set in sets]
     for total, of_set in zip(totals, sets, strict=True):
         if total == 1:
-            _check_size(total, [plan.domains[pieces[k].domain] for k in of_set])
+            _check_size(total, plan, [plan.domains[pieces[k].domain] for k in of_set])
     seen_by = [(holders[holder], numbers) for holder, numbers in seen]
     return _Merged(parts.merge(sets), totals, batch_of, seen_by)
 
@@ -298,12 +300,12 @@ def _sets(
     return list(sets), tuple([number_of[key] for key in batches]), seen
 
 
-def _check_size(size: int, domains: Iterable[Domain]) -> None:
+def _check_size(size: int, plan: Plan, domains: Iterable[Domain]) -> None:
     """Raise InputError for a batch of a single value per channel, from these domains."""
     if size == 1:
         names = {domain.name for domain in domains}
         name = names.pop() if len(names) == 1 else "all domains together"
-        check_size(size, f"{name}: " if name else "")
+        check_size(size, "".join(f"{of}: " for of in (plan.name, name) if of))
 
 
 def _show(plan: Plan, merged: _Merged) -> None:

@@ -113,12 +113,28 @@ def weights_of(loaded: Any, path: str | os.PathLike) -> Mapping[str, Any]:
     """What a loaded checkpoint has under "model", or by itself.
 
     Raises:
-        InputError: it has no names there.
+        InputError: it has no names there, or a tensor whose values are not all there as numbers.
     """
     content = loaded.get("model", loaded) if isinstance(loaded, dict) else None
     if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
         raise InputError(f"{path}: is no state dict, and has none under 'model'")
+    for name, value in content.items():
+        if isinstance(value, Tensor) and (kind := _why_not_dense(value)):
+            raise InputError(
+                f"{path}: {name}: a {kind} tensor is not accepted; use dense ones of numbers"
+            )
     return content
+
+
+def _why_not_dense(tensor: Tensor) -> str:
+    """What a tensor is, if most of torch's functions do not take it."""
+    kinds = {
+        "meta": tensor.is_meta,
+        "quantized": tensor.is_quantized,
+        "nested": tensor.is_nested,
+        "sparse": tensor.layout is not torch.strided,
+    }
+    return next((kind for kind, is_so in kinds.items() if is_so), "")
 
 
 def first_difference(a: State, b: State) -> tuple[str, object, object] | None:

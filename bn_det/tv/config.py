@@ -6,14 +6,11 @@ from fvcore.common.config import CfgNode
 
 from ..config.check import DEPTHS
 from ..config.keys import add_bn_det_config
-from ..config.parts import NF_BACKBONES
+from ..config.parts import NF_BACKBONES, RCNNS
 from ..errors import InputError, check_positive, choose
 
 NUM_LEVELS = 5
 """The levels that have anchors: p3 to p7 of RetinaNet, p2 to p6 of the R-CNNs."""
-
-RCNNS = ("GeneralizedRCNN", "BNGeneralizedRCNN")
-"""Detectron2's, and ours, which tells its layers the sources of images; here they are one."""
 
 POOLER_TYPES = {"ROIAlign": False, "ROIAlignV2": True}
 """How RoIs are pooled, and whether that is RoIAlign with the correction by half a pixel."""

@@ -21,7 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 from ..commands.checkpoint import Checkpointer
 from ..config.training import (
     build_hooks,
+    evaluated_by_batch,
     precise_bn_of,
+    smallest_image,
     source_of,
     uses_precise_bn,
     with_precise_bn_batches,
@@ -42,7 +44,7 @@ from ..layers.comm import all_gather, process_group, world
 from ..training.accumulate import accumulate
 from ..training.hooks import Hook, PreciseBN, VirtualBatch
 from .data import build_test_loader, build_train_loader, has_objects
-from .evaluation import evaluate
+from .evaluation import evaluate, predict
 from .model import build_model
 from .solver import build_lr_scheduler, build_optimizer
 from .writer import MetricsWriter
@@ -169,7 +171,18 @@ class Trainer:
             if self._writer:
                 self._writer.close()
 
+    def _check_evaluation(self) -> None:
+        """Raise InputError for a test image that has no batch statistics, before the training."""
+        if self.cfg.TEST.BN_STATISTICS != "batch":
+            return
+        for dataset in self.test_sets:
+            image = smallest_image(self.cfg, dataset.records)
+            alone = dataset._replace(records=[image])
+            with evaluated_by_batch(image["file_name"]):
+                predict(self.model, build_test_loader(self.cfg, alone), alone)
+
     def _train(self) -> None:
+        self._check_evaluation()
         self.iter, max_iter = self.iter + 1, self.max_iter
         start = self.iter
         logger.info("Starting training from iteration %d", start)
@@ -303,6 +316,7 @@ def _parallel(model: nn.Module) -> DistributedDataParallel:
 def check_datasets(cfg: CfgNode, split: str) -> None:
     """Check that the data sets of DATASETS.TRAIN or DATASETS.TEST are there; generate ours."""
     known = {**builtin_sources(), **registered_sources(cfg)}
+    check_names("DATASETS.SOURCES", source_of(cfg), known)
     check_names(f"DATASETS.{split}", cfg.DATASETS[split], known)
     for name in cfg.DATASETS[split]:
         prepare(name, known[name])

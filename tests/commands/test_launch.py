@@ -177,6 +177,7 @@ def free_port():
     "arguments, words",
     [
         ({"num_processes": 0}, ["--num-gpus: 0", "1 or more"]),
+        ({"num_processes": 10**6}, ["--num-gpus: 1000000 is not accepted; use 1 to "]),
         ({"num_machines": 0}, ["--num-machines: 0", "1 or more"]),
         ({"num_machines": 2}, ["--dist-url: 'auto'", "--num-machines 2", "tcp://ADDRESS:PORT"]),
         ({"num_machines": 2, "machine_rank": 2}, ["--machine-rank: 2", "0 to 1"]),

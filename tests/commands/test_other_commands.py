@@ -2,6 +2,8 @@
 
 import ast
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 
 from here import run_here
 from hosts import every_host
+from waiting import takes_ctrl_c, wait_for
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,6 +25,23 @@ def run(script, *args):
         text=True,
         timeout=300,
     )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what is imported is looked up in /proc")
+@pytest.mark.parametrize("tool", sorted(p.stem for p in (ROOT / "tools").glob("[!c]*.py")))
+def test_ctrl_c_while_torch_is_imported(tool):
+    command = [sys.executable, str(ROOT / "tools" / f"{tool}.py")]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, text=True, preexec_fn=takes_ctrl_c
+    )
+    try:
+        wait_for(lambda: "libtorch_cpu" in Path(f"/proc/{process.pid}/maps").read_text())
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, err) == (130, "interrupted\n")
 
 
 def visualize(tiny_shapes, tmp_path, detections, *args, run=run_here):
@@ -58,7 +78,19 @@ def test_visualize_bad_input(tiny_shapes, tmp_path):
         ([whole, {**whole, "bbox": [1, 2, 3]}], [], "detection 1 are no finite numbers"),
         ([{**whole, "score": None}], [], "detection 0 are no finite numbers"),
         ([], ["--first", "100"], "--first: 100 is not one of the 6 images"),
-        ([], ["--size", "0"], "error: --size: 0 is not accepted; use 1 or more"),
+        ([], ["--size", "0"], "error: --size: 0 is not accepted; use 1 to 4096"),
+        ([], ["--size", "1000000"], "error: --size: 1000000 is not accepted; use 1 to 4096"),
+        (
+            [],
+            ["--size", "4096", "--num-images", "16"],
+            "--num-images: 6 is not accepted with --size 4096",
+        ),
+        ([], ["--conf-threshold", "nan"], "--conf-threshold: nan is not accepted; use numbers"),
+        ([], ["--conf-threshold", "2"], "--conf-threshold: 2.0 is not accepted; use 0 to 1"),
+        ([{**whole, "image_id": 7}], [], "detection 0: image_id: 7 is no image of mine"),
+        ([{**whole, "category_id": 9}], [], "detection 0: category_id: 9 is no category of mine"),
+        ([{**whole, "image_id": [1]}], [], "image_id or category_id of detection 0 are no ids"),
+        ([{**whole, "bbox": [1, 1, 1e300, 1]}], [], "detection 0: bbox: [1, 1, 1e+300, 1] is not"),
     ]:
         done = visualize(tiny_shapes, tmp_path, detections, *args)
         assert done.returncode == 1 and words in done.stderr
@@ -72,6 +104,17 @@ def test_visualize_bad_input(tiny_shapes, tmp_path):
         *("--input", "none.json", "--output", "a.png", "--json", "gone.json"),
     )
     assert done.stderr == "error: --json: there is no file gone.json\n"
+    _, annotations, images = ast.literal_eval(tiny_shapes[1])[1]
+    for twice in ('[{"image_id": 1, "image_id": 2}]', None):
+        (tmp_path / "d.json").unlink()
+        os.mkfifo(tmp_path / "d.json") if twice is None else (tmp_path / "d.json").write_text(twice)
+        done = run_here(
+            "tools/visualize_json_results.py",
+            *("--input", tmp_path / "d.json", "--output", tmp_path / "a.png"),
+            *("--json", annotations, "--images", images),
+        )
+        words = f"{tmp_path}/d.json: is a pipe" if twice is None else "'image_id' stands twice"
+        assert done.returncode == 1 and words in done.stderr
 
 
 def test_benchmark_of_joint_batch_norm():
@@ -173,6 +216,29 @@ def write_metrics(folder, values, metric="bbox/AP"):
     (folder / "metrics.json").write_text("\n".join(map(json.dumps, lines)))
 
 
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ([(9, 1.0), (19, "x")], "metrics.json: bbox/AP: 'x' of iteration 19 is not accepted; use"),
+        ([(9, True)], "metrics.json: bbox/AP: True of iteration 9 is not accepted; use"),
+        ([(9, None)], "metrics.json: bbox/AP: None of iteration 9 is not accepted; use"),
+        ([(9, float("inf"))], "metrics.json: bbox/AP: inf of iteration 9 is not accepted; use"),
+        ([(9.5, 1.0)], "metrics.json: bbox/AP: 1.0 of iteration 9.5 is not accepted; use"),
+        ([(9, float("nan"))], "metrics.json: bbox/AP is NaN throughout"),
+    ],
+)
+def test_plot_metrics_refuses(values, words, tmp_path):
+    write_metrics(tmp_path / "a", values)
+    done = run_here("tools/plot_metrics.py", f"a={tmp_path}/a", "--output", tmp_path / "a.png")
+    assert done.returncode == 1 and words in done.stderr
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_plot_metrics_of_a_label_that_is_no_text(tmp_path):
+    done = run_here("tools/plot_metrics.py", "\udcff=a", "--output", tmp_path / "a.png")
+    assert done.stderr == "error: '\\udcff=a': is not accepted; use text of UTF-8\n"
+
+
 def test_plot_metrics(tmp_path):
     write_metrics(tmp_path / "a", [(99, 10.0), (199, 20.0), (99, 11.0)])
     write_metrics(tmp_path / "b", [(99, float("nan")), (199, 25.0)])
@@ -182,6 +248,7 @@ def test_plot_metrics(tmp_path):
     done = run("tools/plot_metrics.py", *runs, "--output", output)
     assert done.returncode == 0, done.stderr
     assert cv2.imread(str(output)).shape[1] == 9 * 120, "two panels"
+    assert f"{tmp_path}/b/metrics.json: bbox/AP is NaN 1 times, which is left out" in done.stdout
     for args, words in (
         (
             [f"a={tmp_path}/a", "--metric", "bbox/AQ", "--output", output],

@@ -88,6 +88,19 @@ def test_a_folder_that_cannot_be(tmp_path):
             pass
 
 
+@pytest.mark.parametrize("name", ["log.txt", "metrics.json", ".lock", "inference/a/b.json"])
+def test_a_pipe_in_the_folder(name, tmp_path):
+    """What is written to it would wait for a reader."""
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(path)
+    with (
+        pytest.raises(InputError, match=f"{path}: is a pipe, a device or a socket; use a file"),
+        used_by_one("OUTPUT_DIR", tmp_path),
+    ):
+        pass
+
+
 @pytest.mark.slow
 @every_host
 def test_two_at_once(host, opts, tmp_path):

@@ -213,7 +213,9 @@ def test_auto_says_what_it_took_and_why(options, tmp_path):
         ),
         (["MODEL.RETINANET.BN.AFFINE", "own"], ["BN.AFFINE: 'own'", "'shared', 'per_domain'"]),
         (["MODEL.RETINANET.BM", "1"], ["MODEL.RETINANET.BM", "Non-existent", "host"]),
-        (["SOLVER.MAX_ITER", "many"], ["SOLVER.MAX_ITER: 'many'", "Type mismatch"]),
+        (["SOLVER.MAX_ITER", "many"], ["SOLVER.MAX_ITER: 'many'", "use an integer, 1 to 10000"]),
+        (["DATASETS.TRAIN", "name"], ["DATASETS.TRAIN: 'name'", "a list of names, such as ['"]),
+        (["MODEL.RETINANET.NUM_CONVS", "1.5"], ["NUM_CONVS: '1.5'", "an integer, 0 to 1000"]),
         (["SOLVER.MAX_ITER"], ["SOLVER.MAX_ITER", "no value"]),
         (["train.max_iter=3"], ["train.max_iter=3: KEY=VALUE is for LazyConfig files"]),
         (["DATASETS.TRAIN", "('shape_train',)"], ["DATASETS.TRAIN: 'shape_train'", "shapes_train"]),
@@ -227,7 +229,18 @@ def test_auto_says_what_it_took_and_why(options, tmp_path):
         (["MODEL.DEVICE", "gpu"], ["MODEL.DEVICE: 'gpu'"]),
         (["DATASETS.TRAIN", "()"], ["DATASETS.TRAIN: ()"]),
         (["MODEL.RETINANET.NUM_CONVS.X", "3"], ["NUM_CONVS.X: '3'"]),
-        (["SOLVER.IMS_PER_BATCH", "1"], ["domain 4: ", "single value per channel"]),
+        (
+            ["SOLVER.IMS_PER_BATCH", "1"],
+            [": domain 4: ", "single value per channel", "head.cl", "(SOLVER.IMS_PER_BATCH)"],
+        ),
+        (
+            ["TEST.BN_STATISTICS", "batch"],
+            [
+                "TEST.BN_STATISTICS: 'batch' is not accepted with ",
+                ".png: head.cl",
+                "BN_STATISTICS_P",
+            ],
+        ),
     ],
     ids=lambda v: "-".join(map(str, v[:2])) if isinstance(v, list) else None,
 )

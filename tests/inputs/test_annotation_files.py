@@ -89,6 +89,10 @@ REFUSED = {
     "image of many pixels": (changed("images", 0, width=10**8), "image 1: height and width: more"),
     "category twice": (twice("categories"), "two of category have the id 1"),
     "category without name": (changed("categories", 0, name=None), "category 1: name: None"),
+    "half of a character": (
+        changed("categories", 0, name="\ud800"),
+        r"category 1: name: '.ud800' is not accepted; use text of UTF-8",
+    ),
     "equal names": (changed("categories", 1, name="cat"), "categories 1 and 3 .* same name, 'cat'"),
     "annotation twice": (twice("annotations"), "two of annotation have the id 5"),
     "annotation is a string": (lambda c: {**c, "annotations": ["a"]}, "annotation number 0 has no"),
@@ -185,8 +189,10 @@ def test_refused_with_masks(tmp_path, row):
         ("{", "is not valid JSON"),
         ("[" * 100_000, "is not valid JSON"),
         ("null", "is a NoneType, and not in COCO's format"),
+        ('{"images": [{"id": 1, "id": 2}]}', "is not valid JSON: the key 'id' stands twice in"),
+        ('{"images": [], "images": []}', "is not valid JSON: the key 'images' stands twice in"),
     ],
-    ids=["empty", "cut", "deep", "null"],
+    ids=["empty", "cut", "deep", "null", "a key twice", "a list twice"],
 )
 def test_no_json(tmp_path, text, words):
     with pytest.raises(InputError, match=f"mine: .*mine.json: {words}"):

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -67,6 +68,20 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:3000])
 
 
+def empty(path):
+    path.write_bytes(b"")
+
+
+def circle(path):
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
 def small(path):
     Image.new("RGB", (20, 30)).save(path)
 
@@ -79,8 +94,11 @@ def small(path):
         (cut, "cannot be read as an image: "),
         (small, "20"),
         (Path.unlink, "there is no such image"),
+        (empty, "is empty, or no image of a known format"),
+        (circle, "cannot be read as an image: Too many levels of symbolic links"),
+        (pipe, "is a pipe, a device or a socket; use a file"),
     ],
-    ids=["16 bits", "cut", "of another size", "missing"],
+    ids=["16 bits", "cut", "of another size", "missing", "empty", "circle", "pipe"],
 )
 def test_an_image(host, make, words, sets, tmp_path):
     opts, root = sets
@@ -125,3 +143,18 @@ def test_rle_as_polygons(host, sets, tmp_path):
         f"error: INPUT.MASK_FORMAT: 'polygon' is not accepted with tiny_train: {file}: annotation "
         f"{annotation['id']} is RLE; use 'bitmask'"
     )
+
+
+@every_host
+def test_a_source_of_a_data_set_that_is_not_there(host, sets, tmp_path):
+    opts, _ = sets
+    line = error_of(train(host, [*opts, "DATASETS.SOURCES", "[['a', 'tiny_vall']]"], tmp_path))
+    assert "DATASETS.SOURCES: 'tiny_vall' is not a registered data set; nearest names: ['ti" in line
+
+
+@every_host
+def test_an_argument_of_no_text(host, sets, tmp_path):
+    """Bytes that are no UTF-8 come from the system so."""
+    opts, _ = sets
+    line = error_of(train(host, opts, f"{tmp_path}/\udcff"))
+    assert line.endswith(r"\udcff': is not accepted; use text of UTF-8")

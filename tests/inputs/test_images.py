@@ -1,5 +1,7 @@
 """Image files and what they get: a row for each kind of fault."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -43,6 +45,7 @@ def real(path):
 REFUSED = {
     "missing": (lambda path: None, "there is no such image"),
     "a folder": (lambda path: path.mkdir(), "cannot be read as an image: Is a directory"),
+    "a pipe": (os.mkfifo, "is a pipe, a device or a socket; use a file"),
     "empty": (lambda path: path.touch(), "is empty, or no image of a known format"),
     "text": (lambda path: path.write_text("hello"), "is empty, or no image of a known format"),
     "a JPEG that is cut": (

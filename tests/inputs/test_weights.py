@@ -216,6 +216,20 @@ CHANGES = {
         lambda name, tensor: tensor.to(torch.complex64) if name.endswith("bias") else tensor,
         "bias: the checkpoint has torch.complex64, the model of this config torch.float32",
     ),
+    **{
+        kind: (
+            lambda name, tensor, make=make: (
+                make(tensor) if name.endswith("conv1.weight") else tensor
+            ),
+            rf"conv1.weight: a {kind} tensor is not accepted; use dense ones of numbers",
+        )
+        for kind, make in {
+            "quantized": lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8),
+            "sparse": torch.Tensor.to_sparse,
+            "nested": lambda tensor: torch.nested.nested_tensor(list(tensor)),
+            "meta": lambda tensor: tensor.to("meta"),
+        }.items()
+    },
     "a negative variance": (
         lambda name, tensor: -1 - tensor if name.endswith("running_var") else tensor,
         r"running_var: it and \d+ more have a negative variance",
