@@ -1,4 +1,4 @@
-"""A model is examined as it is, with its state dict and on images."""
+"""A model is examined as it is: its state dict, its modules, and on images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from ..errors import check_positive, choose
 from ..layers.comm import Group
 from ..layers.kinds import unwrapped
-from . import from_file, from_passes
+from . import from_file, from_model, from_passes
 from .checkpoint import of_state
 from .findings import Report, make_report
 from .rules import RULES
@@ -56,7 +56,7 @@ def examine(
         choose("rules", rule, RULES)
     model = unwrapped(model)
     checkpoint = of_state(model.state_dict())
-    findings = list(from_file.findings_of(checkpoint, _RECOMPUTE))
+    findings = [*from_file.findings_of(checkpoint, _RECOMPUTE), *from_model.findings_of(model)]
     number = len(checkpoint.layers)
     healthy = f"nothing is wrong with the state of its {number} BatchNorm layers"
     if batches is not None and number:

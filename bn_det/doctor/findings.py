@@ -46,6 +46,11 @@ class Finding(NamedTuple):
         return f"{self.where[0]} and {len(self.where) - 1} more"
 
 
+def count(number: int, noun: str) -> str:
+    """A number of things, in words."""
+    return f"{number} {noun}" + "s" * (number != 1)
+
+
 class Report(NamedTuple):
     """Prints as a verdict in one line, and a table of findings.
 

@@ -1,6 +1,7 @@
 """The doctor's rules: what each finds and why that matters. Their ids stay.
 
-BN1xx are known from a file alone, BN2xx from passes over images.
+BN1xx are known from a file alone, BN2xx from passes over images, BN4xx from the modules of a model
+that is about to be trained.
 """
 
 from __future__ import annotations
@@ -223,5 +224,44 @@ RULES = {
         "fits none (Wu & Johnson, Sec. 5.2).",
         "A layer that normalizes all levels together has one batch a pass, and is not meant.",
         "open-mmlab/mmdetection 6991, 1468, 6515, rwightman/efficientdet-pytorch 53",
+    ),
+    "BN401": Rule(
+        "a frozen affine, and statistics that move",
+        "layers are frozen by half",
+        "layers",
+        "Weight and bias that need no gradient in a layer whose statistics training moves.",
+        "A part that was frozen by requires_grad alone drifts: its outputs change with every "
+        "batch, and its statistics become those of the new data.",
+        "That somebody wants just this, as when statistics are adapted.",
+        "ultralytics/ultralytics 9391, open-mmlab/mmcv 964, pytorch/pytorch 66073, 9046",
+    ),
+    "BN402": Rule(
+        "evaluation mode that train() undoes",
+        "layers are frozen until the next train()",
+        "layers",
+        "Layers in evaluation mode in a module in training mode, which are not frozen.",
+        "One eval() of a part is undone by the train() of the whole, at the start of an epoch or "
+        "after an evaluation; or an evaluation has left the mode so.",
+        "A train() of the model's own class may keep them so.",
+        "open-mmlab/mmcv 964, 2199, open-mmlab/mmaction2 1781",
+    ),
+    "BN403": Rule(
+        "the momentum of another framework",
+        "momentum is not torch's",
+        "layers",
+        "A momentum of 0.5 and more, or of 0, in layers that training updates.",
+        "PyTorch's momentum is the weight of a new batch, 1 - that of Keras and TensorFlow: with "
+        "0.9 the statistics are nearly those of the last batch, with 0 they never move.",
+        "That somebody wants just this.",
+        "huggingface/transformers 19454, google/automl 126",
+    ),
+    "BN404": Rule(
+        "mixed eps or momentum",
+        "layers do not have the same eps or momentum",
+        "layers",
+        "Layers whose eps or momentum is another than that of most.",
+        "Parts of two frameworks, or a layer that was converted without its arguments.",
+        "Many models are made so on purpose.",
+        "pytorch/vision 2599, 2169",
     ),
 }

@@ -113,6 +113,43 @@ def test_levels_that_do_not_differ_or_do_not_share():
         assert rules(examine(head, batches())) == []
 
 
+def of_modules(model):
+    return {of.rule: of for of in examine(model).findings if of.rule.startswith("BN4")}
+
+
+def test_frozen_by_half(model):
+    model.train()
+    for parameter in model[1].parameters():
+        parameter.requires_grad_(False)
+    finding = of_modules(model)["BN401"]
+    assert finding.where == ("1",) and "bn_det.freeze" in finding.treatment
+    bn_det.freeze(model, "1")
+    assert of_modules(model) == {}
+
+
+def test_evaluation_mode_that_is_undone(model):
+    model.train()[4].eval()
+    assert of_modules(model)["BN402"].where == ("4",)
+    assert of_modules(model.train()) == of_modules(model.eval()) == {}
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.99, 0.0])
+def test_a_decay_for_a_momentum(momentum, model):
+    for layer in (model[1], model[4]):
+        layer.momentum = momentum
+    found = of_modules(model)
+    assert list(found) == ["BN403"] and f"momentum {momentum:g}" in found["BN403"].why
+    assert found["BN403"].where == ("1", "4")
+
+
+def test_mixed(model):
+    model.append(nn.BatchNorm2d(16, eps=1e-3))
+    assert of_modules(model)["BN404"].where == ("6",)
+    assert "0.001" in of_modules(model)["BN404"].why
+    model[6].eps, model[6].momentum = 1e-5, None
+    assert of_modules(model)["BN404"].where == ("6",)
+
+
 def test_between_share():
     """Against the law of total variance, in float64."""
     parts = [torch.randn(n, 3, 4, 4, dtype=torch.float64) * n + n for n in (2, 3, 5)]

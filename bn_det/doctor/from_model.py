@@ -1,0 +1,90 @@
+"""What can be told of a model's BatchNorm from its modules, without running it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..layers.kinds import batch_norms, eps_of, why_lazy
+from ..layers.states import LayerState, states
+from .findings import Finding
+
+_DECAY = 0.5
+"""A momentum from which on it is rather the decay of another framework, of which 0.9 is usual."""
+
+
+def findings_of(model: nn.Module) -> Iterator[Finding]:
+    """By all rules of modules; the mode that the model is in counts."""
+    layers = states(model).layers
+    yield from _moving(layers)
+    yield from _undone(layers)
+    yield from _momentum(layers)
+    yield from _mixed(model, layers)
+
+
+def _finding(
+    rule: str, severity: str, layers: Sequence[LayerState], why: str, treatment: str
+) -> Finding:
+    names = tuple(of.name for of in layers)
+    return Finding(rule, severity, names, len(layers), f"{len(layers)} {why}", treatment)
+
+
+def _moving(layers: Sequence[LayerState]) -> Iterator[Finding]:
+    """BN401."""
+    found = [of for of in layers if of.affine == "fixed" and of.statistics == "moving"]
+    if found:
+        yield _finding(
+            "BN401", "warning", found,
+            "layers have a weight and bias that need no gradient, and each batch of training moves "
+            "their statistics",
+            "bn_det.freeze(model, NAMES), which holds both, through train() and copies",
+        )  # fmt: skip
+
+
+def _undone(layers: Sequence[LayerState]) -> Iterator[Finding]:
+    """BN402."""
+    found = [of for of in layers if any("train() undoes" in words for words in of.contradictions)]
+    if found:
+        yield _finding(
+            "BN402", "warning", found,
+            "layers are in evaluation mode in modules that are in training mode: the next train() "
+            "undoes it",
+            "bn_det.freeze(model, NAMES) if they are to stay so, or model.train()",
+        )  # fmt: skip
+
+
+def _momentum(layers: Sequence[LayerState]) -> Iterator[Finding]:
+    """BN403."""
+    moving = [
+        of for of in layers if of.momentum is not None and of.statistics in ("moving", "kept")
+    ]
+    for found, what in (
+        ([of for of in moving if of.momentum >= _DECAY], "is it a decay, which is 1 - momentum?"),
+        ([of for of in moving if of.momentum == 0], "their statistics never move"),
+    ):
+        if found:
+            yield _finding(
+                "BN403", "warning", found, f"layers have momentum {found[0].momentum:g}: {what}",
+                "momentum 0.1, torch's default, is the weight of a new batch (decay 0.9)",
+            )  # fmt: skip
+
+
+def _mixed(model: nn.Module, layers: Sequence[LayerState]) -> Iterator[Finding]:
+    """BN404."""
+    modules = {name: layer for layer, name in batch_norms(model).items() if not why_lazy(layer)}
+    of_eps = {name: eps_of(layer) for name, layer in modules.items()}
+    of_momenta = {of.name: of.momentum for of in layers if of.batches is not None}
+    for key, values in (("eps", of_eps), ("momentum", of_momenta)):
+        numbers: Counter[Any] = Counter(values.values())
+        if len(numbers) > 1:
+            (usual, _), *_ = numbers.most_common(1)
+            names = {name for name, value in values.items() if value != usual}
+            found = [of for of in layers if of.name in names]
+            others = ", ".join(f"{value:g}" for value in numbers if value not in (usual, None))
+            yield _finding(
+                "BN404", "note", found, f"layers have another {key} ({others}) than most ({usual})",
+                "check that the parts come from where these are right",
+            )  # fmt: skip
