@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint, Layer, read
-from .findings import Finding, Report, make_report
+from .findings import Finding, Report, count, make_report
 from .rules import RULES
 
 FLOAT16 = torch.finfo(torch.float16)
@@ -184,7 +184,8 @@ def _by_channels(
         first = next(iter(numbers))
         some = ", ".join(map(str, numbers[first][:5])) + ", ..." * (len(numbers[first]) > 5)
         total = sum(map(len, numbers.values()))
-        why = f"{total} channels in {len(numbers)} layers {what}; {first}: channel {some}"
+        places = f"{count(total, 'channel')} in {count(len(numbers), 'layer')}"
+        why = f"{places} {what}; {first}: channel {some}"
         yield Finding(rule, severity, tuple(numbers), total, why, treatment)
 
 
@@ -194,15 +195,15 @@ def not_finite(checkpoint: Checkpoint, recompute: str) -> Iterator[Finding]:
     yield from _by_channels(
         checkpoint, "BN107", "error",
         lambda layer: ~(layer.mean.isfinite() & layer.var.isfinite()),
-        "have a mean or variance that is NaN or infinite", recompute,
+        "with a mean or variance that is NaN or infinite", recompute,
     )  # fmt: skip
     yield from _by_channels(
         checkpoint, "BN108", "error", lambda layer: layer.var < 0,
-        "have a variance below 0", recompute,
+        "with a variance below 0", recompute,
     )  # fmt: skip
     yield from _by_channels(
         checkpoint, "BN109", "error", _is_clamped,
-        "have a mean or variance at float16's largest number", recompute,
+        "with a mean or variance at float16's largest number", recompute,
     )  # fmt: skip
 
 
@@ -234,7 +235,7 @@ def near_eps(checkpoint: Checkpoint, recompute: str) -> Iterator[Finding]:
     del recompute
     yield from _by_channels(
         checkpoint, "BN110", "note", _depends_on_eps,
-        f"give something else with eps {_EPS[1]} than with {_EPS[0]}",
+        f"with another output by eps {_EPS[1]} than by {_EPS[0]}",
         "give every layer the eps that the model was trained with",
     )  # fmt: skip
 
@@ -253,7 +254,7 @@ def dead(checkpoint: Checkpoint, recompute: str) -> Iterator[Finding]:
     """BN111."""
     del recompute
     yield from _by_channels(
-        checkpoint, "BN111", "note", _is_dead, "are the same for every image",
+        checkpoint, "BN111", "note", _is_dead, "with the same output for every image",
         "none is needed; they can be pruned",
     )  # fmt: skip
 
@@ -289,7 +290,7 @@ def counters(checkpoint: Checkpoint, recompute: str) -> Iterator[Finding]:
             2: "activation checkpointing that updates the EMA again, or two calls a pass",
         }.get(batches // usual, "as many calls a pass: a layer that levels share")
         why = (
-            f"{len(layers)} layers have counted {batches} batches, {what} the {usual} of most: "
+            f"{count(len(layers), 'layer')} counted {batches} batches, {what} the {usual} of most: "
             f"{meaning}"
         )
         treatment = "statistics for each level, in place of shared ones: bn_det.convert_batchnorm"
@@ -304,7 +305,7 @@ def missing_keys(checkpoint: Checkpoint, recompute: str) -> Iterator[Finding]:
     """BN113, BN114."""
     if checkpoint.broken:
         key, what = next(iter(checkpoint.broken.items()))
-        why = f"{len(checkpoint.broken)} keys make no layer, first {key}, which {what}"
+        why = f"{count(len(checkpoint.broken), 'key')} without a layer, first {key}, which {what}"
         names = tuple(name.rpartition(".")[0] for name in checkpoint.broken)
         yield Finding("BN113", "error", names, len(checkpoint.broken), why, recompute)
     elif not checkpoint.layers:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..layers.kinds import batch_norms, eps_of, why_lazy
 from ..layers.states import LayerState, states
-from .findings import Finding
+from .findings import Finding, count
 
 _DECAY = 0.5
 """A momentum from which on it is rather the decay of another framework, of which 0.9 is usual."""
@@ -29,7 +29,8 @@ def _finding(
     rule: str, severity: str, layers: Sequence[LayerState], why: str, treatment: str
 ) -> Finding:
     names = tuple(of.name for of in layers)
-    return Finding(rule, severity, names, len(layers), f"{len(layers)} {why}", treatment)
+    why = f"{count(len(layers), 'layer')}: {why}"
+    return Finding(rule, severity, names, len(layers), why, treatment)
 
 
 def _moving(layers: Sequence[LayerState]) -> Iterator[Finding]:
@@ -38,8 +39,7 @@ def _moving(layers: Sequence[LayerState]) -> Iterator[Finding]:
     if found:
         yield _finding(
             "BN401", "warning", found,
-            "layers have a weight and bias that need no gradient, and each batch of training moves "
-            "their statistics",
+            "weight and bias need no gradient, and each batch of training moves the statistics",
             "bn_det.freeze(model, NAMES), which holds both, through train() and copies",
         )  # fmt: skip
 
@@ -50,24 +50,22 @@ def _undone(layers: Sequence[LayerState]) -> Iterator[Finding]:
     if found:
         yield _finding(
             "BN402", "warning", found,
-            "layers are in evaluation mode in modules that are in training mode: the next train() "
-            "undoes it",
+            "in evaluation mode in a module in training mode, whose next train() undoes it",
             "bn_det.freeze(model, NAMES) if they are to stay so, or model.train()",
         )  # fmt: skip
 
 
 def _momentum(layers: Sequence[LayerState]) -> Iterator[Finding]:
     """BN403."""
-    moving = [
-        of for of in layers if of.momentum is not None and of.statistics in ("moving", "kept")
-    ]
+    of_emas = [of for of in layers if of.statistics in ("moving", "kept")]
+    moving = [of for of in of_emas if of.momentum is not None]
     for found, what in (
         ([of for of in moving if of.momentum >= _DECAY], "is it a decay, which is 1 - momentum?"),
-        ([of for of in moving if of.momentum == 0], "their statistics never move"),
+        ([of for of in moving if of.momentum == 0], "the statistics never move"),
     ):
         if found:
             yield _finding(
-                "BN403", "warning", found, f"layers have momentum {found[0].momentum:g}: {what}",
+                "BN403", "warning", found, f"momentum {found[0].momentum:g}: {what}",
                 "momentum 0.1, torch's default, is the weight of a new batch (decay 0.9)",
             )  # fmt: skip
 
@@ -85,6 +83,6 @@ def _mixed(model: nn.Module, layers: Sequence[LayerState]) -> Iterator[Finding]:
             found = [of for of in layers if of.name in names]
             others = ", ".join(f"{value:g}" for value in numbers if value not in (usual, None))
             yield _finding(
-                "BN404", "note", found, f"layers have another {key} ({others}) than most ({usual})",
+                "BN404", "note", found, f"another {key} ({others}) than most have ({usual})",
                 "check that the parts come from where these are right",
             )  # fmt: skip

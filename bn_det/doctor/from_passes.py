@@ -16,7 +16,7 @@ from ..layers.moments import Moments
 from ..population.observation import Observed, Observer, PopulationLayer, population_layers
 from ..population.report import LayerReport
 from ..population.update import How, measure_statistics
-from .findings import Finding
+from .findings import Finding, count
 
 FALSE_ALARMS = 0.01
 """Of an examination of a healthy model, by one rule."""
@@ -176,10 +176,10 @@ def levels(seen: Seen, recompute: str) -> Iterator[Finding]:
         names = sorted(off, key=lambda name: -off[name][0])
         share, error = off[names[0]]
         why = (
-            f"{len(off)} layers are called several times a pass ({names[0]} "
-            f"{seen.calls[names[0]]} times), each normalizing by its own batch, and share "
-            f"statistics at test time: {100 * share:.0f} % of {names[0]}'s variance lie between "
-            "the calls"
+            f"{count(len(off), 'layer')} called several times a pass ({names[0]} "
+            f"{seen.calls[names[0]]} times), each call normalized by its own batch, and at test "
+            f"time all by the same statistics: {100 * share:.0f} % of {names[0]}'s variance lie "
+            "between the calls"
         )
         treatment = (
             "statistics for each level: MODEL.RETINANET.BN.POPULATION per_domain, or "
