@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shlex
 import sys
 from contextlib import redirect_stdout
 
@@ -24,7 +25,8 @@ from bn_det.commands.any_model import AnyModel, add_model_arguments, functions_o
 from bn_det.commands.cli import add_config_arguments, import_host, run
 from bn_det.doctor import RULES, SEVERITIES, Report, examine, examine_file
 from bn_det.doctor.checkpoint import read_state
-from bn_det.doctor.findings import selected
+from bn_det.doctor.findings import Recompute, selected
+from bn_det.doctor.from_file import OF_FILES
 from bn_det.errors import InputError, check_positive, nearest
 
 FOUND = 3
@@ -85,23 +87,41 @@ def main() -> None:
 
 
 def report_of(args: argparse.Namespace) -> Report:
-    rules = selected(RULES, args.select, args.ignore)
     check_positive("--num-iters", args.num_iters)
-    if args.config_file is not None:
-        if args.model is not None:
-            raise InputError("--model: is not accepted with --config-file, which makes the model")
-        with redirect_stdout(sys.stderr):  # a program reads the other
-            loaded = import_host(args.host, "doctor").load(args)
-    else:
-        path = file_of(args)
-        if args.model is None:
-            return examine_file(path, rules, args.part)
-        loaded = load_any(args, path)
-    progress = "tqdm" if sys.stderr.isatty() else None
-    return examine(
-        loaded.model, loaded.batches, args.num_iters, call=loaded.call, rules=rules,
-        progress=progress,
-    )  # fmt: skip
+    is_file = args.config_file is None and args.model is None
+    rules = selected(OF_FILES if is_file else RULES, args.select, args.ignore)
+    refuse_unread(args)
+    if is_file:
+        return examine_file(file_of(args), rules, args.part)
+    with redirect_stdout(sys.stderr):  # whatever is said on the way; a program reads the other
+        loaded, recompute = by_config(args) if args.config_file else by_functions(args)
+        return examine(
+            loaded.model, loaded.batches, args.num_iters, call=loaded.call, rules=rules,
+            progress="tqdm" if sys.stderr.isatty() else None, recompute=recompute,
+        )  # fmt: skip
+
+
+def refuse_unread(args: argparse.Namespace) -> None:
+    unread = ("model", "data", "call", "part") if args.config_file else ("data", "call")
+    if args.config_file is not None or args.model is None:
+        for name in unread:
+            if getattr(args, name) is not None:
+                reads = "--model" if args.config_file is None else "no --config-file"
+                raise InputError(f"--{name}: is read with {reads} alone")
+
+
+def by_config(args: argparse.Namespace) -> tuple[AnyModel, Recompute]:
+    loaded, path = import_host(args.host, "doctor").load(args)
+    return loaded, Recompute.by_command(path, f"--config-file {shlex.quote(args.config_file)}")
+
+
+def by_functions(args: argparse.Namespace) -> tuple[AnyModel, Recompute]:
+    path = file_of(args)
+    functions = functions_of(args)
+    loaded = made(functions, args, read_state(path, args.part), path)
+    named = {flag: getattr(args, flag) for flag in functions._fields}
+    flags = " ".join(f"--{flag} {name}" for flag, name in named.items() if name)
+    return loaded, Recompute.by_command(path, flags)
 
 
 def file_of(args: argparse.Namespace) -> str:
@@ -111,11 +131,6 @@ def file_of(args: argparse.Namespace) -> str:
             "--list or --explain"
         )
     return args.opts[0]
-
-
-def load_any(args: argparse.Namespace, path: str) -> AnyModel:
-    functions = functions_of(args)
-    return made(functions, args, read_state(path, args.part), path)
 
 
 def show(report: Report, args: argparse.Namespace) -> None:

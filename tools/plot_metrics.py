@@ -20,6 +20,9 @@ from bn_det.commands.results import read_metrics
 from bn_det.errors import InputError, nearest
 from bn_det.files import check_writable, write_aside
 
+LARGEST = 1e30
+"""What an axis can show; a loss that large is none."""
+
 PICTURES = (".png", ".svg", ".pdf")
 
 
@@ -38,7 +41,7 @@ def read_metric(folder: str, metric: str) -> tuple[list[int], list[float]]:
     if not found:
         raise InputError(f"--metric: {path} has no {metric!r}; {nearest(metric, known)}")
     for iteration, value in found:
-        if type(iteration) is not int or type(value) not in (int, float) or abs(value) == math.inf:
+        if type(iteration) is not int or type(value) not in (int, float) or abs(value) > LARGEST:
             raise InputError(
                 f"{path}: {metric}: {value!r} of iteration {iteration - 1!r} is not accepted; use "
                 "finite numbers"

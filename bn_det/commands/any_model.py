@@ -7,11 +7,12 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, reason_of
 from .fitting import load_weights
 
 
@@ -73,7 +74,25 @@ def made(
             load_weights(model, weights, of_config=False)
         except InputError as e:
             raise InputError(f"{path}: {e}") from e
-    return AnyModel(model, _called("--data", functions.data), functions.call)
+    batches = _called("--data", functions.data)
+    if not isinstance(batches, Iterable):
+        raise InputError(f"--data: {args.data} gave a {type(batches).__name__}, and no batches")
+    return AnyModel(model, batches, partial(_call, functions.call))
+
+
+def _call(function: Callable[[nn.Module, Any], Any] | None, model: nn.Module, batch: Any) -> Any:
+    """Run the model on a batch; what its code raises is told as its own."""
+    try:
+        return model(batch) if function is None else function(model, batch)
+    except InputError:
+        raise
+    except Exception as e:
+        how = "as model(batch); name a function(model, batch) by --call" * (function is None)
+        raise InputError(
+            f"--{'call' if function else 'model'}: the model cannot be called on a batch, a "
+            f"{type(batch).__name__}, {how or 'by that function'}: {type(e).__name__}: "
+            f"{reason_of(e)}"
+        ) from e
 
 
 def _function(flag: str, name: str | None) -> Callable[..., Any] | None:
@@ -86,8 +105,8 @@ def _function(flag: str, name: str | None) -> Callable[..., Any] | None:
     sys.path.insert(0, os.getcwd())
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as e:
-        raise InputError(f"--{flag}: {name!r} cannot be imported: {e}") from e
+    except Exception as e:  # of the module's own code, too
+        raise InputError(f"--{flag}: {name!r} cannot be imported: {reason_of(e)}") from e
     finally:
         sys.path.remove(os.getcwd())
 
@@ -95,5 +114,7 @@ def _function(flag: str, name: str | None) -> Callable[..., Any] | None:
 def _called(flag: str, function: Callable[[], Any]) -> Any:
     try:
         return function()
-    except TypeError as e:
-        raise InputError(f"{flag}: it has to be a function without arguments: {e}") from e
+    except Exception as e:
+        raise InputError(
+            f"{flag}: it cannot be called without arguments: {type(e).__name__}: {reason_of(e)}"
+        ) from e

@@ -12,9 +12,10 @@ from .recompute import train_batches
 from .train import load_model, setup
 
 
-def load(args: argparse.Namespace) -> AnyModel:
-    """The checkpoint of a config, and batches of DATASETS.TRAIN."""
+def load(args: argparse.Namespace) -> tuple[AnyModel, str]:
+    """The checkpoint of a config with batches of DATASETS.TRAIN, and its path."""
     cfg = setup(args)
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED)
     model = load_model(cfg, resume=False)
-    return AnyModel(model, train_batches(with_precise_bn_batches(cfg)), None)
+    batches = train_batches(with_precise_bn_batches(cfg))
+    return AnyModel(model, batches, None), cfg.MODEL.WEIGHTS

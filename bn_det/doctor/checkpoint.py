@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
-from ..errors import InputError, reason_of
+from ..errors import InputError, reason_of, shown
 from ..layers.pickled_arrays import read_pickled_arrays
 from ..layers.state_dicts import READ_ERRORS, read_checkpoint, why_unreadable
 
@@ -76,34 +78,44 @@ def read_state(path: str | os.PathLike, part: str | None = None) -> dict[str, Te
 
 
 def _parts(path: str | os.PathLike) -> dict[str, dict[str, Tensor]]:
-    """What of a file are weights, by the key under which they are."""
+    """What of a file are weights, by the key under which they are; "" for the file itself."""
     content = _content(os.fspath(path))
     parts = {}
     if isinstance(content, Mapping):
-        parts = {name: _tensors(content.get(name) if name else content) for name in _PARTS}
+        names = dict.fromkeys((*_PARTS, *(name for name in content if isinstance(name, str))))
+        parts = {name: _tensors(content.get(name) if name else content) for name in names}
         parts = {name: state for name, state in parts.items() if state}
     if not parts:
         raise InputError(f"{path}: it has no weights by name, nor has one of {list(_PARTS[1:])}")
     return parts
 
 
-def _chosen(parts: Mapping[str, Any], part: str | None) -> str:
+def _chosen(parts: Mapping[str, Mapping[str, Tensor]], part: str | None) -> str:
+    """The part that was asked for, or else the first of those with the most statistics."""
     if part is not None and part not in parts:
         raise InputError(f"--part: {part!r} is not accepted; use one of {sorted(parts)}")
-    return next(iter(parts)) if part is None else part
+    if part is not None:
+        return part
+    return max(parts, key=lambda name: sum(map(_is_statistics, parts[name])))
+
+
+def _is_statistics(name: str) -> bool:
+    return name.endswith(STATISTICS)
 
 
 def of_state(state: Mapping[str, Tensor]) -> Checkpoint:
     """What a state dict has."""
     layers, broken = _layers(state)
-    convs = [name for name, t in state.items() if name.endswith("weight") and t.dim() in (4, 5)]
+    weights = {n: t for n, t in state.items() if n.endswith("weight") and not is_lazy(t)}
+    convs = [name for name, t in weights.items() if not t.is_nested and t.dim() in (4, 5)]
     biases = sum(name.removesuffix("weight") + "bias" in state for name in convs)
     return Checkpoint("", [], layers, broken, len(convs), biases)
 
 
 def _content(path: str) -> Any:
     if not os.path.isfile(path):
-        raise InputError(f"{path}: there is no such file")
+        is_there = os.path.lexists(path)
+        raise InputError(f"{path}: {'is no file' if is_there else 'there is no such file'}")
     if path.endswith(".safetensors"):
         return _safetensors(path)
     if path.endswith(".pkl"):
@@ -135,30 +147,55 @@ def _tensors(content: Any) -> dict[str, Tensor]:
     state = {}
     for name, value in content.items():
         if getattr(getattr(value, "dtype", None), "kind", "") in tuple("fiu"):  # of NumPy
-            value = torch.as_tensor(value)
-        if isinstance(name, str) and isinstance(value, Tensor) and value.layout is torch.strided:
+            with suppress(TypeError):  # a type that torch has not
+                value = torch.as_tensor(value)
+        if isinstance(name, str) and isinstance(value, Tensor):
             state[name] = value
     return state
+
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_MOST_CHANNELS = 2**24
 
 
 def _layers(state: Mapping[str, Tensor]) -> tuple[list[Layer], dict[str, str]]:
     layers, broken = [], {}
     for prefix in _prefixes(state):
-        missing = [name for name in STATISTICS if prefix + name not in state]
-        if missing:
-            there = next(n for n in (*STATISTICS, _COUNTER) if prefix + n in state)
-            broken[prefix + there] = f"has no {' and no '.join(missing)} beside it"
+        tensors = {name: state.get(prefix + name) for name in (*STATISTICS, _COUNTER)}
+        tensors |= {name: _affine(state, prefix, name) for name in ("weight", "bias")}
+        of = {name: t for name, t in tensors.items() if t is not None}
+        if any(map(is_lazy, of.values())):
             continue
-        mean, var = (state[prefix + name] for name in STATISTICS)
-        affine = [_affine(state, prefix, name) for name in ("weight", "bias")]
-        sizes = {t.shape for t in (mean, var, *affine) if t is not None}
-        if mean.dim() != 1 or not mean.is_floating_point() or len(sizes) > 1:
-            broken[prefix + STATISTICS[0]] = f"and what is beside it have shapes {sorted(sizes)}"
-            continue
-        counter = state.get(prefix + _COUNTER)
-        batches = int(counter) if counter is not None and counter.numel() == 1 else None
-        layers.append(Layer(prefix.removesuffix("."), mean, var, *affine, batches))
+        if why := _why_no_layer(of):
+            there = next(name for name in (*STATISTICS, _COUNTER) if name in of)
+            broken[shown(prefix + there)] = why
+        elif of[STATISTICS[0]].numel():
+            counter = of.get(_COUNTER)
+            batches = None if counter is None else int(counter)
+            values = (*(of[name] for name in STATISTICS), of.get("weight"), of.get("bias"))
+            layers.append(Layer(shown(prefix.removesuffix(".")), *values, batches))
     return layers, broken
+
+
+def _why_no_layer(of: Mapping[str, Tensor]) -> str:
+    """What keeps tensors from being those of a BatchNorm."""
+    missing = [name for name in STATISTICS if name not in of]
+    if missing:
+        return f"has no {' and no '.join(missing)} beside it"
+    for name, t in of.items():
+        if t.layout is not torch.strided or t.is_quantized or t.is_nested or t.is_meta:
+            return f"has a {name} that is no tensor of numbers alone (sparse, quantized, ...)"
+        if name != _COUNTER and t.dtype not in _DTYPES:
+            return f"has a {name} of {str(t.dtype).removeprefix('torch.')}"
+    counter = of.get(_COUNTER)
+    if counter is not None and (
+        counter.numel() != 1 or counter.is_complex() or not 0 <= counter.item() < 2**62
+    ):
+        return f"has a {_COUNTER} that is no number of batches"
+    sizes = {tuple(t.shape) for name, t in of.items() if name != _COUNTER}
+    if len(sizes) > 1 or any(len(size) != 1 or size[0] > _MOST_CHANNELS for size in sizes):
+        return f"and what is beside it have shapes {sorted(sizes)}"
+    return ""
 
 
 _COUNTER = "num_batches_tracked"

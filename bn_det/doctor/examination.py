@@ -12,10 +12,8 @@ from ..layers.comm import Group
 from ..layers.kinds import unwrapped
 from . import from_file, from_model, from_passes
 from .checkpoint import of_state
-from .findings import Report, make_report
+from .findings import IN_CODE, Recompute, Report, count, make_report
 from .rules import RULES
-
-_RECOMPUTE = "bn_det.update_bn_stats(model, batches)"
 
 
 def examine(
@@ -27,6 +25,7 @@ def examine(
     rules: Collection[str] = tuple(RULES),
     group: Group = "world",
     progress: str | None = None,
+    recompute: Recompute = IN_CODE,
 ) -> Report:
     """What is wrong with the BatchNorm of a model, whoever wrote it, and what mends it.
 
@@ -36,12 +35,14 @@ def examine(
     normalize by their batch, and is then as it was.
 
     Args:
-        batches: training batches, as the model takes them; None to look at its state alone.
+        batches: training batches, as the model takes them, two at least; None to look at its state
+            alone.
         num_iters: the number of batches, at most; of each rank.
         call: how the model is run on a batch, ``model(batch)`` by default.
         rules: ids of those that are to be looked for (:data:`bn_det.doctor.RULES`).
         group: the processes that have to call this, each with the same model.
         progress: "tqdm" for a bar, or None.
+        recompute: how statistics are recomputed, in the words of treatments.
 
     Returns:
         findings, the most severe first; prints as a verdict in one line, and a table.
@@ -56,18 +57,20 @@ def examine(
         choose("rules", rule, RULES)
     model = unwrapped(model)
     checkpoint = of_state(model.state_dict())
-    findings = [*from_file.findings_of(checkpoint, _RECOMPUTE), *from_model.findings_of(model)]
-    number = len(checkpoint.layers)
-    healthy = f"nothing is wrong with the state of its {number} BatchNorm layers"
-    if batches is not None and number:
+    findings = [*from_file.findings_of(checkpoint, recompute), *from_model.findings_of(model)]
+    # What a model has is known, and not only guessed from a file.
+    findings = [of for of in findings if of.rule != "BN114"]
+    number = count(len(checkpoint.layers), "BatchNorm layer")
+    healthy = f"nothing is wrong with the state of its {number}"
+    if batches is not None and checkpoint.layers:
         seen = from_passes.look(model, batches, num_iters, call, group, progress)
         for check in (from_passes.stale, from_passes.levels):
-            findings += check(seen, _RECOMPUTE)
-        images = max((of.num_batches for of in seen.layers), default=0)
-        healthy = (
-            f"nothing is wrong with its {number} BatchNorm layers: their statistics fit the "
-            f"weights, on {images} batches"
-        )
-    if not number:
+            findings += check(seen, recompute)
+        if seen.layers:
+            healthy = (
+                f"nothing is wrong with its {number}: the statistics of {len(seen.layers)}, which "
+                f"are not frozen, fit the weights, on {seen.layers[0].num_batches} batches"
+            )
+    if not checkpoint.layers:
         healthy = "the model has no BatchNorm with population statistics"
-    return make_report([of for of in findings if of.rule in rules], healthy)
+    return make_report(findings, rules, healthy)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import os
+import shlex
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 from ..errors import InputError, nearest
@@ -44,6 +46,37 @@ class Finding(NamedTuple):
         if len(self.where) == 1:
             return self.where[0] or "the module"
         return f"{self.where[0]} and {len(self.where) - 1} more"
+
+
+class Recompute(NamedTuple):
+    """How statistics are recomputed, in the words of treatments.
+
+    Attributes:
+        usual: a command or a line of code.
+        initial: the same where they are those of a new layer, which look folded.
+    """
+
+    usual: str
+    initial: str
+
+    @classmethod
+    def by_command(cls, weights: str | os.PathLike, model: str) -> Recompute:
+        """By tools/recompute_statistics.py.
+
+        Args:
+            model: the flags that say what the model and its images are.
+        """
+        path = shlex.quote(os.fspath(weights))
+        start = f"python tools/recompute_statistics.py --weights {path} "
+        return cls(*(f"{start}--output mended.pth{f} {model}" for f in ("", " --initial")))
+
+
+def _in_code(more: str) -> str:
+    arguments = f"model.train(), batches, allow_short=True{more}"
+    return f"bn_det.update_bn_stats({arguments}), with call= if there is one"
+
+
+IN_CODE = Recompute(_in_code(""), _in_code(", initial=True"))
 
 
 def count(number: int, noun: str) -> str:
@@ -94,17 +127,28 @@ def _number(of: Finding) -> str:
     return f"{of.value:.3g}{error} {RULES[of.rule].unit}"
 
 
-def make_report(findings: Sequence[Finding], healthy: str) -> Report:
+def make_report(findings: Iterable[Finding], rules: Collection[str], healthy: str) -> Report:
     """Findings in order, and the verdict of the first.
 
     Args:
-        healthy: the verdict where there are none but notes.
+        rules: what has been looked for; of other rules there are none.
+        healthy: the verdict where there are none but notes, and all rules have been looked for.
     """
+    if missing := len(RULES) - len(rules):
+        healthy = f"nothing is found; {count(missing, 'rule')} left out"
+    findings = [of for of in findings if of.rule in rules]
     ordered = sorted(findings, key=lambda of: (SEVERITIES.index(of.severity), of.rule))
-    if not ordered or ordered[0].severity == "note":
-        return Report(healthy, ordered)
-    first = ordered[0]
-    verdict = f"{RULES[first.rule].says}, in {first.place} ({first.rule}); {first.treatment}"
+    first = next(iter(ordered), None)
+    folded = next((of for of in ordered if of.rule == "BN103"), None)
+    if first is not None and first.severity != "note":
+        verdict = f"{RULES[first.rule].says}, in {first.place} ({first.rule}); {first.treatment}"
+    elif folded is not None:
+        verdict = (
+            f"statistics are folded into weight and bias, or were lost, in {folded.place} (BN103): "
+            "right in the first case, as long as the layers are frozen; otherwise " + healthy
+        )
+    else:
+        verdict = healthy
     return Report(verdict, ordered)
 
 
@@ -116,7 +160,7 @@ def selected(rules: Collection[str], select: Collection[str], ignore: Collection
     """
     for flag, names in (("--select", select), ("--ignore", ignore)):
         for name in names:
-            if not any(rule.startswith(name) for rule in rules):
+            if not name or not any(rule.startswith(name) for rule in rules):
                 raise InputError(f"{flag}: there is no rule {name!r}; {nearest(name, rules)}")
     wanted = {r for r in rules if not select or r.startswith(tuple(select))}
     return wanted - {r for r in rules if ignore and r.startswith(tuple(ignore))}

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint, Layer, read
-from .findings import Finding, Report, count, make_report
+from .findings import Finding, Recompute, Report, count, make_report
 from .rules import RULES
 
 FLOAT16 = torch.finfo(torch.float16)
 MOMENTUM = 0.1
 """torch's default; that of a training is in no file."""
+
+OF_FILES = tuple(rule for rule in RULES if rule.startswith("BN1"))
+"""What can be looked for in a file."""
 
 _EPS = 1e-5, 1e-3
 """The usual ones: torch's and Detectron2's, and that of TensorFlow and of many detectors."""
@@ -24,15 +27,16 @@ _LEAST_LEFT = 0.01
 _MANY_WITH_BIAS = 0.9
 _OF_USUAL = 0.1
 
-_RECOMPUTE = (
-    "python tools/recompute_statistics.py --weights {path} --config-file CONFIG --output mended.pth"
-    " (or --model and --data for any model; in code bn_det.update_bn_stats(model, batches))"
+_ANY = (
+    "--config-file CONFIG (or for any model --model MODULE:FUNCTION --data MODULE:FUNCTION --call "
+    "MODULE:FUNCTION)"
 )
+"""What the command needs beside a file that does not say what model it is of."""
 
 
 def examine_file(
     path: str | os.PathLike,
-    rules: Collection[str] = tuple(RULES),
+    rules: Collection[str] = OF_FILES,
     part: str | None = None,
 ) -> Report:
     """Findings of a checkpoint, from which no model is made.
@@ -45,21 +49,23 @@ def examine_file(
     Raises:
         InputError: it has no weights, or only an unsafe load could read them.
     """
+    # That others were not looked for is no news.
+    wanted = {rule for rule in RULES if rule in rules or rule not in OF_FILES}
     checkpoint = read(path, part)
-    recompute = _RECOMPUTE.format(path=path)
-    findings = [of for of in findings_of(checkpoint, recompute) if of.rule in rules]
+    recompute = Recompute.by_command(path, _ANY)
+    findings = findings_of(checkpoint, recompute)
     number = len(checkpoint.layers)
-    also = f"; the file has weights under {checkpoint.others}, too: --part" * bool(
-        checkpoint.others
-    )
+    others = checkpoint.others
+    also = f"; the file has weights under {others}, too: --part" if others else ""
     healthy = (
         f"nothing is wrong with what the file says of its {number} BatchNorm layers; whether their "
-        f"statistics fit the weights is seen on images (bn_det.update_bn_stats){also}"
+        "statistics fit the weights is seen on images: doctor.py with --config-file, or with "
+        f"--model and --data, or bn_det.examine(model, batches){also}"
     )
-    return make_report(findings, healthy if number else "the file has no BatchNorm" + also)
+    return make_report(findings, wanted, healthy if number else "the file has no BatchNorm" + also)
 
 
-def findings_of(checkpoint: Checkpoint, recompute: str) -> Iterator[Finding]:
+def findings_of(checkpoint: Checkpoint, recompute: Recompute) -> Iterator[Finding]:
     """By all rules of what a file has.
 
     Args:
@@ -69,7 +75,7 @@ def findings_of(checkpoint: Checkpoint, recompute: str) -> Iterator[Finding]:
         yield from check(checkpoint, recompute)
 
 
-_Check = Callable[[Checkpoint, str], Iterator[Finding]]
+_Check = Callable[[Checkpoint, Recompute], Iterator[Finding]]
 _CHECKS: list[_Check] = []
 
 
@@ -97,7 +103,7 @@ def _is_affine_initial(layer: Layer) -> bool:
 
 
 @_check
-def initial_statistics(checkpoint: Checkpoint, recompute: str) -> Iterator[Finding]:
+def initial_statistics(checkpoint: Checkpoint, recompute: Recompute) -> Iterator[Finding]:
     """BN101 to BN105: by the counter, and by whether the affine is a new layer's."""
     groups: dict[str, list[Layer]] = {}
     for layer in filter(_is_initial, checkpoint.layers):
@@ -116,8 +122,9 @@ def initial_statistics(checkpoint: Checkpoint, recompute: str) -> Iterator[Findi
             "BN101": (
                 "error",
                 f"{words} hold mean 0, variance 1 and a counter of 0 under a trained weight and "
-                "bias: averaged without buffers, left out of the file, or never in training mode",
-                recompute,
+                "bias: averaged without buffers, left out where they were saved, or never in "
+                "training mode",
+                recompute.initial,
             ),
             "BN102": (
                 "error",
@@ -135,20 +142,20 @@ def initial_statistics(checkpoint: Checkpoint, recompute: str) -> Iterator[Findi
                 "error",
                 f"{words} have counted {max(of.batches or 0 for of in layers)} batches and hold "
                 "mean 0 and variance 1: momentum 0, or buffers that were set back",
-                f"set momentum 0.1 and train on, or {recompute}",
+                f"set momentum 0.1 and train on, or {recompute.usual}",
             ),
             "BN105": (
                 "warning",
                 f"{words} are as new ones, with a counter of 0"
-                + ("; nothing in the file is trained" if len(layers) == number else ""),
-                f"if they are in use: {recompute}",
+                + ("; nothing here is trained" if len(layers) == number else ""),
+                f"if they are in use: {recompute.initial}",
             ),
         }[rule]
         yield Finding(rule, severity, _named(layers), len(layers), why, treatment)
 
 
 @_check
-def start_left(checkpoint: Checkpoint, recompute: str) -> Iterator[Finding]:
+def start_left(checkpoint: Checkpoint, recompute: Recompute) -> Iterator[Finding]:
     """BN106."""
     young = {}
     for layer in checkpoint.layers:
@@ -163,7 +170,7 @@ def start_left(checkpoint: Checkpoint, recompute: str) -> Iterator[Finding]:
             f"few more: with momentum {MOMENTUM} {100 * most:.0f} % of the start's mean 0 and "
             "variance 1 are in their statistics"
         )
-        yield Finding("BN106", "warning", tuple(young), most, why, recompute)
+        yield Finding("BN106", "warning", tuple(young), most, why, recompute.usual)
 
 
 def _by_channels(
@@ -190,25 +197,29 @@ def _by_channels(
 
 
 @_check
-def not_finite(checkpoint: Checkpoint, recompute: str) -> Iterator[Finding]:
+def not_finite(checkpoint: Checkpoint, recompute: Recompute) -> Iterator[Finding]:
     """BN107, BN108, BN109."""
     yield from _by_channels(
         checkpoint, "BN107", "error",
-        lambda layer: ~(layer.mean.isfinite() & layer.var.isfinite()),
-        "with a mean or variance that is NaN or infinite", recompute,
+        _is_not_finite, "with a value that is NaN or infinite", recompute.usual,
     )  # fmt: skip
     yield from _by_channels(
         checkpoint, "BN108", "error", lambda layer: layer.var < 0,
-        "with a variance below 0", recompute,
+        "with a variance below 0", recompute.usual,
     )  # fmt: skip
     yield from _by_channels(
         checkpoint, "BN109", "error", _is_clamped,
-        "with a mean or variance at float16's largest number", recompute,
+        "with a mean or variance at float16's largest number", recompute.usual,
     )  # fmt: skip
 
 
+def _is_not_finite(layer: Layer) -> Tensor:
+    values = [t for t in (layer.mean, layer.var, layer.weight, layer.bias) if t is not None]
+    return ~torch.stack([t.double() for t in values]).isfinite().all(0)
+
+
 @_check
-def half_precision(checkpoint: Checkpoint, recompute: str) -> Iterator[Finding]:
+def half_precision(checkpoint: Checkpoint, recompute: Recompute) -> Iterator[Finding]:
     """BN115."""
     del recompute
     layers = [of for of in checkpoint.layers if of.var.dtype in (torch.float16, torch.bfloat16)]
@@ -230,7 +241,7 @@ def _is_clamped(layer: Layer) -> Tensor:
 
 
 @_check
-def near_eps(checkpoint: Checkpoint, recompute: str) -> Iterator[Finding]:
+def near_eps(checkpoint: Checkpoint, recompute: Recompute) -> Iterator[Finding]:
     """BN110."""
     del recompute
     yield from _by_channels(
@@ -250,7 +261,7 @@ def _depends_on_eps(layer: Layer) -> Tensor:
 
 
 @_check
-def dead(checkpoint: Checkpoint, recompute: str) -> Iterator[Finding]:
+def dead(checkpoint: Checkpoint, recompute: Recompute) -> Iterator[Finding]:
     """BN111."""
     del recompute
     yield from _by_channels(
@@ -270,7 +281,7 @@ _MOST_TIMES = 16
 
 
 @_check
-def counters(checkpoint: Checkpoint, recompute: str) -> Iterator[Finding]:
+def counters(checkpoint: Checkpoint, recompute: Recompute) -> Iterator[Finding]:
     """BN112."""
     del recompute
     counted = [layer for layer in checkpoint.layers if layer.batches]
@@ -301,13 +312,13 @@ def counters(checkpoint: Checkpoint, recompute: str) -> Iterator[Finding]:
 
 
 @_check
-def missing_keys(checkpoint: Checkpoint, recompute: str) -> Iterator[Finding]:
+def missing_keys(checkpoint: Checkpoint, recompute: Recompute) -> Iterator[Finding]:
     """BN113, BN114."""
     if checkpoint.broken:
         key, what = next(iter(checkpoint.broken.items()))
         why = f"{count(len(checkpoint.broken), 'key')} without a layer, first {key}, which {what}"
         names = tuple(name.rpartition(".")[0] for name in checkpoint.broken)
-        yield Finding("BN113", "error", names, len(checkpoint.broken), why, recompute)
+        yield Finding("BN113", "error", names, len(checkpoint.broken), why, recompute.usual)
     elif not checkpoint.layers:
         number, with_bias = checkpoint.num_convs, checkpoint.num_with_bias
         if number > 1 and with_bias >= _MANY_WITH_BIAS * number:

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..errors import InputError
 from ..layers.comm import Group, process_group
 from ..layers.moments import Moments
 from ..population.observation import Observed, Observer, PopulationLayer, population_layers
 from ..population.report import LayerReport
 from ..population.update import How, measure_statistics
-from .findings import Finding, count
+from .findings import Finding, Recompute, count
 
 FALSE_ALARMS = 0.01
 """Of an examination of a healthy model, by one rule."""
@@ -91,14 +92,17 @@ def look(
     """Run a model in training mode on batches, and leave it as it was.
 
     Raises:
-        InputError: as :func:`bn_det.update_bn_stats`; there are no batches.
+        InputError: as :func:`bn_det.update_bn_stats`; there are fewer than two batches.
     """
     with _in_training_mode(model):
-        layers = population_layers(model, frozen=True)
+        # Not frozen ones: their statistics are constants that the weights have been trained with.
+        layers = population_layers(model)
         observer = _LevelObserver(partial(call, model) if call else model, model, layers)
         # What an EMA estimates is the mean of the batches' variances.
         how = How(num_iters, "mean_of_batch_variances", 0.0, True, process_group(group))
         _, report = measure_statistics(observer, batches, how, progress)
+        if report.layers and report.num_batches < 2:
+            raise InputError("batches: one is too few to tell chance from a fault; use 8 or more")
         momenta = {layer.name: _momentum(layer.module, report.num_batches) for layer in layers}
     return Seen(report.layers, momenta, observer.shares, observer.calls)
 
@@ -106,8 +110,8 @@ def look(
 @contextmanager
 def _in_training_mode(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
-    model.train()
     try:
+        model.train()
         yield
     finally:
         for module, mode in modes:
@@ -117,7 +121,7 @@ def _in_training_mode(model: nn.Module) -> Iterator[None]:
 def _momentum(layer: nn.Module, num_batches: int) -> float:
     momentum = getattr(layer, "momentum", _MOMENTUM)
     # A mean of all batches is as precise as that of as many as the passes had, at least.
-    return 2 / (num_batches + 1) if momentum is None else float(momentum)
+    return 2 / (num_batches + 1) if momentum is None else min(float(momentum), 1.0)
 
 
 def _bound(num_batches: int, num_tests: int) -> float:
@@ -137,15 +141,18 @@ def _explained(of: LayerReport, error: float, momentum: float) -> float:
     return math.hypot(of_batch * math.sqrt(momentum / (2 - momentum)), error)
 
 
-def stale(seen: Seen, recompute: str) -> Iterator[Finding]:
+def stale(seen: Seen, recompute: Recompute) -> Iterator[Finding]:
     """BN201."""
-    bound = _bound(min((of.num_batches for of in seen.layers), default=1), 2 * len(seen.layers))
+    if not seen.layers:
+        return
+    bound = _bound(min(of.num_batches for of in seen.layers), 2 * len(seen.layers))
     off: dict[str, tuple[float, float]] = {}
     for of in seen.layers:
         pairs = ((of.mean_shift, of.mean_error), (of.var_shift, of.var_error))
         for shift, error in pairs:
             explained = _explained(of, error, seen.momenta[of.name])
-            if shift > bound * explained and shift > off.get(of.name, (0.0, 0.0))[0]:
+            is_off = bound * explained < shift < math.inf  # what is not finite is told by itself
+            if is_off and shift > off.get(of.name, (0.0, 0.0))[0]:
                 off[of.name] = shift, explained
     if off:
         names = sorted(off, key=lambda name: -off[name][0])
@@ -157,10 +164,10 @@ def stale(seen: Seen, recompute: str) -> Iterator[Finding]:
             f"be off by {error:.2g}"
         )
         severity = "error" if shift >= _COSTS else "warning"
-        yield Finding("BN201", severity, tuple(names), shift, why, recompute, error)
+        yield Finding("BN201", severity, tuple(names), shift, why, recompute.usual, error)
 
 
-def levels(seen: Seen, recompute: str) -> Iterator[Finding]:
+def levels(seen: Seen, recompute: Recompute) -> Iterator[Finding]:
     """BN202."""
     del recompute
     noise = {of.name: of.mean_error**2 * of.num_batches for of in seen.layers}

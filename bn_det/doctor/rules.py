@@ -109,10 +109,10 @@ RULES = {
         "tensorflow/models 4367, uber/ludwig 328",
     ),
     "BN107": Rule(
-        "statistics that are not finite",
-        "statistics are NaN or infinite",
+        "values that are not finite",
+        "statistics, weight or bias are NaN or infinite",
         "channels",
-        "NaN or infinity in a mean or a variance.",
+        "NaN or infinity in a mean, a variance, a weight or a bias.",
         "Every output of such a channel is NaN in evaluation, while training, which normalizes by "
         "the batch, may look fine.",
         "What made them so.",
@@ -210,7 +210,8 @@ RULES = {
         "Rethinking Batch in BatchNorm, Sec. 3).",
         "The noise of an EMA is taken from the batches of the examination: with much smaller ones "
         "than those of training, less is found. Values of a map are not independent; batches are "
-        "taken to be. That a difference costs AP is certain only once it was tried.",
+        "taken to be. Channels that are constant in all batches are not looked at. That a "
+        "difference costs AP is certain only once it was tried.",
         "facebookresearch/maskrcnn-benchmark 686, open-mmlab/mmdetection 726, tensorflow/models "
         "4367, open-mmlab/mmengine 1536, pytorch/pytorch 48929",
     ),

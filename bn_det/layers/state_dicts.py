@@ -25,6 +25,8 @@ _BROKEN = (
     pickle.UnpicklingError,
     EOFError,
     LookupError,
+    MemoryError,
+    OverflowError,
     RuntimeError,
     UnicodeDecodeError,
     struct.error,

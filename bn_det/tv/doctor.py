@@ -13,10 +13,11 @@ from .train import load_model, setup
 from .trainer import check_datasets, losses_of, shared_seed
 
 
-def load(args: argparse.Namespace) -> AnyModel:
-    """The checkpoint of a config, and batches of DATASETS.TRAIN."""
+def load(args: argparse.Namespace) -> tuple[AnyModel, str]:
+    """The checkpoint of a config with batches of DATASETS.TRAIN, and its path."""
     cfg = setup(args)
     check_datasets(cfg, "TRAIN")
     torch.manual_seed(shared_seed(cfg))
     model = load_model(cfg, resume=False)
-    return AnyModel(model, train_batches(with_precise_bn_batches(cfg)), losses_of)
+    batches = train_batches(with_precise_bn_batches(cfg))
+    return AnyModel(model, batches, losses_of), cfg.MODEL.WEIGHTS

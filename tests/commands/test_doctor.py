@@ -36,7 +36,7 @@ def test_table_and_exit_status(broken):
     command = [sys.executable, ROOT / "tools/doctor.py", broken]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 3, done.stderr
-    assert done.stdout.startswith("statistics are NaN or infinite, in 1 (BN107); python tools/")
+    assert done.stdout.startswith("statistics, weight or bias are NaN or infinite, in 1 (BN107); ")
     for rule in ("BN107", "BN112", "BN111"):
         assert rule in done.stdout
     for fail_on, status in (("never", 0), ("note", 3)):
@@ -120,10 +120,14 @@ def test_list_and_explain():
         ([], "FILE: [] is not accepted; name one checkpoint"),
         (["model.pth", "other.pth"], "FILE: ['model.pth', 'other.pth'] is not accepted"),
         (["model.pth", "--model", "a:b"], "--data: is needed with --model"),
-        (["--config-file", "c.yaml", "--model", "a:b"], "--model: is not accepted with --config"),
+        (["--config-file", "c.yaml", "--model", "a:b"], "--model: is read with no --config-file"),
         (["model.pth", "--num-iters", "0"], "--num-iters: 0 is not accepted"),
         (["nowhere.pth"], "nowhere.pth: there is no such file"),
-        (["."], ".: there is no such file"),
+        (["."], ".: is no file"),
+        (["model.pth", "--data", "a:b"], "--data: is read with --model alone"),
+        (["--config-file", "c.yaml", "--part", "ema"], "--part: is read with no --config-file"),
+        (["model.pth", "--select", "BN201"], "--select: there is no rule 'BN201'"),
+        (["model.pth", "--ignore", ""], "--ignore: there is no rule ''"),
         ([__file__], "it is a text file"),
         (["--explain", "BN1O3"], "--explain: there is no rule 'BN1O3'; nearest names: ['BN1"),
         (["model.pth", "--select", "BN9"], "--select: there is no rule 'BN9'"),

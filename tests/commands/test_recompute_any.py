@@ -83,7 +83,7 @@ def test_file_to_file(project, node, tmp_path):
         ([*FLAGS, "--model", "nowhere:make"], "'nowhere:make' cannot be imported: No module named"),
         ([*FLAGS, "--data", "other_project:none"], "--data: .* cannot be imported: .* 'none'"),
         ([*FLAGS, "--model", "other_project:nothing"], "gave a int, and no module"),
-        ([*FLAGS, "--data", "other_project:takes_one"], "has to be a function without arguments"),
+        ([*FLAGS, "--data", "other_project:takes_one"], "cannot be called without arguments"),
         ([*FLAGS, "--weights", "none.pth"], "none.pth: cannot be loaded as a checkpoint"),
         ([*FLAGS, "--weights", "number.pth"], "number.pth has a int, and no weights"),
         ([*FLAGS, "--weights", "other.pth"], "other.pth: the weights do not fit the model: .*1.w"),

@@ -66,13 +66,19 @@ def test_stale(key, model):
     assert finding.severity == "error" and 0 < finding.standard_error < 0.2
 
 
-def test_frozen_layers_are_examined(model):
+def test_frozen_statistics_are_constants(model):
+    """Those of a pre-trained backbone fit its weights, and not the images of a detector."""
     bn_det.freeze(model)
-    assert rules(examine(model, batches())) == []
     model[1].running_mean += 5
-    report = examine(model, batches())
-    assert rules(report) == ["BN201"] and report.findings[0].where == ("1",)
-    assert bn_det.states(model).layers[0].statistics == "frozen"
+    assert rules(examine(model, batches())) == []
+
+
+def test_the_treatment_mends(model):
+    model[4].running_mean += 5
+    (finding,) = [of for of in examine(model, batches()).findings if of.rule == "BN201"]
+    code, _, _ = finding.treatment.rpartition(", with")
+    eval(code, {"bn_det": bn_det, "model": model, "batches": batches()})
+    assert rules(examine(model, batches(seed=5))) == []
 
 
 class Levels(nn.Module):
@@ -161,6 +167,21 @@ def test_between_share():
     assert between_share([Moments.of(torch.ones(2, 3, 2, 2))] * 2) == 0.0
 
 
+def test_models_of_which_no_layer_is_updated():
+    """The state alone is spoken of."""
+    frozen = bn_det.freeze(nn.Sequential(nn.BatchNorm2d(8)))[0]
+    for norm in (nn.InstanceNorm2d(8, track_running_stats=True), frozen):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), norm)
+        assert "fit the weights" not in examine(model, batches()).verdict
+    lazy = nn.Sequential(nn.Conv2d(3, 8, 3), nn.LazyBatchNorm2d())
+    assert examine(lazy).verdict.startswith("the model has no BatchNorm")
+
+
+def test_a_model_without_statistics_is_not_a_fused_file():
+    model = nn.Sequential(*[nn.Conv2d(3, 3, 1) for _ in range(4)])
+    assert examine(model).findings == []
+
+
 def test_without_images(model):
     assert examine(model).verdict.startswith("nothing is wrong with the state of its 2")
     model[1].running_var[3] = math.nan
@@ -191,7 +212,7 @@ def test_nothing_changes(model, fails):
 
 
 def test_a_detector_that_is_called_otherwise():
-    """torchvision's, whose FrozenBatchNorm2d of a new model has never seen data."""
+    """torchvision's, whose BatchNorm of a new model has never seen data."""
     torch.manual_seed(0)
     model = retinanet_resnet50_fpn(
         weights=None, weights_backbone=None, num_classes=3, min_size=64, max_size=64
@@ -199,8 +220,7 @@ def test_a_detector_that_is_called_otherwise():
     target = {"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]), "labels": torch.tensor([1])}
     data = [[torch.rand(3, 64, 64) for _ in range(2)] for _ in range(3)]
     report = examine(model, data, call=lambda m, images: m(images, [target] * len(images)))
-    assert "BN201" in rules(report)
-    assert len(next(of for of in report.findings if of.rule == "BN201").where) > 1
+    assert rules(report) == ["BN201", "BN105"] and len(report.findings[1].where) == 53
 
 
 @pytest.mark.parametrize(
@@ -209,6 +229,7 @@ def test_a_detector_that_is_called_otherwise():
         ({"num_iters": 0}, "num_iters: 0 is not accepted"),
         ({"rules": ["BN9"]}, "rules: 'BN9' is not accepted"),
         ({"batches": []}, "data_loader: has 0 of 32 batches"),
+        ({"batches": batches(1)}, "batches: one is too few"),
         ({"call": lambda model, x: x}, "reaches none of its BatchNorm layers"),
     ],
 )

@@ -112,6 +112,13 @@ def without(key):
     return lambda state: state.pop(f"{LAYER}.{key}")
 
 
+def of_type(key, make):
+    def plant(state):
+        state[f"{LAYER}.{key}"] = make(state[f"{LAYER}.{key}"])
+
+    return plant
+
+
 def fused(state):
     convs = [name for name in state if state[name].dim() == 4]
     kept = {name: state[name] for name in convs}
@@ -177,7 +184,7 @@ def test_a_new_model_is_no_error(examine):
     for model in (resnet18(zero_init_residual=True), mobilenet_v3_small()):
         report = examine(model.state_dict())
         assert {of.rule for of in report.findings} == {"BN105"}
-        assert "nothing in the file is trained" in report.findings[0].why
+        assert "nothing here is trained" in report.findings[0].why
 
 
 @pytest.mark.parametrize("part", ["model", "state_dict", "model_ema"])
@@ -267,6 +274,68 @@ def test_odd_statistics_are_told(state, examine):
     state[f"{LAYER}.weight"] = torch.ones(3)
     (finding,) = examine(state).findings
     assert finding.rule == "BN113" and finding.where == ("bn1", LAYER)
+
+
+@pytest.mark.parametrize(
+    "key, make",
+    [
+        ("running_var", lambda t: t.int()),
+        ("running_var", lambda t: t.to(torch.complex64)),
+        ("running_mean", lambda t: t.to(torch.float8_e4m3fn)),
+        ("running_mean", lambda t: t.to_sparse()),
+        ("running_var", lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8)),
+        ("running_var", lambda t: torch.empty_like(t, device="meta")),
+        ("running_mean", lambda t: torch.zeros(1).expand(10**12)),
+        ("weight", lambda t: t.bool()),
+        ("num_batches_tracked", lambda t: torch.tensor(-5)),
+        ("num_batches_tracked", lambda t: torch.tensor(float("nan"))),
+        ("num_batches_tracked", lambda t: torch.tensor(1j)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_that_are_no_statistics(key, make, state, examine):
+    of_type(key, make)(state)
+    (finding,) = examine(state).findings
+    assert finding.rule == "BN113" and finding.where == (LAYER,)
+
+
+def test_a_layer_without_channels_is_none(state, examine):
+    for key in ("running_mean", "running_var", "weight", "bias"):
+        state[f"{LAYER}.{key}"] = torch.ones(0)
+    assert examine(state).findings == [] and "19 BatchNorm layers" in examine(state).verdict
+
+
+def test_names_leave_the_terminal_as_it_is(examine):
+    state = {f"\x1b[31m\n\ud800.{k}": v for k, v in nn.BatchNorm2d(3).state_dict().items()}
+    state[next(n for n in state if n.endswith("var"))][0] = torch.nan
+    text = str(examine(state))
+    assert "BN107" in text and "\x1b" not in text
+    text.encode()
+
+
+def test_a_stray_number_hides_no_weights(state, examine):
+    """PyTorch's ImageNet example saves the best accuracy as a tensor beside the state dict."""
+    state["bn1.running_var"][0] = torch.nan
+    content = {"epoch": 3, "state_dict": state, "best_acc1": torch.tensor(76.1)}
+    assert [of.rule for of in examine(content).findings] == ["BN107"]
+    assert examine({"student": state, "teacher": NEW}, part="teacher").findings[0].rule == "BN105"
+
+
+def test_what_is_left_out_is_said(state, examine):
+    state["bn1.running_var"][0] = torch.nan
+    report = examine(state, rules=[rule for rule in RULES if rule != "BN107"])
+    assert report.findings == [] and "1 rule left out" in report.verdict
+
+
+BROKEN = [b"", b"garbage", bytes(range(256)), b"\x80\x04\x8a\xff\xff\xff\xff"]
+
+
+@pytest.mark.parametrize("content", BROKEN, ids=range(len(BROKEN)))
+@pytest.mark.parametrize("name", ["model.pth", "model.pkl"])
+def test_no_checkpoint(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"{name}: cannot be loaded"):
+        examine_file(tmp_path / name)
 
 
 def test_numbers_of_other_types(tmp_path):
