@@ -34,19 +34,20 @@ def read_metric(folder: str, metric: str) -> tuple[list[int], list[float]]:
     path = Path(folder) / "metrics.json"
     try:
         lines = read_metrics(folder)
-        found = [(line["iteration"] + 1, line[metric]) for line in lines if metric in line]
+        found = [(line["iteration"], line[metric]) for line in lines if metric in line]
         known = {name for line in lines for name in line}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise InputError(f"{path}: is not the metrics.json of a run: {e}") from e
     if not found:
         raise InputError(f"--metric: {path} has no {metric!r}; {nearest(metric, known)}")
     for iteration, value in found:
-        if type(iteration) is not int or type(value) not in (int, float) or abs(value) > LARGEST:
+        is_number = type(value) in (int, float) and not abs(value) > LARGEST
+        if not (type(iteration) is int and 0 <= iteration < LARGEST and is_number):
             raise InputError(
-                f"{path}: {metric}: {value!r} of iteration {iteration - 1!r} is not accepted; use "
+                f"{path}: {metric}: {value!r} of iteration {iteration!r} is not accepted; use "
                 "finite numbers"
             )
-    measured = [(iteration, value) for iteration, value in found if not math.isnan(value)]
+    measured = [(iteration + 1, value) for iteration, value in found if not math.isnan(value)]
     if not measured:
         raise InputError(f"{path}: {metric} is NaN throughout; name a metric that was measured")
     if len(measured) < len(found):

@@ -14,6 +14,7 @@ from .nf import check_nf
 from .parts import (
     COMPONENTS,
     DENSE,
+    MATCHERS,
     NF_BACKBONES,
     PARTS,
     has_our_batch_norm,
@@ -43,6 +44,8 @@ def check_values(cfg: CfgNode) -> None:
     if cfg.MODEL.BACKBONE.NAME in NF_BACKBONES:
         check_nf(cfg)
     _check_rpn(cfg)
+    _check_matchers(cfg)
+    _check_crop(cfg)
     _check_levels_of_rois(cfg)
     _check_statistics(cfg, "TEST", "population")
     _check_statistics(cfg, "SOLVER", "batch")
@@ -131,6 +134,41 @@ def _check_rpn(cfg: CfgNode) -> None:
         raise InputError(
             f"MODEL.RPN.NORM: {norm!r} is not accepted with MODEL.RPN.HEAD_NAME {name!r}, which "
             "has none; use '', or HEAD_NAME 'BNRPNHead'"
+        )
+
+
+def _check_matchers(cfg: CfgNode) -> None:
+    for part in MATCHERS:
+        thresholds = cfg.MODEL[part].get("IOU_THRESHOLDS")  # torchvision's RetinaNet has its own
+        if thresholds is None:
+            continue
+        if list(thresholds) != sorted(thresholds):
+            raise InputError(
+                f"MODEL.{part}.IOU_THRESHOLDS: {thresholds!r} is not accepted; use ascending ones"
+            )
+        labels = cfg.MODEL[part].get("IOU_LABELS")
+        if labels is not None and len(labels) != len(thresholds) + 1:
+            raise InputError(
+                f"MODEL.{part}.IOU_LABELS: {labels!r} is not accepted with IOU_THRESHOLDS "
+                f"{thresholds!r}; use one more label than there are thresholds"
+            )
+
+
+def _check_crop(cfg: CfgNode) -> None:
+    crop = cfg.INPUT.get("CROP")
+    if crop is None or not crop.ENABLED:
+        return
+    size, kind = crop.SIZE, crop.TYPE
+    fits = max(size) <= 1 if kind.startswith("relative") else all(n == int(n) for n in size)
+    if kind == "absolute_range":
+        fits = fits and size[0] <= size[-1]
+    if len(size) != 2 or not fits:
+        wanted = {
+            "absolute": "two numbers of pixels, of height and width",
+            "absolute_range": "two numbers of pixels, the least and the most",
+        }.get(kind, "two parts of height and width, 1.0 at most")
+        raise InputError(
+            f"INPUT.CROP.SIZE: {size!r} is not accepted with INPUT.CROP.TYPE {kind!r}; use {wanted}"
         )
 
 

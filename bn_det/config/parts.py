@@ -37,6 +37,9 @@ ROI_PARTS = ("ROI_BOX_HEAD", "ROI_MASK_HEAD")
 PARTS = (*SOURCE_PARTS, *ROI_PARTS)
 """The nodes of MODEL that have a NORM."""
 
+MATCHERS = ("RETINANET", "RPN", "ROI_HEADS")
+"""The parts that match anchors or boxes with objects by their overlap."""
+
 RCNNS = ("GeneralizedRCNN", "BNGeneralizedRCNN")
 """Detectron2's, and ours, which tells its layers the sources of images."""
 

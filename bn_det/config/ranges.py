@@ -15,6 +15,7 @@ from yacs.config import CfgNode
 from ..errors import InputError, is_text
 from .keys import leaves
 from .ours import KEYS
+from .parts import MATCHERS
 from .rules import (
     ANY,
     CHANNELS,
@@ -44,6 +45,12 @@ _OF_ANCHORS = Rule(
 
 _SIDE = between(0, 2**15)
 
+_MATCHING = {
+    "IOU_THRESHOLDS": each(above(0), may_be_empty=False),
+    "IOU_LABELS": each(one_of(-1, 0, 1), int),
+}
+"""Of a part that matches anchors or boxes with objects."""
+
 RANGES: dict[str, Rule] = {
     **{key: described.rule for key, described in KEYS.items()},
     "VERSION": one_of(1, 2),
@@ -54,6 +61,8 @@ RANGES: dict[str, Rule] = {
     "DATASETS.TRAIN": NAMES,
     "DATASETS.TEST": NAMES,
     "DATALOADER.NUM_WORKERS": between(0, 512),
+    "INPUT.CROP.TYPE": one_of("relative_range", "relative", "absolute", "absolute_range"),
+    "INPUT.CROP.SIZE": each(above(0), may_be_empty=False),
     "INPUT.FORMAT": one_of("BGR", "RGB", "L", "YUV-BT.601"),
     "INPUT.MASK_FORMAT": one_of("polygon", "bitmask"),
     "INPUT.MIN_SIZE_TRAIN": each(_SIDE, int, may_be_empty=False),
@@ -101,6 +110,7 @@ RANGES: dict[str, Rule] = {
     "MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO": between(0, 1000),
     "MODEL.ROI_MASK_HEAD.NUM_CONV": LAYERS,
     "MODEL.ROI_MASK_HEAD.CONV_DIM": CHANNELS,
+    **{f"MODEL.{part}.{of}": rule for part in MATCHERS for of, rule in _MATCHING.items()},
     "SOLVER.MAX_ITER": ITERATIONS,
     "SOLVER.IMS_PER_BATCH": IMAGES,
     "SOLVER.CHECKPOINT_PERIOD": COUNT,

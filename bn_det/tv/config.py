@@ -197,10 +197,10 @@ def _check_rcnn(cfg: CfgNode) -> None:
         )
     for part, count in (("RPN", 2), ("ROI_HEADS", 1)):
         thresholds = cfg.MODEL[part].IOU_THRESHOLDS
-        if len(thresholds) != count or list(thresholds) != sorted(thresholds):
+        if len(thresholds) != count:
             raise InputError(
                 f"MODEL.{part}.IOU_THRESHOLDS: {thresholds!r} is not accepted; use {count} "
-                f"{'rising numbers' if count > 1 else 'number'}"
+                f"number{'s' * (count > 1)}"
             )
     if cfg.MODEL.ROI_BOX_HEAD.NUM_CONV + cfg.MODEL.ROI_BOX_HEAD.NUM_FC < 1:
         raise InputError(

@@ -23,6 +23,8 @@ REFUSED = {
     "INPUT.MIN_SIZE_TRAIN": ["()", "(-1,)", "('a',)", "(1.5,)", "(True,)", "(1000000,)"],
     "INPUT.MAX_SIZE_TRAIN": ["0"],
     "MODEL.PIXEL_MEAN": ["[]", "[1.0, 2.0]"],
+    "MODEL.RPN.IOU_THRESHOLDS": ["[]", "[0.0, 0.5]", "[0.5, 0.4]", "['a', 'b']"],
+    "MODEL.ROI_HEADS.IOU_THRESHOLDS": ["[]", "[-0.5]"],
     "MODEL.PIXEL_STD": ["[0.0, 1.0, 1.0]", "[1.0, 2.0]", "[1e400, 1.0, 1.0]", "['a', 1.0, 1.0]"],
     "MODEL.ANCHOR_GENERATOR.SIZES": ["[]", "[[]]", "[[-3]]", "[3, -1]", "[3, [4]]", "[['a']]"],
     "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": ["[[0.0]]"],
@@ -100,6 +102,29 @@ def test_the_name_of_a_data_set_in_the_catalog(tmp_path):
             register_datasets(make_cfg("detectron2", BASE, *opts))
     finally:
         DatasetCatalog.remove("somebodys")
+
+
+@pytest.mark.parametrize(
+    "opts",
+    [
+        ["MODEL.RETINANET.IOU_THRESHOLDS", "[0.5, 0.4]"],
+        ["MODEL.RETINANET.IOU_LABELS", "[0, 1]"],
+        ["MODEL.RETINANET.IOU_LABELS", "[0, 2, 1]"],
+        ["INPUT.CROP.SIZE", "[2, -1]", "INPUT.CROP.ENABLED", "True"],
+        ["INPUT.CROP.SIZE", "[0.5, 1.5]", "INPUT.CROP.ENABLED", "True"],
+        ["INPUT.CROP.SIZE", "[0.5]", "INPUT.CROP.ENABLED", "True"],
+        ["INPUT.CROP.SIZE", "[9, 3]", "INPUT.CROP.ENABLED", "True", "INPUT.CROP.TYPE",
+         "absolute_range"],
+        ["INPUT.CROP.TYPE", "some"],
+    ],
+)  # fmt: skip
+def test_detectron2_alone(opts):
+    pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+    with pytest.raises(InputError, match=f"^{opts[0]}: .*not accepted"):
+        make_cfg("detectron2", BASE, *opts)
+    for size, kind in (("[0.9, 1.0]", "relative_range"), ("[100, 200]", "absolute")):
+        crop = ["INPUT.CROP.SIZE", size, "INPUT.CROP.TYPE", kind, "INPUT.CROP.ENABLED", "True"]
+        make_cfg("detectron2", BASE, *crop)
 
 
 def test_every_rule_is_of_a_key():
