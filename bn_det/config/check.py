@@ -146,7 +146,11 @@ def _check_matchers(cfg: CfgNode) -> None:
             raise InputError(
                 f"MODEL.{part}.IOU_THRESHOLDS: {thresholds!r} is not accepted; use ascending ones"
             )
-        labels = cfg.MODEL[part].get("IOU_LABELS")
+        labels = cfg.MODEL[part].get("IOU_LABELS")  # a matcher of Detectron2
+        if labels is not None and thresholds[0] == 0:
+            raise InputError(
+                f"MODEL.{part}.IOU_THRESHOLDS: {thresholds!r} is not accepted; use more than 0"
+            )
         if labels is not None and len(labels) != len(thresholds) + 1:
             raise InputError(
                 f"MODEL.{part}.IOU_LABELS: {labels!r} is not accepted with IOU_THRESHOLDS "

@@ -46,7 +46,7 @@ _OF_ANCHORS = Rule(
 _SIDE = between(0, 2**15)
 
 _MATCHING = {
-    "IOU_THRESHOLDS": each(above(0), may_be_empty=False),
+    "IOU_THRESHOLDS": each(NUMBER, may_be_empty=False),
     "IOU_LABELS": each(one_of(-1, 0, 1), int),
 }
 """Of a part that matches anchors or boxes with objects."""

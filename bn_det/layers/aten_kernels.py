@@ -47,7 +47,7 @@ def normalize(xs: Sequence[Tensor], how: Normalization) -> list[Tensor]:
         normalize_one(x, means[b], variances[b], how.weights[a], how.biases[a], how.eps)
         for x, b, a in zip(xs, how.batch_of, how.affine_of, strict=True)
     ]
-    return [F.relu(y) for y in ys] if how.relu else ys
+    return [y.relu_() for y in ys] if how.relu else ys
 
 
 def backward_sums(
@@ -84,7 +84,8 @@ def _before_relu(
     if not how.relu:
         return dys
     ys = normalize(xs, how)
-    return [dy.masked_fill(y <= 0, 0) for dy, y in zip(dys, ys, strict=True)]
+    # Not masked_fill, which loses channels_last: ATen's sums of mixed formats are half in bfloat16.
+    return [torch.ops.aten.threshold_backward(dy, y, 0) for dy, y in zip(dys, ys, strict=True)]
 
 
 def _counts(xs: Sequence[Tensor]) -> Tensor:

@@ -23,7 +23,7 @@ REFUSED = {
     "INPUT.MIN_SIZE_TRAIN": ["()", "(-1,)", "('a',)", "(1.5,)", "(True,)", "(1000000,)"],
     "INPUT.MAX_SIZE_TRAIN": ["0"],
     "MODEL.PIXEL_MEAN": ["[]", "[1.0, 2.0]"],
-    "MODEL.RPN.IOU_THRESHOLDS": ["[]", "[0.0, 0.5]", "[0.5, 0.4]", "['a', 'b']"],
+    "MODEL.RPN.IOU_THRESHOLDS": ["[]", "[-0.1, 0.5]", "[0.5, 0.4]", "['a', 'b']"],
     "MODEL.ROI_HEADS.IOU_THRESHOLDS": ["[]", "[-0.5]"],
     "MODEL.PIXEL_STD": ["[0.0, 1.0, 1.0]", "[1.0, 2.0]", "[1e400, 1.0, 1.0]", "['a', 1.0, 1.0]"],
     "MODEL.ANCHOR_GENERATOR.SIZES": ["[]", "[[]]", "[[-3]]", "[3, -1]", "[3, [4]]", "[['a']]"],
@@ -108,6 +108,7 @@ def test_the_name_of_a_data_set_in_the_catalog(tmp_path):
     "opts",
     [
         ["MODEL.RETINANET.IOU_THRESHOLDS", "[0.5, 0.4]"],
+        ["MODEL.RETINANET.IOU_THRESHOLDS", "[0.0, 0.4]"],
         ["MODEL.RETINANET.IOU_LABELS", "[0, 1]"],
         ["MODEL.RETINANET.IOU_LABELS", "[0, 2, 1]"],
         ["INPUT.CROP.SIZE", "[2, -1]", "INPUT.CROP.ENABLED", "True"],

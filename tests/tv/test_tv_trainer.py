@@ -418,7 +418,7 @@ def test_adaptive_gradient_clipping(make_cfg):
     "opts, message",
     [
         (["SOLVER.AGC.EPS", "0.0"], "SOLVER.AGC.EPS: 0.0 is not accepted; use more than 0.0"),
-        (["SOLVER.ACCUMULATE", "0"], "SOLVER.ACCUMULATE: 0 is not accepted; use 1 or more"),
+        (["SOLVER.ACCUMULATE", "0"], "SOLVER.ACCUMULATE: 0 is not accepted; use 1 to"),
         (
             ["SOLVER.ACCUMULATE", "2", "SOLVER.VIRTUAL_IMAGES", "2"],
             "SOLVER.VIRTUAL_IMAGES: 2 is not accepted with SOLVER.ACCUMULATE 2",
@@ -434,7 +434,7 @@ def test_adaptive_gradient_clipping(make_cfg):
             ],
             "SOLVER.VIRTUAL_IMAGES: 2 is not accepted with .*UPDATE_POPULATION False",
         ),
-        (["SOLVER.VIRTUAL_IMAGES", "-1"], "SOLVER.VIRTUAL_IMAGES: -1 is not accepted; use 0 or"),
+        (["SOLVER.VIRTUAL_IMAGES", "-1"], "SOLVER.VIRTUAL_IMAGES: -1 is not accepted; use 0 to"),
         (
             ["SOLVER.VIRTUAL_IMAGES", "2", *norm_opts("FrozenBN")],
             "SOLVER.VIRTUAL_IMAGES: 2 is not accepted: no part of the model has a batch",
