@@ -42,7 +42,7 @@ class Layer(NamedTuple):
 class Checkpoint(NamedTuple):
     """Attributes:
     part: the key of the file under which they are; "" for the file itself.
-    others: further parts that have weights.
+    others: further parts that have statistics.
     layers: in the order of the file.
     broken: keys that make no layer, and what is wrong with each.
     num_convs, num_with_bias: weights of convolutions, and how many of these have a bias.
@@ -67,7 +67,8 @@ def read(path: str | os.PathLike, part: str | None = None) -> Checkpoint:
     """
     parts = _parts(path)
     chosen = _chosen(parts, part)
-    others = [name for name in parts if name != chosen]
+    has_layers = {name for name, state in parts.items() if any(map(_is_statistics, state))}
+    others = [name for name in parts if name in has_layers - {chosen}]
     return of_state(parts[chosen])._replace(part=chosen, others=others)
 
 

@@ -318,6 +318,8 @@ def test_a_stray_number_hides_no_weights(state, examine):
     state["bn1.running_var"][0] = torch.nan
     content = {"epoch": 3, "state_dict": state, "best_acc1": torch.tensor(76.1)}
     assert [of.rule for of in examine(content).findings] == ["BN107"]
+    state["bn1.running_var"][0] = 1.0
+    assert "--part" not in examine({"model": state, "trainer": {"x": torch.ones(3)}}).verdict
     assert examine({"student": state, "teacher": NEW}, part="teacher").findings[0].rule == "BN105"
 
 
