@@ -62,13 +62,10 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="all rules")
     parser.add_argument("--explain", metavar="RULE", help="what a rule finds, and why it matters")
     add_model_arguments(parser)
-    add_config_arguments(parser, required=False)
+    opts = "the checkpoint; with --config-file options that replace the file's"
+    add_config_arguments(parser, required=False, opts=("FILE | KEY VALUE", opts))
     # What the set-up that evaluation shares asks for.
     parser.set_defaults(eval_only=True, resume=False, num_gpus=1, num_machines=1)
-    for action in parser._actions:
-        if action.dest == "opts":
-            action.metavar = "FILE | KEY VALUE"
-            action.help = "the checkpoint; with --config-file options that replace the file's"
     return parser
 
 

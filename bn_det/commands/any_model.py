@@ -58,22 +58,20 @@ def functions_of(args: argparse.Namespace) -> Functions:
 
 
 def made(
-    functions: Functions, args: argparse.Namespace, weights: Mapping[str, Tensor] | None, path: str
+    functions: Functions, args: argparse.Namespace, weights: Mapping[str, Tensor], path: str
 ) -> AnyModel:
     """Call the functions, and load the weights into the model.
 
     Args:
-        weights: None to leave the model as it is made.
-        path: of the file that they are from, for messages.
+        path: of the file that the weights are from, for messages.
     """
     model = _called("--model", functions.model)
     if not isinstance(model, nn.Module):
         raise InputError(f"--model: {args.model} gave a {type(model).__name__}, and no module")
-    if weights is not None:
-        try:
-            load_weights(model, weights, of_config=False)
-        except InputError as e:
-            raise InputError(f"{path}: {e}") from e
+    try:
+        load_weights(model, weights, of_config=False)
+    except InputError as e:
+        raise InputError(f"{path}: {e}") from e
     batches = _called("--data", functions.data)
     if not isinstance(batches, Iterable):
         raise InputError(f"--data: {args.data} gave a {type(batches).__name__}, and no batches")

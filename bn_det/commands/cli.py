@@ -31,8 +31,19 @@ def add_host_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_config_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """--config-file, --host, and KEY VALUE pairs; for ``parser.parse_intermixed_args``."""
+_OPTS = "config options that replace the file's"
+
+
+def add_config_arguments(
+    parser: argparse.ArgumentParser,
+    required: bool = True,
+    opts: tuple[str, str] = ("KEY VALUE", _OPTS),
+) -> None:
+    """--config-file, --host, and KEY VALUE pairs; for ``parser.parse_intermixed_args``.
+
+    Args:
+        opts: what the help calls these pairs, and says of them.
+    """
     parser.add_argument(
         "--config-file", required=required, metavar="FILE", help="such as configs/quick_start.yaml"
     )
@@ -41,8 +52,8 @@ def add_config_arguments(parser: argparse.ArgumentParser, required: bool = True)
         "opts",
         nargs="*",
         default=[],
-        metavar="KEY VALUE",
-        help="config options that replace the file's",
+        metavar=opts[0],
+        help=opts[1],
     )
 
 

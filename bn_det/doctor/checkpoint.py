@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from ..errors import InputError, reason_of, shown
 from ..layers.pickled_arrays import read_pickled_arrays
-from ..layers.state_dicts import READ_ERRORS, read_checkpoint, why_unreadable
+from ..layers.state_dicts import READ_ERRORS, read_checkpoint, why_not_dense, why_unreadable
 
 STATISTICS = ("running_mean", "running_var")
 _PARTS = ("", "model", "state_dict", "model_state", "ema", "model_ema", "state_dict_ema")
@@ -184,8 +184,8 @@ def _why_no_layer(of: Mapping[str, Tensor]) -> str:
     if missing:
         return f"has no {' and no '.join(missing)} beside it"
     for name, t in of.items():
-        if t.layout is not torch.strided or t.is_quantized or t.is_nested or t.is_meta:
-            return f"has a {name} that is no tensor of numbers alone (sparse, quantized, ...)"
+        if kind := why_not_dense(t):
+            return f"has a {kind} {name}"
         if name != _COUNTER and t.dtype not in _DTYPES:
             return f"has a {name} of {str(t.dtype).removeprefix('torch.')}"
     counter = of.get(_COUNTER)

@@ -58,14 +58,11 @@ def examine(
     model = unwrapped(model)
     checkpoint = of_state(model.state_dict())
     findings = [*from_file.findings_of(checkpoint, recompute), *from_model.findings_of(model)]
-    # What a model has is known, and not only guessed from a file.
-    findings = [of for of in findings if of.rule != "BN114"]
     number = count(len(checkpoint.layers), "BatchNorm layer")
     healthy = f"nothing is wrong with the state of its {number}"
     if batches is not None and checkpoint.layers:
         seen = from_passes.look(model, batches, num_iters, call, group, progress)
-        for check in (from_passes.stale, from_passes.levels):
-            findings += check(seen, recompute)
+        findings += [*from_passes.stale(seen, recompute), *from_passes.levels(seen)]
         if seen.layers:
             healthy = (
                 f"nothing is wrong with its {number}: the statistics of {len(seen.layers)}, which "

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..layers.folded import is_trained
 from .checkpoint import Checkpoint, Layer, read
 from .findings import Finding, Recompute, Report, count, make_report
 from .rules import RULES
@@ -53,7 +54,7 @@ def examine_file(
     wanted = {rule for rule in RULES if rule in rules or rule not in OF_FILES}
     checkpoint = read(path, part)
     recompute = Recompute.by_command(path, _ANY)
-    findings = findings_of(checkpoint, recompute)
+    findings = [*findings_of(checkpoint, recompute), *fused_file(checkpoint)]
     number = len(checkpoint.layers)
     others = checkpoint.others
     also = f"; the file has weights under {others}, too: --part" if others else ""
@@ -66,7 +67,7 @@ def examine_file(
 
 
 def findings_of(checkpoint: Checkpoint, recompute: Recompute) -> Iterator[Finding]:
-    """By all rules of what a file has.
+    """By the rules of statistics, of a file or of a model's state.
 
     Args:
         recompute: how its statistics are recomputed.
@@ -95,19 +96,12 @@ def _is_initial(layer: Layer) -> bool:
     return not layer.mean.any() and bool(near.all())
 
 
-def _is_affine_initial(layer: Layer) -> bool:
-    """Whether weight and bias are. The weight may be any constant: 0 at a residual block's end."""
-    weight, bias = layer.weight, layer.bias
-    varies = weight is not None and weight.numel() > 0 and bool((weight != weight[0]).any())
-    return not varies and (bias is None or not bias.any())
-
-
 @_check
 def initial_statistics(checkpoint: Checkpoint, recompute: Recompute) -> Iterator[Finding]:
     """BN101 to BN105: by the counter, and by whether the affine is a new layer's."""
     groups: dict[str, list[Layer]] = {}
     for layer in filter(_is_initial, checkpoint.layers):
-        is_new = _is_affine_initial(layer)
+        is_new = not is_trained(layer)
         if layer.batches is None:
             rule = "BN102" if is_new else "BN103"
         elif layer.batches == 0:
@@ -173,44 +167,22 @@ def start_left(checkpoint: Checkpoint, recompute: Recompute) -> Iterator[Finding
         yield Finding("BN106", "warning", tuple(young), most, why, recompute.usual)
 
 
-def _by_channels(
-    checkpoint: Checkpoint,
-    rule: str,
-    severity: str,
-    of_layer: Callable[[Layer], Tensor],
-    what: str,
-    treatment: str,
-) -> Iterator[Finding]:
-    """A finding of the layers that have channels of a kind, with the first of these."""
-    numbers = {}
-    for layer in checkpoint.layers:
-        channels = of_layer(layer).nonzero().flatten().tolist()
-        if channels:
-            numbers[layer.name] = channels
-    if numbers:
-        first = next(iter(numbers))
-        some = ", ".join(map(str, numbers[first][:5])) + ", ..." * (len(numbers[first]) > 5)
-        total = sum(map(len, numbers.values()))
-        places = f"{count(total, 'channel')} in {count(len(numbers), 'layer')}"
-        why = f"{places} {what}; {first}: channel {some}"
-        yield Finding(rule, severity, tuple(numbers), total, why, treatment)
-
-
 @_check
-def not_finite(checkpoint: Checkpoint, recompute: Recompute) -> Iterator[Finding]:
-    """BN107, BN108, BN109."""
-    yield from _by_channels(
-        checkpoint, "BN107", "error",
-        _is_not_finite, "with a value that is NaN or infinite", recompute.usual,
-    )  # fmt: skip
-    yield from _by_channels(
-        checkpoint, "BN108", "error", lambda layer: layer.var < 0,
-        "with a variance below 0", recompute.usual,
-    )  # fmt: skip
-    yield from _by_channels(
-        checkpoint, "BN109", "error", _is_clamped,
-        "with a mean or variance at float16's largest number", recompute.usual,
-    )  # fmt: skip
+def of_channels(checkpoint: Checkpoint, recompute: Recompute) -> Iterator[Finding]:
+    """BN107 to BN111: of the layers that have channels of a kind, with the first of these."""
+    for rule, (severity, of_layer, what, treatment) in _OF_CHANNELS.items():
+        numbers = {}
+        for layer in checkpoint.layers:
+            channels = of_layer(layer).nonzero().flatten().tolist()
+            if channels:
+                numbers[layer.name] = channels
+        if numbers:
+            first = next(iter(numbers))
+            some = ", ".join(map(str, numbers[first][:5])) + ", ..." * (len(numbers[first]) > 5)
+            total = sum(map(len, numbers.values()))
+            places = f"{count(total, 'channel')} in {count(len(numbers), 'layer')}"
+            why = f"{places} {what}; {first}: channel {some}"
+            yield Finding(rule, severity, tuple(numbers), total, why, treatment or recompute.usual)
 
 
 def _is_not_finite(layer: Layer) -> Tensor:
@@ -218,10 +190,55 @@ def _is_not_finite(layer: Layer) -> Tensor:
     return ~torch.stack([t.double() for t in values]).isfinite().all(0)
 
 
+def _is_clamped(layer: Layer) -> Tensor:
+    values = torch.stack([layer.mean.abs(), layer.var]).double()
+    return (values == FLOAT16.max).any(0)
+
+
+def _depends_on_eps(layer: Layer) -> Tensor:
+    """Channels whose output varies otherwise, by a tenth of what is usual in the layer."""
+    var = layer.var.double().clamp(min=0)
+    scale = torch.ones_like(var) if layer.weight is None else layer.weight.double().abs()
+    stds = [scale * (var / (var + eps)).sqrt() for eps in _EPS]
+    usual = stds[0].median() if len(var) else 0.0
+    return stds[0] - stds[1] > _OF_USUAL * usual
+
+
+def _is_dead(layer: Layer) -> Tensor:
+    without_weight = layer.var == 0
+    if layer.weight is None or not is_trained(layer):
+        return without_weight
+    return without_weight | (layer.weight == 0)
+
+
+_OF_CHANNELS: dict[str, tuple[str, Callable[[Layer], Tensor], str, str]] = {
+    "BN107": ("error", _is_not_finite, "with a value that is NaN or infinite", ""),
+    "BN108": ("error", lambda layer: layer.var < 0, "with a variance below 0", ""),
+    "BN109": (
+        "error",
+        _is_clamped,
+        "with a mean or variance at float16's largest number",
+        "",
+    ),
+    "BN110": (
+        "note",
+        _depends_on_eps,
+        f"with another output by eps {_EPS[1]} than by {_EPS[0]}",
+        "give every layer the eps that the model was trained with",
+    ),
+    "BN111": (
+        "note",
+        _is_dead,
+        "with the same output for every image",
+        "none is needed; they can be pruned",
+    ),
+}
+"""Severity, which channels of a layer, what they are, and the treatment if not to recompute."""
+
+
 @_check
 def half_precision(checkpoint: Checkpoint, recompute: Recompute) -> Iterator[Finding]:
     """BN115."""
-    del recompute
     layers = [of for of in checkpoint.layers if of.var.dtype in (torch.float16, torch.bfloat16)]
     if layers:
         # Of bfloat16, which has float32's exponents, none is.
@@ -235,55 +252,12 @@ def half_precision(checkpoint: Checkpoint, recompute: Recompute) -> Iterator[Fin
         yield Finding("BN115", "note", _named(layers), lost, why, treatment)
 
 
-def _is_clamped(layer: Layer) -> Tensor:
-    values = torch.stack([layer.mean.abs(), layer.var]).double()
-    return (values == FLOAT16.max).any(0)
-
-
-@_check
-def near_eps(checkpoint: Checkpoint, recompute: Recompute) -> Iterator[Finding]:
-    """BN110."""
-    del recompute
-    yield from _by_channels(
-        checkpoint, "BN110", "note", _depends_on_eps,
-        f"with another output by eps {_EPS[1]} than by {_EPS[0]}",
-        "give every layer the eps that the model was trained with",
-    )  # fmt: skip
-
-
-def _depends_on_eps(layer: Layer) -> Tensor:
-    """Channels whose output varies otherwise, by a tenth of what is usual in the layer."""
-    var = layer.var.double().clamp(min=0)
-    scale = torch.ones_like(var) if layer.weight is None else layer.weight.double().abs()
-    stds = [scale * (var / (var + eps)).sqrt() for eps in _EPS]
-    usual = stds[0].median() if len(var) else 0.0
-    return stds[0] - stds[1] > _OF_USUAL * usual
-
-
-@_check
-def dead(checkpoint: Checkpoint, recompute: Recompute) -> Iterator[Finding]:
-    """BN111."""
-    del recompute
-    yield from _by_channels(
-        checkpoint, "BN111", "note", _is_dead, "with the same output for every image",
-        "none is needed; they can be pruned",
-    )  # fmt: skip
-
-
-def _is_dead(layer: Layer) -> Tensor:
-    without_weight = layer.var == 0
-    if layer.weight is None or _is_affine_initial(layer):
-        return without_weight
-    return without_weight | (layer.weight == 0)
-
-
 _MOST_TIMES = 16
 
 
 @_check
 def counters(checkpoint: Checkpoint, recompute: Recompute) -> Iterator[Finding]:
     """BN112."""
-    del recompute
     counted = [layer for layer in checkpoint.layers if layer.batches]
     if not counted:
         return
@@ -313,19 +287,24 @@ def counters(checkpoint: Checkpoint, recompute: Recompute) -> Iterator[Finding]:
 
 @_check
 def missing_keys(checkpoint: Checkpoint, recompute: Recompute) -> Iterator[Finding]:
-    """BN113, BN114."""
+    """BN113."""
     if checkpoint.broken:
         key, what = next(iter(checkpoint.broken.items()))
         why = f"{count(len(checkpoint.broken), 'key')} without a layer, first {key}, which {what}"
         names = tuple(name.rpartition(".")[0] for name in checkpoint.broken)
         yield Finding("BN113", "error", names, len(checkpoint.broken), why, recompute.usual)
-    elif not checkpoint.layers:
-        number, with_bias = checkpoint.num_convs, checkpoint.num_with_bias
-        if number > 1 and with_bias >= _MANY_WITH_BIAS * number:
-            why = (
-                f"it has no statistics, and {with_bias} of {number} convolutions have a bias: if "
-                "the model has BatchNorm, this is its fused file"
-            )
-            treatment = "fuse the model, too, before it is loaded (bn_det.fuse), or load the "
-            treatment += "unfused file"
-            yield Finding("BN114", "warning", (), with_bias, why, treatment)
+
+
+def fused_file(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """BN114; of a model it is known what it has."""
+    number, with_bias = checkpoint.num_convs, checkpoint.num_with_bias
+    if checkpoint.broken or checkpoint.layers or number < 2:
+        return
+    if with_bias >= _MANY_WITH_BIAS * number:
+        why = (
+            f"it has no statistics, and {with_bias} of {number} convolutions have a bias: if "
+            "the model has BatchNorm, this is its fused file"
+        )
+        treatment = "fuse the model, too, before it is loaded (bn_det.fuse), or load the "
+        treatment += "unfused file"
+        yield Finding("BN114", "warning", (), with_bias, why, treatment)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,9 +21,6 @@ from .findings import Finding, Recompute, count
 
 FALSE_ALARMS = 0.01
 """Of an examination of a healthy model, by one rule."""
-
-_MOMENTUM = 0.1
-"""Of a layer that does not say its own: FrozenBN."""
 
 _COSTS = 1.0
 """Standard deviations by which a channel's output is off from which on AP is taken to suffer."""
@@ -103,7 +100,9 @@ def look(
         _, report = measure_statistics(observer, batches, how, progress)
         if report.layers and report.num_batches < 2:
             raise InputError("batches: one is too few to tell chance from a fault; use 8 or more")
-        momenta = {layer.name: _momentum(layer.module, report.num_batches) for layer in layers}
+        momenta = {
+            layer.name: _momentum(layer.module.momentum, report.num_batches) for layer in layers
+        }
     return Seen(report.layers, momenta, observer.shares, observer.calls)
 
 
@@ -118,8 +117,7 @@ def _in_training_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _momentum(layer: nn.Module, num_batches: int) -> float:
-    momentum = getattr(layer, "momentum", _MOMENTUM)
+def _momentum(momentum: float | None, num_batches: int) -> float:
     # A mean of all batches is as precise as that of as many as the passes had, at least.
     return 2 / (num_batches + 1) if momentum is None else min(float(momentum), 1.0)
 
@@ -155,8 +153,7 @@ def stale(seen: Seen, recompute: Recompute) -> Iterator[Finding]:
             if is_off and shift > off.get(of.name, (0.0, 0.0))[0]:
                 off[of.name] = shift, explained
     if off:
-        names = sorted(off, key=lambda name: -off[name][0])
-        shift, error = off[names[0]]
+        names, shift, error = _furthest(off)
         why = (
             f"{len(off)} of {len(seen.layers)} layers have statistics that chance does not "
             f"explain on the weights as they are; the furthest is {names[0]}, by {shift:.3g} "
@@ -164,12 +161,11 @@ def stale(seen: Seen, recompute: Recompute) -> Iterator[Finding]:
             f"be off by {error:.2g}"
         )
         severity = "error" if shift >= _COSTS else "warning"
-        yield Finding("BN201", severity, tuple(names), shift, why, recompute.usual, error)
+        yield Finding("BN201", severity, names, shift, why, recompute.usual, error)
 
 
-def levels(seen: Seen, recompute: Recompute) -> Iterator[Finding]:
+def levels(seen: Seen) -> Iterator[Finding]:
     """BN202."""
-    del recompute
     noise = {of.name: of.mean_error**2 * of.num_batches for of in seen.layers}
     off = {}
     for name, shares in seen.shares.items():
@@ -180,8 +176,7 @@ def levels(seen: Seen, recompute: Recompute) -> Iterator[Finding]:
         if share - bound * error > noise.get(name, 0.0):
             off[name] = share, error
     if off:
-        names = sorted(off, key=lambda name: -off[name][0])
-        share, error = off[names[0]]
+        names, share, error = _furthest(off)
         why = (
             f"{count(len(off), 'layer')} called several times a pass ({names[0]} "
             f"{seen.calls[names[0]]} times), each call normalized by its own batch, and at test "
@@ -193,7 +188,13 @@ def levels(seen: Seen, recompute: Recompute) -> Iterator[Finding]:
             "bn_det.DomainBatchNorm2d in code"
         )
         severity = "error" if math.sqrt(share) >= _COSTS else "warning"
-        yield Finding("BN202", severity, tuple(names), share, why, treatment, error)
+        yield Finding("BN202", severity, names, share, why, treatment, error)
+
+
+def _furthest(off: Mapping[str, tuple[float, float]]) -> tuple[tuple[str, ...], float, float]:
+    """The names of layers, the worst first, with its value and the error of that."""
+    names = tuple(sorted(off, key=lambda name: -off[name][0]))
+    return names, *off[names[0]]
 
 
 def _standard_error(values: Tensor) -> float:

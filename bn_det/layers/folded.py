@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Protocol
+
+from torch import Tensor, nn
 
 from .domain_batch_norm import state_holders
 from .kinds import eps_of, evaluates_by_batch, why_lazy
+
+
+class Affine(Protocol):
+    """What has weight and bias: a layer, or one in a file."""
+
+    weight: Tensor | None
+    bias: Tensor | None
 
 
 def has_trivial_statistics(layer: nn.Module) -> bool:
@@ -37,10 +46,11 @@ def is_folded(layer: nn.Module, in_list: nn.Module | None = None) -> bool:
     if any(counter is not None and counter > 0 for counter in counters):
         return False
     affines = [affine for _, affine in holders] if in_list is None else [in_list]
-    return any(map(_is_trained, affines))
+    return any(map(is_trained, affines))
 
 
-def _is_trained(affine: nn.Module) -> bool:
+def is_trained(affine: Affine) -> bool:
+    """Whether weight and bias are other than those of a new layer, whose weight is a constant."""
     weight, bias = affine.weight, affine.bias
     varies = weight is not None and not bool((weight == weight[0]).all())
     return varies or (bias is not None and bool(bias.any()))
@@ -52,4 +62,4 @@ def has_learned(layer: nn.Module) -> bool:
     has_statistics = any(population.running_mean is not None for population, _ in holders)
     if has_statistics and not has_trivial_statistics(layer):
         return True
-    return any(_is_trained(affine) for _, affine in holders)
+    return any(is_trained(affine) for _, affine in holders)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .domain_batch_norm import DomainBatchNorm2d
-from .kernels import grid_of
+from .kernels import one_launch
 from .watched import is_watched
 
 
@@ -53,7 +53,7 @@ def forward_levels(
     steps = list(_steps(layers))
     while steps:
         step, *steps = steps
-        if steps and _has_relu(step, steps[0]) and grid_of(features) is not None:
+        if steps and _has_relu(step, steps[0]) and one_launch(features) is not None:
             features = step.call(features, relu=True)
             steps = steps[1:]
         elif isinstance(step.call, _FOR_LISTS):

@@ -121,14 +121,14 @@ def weights_of(loaded: Any, path: str | os.PathLike) -> Mapping[str, Any]:
     if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
         raise InputError(f"{path}: is no state dict, and has none under 'model'")
     for name, value in content.items():
-        if isinstance(value, Tensor) and (kind := _why_not_dense(value)):
+        if isinstance(value, Tensor) and (kind := why_not_dense(value)):
             raise InputError(
                 f"{path}: {name}: a {kind} tensor is not accepted; use dense ones of numbers"
             )
     return content
 
 
-def _why_not_dense(tensor: Tensor) -> str:
+def why_not_dense(tensor: Tensor) -> str:
     """What a tensor is, if most of torch's functions do not take it."""
     kinds = {
         "meta": tensor.is_meta,

@@ -233,24 +233,19 @@ def normalize(xs: Sequence[Tensor], how: Normalization, grid: Grid) -> list[Tens
     """See :func:`bn_det.layers.kernels.normalize`."""
     xs = grid.pieces_of(xs)
     ys = [torch.empty_like(x) for x in xs]
-    affine = _Affine.of(how)
-    constants = how.eps, *affine.has, how.relu, *grid.constants
+    of = _Arguments.of(xs, how, grid)
     _launch(
         triton_kernels.normalize,
         grid.size,
-        (*xs, *affine.weights, *affine.biases),
+        (*xs, *of.weights, *of.biases),
         xs,
         tuple(ys),
-        *grid.pieces,
-        _coded(how.batch_of),
-        _coded(how.affine_of),
+        *of.pieces,
         *how.batches[1:],
-        affine.weights,
-        affine.biases,
-        grid.num_channels,
-        grid.tiles,
-        *constants,
-        kind=(xs[0].dtype, grid.num_channels, len(xs), len(affine.weights), *constants),
+        of.weights,
+        of.biases,
+        *of.numbers,
+        kind=of.kind,
     )
     return ys
 
@@ -263,46 +258,41 @@ def backward_sums(
     num_channels = grid.num_channels
     _, mean, var = how.batches
     rows = mean.new_empty((grid.size[0], 2, num_channels))
-    affine = _Affine.of(how)
-    kind = xs[0].dtype, num_channels, len(xs), len(affine.weights)
-    constants = how.eps, *affine.has, how.relu, *grid.constants
+    of = _Arguments.of(xs, how, grid)
     _launch(
         triton_kernels.sums,
         grid.size,
-        (*dys, *xs, *affine.weights, *affine.biases),
+        (*dys, *xs, *of.weights, *of.biases),
         dys,
         xs,
-        *grid.pieces,
-        _coded(how.batch_of),
-        _coded(how.affine_of),
+        *of.pieces,
         mean,
         var,
-        affine.weights,
-        affine.biases,
+        of.weights,
+        of.biases,
         rows,
-        num_channels,
-        grid.tiles,
-        *constants,
-        kind=(*kind, *constants),
+        *of.numbers,
+        kind=of.kind,
     )
     num_batches = len(mean)
     totals = mean.new_empty((num_batches + len(how.weights), 2, num_channels))
-    constants = affine.has[0], _BLOCK
+    firsts, _, _, batch_of, affine_of = of.pieces
+    constants = how.weights[0] is not None, _BLOCK
     _launch(
         triton_kernels.add_up,
         (-(-num_channels // _BLOCK), len(totals), 1),
-        affine.weights,
+        of.weights,
         rows,
-        grid.pieces[0],
-        _coded(how.batch_of),
-        _coded(how.affine_of),
-        affine.weights,
+        firsts,
+        batch_of,
+        affine_of,
+        of.weights,
         totals,
         num_channels,
         len(rows),
         num_batches,
         *constants,
-        kind=(mean.dtype, *kind, *constants),
+        kind=(mean.dtype, num_channels, len(xs), len(of.weights), *constants),
     )
     return totals[:num_batches], totals[num_batches:]
 
@@ -313,47 +303,52 @@ def backward_inputs(
     """See :func:`bn_det.layers.kernels.backward_inputs`."""
     xs, dys = grid.pieces_of(xs), grid.pieces_of(dys)
     dxs = [torch.empty_like(x) for x in xs]
-    affine = _Affine.of(how)
-    constants = how.eps, *affine.has, how.relu, *grid.constants
+    of = _Arguments.of(xs, how, grid)
     _launch(
         triton_kernels.inputs,
         grid.size,
-        (*dys, *xs, *affine.weights, *affine.biases),
+        (*dys, *xs, *of.weights, *of.biases),
         dys,
         xs,
         tuple(dxs),
-        *grid.pieces,
-        _coded(how.batch_of),
-        _coded(how.affine_of),
+        *of.pieces,
         *how.batches,
         sums,
-        affine.weights,
-        affine.biases,
-        grid.num_channels,
-        grid.tiles,
-        *constants,
-        kind=(xs[0].dtype, grid.num_channels, len(xs), len(affine.weights), *constants),
+        of.weights,
+        of.biases,
+        *of.numbers,
+        kind=of.kind,
     )
     return dxs
 
 
-class _Affine(NamedTuple):
-    """Weights and biases as kernels take them: one tensor that is not read where there are none.
+class _Arguments(NamedTuple):
+    """What the kernels that go through pieces with a batch and an affine each have in common.
 
     Attributes:
-        has: whether there are weights, and biases.
+        weights, biases: of the affines; one tensor that is not read where there are none.
+        pieces: those of the grid, and the batch and the affine of each piece.
+        numbers: how many channels and tiles there are, and what the kernels are compiled for.
+        kind: as :func:`_launch` takes it.
     """
 
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor, ...]
-    has: tuple[bool, bool]
+    pieces: tuple[tuple[int, ...], ...]
+    numbers: tuple[Any, ...]
+    kind: tuple[Any, ...]
 
     @classmethod
-    def of(cls, how: Normalization) -> _Affine:
-        weights, biases = tuple(how.weights), tuple(how.biases)
-        has = weights[0] is not None, biases[0] is not None
+    def of(cls, xs: Sequence[Tensor], how: Normalization, grid: Grid) -> _Arguments:
         nothing = (how.batches[1],)
-        return cls(weights if has[0] else nothing, biases if has[1] else nothing, has)
+        has = how.weights[0] is not None, how.biases[0] is not None
+        weights = tuple(how.weights) if has[0] else nothing
+        biases = tuple(how.biases) if has[1] else nothing
+        pieces = *grid.pieces, _coded(how.batch_of), _coded(how.affine_of)
+        constants = how.eps, *has, how.relu, *grid.constants
+        numbers = grid.num_channels, grid.tiles, *constants
+        kind = xs[0].dtype, grid.num_channels, len(xs), len(weights), *constants
+        return cls(weights, biases, pieces, numbers, kind)
 
 
 def update_emas(
