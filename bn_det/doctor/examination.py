@@ -58,16 +58,18 @@ def examine(
     model = unwrapped(model)
     checkpoint = of_state(model.state_dict())
     findings = [*from_file.findings_of(checkpoint, recompute), *from_model.findings_of(model)]
+    measures = []
     number = count(len(checkpoint.layers), "BatchNorm layer")
     healthy = f"nothing is wrong with the state of its {number}"
     if batches is not None and checkpoint.layers:
         seen = from_passes.look(model, batches, num_iters, call, group, progress)
         findings += [*from_passes.stale(seen, recompute), *from_passes.levels(seen)]
-        if seen.layers:
+        measures = seen.layers
+        if measures:
             healthy = (
-                f"nothing is wrong with its {number}: the statistics of {len(seen.layers)}, which "
-                f"are not frozen, fit the weights, on {seen.layers[0].num_batches} batches"
+                f"nothing is wrong with its {number}: the statistics of {len(measures)}, which "
+                f"are not frozen, fit the weights, on {seen.num_batches} batches"
             )
     if not checkpoint.layers:
         healthy = "the model has no BatchNorm with population statistics"
-    return make_report(findings, rules, healthy)
+    return make_report(findings, rules, healthy, measures)

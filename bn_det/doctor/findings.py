@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import InputError, nearest
@@ -84,22 +85,61 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}" + "s" * (number != 1)
 
 
+class Measures(NamedTuple):
+    """Of the population statistics of one layer, or of one domain of a layer, from passes.
+
+    Means are in standard deviations of the layer's input, variances relative to its variance; root
+    mean squares over channels.
+
+    Attributes:
+        name: of the module that holds the statistics.
+        mean_shift, var_shift: how far they are from those of the passes.
+        mean_chance, var_chance: by how much they may be, by the noise of an EMA and that of the
+            passes: one standard deviation.
+        bound: the multiple of it from which on chance does not explain a shift.
+        noise: by how much the mean of a normalization batch varies from batch to batch.
+        calls: of the layer, a pass.
+        share: of its variance, what lies between the calls; None for a single one.
+    """
+
+    name: str
+    mean_shift: float
+    var_shift: float
+    mean_chance: float
+    var_chance: float
+    bound: float
+    noise: float
+    calls: int
+    share: float | None
+
+    @property
+    def worst(self) -> tuple[float, float] | None:
+        """The larger shift that chance does not explain, with its standard deviation by chance."""
+        pairs = ((self.mean_shift, self.mean_chance), (self.var_shift, self.var_chance))
+        # What is not finite is told by itself.
+        off = [pair for pair in pairs if self.bound * pair[1] < pair[0] < math.inf]
+        return max(off, default=None)
+
+
 class Report(NamedTuple):
     """Prints as a verdict in one line, and a table of findings.
 
     Attributes:
         verdict: what is wrong, where, and what mends it.
         findings: the most severe first.
+        layers: what passes have measured, in the order of the model.
     """
 
     verdict: str
     findings: list[Finding]
+    layers: Sequence[Measures] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
             "verdict": self.verdict,
             "findings": [finite({**of._asdict(), "where": list(of.where)}) for of in self.findings],
+            "layers": [finite(of._asdict()) for of in self.layers],
         }
 
     def __str__(self) -> str:
@@ -127,7 +167,12 @@ def _number(of: Finding) -> str:
     return f"{of.value:.3g}{error} {RULES[of.rule].unit}"
 
 
-def make_report(findings: Iterable[Finding], rules: Collection[str], healthy: str) -> Report:
+def make_report(
+    findings: Iterable[Finding],
+    rules: Collection[str],
+    healthy: str,
+    layers: Sequence[Measures] = (),
+) -> Report:
     """Findings in order, and the verdict of the first.
 
     Args:
@@ -149,7 +194,7 @@ def make_report(findings: Iterable[Finding], rules: Collection[str], healthy: st
         )
     else:
         verdict = healthy
-    return Report(verdict, ordered)
+    return Report(verdict, ordered, layers)
 
 
 def selected(rules: Collection[str], select: Collection[str], ignore: Collection[str]) -> set[str]:

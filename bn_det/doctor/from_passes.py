@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from statistics import stdev
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import InputError
 from ..layers.comm import Group, process_group
@@ -17,7 +18,7 @@ from ..layers.moments import Moments
 from ..population.observation import Observed, Observer, PopulationLayer, population_layers
 from ..population.report import LayerReport
 from ..population.update import How, measure_statistics
-from .findings import Finding, Recompute, count
+from .findings import Finding, Measures, Recompute, count
 
 FALSE_ALARMS = 0.01
 """Of an examination of a healthy model, by one rule."""
@@ -30,17 +31,15 @@ class Seen(NamedTuple):
     """What the layers have seen.
 
     Attributes:
-        layers: statistics as they are against those of the passes.
-        momenta: of the layers' EMAs, by name.
+        num_batches: of all ranks.
+        layers: their measures.
         shares: of each layer that is called several times a pass, in each pass the share of its
             variance that lies between the calls.
-        calls: of these layers, a pass.
     """
 
-    layers: list[LayerReport]
-    momenta: dict[str, float]
+    num_batches: int
+    layers: list[Measures]
     shares: dict[str, list[float]]
-    calls: dict[str, int]
 
 
 class _LevelObserver(Observer):
@@ -100,10 +99,28 @@ def look(
         _, report = measure_statistics(observer, batches, how, progress)
         if report.layers and report.num_batches < 2:
             raise InputError("batches: one is too few to tell chance from a fault; use 8 or more")
-        momenta = {
-            layer.name: _momentum(layer.module.momentum, report.num_batches) for layer in layers
-        }
-    return Seen(report.layers, momenta, observer.shares, observer.calls)
+    momenta = {layer.name: layer.module.momentum for layer in layers}
+    fewest = min((of.num_batches for of in report.layers), default=0)
+    bound = _bound(fewest, 2 * max(len(report.layers), 1))
+    measures = [_measures(of, momenta[of.name], bound, observer) for of in report.layers]
+    return Seen(report.num_batches, measures, observer.shares)
+
+
+def _measures(
+    of: LayerReport, momentum: float | None, bound: float, observer: _LevelObserver
+) -> Measures:
+    chances = [_chance(of, error, momentum) for error in (of.mean_error, of.var_error)]
+    shares = observer.shares.get(of.name)
+    return Measures(
+        of.name,
+        of.mean_shift,
+        of.var_shift,
+        *chances,
+        bound,
+        noise=of.mean_error * math.sqrt(of.num_batches),
+        calls=observer.calls.get(of.name, 1),
+        share=sum(shares) / len(shares) if shares else None,
+    )
 
 
 @contextmanager
@@ -117,11 +134,6 @@ def _in_training_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _momentum(momentum: float | None, num_batches: int) -> float:
-    # A mean of all batches is as precise as that of as many as the passes had, at least.
-    return 2 / (num_batches + 1) if momentum is None else min(float(momentum), 1.0)
-
-
 def _bound(num_batches: int, num_tests: int) -> float:
     """The ratio of a difference to its standard error that chance alone does not reach."""
     from scipy.stats import t  # only for this: the layers need torch alone
@@ -129,29 +141,21 @@ def _bound(num_batches: int, num_tests: int) -> float:
     return float(t.isf(FALSE_ALARMS / (2 * num_tests), max(num_batches - 1, 1)))
 
 
-def _explained(of: LayerReport, error: float, momentum: float) -> float:
+def _chance(of: LayerReport, error: float, momentum: float | None) -> float:
     """The standard deviation of an EMA about what it estimates, with that of the estimate.
 
     An EMA of weight m has m / (2 - m) of the variance of a batch's statistics, for batches of the
-    size that the passes had.
+    size that the passes had. A mean of all batches is as precise as that of as many as the passes
+    had, at least.
     """
+    m = 2 / (of.num_batches + 1) if momentum is None else min(float(momentum), 1.0)
     of_batch = error * math.sqrt(of.num_batches)
-    return math.hypot(of_batch * math.sqrt(momentum / (2 - momentum)), error)
+    return math.hypot(of_batch * math.sqrt(m / (2 - m)), error)
 
 
 def stale(seen: Seen, recompute: Recompute) -> Iterator[Finding]:
     """BN201."""
-    if not seen.layers:
-        return
-    bound = _bound(min(of.num_batches for of in seen.layers), 2 * len(seen.layers))
-    off: dict[str, tuple[float, float]] = {}
-    for of in seen.layers:
-        pairs = ((of.mean_shift, of.mean_error), (of.var_shift, of.var_error))
-        for shift, error in pairs:
-            explained = _explained(of, error, seen.momenta[of.name])
-            is_off = bound * explained < shift < math.inf  # what is not finite is told by itself
-            if is_off and shift > off.get(of.name, (0.0, 0.0))[0]:
-                off[of.name] = shift, explained
+    off = {of.name: of.worst for of in seen.layers if of.worst}
     if off:
         names, shift, error = _furthest(off)
         why = (
@@ -166,20 +170,22 @@ def stale(seen: Seen, recompute: Recompute) -> Iterator[Finding]:
 
 def levels(seen: Seen) -> Iterator[Finding]:
     """BN202."""
-    noise = {of.name: of.mean_error**2 * of.num_batches for of in seen.layers}
     off = {}
-    for name, shares in seen.shares.items():
-        values = torch.tensor(shares, dtype=torch.float64)
-        share, error = float(values.mean()), _standard_error(values)
+    calls = {}
+    for of in seen.layers:
+        if of.share is None:
+            continue
+        shares = seen.shares[of.name]
+        error = _standard_error(shares)
         bound = _bound(len(shares), len(seen.shares))
         # The means of calls differ as those of batches do, where nothing but chance is between.
-        if share - bound * error > noise.get(name, 0.0):
-            off[name] = share, error
+        if of.share - bound * error > of.noise**2:
+            off[of.name], calls[of.name] = (of.share, error), of.calls
     if off:
         names, share, error = _furthest(off)
         why = (
             f"{count(len(off), 'layer')} called several times a pass ({names[0]} "
-            f"{seen.calls[names[0]]} times), each call normalized by its own batch, and at test "
+            f"{calls[names[0]]} times), each call normalized by its own batch, and at test "
             f"time all by the same statistics: {100 * share:.0f} % of {names[0]}'s variance lie "
             "between the calls"
         )
@@ -197,5 +203,5 @@ def _furthest(off: Mapping[str, tuple[float, float]]) -> tuple[tuple[str, ...], 
     return names, *off[names[0]]
 
 
-def _standard_error(values: Tensor) -> float:
-    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.inf
+def _standard_error(values: Sequence[float]) -> float:
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf

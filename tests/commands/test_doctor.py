@@ -50,7 +50,7 @@ def test_table_and_exit_status(broken):
 
 def test_json(broken):
     found = json.loads(doctor(broken, "--format", "json").stdout)
-    assert set(found) == {"verdict", "findings"}
+    assert set(found) == {"verdict", "findings", "layers"}
     first, *_ = found["findings"]
     assert first["rule"] == "BN107" and first["severity"] == "error" and first["where"] == ["1"]
     assert set(first) == {

@@ -52,6 +52,11 @@ def test_healthy(model):
     report = examine(model, batches())
     assert rules(report) == []
     assert report.verdict.startswith("nothing is wrong with its 2 BatchNorm layers")
+    assert [of.name for of in report.layers] == ["1", "4"]
+    for of in report.layers:
+        assert of.worst is None and of.share is None and of.calls == 1
+        # Of 8 images whose brightness varies the mean varies by about 1 / sqrt(2 * 8).
+        assert 0.02 < of.noise < 0.3 and of.mean_chance < of.noise
 
 
 @pytest.mark.parametrize("key", ["running_mean", "running_var"])
