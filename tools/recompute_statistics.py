@@ -73,6 +73,11 @@ def argument_parser() -> argparse.ArgumentParser:
         "(initial=True in messages)",
     )
     add_model_arguments(parser)
+    parser.add_argument(
+        "--part",
+        metavar="KEY",
+        help="with --model: where in the file the weights are, such as ema",
+    )
     parser.add_argument("--evaluate", action="store_true", help="show AP before and after")
     add_process_arguments(parser)
     add_config_arguments(parser, required=False)
@@ -85,7 +90,7 @@ _OF_CONFIG = (
     *("dataset", "adabn", "population", "evaluate", "host", "num_gpus", "num_machines"),
     *("machine_rank", "dist_url", "opts"),
 )
-_OF_MODEL = ("data", "call")
+_OF_MODEL = ("data", "call", "part")
 
 
 def _refuse_unread(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ..doctor.evaluation import Score
 from ..errors import InputError, reason_of
 from .fitting import load_weights
 
@@ -21,11 +22,13 @@ class AnyModel(NamedTuple):
     model: with its weights.
     batches: as ``call`` takes them, or the model.
     call: runs the model on a batch; None for ``model(batch)``.
+    score: AP of a model in evaluation mode, where there is a test set.
     """
 
     model: nn.Module
     batches: Iterable[Any]
     call: Callable[[nn.Module, Any], Any] | None
+    score: Score | None = None
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

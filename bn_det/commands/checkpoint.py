@@ -210,25 +210,26 @@ def _check_last(path: str) -> None:
         raise InputError(f"--resume: {path}: {name!r} is not the name of a checkpoint beside it")
 
 
-def check_output(output: str | None, inputs: Sequence[str], flag: str) -> None:
-    """Raise InputError unless a command can write its --output, another file than what it reads.
+def check_output(
+    output: str | None, inputs: Sequence[str], flag: str, name: str = "--output"
+) -> None:
+    """Raise InputError unless a command can write a checkpoint, another file than what it reads.
 
     The folder is made.
 
     Args:
         output: None for nothing to write.
         inputs: what it reads, by this flag.
+        name: the flag that the output is given by.
     """
     if output is None:
         return
     path = Path(output)
     if path.suffix == ".json":
-        raise InputError(
-            f"--output: {output!r} is not accepted; the table gets that name, use .pth"
-        )
+        raise InputError(f"{name}: {output!r} is not accepted; the table gets that name, use .pth")
     if path.is_dir() or any(path.exists() and path.samefile(of) for of in inputs):
-        raise InputError(f"--output: {output!r} is not accepted; use another file than {flag}")
-    check_writable("--output", path.parent)
+        raise InputError(f"{name}: {output!r} is not accepted; use another file than {flag}")
+    check_writable(name, path.parent)
     check_replaceable(path)
 
 

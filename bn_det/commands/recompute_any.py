@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import argparse
 import logging
-from typing import Any
 
-from torch import Tensor, nn
-
+from ..doctor.checkpoint import read_state
 from ..errors import InputError
-from ..layers.state_dicts import read_checkpoint
 from ..population.progress import with_progress
 from ..population.update import update_bn_stats
 from .any_model import functions_of, made
 from .checkpoint import check_output, save_with_table
 
 logger = logging.getLogger(__name__)
-
-_NODES = ("model", "state_dict")
-"""Where a checkpoint has its weights, if not by themselves."""
 
 _NUM_ITERS = 200
 """Batches, where the command does not say; as many as there are, at most."""
@@ -29,8 +23,11 @@ def main(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s]: %(message)s", datefmt="%H:%M:%S")
     functions = functions_of(args)
     check_output(args.output, [args.weights], "--weights")
-    checkpoint, weights = _read(args.weights)
-    model, batches, call = made(functions, args, weights, f"--weights: {args.weights}")
+    try:
+        stored = read_state(args.weights, args.part)
+    except InputError as e:
+        raise InputError(e if str(e).startswith("--") else f"--weights: {e}") from e
+    model, batches, call = made(functions, args, stored.state, f"--weights: {args.weights}")[:3]
     number = _NUM_ITERS if args.num_iters is None else args.num_iters
     report = update_bn_stats(
         model.train(),
@@ -45,26 +42,5 @@ def main(args: argparse.Namespace) -> None:
         raise InputError("--model: it has no BatchNorm with population statistics to recompute")
     print(report)
     if args.output is not None:
-        _save(checkpoint, model, report.as_dict(), args.output)
-
-
-def _read(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A checkpoint, and the weights in it."""
-    try:
-        checkpoint = read_checkpoint(path)
-    except InputError as e:
-        raise InputError(f"--weights: {e}") from e
-    if not isinstance(checkpoint, dict):
-        raise InputError(f"--weights: {path} has a {type(checkpoint).__name__}, and no weights")
-    for node in _NODES:
-        if isinstance(checkpoint.get(node), dict):
-            return checkpoint, checkpoint[node]
-    return checkpoint, checkpoint
-
-
-def _save(checkpoint: dict[str, Any], model: nn.Module, report: dict, output: str) -> None:
-    """The checkpoint as it was but for its statistics, and the report beside it."""
-    state = model.state_dict()
-    node = next((node for node in _NODES if isinstance(checkpoint.get(node), dict)), None)
-    content = dict(state) if node is None else {**checkpoint, node: state}
-    save_with_table(content, report, output)
+        content = stored.with_state(model.state_dict())
+        save_with_table(content, report.as_dict(), args.output)

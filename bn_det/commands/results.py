@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import fmean
+from tempfile import TemporaryDirectory
 
 from tabulate import tabulate
+from torch import nn
+from yacs.config import CfgNode
 
+from ..doctor.evaluation import Score
 from ..errors import shown
 from ..files import check_regular, finite, parse_json, write_json
 
@@ -34,6 +39,29 @@ def results_table(results: Mapping[str, Mapping]) -> str:
 def save_results(results: Mapping[str, Mapping], folder: str | Path) -> None:
     """Write ``results.json`` into a folder, metrics by task; those that are not known as null."""
     write_json(Path(folder) / "results.json", finite(results))
+
+
+def score_of(cfg: CfgNode, test: Callable[[CfgNode, nn.Module], Mapping]) -> Score | None:
+    """The AP of boxes on DATASETS.TEST, the mean where there are several; None where there is none.
+
+    Args:
+        test: gives results; what it writes to OUTPUT_DIR is not kept.
+    """
+    if not cfg.DATASETS.TEST:
+        return None
+
+    def score(model: nn.Module) -> float:
+        with TemporaryDirectory() as folder:
+            aside = cfg.clone()
+            aside.defrost()
+            aside.OUTPUT_DIR = folder
+            aside.freeze()
+            results = test(aside, model)
+        of_sets = [results] if "bbox" in results else list(results.values())
+        # Evaluators call it NaN where nothing is detected.
+        return fmean(ap if (ap := of["bbox"]["AP"]) == ap else 0.0 for of in of_sets)
+
+    return score
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, float]]:

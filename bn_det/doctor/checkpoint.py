@@ -65,22 +65,43 @@ def read(path: str | os.PathLike, part: str | None = None) -> Checkpoint:
     Raises:
         InputError: it has no weights, not there, or only an unsafe load could read it.
     """
-    parts = _parts(path)
+    parts = _parts(path, _content(os.fspath(path)))
     chosen = _chosen(parts, part)
     has_layers = {name for name, state in parts.items() if any(map(_is_statistics, state))}
     others = [name for name in parts if name in has_layers - {chosen}]
     return of_state(parts[chosen])._replace(part=chosen, others=others)
 
 
-def read_state(path: str | os.PathLike, part: str | None = None) -> dict[str, Tensor]:
+class Stored(NamedTuple):
+    """The weights of a file.
+
+    Attributes:
+        state: by name.
+        content: all of the file, as far as a file of torch can hold it.
+        part: the key of the content under which they are; "" for the content itself.
+    """
+
+    state: dict[str, Tensor]
+    content: Mapping[str, Any]
+    part: str
+
+    def with_state(self, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The content with other weights in their place."""
+        return {**self.content, self.part: dict(state)} if self.part else dict(state)
+
+
+def read_state(path: str | os.PathLike, part: str | None = None) -> Stored:
     """The weights of a file by name, as :func:`read` finds them."""
-    parts = _parts(path)
-    return parts[_chosen(parts, part)]
-
-
-def _parts(path: str | os.PathLike) -> dict[str, dict[str, Tensor]]:
-    """What of a file are weights, by the key under which they are; "" for the file itself."""
     content = _content(os.fspath(path))
+    parts = _parts(path, content)
+    chosen = _chosen(parts, part)
+    # What is beside the weights of a .pkl are arrays, which no safe load of torch's would read.
+    kept = {} if os.fspath(path).endswith(".pkl") else content
+    return Stored(parts[chosen], kept, chosen)
+
+
+def _parts(path: str | os.PathLike, content: Any) -> dict[str, dict[str, Tensor]]:
+    """What of a file are weights, by the key under which they are; "" for the file itself."""
     parts = {}
     if isinstance(content, Mapping):
         names = dict.fromkeys((*_PARTS, *(name for name in content if isinstance(name, str))))

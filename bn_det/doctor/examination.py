@@ -7,13 +7,19 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import check_positive, choose
-from ..layers.comm import Group
+from ..errors import InputError, check_positive, choose
+from ..layers.comm import Group, process_group
 from ..layers.kinds import unwrapped
-from . import from_file, from_model, from_passes
+from . import from_file, from_losses, from_model, from_passes
 from .checkpoint import of_state
+from .evaluation import Score, is_mended, try_statistics, with_gain
 from .findings import IN_CODE, Recompute, Report, count, make_report
+from .from_passes import Seen
+from .losses import Losses, others, put, statistics_of
 from .rules import RULES
+
+_LEAST_TO_EVALUATE = 5
+"""Batches, beside which two are held apart."""
 
 
 def examine(
@@ -22,6 +28,9 @@ def examine(
     num_iters: int = 32,
     *,
     call: Callable[[nn.Module, Any], Any] | None = None,
+    evaluate: bool = False,
+    score: Score | None = None,
+    treat: bool = False,
     rules: Collection[str] = tuple(RULES),
     group: Group = "world",
     progress: str | None = None,
@@ -34,11 +43,22 @@ def examine(
     Nothing of the model changes, whatever fails: it is run in training mode, where its layers
     normalize by their batch, and is then as it was.
 
+    To tell weights from statistics, ``evaluate`` recomputes statistics and compares losses on
+    batches apart: each third one, which are held in memory, half as many as ``num_iters``. That
+    takes seven forward passes of each (eight with frozen layers), and where statistics are the
+    fault up to 18 more.
+
     Args:
         batches: training batches, as the model takes them, two at least; None to look at its state
             alone.
         num_iters: the number of batches, at most; of each rank.
-        call: how the model is run on a batch, ``model(batch)`` by default.
+        call: how the model is run on a batch, ``model(batch)`` by default. To evaluate, it gives a
+            loss, or a dict of losses.
+        evaluate: whether to compare losses; in one process.
+        score: of a model in evaluation mode, in percent, such as its AP: higher is better.
+            Recomputed statistics are judged by it; by the loss without it.
+        treat: whether to leave the model with the recomputed statistics, if something is wrong that
+            these are to mend, and they do better. It includes ``evaluate``.
         rules: ids of those that are to be looked for (:data:`bn_det.doctor.RULES`).
         group: the processes that have to call this, each with the same model.
         progress: "tqdm" for a bar, or None.
@@ -49,27 +69,58 @@ def examine(
 
     Raises:
         InputError: an argument is not accepted; a layer has seen NaN or infinity; there are no
-            batches, or the model reaches none of its BatchNorm layers.
+            batches, or the model reaches none of its BatchNorm layers; to evaluate, it gives no
+            loss, or there are several processes.
         Exception: what the model raises.
     """
     check_positive("num_iters", num_iters)
     for rule in rules:
         choose("rules", rule, RULES)
+    evaluate = evaluate or treat
+    if evaluate and batches is None:
+        raise InputError("evaluate: True is not accepted without batches")
+    if evaluate and num_iters < _LEAST_TO_EVALUATE:
+        raise InputError(
+            f"num_iters: {num_iters} is not accepted; to evaluate, use {_LEAST_TO_EVALUATE} or more"
+        )
+    if evaluate and process_group(group) is not None:
+        raise InputError("evaluate: True is not accepted in several processes; call it in one")
     model = unwrapped(model)
     checkpoint = of_state(model.state_dict())
     findings = [*from_file.findings_of(checkpoint, recompute), *from_model.findings_of(model)]
-    measures = []
-    number = count(len(checkpoint.layers), "BatchNorm layer")
-    healthy = f"nothing is wrong with the state of its {number}"
-    if batches is not None and checkpoint.layers:
-        seen = from_passes.look(model, batches, num_iters, call, group, progress)
-        findings += [*from_passes.stale(seen, recompute), *from_passes.levels(seen)]
-        measures = seen.layers
-        if measures:
-            healthy = (
-                f"nothing is wrong with its {number}: the statistics of {len(measures)}, which "
-                f"are not frozen, fit the weights, on {seen.num_batches} batches"
-            )
     if not checkpoint.layers:
-        healthy = "the model has no BatchNorm with population statistics"
-    return make_report(findings, rules, healthy, measures)
+        return make_report(findings, rules, "the model has no BatchNorm with population statistics")
+    if batches is None:
+        number = count(len(checkpoint.layers), "BatchNorm layer")
+        return make_report(findings, rules, f"nothing is wrong with the state of its {number}")
+    held: list[Any] = []
+    rest = others(batches, held) if evaluate else batches
+    try:
+        seen = from_passes.look(model, rest, num_iters, call, group, progress)
+    except InputError as e:
+        # Weights that are not finite give no statistics: what the state shows is the answer.
+        if not any(of.severity == "error" for of in findings):
+            raise
+        report = make_report(findings, rules, "")
+        return report._replace(verdict=f"{report.verdict}; nothing was seen on images: {e}")
+    findings += [*from_passes.stale(seen, recompute), *from_passes.levels(seen)]
+    tried = None
+    if evaluate:
+        compared = from_losses.compare(Losses(model, call, held), seen)
+        findings += from_losses.findings_of(compared, recompute)
+        tried = try_statistics(model, seen.statistics, compared, score)
+        findings = with_gain(findings, tried, recompute)
+        if treat and is_mended([of for of in findings if of.rule in rules]):
+            put(model, statistics_of(model) | seen.statistics)
+            tried = tried._replace(kept=True)
+    return make_report(findings, rules, _healthy(seen, len(checkpoint.layers)), seen.layers, tried)
+
+
+def _healthy(seen: Seen, num_layers: int) -> str:
+    number = count(num_layers, "BatchNorm layer")
+    if not seen.layers:
+        return f"nothing is wrong with the state of its {number}"
+    return (
+        f"nothing is wrong with its {number}: the statistics of {len(seen.layers)}, which are not "
+        f"frozen, fit the weights, on {seen.num_batches} batches"
+    )

@@ -27,7 +27,7 @@ class Finding(NamedTuple):
         standard_error: of the value, where it is an estimate.
         why: what has been seen, and what comes of it.
         treatment: the command or the line of code that mends it.
-        gain: AP that the treatment has brought, where it was tried.
+        gain: what the treatment has brought, where it was tried: AP, or by how much the loss fell.
     """
 
     rule: str
@@ -43,7 +43,7 @@ class Finding(NamedTuple):
     def place(self) -> str:
         """Where, in few words."""
         if not self.where:
-            return "the file"
+            return "the file" if self.rule.startswith("BN1") else "the model"
         if len(self.where) == 1:
             return self.where[0] or "the module"
         return f"{self.where[0]} and {len(self.where) - 1} more"
@@ -121,6 +121,31 @@ class Measures(NamedTuple):
         return max(off, default=None)
 
 
+class Tried(NamedTuple):
+    """What recomputed statistics have brought, on images apart from those that they are of.
+
+    Attributes:
+        measure: "AP", or "loss".
+        before, after: it.
+        kept: whether the model has been left with them.
+    """
+
+    measure: str
+    before: float
+    after: float
+    kept: bool
+
+    @property
+    def gain(self) -> float:
+        """By how much it is better; infinite if it was not finite before."""
+        if self.measure != "loss":
+            return self.after - self.before
+        return self.before - self.after if math.isfinite(self.after) else -math.inf
+
+    def __str__(self) -> str:
+        return f"{self.measure} {self.before:.4g} before, {self.after:.4g} after"
+
+
 class Report(NamedTuple):
     """Prints as a verdict in one line, and a table of findings.
 
@@ -128,11 +153,13 @@ class Report(NamedTuple):
         verdict: what is wrong, where, and what mends it.
         findings: the most severe first.
         layers: what passes have measured, in the order of the model.
+        tried: None where statistics were not recomputed.
     """
 
     verdict: str
     findings: list[Finding]
     layers: Sequence[Measures] = ()
+    tried: Tried | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -140,6 +167,7 @@ class Report(NamedTuple):
             "verdict": self.verdict,
             "findings": [finite({**of._asdict(), "where": list(of.where)}) for of in self.findings],
             "layers": [finite(of._asdict()) for of in self.layers],
+            "tried": None if self.tried is None else finite(self.tried._asdict()),
         }
 
     def __str__(self) -> str:
@@ -156,7 +184,11 @@ class Report(NamedTuple):
             tablefmt="pipe",
             disable_numparse=True,
         )
-        details = [f"{of.rule}: {of.why}\n  mend: {of.treatment}" for of in self.findings]
+        details, known = [], set()
+        for of in self.findings:
+            mend = "as above" if of.treatment in known else of.treatment
+            known.add(of.treatment)
+            details.append(f"{of.rule}: {of.why}\n  mend: {mend}")
         return "\n".join([self.verdict, "", table, "", *details])
 
 
@@ -164,7 +196,8 @@ def _number(of: Finding) -> str:
     if of.value is None:
         return ""
     error = "" if of.standard_error is None else f" ± {of.standard_error:.1g}"
-    return f"{of.value:.3g}{error} {RULES[of.rule].unit}"
+    unit = RULES[of.rule].unit
+    return f"{of.value:.3g}{error} {unit.removesuffix('s') if of.value == 1 else unit}"
 
 
 def make_report(
@@ -172,6 +205,7 @@ def make_report(
     rules: Collection[str],
     healthy: str,
     layers: Sequence[Measures] = (),
+    tried: Tried | None = None,
 ) -> Report:
     """Findings in order, and the verdict of the first.
 
@@ -181,12 +215,14 @@ def make_report(
     """
     if missing := len(RULES) - len(rules):
         healthy = f"nothing is found; {count(missing, 'rule')} left out"
+    if tried is not None:
+        healthy = f"{healthy}; with recomputed statistics: {tried}"
     findings = [of for of in findings if of.rule in rules]
     ordered = sorted(findings, key=lambda of: (SEVERITIES.index(of.severity), of.rule))
     first = next(iter(ordered), None)
     folded = next((of for of in ordered if of.rule == "BN103"), None)
     if first is not None and first.severity != "note":
-        verdict = f"{RULES[first.rule].says}, in {first.place} ({first.rule}); {first.treatment}"
+        verdict = _verdict(first, tried)
     elif folded is not None:
         verdict = (
             f"statistics are folded into weight and bias, or were lost, in {folded.place} (BN103): "
@@ -194,7 +230,18 @@ def make_report(
         )
     else:
         verdict = healthy
-    return Report(verdict, ordered, layers)
+    return Report(verdict, ordered, layers, tried)
+
+
+def _verdict(first: Finding, tried: Tried | None) -> str:
+    said = f"{RULES[first.rule].says}, in {first.place} ({first.rule})"
+    if tried is None:
+        return f"{said}; {first.treatment}"
+    if first.gain is None:
+        return f"{said}; {first.treatment}; statistics are not it: recomputed, {tried}"
+    if tried.gain > 0:
+        return f"statistics, not weights: {said}: recomputed, {tried}; {first.treatment}"
+    return f"{said}; but recomputed statistics do not help: {tried}"
 
 
 def selected(rules: Collection[str], select: Collection[str], ignore: Collection[str]) -> set[str]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
-from statistics import stdev
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +16,10 @@ from ..layers.moments import Moments
 from ..population.observation import Observed, Observer, PopulationLayer, population_layers
 from ..population.report import LayerReport
 from ..population.update import How, measure_statistics
+from .chance import bound_of, standard_error
 from .findings import Finding, Measures, Recompute, count
-
-FALSE_ALARMS = 0.01
-"""Of an examination of a healthy model, by one rule."""
+from .losses import Values
+from .modes import in_mode
 
 _COSTS = 1.0
 """Standard deviations by which a channel's output is off from which on AP is taken to suffer."""
@@ -35,11 +33,13 @@ class Seen(NamedTuple):
         layers: their measures.
         shares: of each layer that is called several times a pass, in each pass the share of its
             variance that lies between the calls.
+        statistics: mean and variance of all values that each layer has seen.
     """
 
     num_batches: int
     layers: list[Measures]
     shares: dict[str, list[float]]
+    statistics: Values
 
 
 class _LevelObserver(Observer):
@@ -90,20 +90,25 @@ def look(
     Raises:
         InputError: as :func:`bn_det.update_bn_stats`; there are fewer than two batches.
     """
-    with _in_training_mode(model):
+    with in_mode(model, training=True):
         # Not frozen ones: their statistics are constants that the weights have been trained with.
         layers = population_layers(model)
         observer = _LevelObserver(partial(call, model) if call else model, model, layers)
         # What an EMA estimates is the mean of the batches' variances.
         how = How(num_iters, "mean_of_batch_variances", 0.0, True, process_group(group))
-        _, report = measure_statistics(observer, batches, how, progress)
+        found, report = measure_statistics(observer, batches, how, progress)
         if report.layers and report.num_batches < 2:
             raise InputError("batches: one is too few to tell chance from a fault; use 8 or more")
     momenta = {layer.name: layer.module.momentum for layer in layers}
     fewest = min((of.num_batches for of in report.layers), default=0)
-    bound = _bound(fewest, 2 * max(len(report.layers), 1))
+    bound = bound_of(fewest, 2 * max(len(report.layers), 1))
     measures = [_measures(of, momenta[of.name], bound, observer) for of in report.layers]
-    return Seen(report.num_batches, measures, observer.shares)
+    statistics = {
+        layer.name: (estimate.mean, estimate.population_var)
+        for layer, estimate in zip(layers, found, strict=True)
+        if estimate is not None
+    }
+    return Seen(report.num_batches, measures, observer.shares, statistics)
 
 
 def _measures(
@@ -121,24 +126,6 @@ def _measures(
         calls=observer.calls.get(of.name, 1),
         share=sum(shares) / len(shares) if shares else None,
     )
-
-
-@contextmanager
-def _in_training_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.train()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def _bound(num_batches: int, num_tests: int) -> float:
-    """The ratio of a difference to its standard error that chance alone does not reach."""
-    from scipy.stats import t  # only for this: the layers need torch alone
-
-    return float(t.isf(FALSE_ALARMS / (2 * num_tests), max(num_batches - 1, 1)))
 
 
 def _chance(of: LayerReport, error: float, momentum: float | None) -> float:
@@ -176,8 +163,8 @@ def levels(seen: Seen) -> Iterator[Finding]:
         if of.share is None:
             continue
         shares = seen.shares[of.name]
-        error = _standard_error(shares)
-        bound = _bound(len(shares), len(seen.shares))
+        error = standard_error(shares)
+        bound = bound_of(len(shares), len(seen.shares))
         # The means of calls differ as those of batches do, where nothing but chance is between.
         if of.share - bound * error > of.noise**2:
             off[of.name], calls[of.name] = (of.share, error), of.calls
@@ -201,7 +188,3 @@ def _furthest(off: Mapping[str, tuple[float, float]]) -> tuple[tuple[str, ...], 
     """The names of layers, the worst first, with its value and the error of that."""
     names = tuple(sorted(off, key=lambda name: -off[name][0]))
     return names, *off[names[0]]
-
-
-def _standard_error(values: Sequence[float]) -> float:
-    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf

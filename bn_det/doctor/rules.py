@@ -1,7 +1,7 @@
 """The doctor's rules: what each finds and why that matters. Their ids stay.
 
-BN1xx are known from a file alone, BN2xx from passes over images, BN4xx from the modules of a model
-that is about to be trained.
+BN1xx are known from a file alone, BN2xx from passes over images, BN3xx from losses, BN4xx from the
+modules of a model that is about to be trained.
 """
 
 from __future__ import annotations
@@ -225,6 +225,54 @@ RULES = {
         "fits none (Wu & Johnson, Sec. 5.2).",
         "A layer that normalizes all levels together has one batch a pass, and is not meant.",
         "open-mmlab/mmdetection 6991, 1468, 6515, rwightman/efficientdet-pytorch 53",
+    ),
+    "BN301": Rule(
+        "statistics that cost loss",
+        "the population statistics cost loss",
+        "of loss",
+        "The loss by the population statistics less the loss by those of the passes with the noise "
+        "that an EMA has (four draws), on the same batches, which are apart from those of the "
+        "passes; the rest of the model is as in evaluation, and what is sampled is the same.",
+        "It tells weights from statistics: a model whose weights are the fault loses the same by "
+        "any statistics (Wu & Johnson, Rethinking Batch in BatchNorm, Sec. 3).",
+        "A lower loss is not always a higher AP; that is measured where there are test images. "
+        "Batches are taken to be independent.",
+        "facebookresearch/maskrcnn-benchmark 686, tensorflow/models 4367, "
+        "PyTorch-Classification/U2PL 64",
+    ),
+    "BN302": Rule(
+        "the part that is to blame",
+        "the population statistics of a part cost loss",
+        "of loss",
+        "What each part's population statistics add to the loss: its own are exchanged for those "
+        "of the passes, where all others are as they were, and where all others are exchanged, "
+        "too; the mean of both.",
+        "It says where to look: a backbone from another domain, or a head that levels share.",
+        "Parts that act together: what they add need not sum up to the whole. At one false alarm "
+        "in a hundred examinations over all parts.",
+        "facebookresearch/maskrcnn-benchmark 1006, open-mmlab/mmdetection 3674, 6991",
+    ),
+    "BN303": Rule(
+        "batches that do better than precise statistics",
+        "the model does better by the statistics of its batch than by precise ones",
+        "of loss",
+        "The loss by the statistics of the passes less the loss by those of each batch.",
+        "Weights that were trained with batch statistics may use them: as a hint of what else is "
+        "in the batch (leakage, Wu & Johnson, Sec. 6), or because small batches differ from the "
+        "population. No statistics in a file mend that.",
+        "Which of the two it is; a gap that is small is usual.",
+        "rwightman/efficientdet-pytorch 675, dbolya/yolact 325, open-mmlab/mmdetection 3621",
+    ),
+    "BN304": Rule(
+        "frozen statistics that do not fit the images",
+        "frozen statistics do not fit these images",
+        "of loss",
+        "The loss with frozen layers less the loss with the same layers normalizing by their "
+        "batch.",
+        "A frozen layer keeps the statistics of the images of its pre-training. Where others "
+        "train after it, they learn around that; where the images are of another kind, it costs.",
+        "Whether there are enough images to train with batch statistics instead.",
+        "open-mmlab/mmdetection 3621, facebookresearch/detectron2 2022",
     ),
     "BN401": Rule(
         "a frozen affine, and statistics that move",

@@ -27,6 +27,7 @@ class Estimate(NamedTuple):
         mean_error: standard error of the mean in standard deviations of the values.
         var_error: standard error of the variance, relative to it. Of both the root mean square over
             channels; infinite after a single batch.
+        population_var: by the estimator "population_variance", whichever was asked for.
     """
 
     mean: Tensor
@@ -34,6 +35,7 @@ class Estimate(NamedTuple):
     num_batches: int
     mean_error: float
     var_error: float
+    population_var: Tensor
 
     @property
     def error(self) -> float:
@@ -137,7 +139,8 @@ def estimates(
     and sqrt(sum n^2 (s - var)^2) / sum n, times sqrt(B / (B - 1)).
     """
     ranks = [_Sums(*s) for s in sums]
-    count, mean, var = _merge([s[:3] for s in ranks])
+    count, mean, population_var = _merge([s[:3] for s in ranks])
+    var = population_var
     population = estimator == "population_variance"
     if not population:
         var = sum(s.n_e for s in ranks) / count.clamp(min=1)
@@ -154,7 +157,9 @@ def estimates(
     scale = num / (num - 1) / count.square()
     mean_error = _relative(mean_square * scale, var)
     var_error = _relative(var_square * scale, var.square())
-    fields = (f.split(list(channels)) for f in (num, mean, var, mean_error, var_error))
+    fields = (
+        f.split(list(channels)) for f in (num, mean, var, mean_error, var_error, population_var)
+    )
     return [_estimate(*of_layer) for of_layer in zip(*fields, strict=True)]
 
 
@@ -164,15 +169,20 @@ def _relative(squares: Tensor, units: Tensor) -> Tensor:
 
 
 def _estimate(
-    num: Tensor, mean: Tensor, var: Tensor, mean_error: Tensor, var_error: Tensor
+    num: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    mean_error: Tensor,
+    var_error: Tensor,
+    population_var: Tensor,
 ) -> Estimate | None:
     num_batches = int(num[0])
     if num_batches == 0:
         return None
     if num_batches == 1:
-        return Estimate(mean, var, 1, math.inf, math.inf)
+        return Estimate(mean, var, 1, math.inf, math.inf, population_var)
     errors = [float(squares.mean().sqrt()) for squares in (mean_error, var_error)]
-    return Estimate(mean, var, num_batches, *errors)
+    return Estimate(mean, var, num_batches, *errors, population_var)
 
 
 def _merge(parts: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,17 +7,19 @@ import argparse
 import torch
 
 from ..commands.any_model import AnyModel
+from ..commands.results import score_of
 from ..config.training import with_precise_bn_batches
 from .recompute import train_batches
 from .train import load_model, setup
-from .trainer import check_datasets, losses_of, shared_seed
+from .trainer import check_datasets, load_datasets, losses_of, shared_seed, test
 
 
 def load(args: argparse.Namespace) -> tuple[AnyModel, str]:
-    """The checkpoint of a config with batches of DATASETS.TRAIN, and its path."""
+    """The checkpoint of a config with batches of DATASETS.TRAIN and its AP, and its path."""
     cfg = setup(args)
     check_datasets(cfg, "TRAIN")
     torch.manual_seed(shared_seed(cfg))
     model = load_model(cfg, resume=False)
     batches = train_batches(with_precise_bn_batches(cfg))
-    return AnyModel(model, batches, losses_of), cfg.MODEL.WEIGHTS
+    score = score_of(cfg, lambda cfg, model: test(cfg, model, load_datasets(cfg, "TEST")))
+    return AnyModel(model, batches, losses_of, score), cfg.MODEL.WEIGHTS

@@ -1,6 +1,7 @@
 """tools/doctor.py as its users call it."""
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -50,7 +51,7 @@ def test_table_and_exit_status(broken):
 
 def test_json(broken):
     found = json.loads(doctor(broken, "--format", "json").stdout)
-    assert set(found) == {"verdict", "findings", "layers"}
+    assert set(found) == {"verdict", "findings", "layers", "tried"}
     first, *_ = found["findings"]
     assert first["rule"] == "BN107" and first["severity"] == "error" and first["where"] == ["1"]
     assert set(first) == {
@@ -90,6 +91,58 @@ def test_a_model_of_another_project(tmp_path, monkeypatch):
     assert finding["value"] > 5 and finding["standard_error"] > 0
 
 
+LOSSES = """
+import torch
+from torch import nn
+from torch.nn.functional import mse_loss
+
+def make():
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+
+def batches():
+    torch.manual_seed(1)
+    return [torch.randn(4, 3, 5, 5) for k in range(12)]
+
+def call(model, batch):
+    y = model(batch)
+    return mse_loss(y, (y - y.mean((0, 2, 3), keepdim=True)).detach())
+"""
+
+
+@pytest.mark.parametrize("part", ["model", "ema"])
+def test_treat(part, tmp_path, monkeypatch):
+    """A mean that is off by 3, and a loss that tells; what else is in the file stays."""
+    (tmp_path / "losses_project.py").write_text(LOSSES)
+    monkeypatch.chdir(tmp_path)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    model[1].running_mean += 3
+    model[1].num_batches_tracked += 1000
+    torch.save({part: model.state_dict(), "epoch": 7}, "model.pth")
+    names = {"model": "make", "data": "batches", "call": "call"}
+    flags = [f for flag, name in names.items() for f in (f"--{flag}", f"losses_project:{name}")]
+    flags += "--part", part
+    done = doctor("model.pth", *flags, "--treat", "mended.pth", "--format", "json")
+    assert done.returncode == 3, done.stderr
+    found = json.loads(done.stdout)
+    assert found["tried"]["kept"] and found["tried"]["measure"] == "loss"
+    assert found["verdict"].startswith("statistics, not weights: ")
+    gains = {of["rule"]: of["gain"] for of in found["findings"]}
+    assert gains["BN301"] == gains["BN201"] > 1
+    mended = torch.load("mended.pth", weights_only=True)
+    assert mended["epoch"] == 7 and not torch.equal(
+        mended[part]["1.running_mean"], model[1].running_mean
+    )
+    again = doctor("mended.pth", *flags, "--treat", "again.pth", "--num-iters", "6")
+    assert again.returncode == 0 and "again.pth is not written" in again.stderr
+    assert not (tmp_path / "again.pth").exists()
+    # The command that the doctor prints mends it, too.
+    recompute = next(of["treatment"] for of in found["findings"] if of["rule"] == "BN201")
+    _, command, *arguments = shlex.split(recompute)
+    done = run_here(command, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert torch.load("mended.pth", weights_only=True)["epoch"] == 7
+
+
 @every_host
 def test_a_config(host, tiny_shapes, tmp_path):
     small = *tiny_shapes, "MODEL.DEVICE", "cpu", "SOLVER.IMS_PER_BATCH", "2"
@@ -106,6 +159,15 @@ def test_a_config(host, tiny_shapes, tmp_path):
     )
     assert done.returncode == 3, done.stderr
     assert done.stdout.startswith("statistics do not fit the weights, in ")
+    done = doctor(
+        *("--host", host, "--num-iters", 5, "--config-file", BASE, *small, "--evaluate"),
+        *("MODEL.WEIGHTS", tmp_path / "model.pth", "OUTPUT_DIR", tmp_path / "run"),
+        *("--format", "json"),
+    )
+    assert done.returncode == 3, done.stderr
+    tried = json.loads(done.stdout)["tried"]
+    assert tried["measure"] == "AP" and tried["before"] >= 0 and not tried["kept"]
+    assert not (tmp_path / "run" / "inference").exists()
 
 
 def test_list_and_explain():
@@ -132,6 +194,12 @@ def test_list_and_explain():
         (["--explain", "BN1O3"], "--explain: there is no rule 'BN1O3'; nearest names: ['BN1"),
         (["model.pth", "--select", "BN9"], "--select: there is no rule 'BN9'"),
         (["model.pth", "--part", "ema"], "--part: 'ema' is not accepted"),
+        (["model.pth", "--evaluate"], "--evaluate: is read with --config-file or --model"),
+        (["model.pth", "--treat", "new.pth"], "--treat: is read with --config-file or --model"),
+        (
+            ["model.pth", "--model", "json:loads", "--data", "json:dumps", "--treat", "model.pth"],
+            "--treat: 'model.pth' is not accepted; use another file than FILE",
+        ),
     ],
 )
 def test_what_cannot_be_examined_gets_one_line(args, words, broken, monkeypatch):

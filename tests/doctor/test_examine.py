@@ -71,6 +71,15 @@ def test_stale(key, model):
     assert finding.severity == "error" and 0 < finding.standard_error < 0.2
 
 
+def test_weights_that_are_not_finite(model):
+    """The passes fail, and what the state shows is told."""
+    with torch.no_grad():
+        model[1].weight[2] = math.nan
+    report = examine(model, batches())
+    assert rules(report) == ["BN107"]
+    assert "nothing was seen on images: " in report.verdict and "4: its input" in report.verdict
+
+
 def test_frozen_statistics_are_constants(model):
     """Those of a pre-trained backbone fit its weights, and not the images of a detector."""
     bn_det.freeze(model)

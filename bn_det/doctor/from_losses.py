@@ -1,0 +1,208 @@
+"""What can be told of population statistics from losses, on images apart from those of passes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..layers.freeze import is_frozen
+from ..layers.kinds import batch_norms
+from ..population.observation import population_layers
+from .blame import attribute, parts_of
+from .chance import bound_of, standard_error
+from .findings import Finding, Recompute
+from .from_passes import Seen
+from .losses import Losses, Values, put, statistics_of
+from .modes import in_mode
+
+DRAWS = 4
+"""Of the noise of an EMA."""
+
+
+class Compared(NamedTuple):
+    """Losses of the same batches, shape (number of batches,).
+
+    Attributes:
+        old: by the statistics that the model has.
+        new: by those of other batches, of which the passes were.
+        noisy: by the latter with the noise that an EMA has; shape (DRAWS, number of batches).
+        batch: by those of each batch.
+        thawed: as ``old``, but frozen layers by those of each batch; None if there are none, or
+            one that does more than normalize.
+        parts: by part of the model what its old statistics add; empty where they add nothing.
+        layers: of each part.
+    """
+
+    old: Tensor
+    new: Tensor
+    noisy: Tensor
+    batch: Tensor
+    thawed: Tensor | None
+    parts: dict[str, Tensor]
+    layers: dict[str, list[str]]
+
+
+class Difference(NamedTuple):
+    """Of two losses of the same batches.
+
+    Attributes:
+        value: the mean; infinite if a loss is.
+        error: its standard error.
+        bound: what chance explains.
+    """
+
+    value: float
+    error: float
+    bound: float
+
+    @classmethod
+    def of(cls, values: Tensor, num_tests: int = 1) -> Difference:
+        """Of the differences of each batch; for several tests of one rule."""
+        if not values.isfinite().all():
+            return cls(math.inf if values.max() == math.inf else -math.inf, math.nan, 0.0)
+        error = standard_error(values.tolist())
+        return cls(float(values.mean()), error, bound_of(len(values), num_tests) * error)
+
+    @property
+    def is_more(self) -> bool:
+        """Whether the first loss is larger, and chance does not explain it."""
+        return self.value > self.bound
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} ± {self.error:.2g}" if math.isfinite(self.value) else "infinity"
+
+
+def compare(losses: Losses, seen: Seen) -> Compared:
+    """Losses by the statistics of a model and by those of passes; the model is left as it is.
+
+    Raises:
+        InputError: the model gives no loss.
+    """
+    model = losses.model
+    old = statistics_of(model)
+    new = old | seen.statistics
+    with in_mode(model, training=True):
+        places = [place for place in population_layers(model) if place.name in seen.statistics]
+    try:
+        of_old = losses.of()
+        of_batch = losses.by_batch({of for place in places for of in (place.owner, place.module)})
+        of_thawed = _thawed(losses)
+        noisy = torch.stack([_by(losses, old | drawn) for drawn in _draws(seen)])
+        of_new = _by(losses, new)
+        parts, layers = {}, {}
+        if places and _cost(of_old, noisy).is_more:
+            layers = parts_of([place.name for place in places])
+            parts = attribute(losses, old, new, layers)
+    finally:
+        put(model, old)
+    return Compared(of_old, of_new, noisy, of_batch, of_thawed, parts, layers)
+
+
+def _by(losses: Losses, statistics: Values) -> Tensor:
+    put(losses.model, statistics)
+    return losses.of()
+
+
+def _draws(seen: Seen) -> Iterator[Values]:
+    """The statistics of the passes with the noise that an EMA has."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(DRAWS):
+        drawn = {}
+        for of in seen.layers:
+            mean, var = seen.statistics[of.name]
+            normal = torch.randn(2, len(mean), dtype=torch.float64, generator=generator).to(mean)
+            noise = of.mean_chance * normal[0] * var.sqrt()
+            drawn[of.name] = mean + noise, var * (of.var_chance * normal[1]).exp()
+        yield drawn
+
+
+def _cost(old: Tensor, noisy: Tensor) -> Difference:
+    """What the old statistics cost more than those of an EMA do; also its draws vary."""
+    found = Difference.of(old - noisy.mean(0))
+    if not math.isfinite(found.value):
+        return found
+    # The old ones are one more draw, where nothing is wrong.
+    of_draws = standard_error(noisy.mean(1).tolist()) * math.sqrt(DRAWS + 1)
+    chance = math.hypot(found.bound, bound_of(DRAWS, 1) * of_draws)
+    return Difference(found.value, math.hypot(found.error, of_draws), chance)
+
+
+def _thawed(losses: Losses) -> Tensor | None:
+    if not any(map(is_frozen, batch_norms(losses.model))):
+        return None
+    try:
+        return losses.thawed()
+    except InputError:
+        return None
+
+
+def findings_of(seen: Compared, recompute: Recompute) -> Iterator[Finding]:
+    """BN301 to BN304."""
+    yield from _costs(seen, recompute)
+    yield from _by_batch(seen)
+    yield from _frozen(seen)
+
+
+def _costs(seen: Compared, recompute: Recompute) -> Iterator[Finding]:
+    """BN301 and BN302."""
+    cost = _cost(seen.old, seen.noisy)
+    if not cost.is_more:
+        return
+    blamed = {part: Difference.of(of, len(seen.parts)) for part, of in seen.parts.items()}
+    blamed = {part: of for part, of in blamed.items() if of.is_more}
+    ordered = sorted(blamed, key=lambda part: -blamed[part].value)
+    where = tuple(layer for part in ordered for layer in seen.layers[part])
+    why = (
+        f"on {len(seen.old)} batches apart the loss is {_mean(seen.old)} by the population "
+        f"statistics, {_mean(seen.new)} by those of the passes, {_mean(seen.noisy)} with the "
+        f"noise of an EMA, and {_mean(seen.batch)} by those of each batch"
+    )
+    yield Finding("BN301", "error", where, cost.value, why, recompute.usual, cost.error)
+    if ordered:
+        worst = blamed[ordered[0]]
+        shares = ", ".join(f"{part or 'the model'} {blamed[part]}" for part in ordered)
+        why = f"of the {cost.value:.3g} that statistics add to the loss: {shares}"
+        yield Finding("BN302", "error", where, worst.value, why, recompute.usual, worst.error)
+
+
+def _by_batch(seen: Compared) -> Iterator[Finding]:
+    """BN303."""
+    off = Difference.of(seen.new - seen.batch)
+    if off.is_more:
+        why = (
+            f"by the statistics of each batch the loss is lower by {off} than by those of the "
+            "passes, which are as precise as statistics can be: the model reads its batch, or was "
+            "trained with batches that are too small for any other statistics"
+        )
+        treatment = (
+            "in training, not in the file: a larger normalization batch (SyncBN), FrozenBN for "
+            "the last part (SOLVER.FREEZE_BN_ITER), or shuffled RoIs; tools/measure_leakage.py "
+            "tells whether a RoI head leaks"
+        )
+        yield Finding("BN303", "note", (), off.value, why, treatment, off.error)
+
+
+def _frozen(seen: Compared) -> Iterator[Finding]:
+    """BN304."""
+    if seen.thawed is None:
+        return
+    off = Difference.of(seen.old - seen.thawed)
+    if off.is_more:
+        why = (
+            f"with the frozen layers normalizing by their batch the loss is lower by {off}: their "
+            "statistics do not fit these images"
+        )
+        treatment = (
+            "bn_det.update_bn_stats(model, batches, frozen=True), or thaw them (bn_det.thaw) with "
+            "a normalization batch of 16 and more"
+        )
+        yield Finding("BN304", "warning", (), off.value, why, treatment, off.error)
+
+
+def _mean(losses: Tensor) -> str:
+    return f"{float(losses.mean()):.4g}"

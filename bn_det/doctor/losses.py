@@ -1,0 +1,147 @@
+"""Losses of a model on the same batches, with its statistics as they are or with others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..layers.freeze import is_frozen, thaw
+from ..layers.kinds import batch_norms, why_lazy
+from ..population.observation import places_of
+from ..population.unchanged import evaluated_losses
+
+Values = dict[str, tuple[Tensor, Tensor]]
+"""Mean and variance by the name of the module that holds them."""
+
+
+class Losses:
+    """The losses of a model on a few batches, which every setting of its statistics gets alike.
+
+    Args:
+        call: gives the loss of a batch: a number, or a dict or a list of them to be summed.
+        batches: held in memory.
+    """
+
+    def __init__(
+        self, model: nn.Module, call: Callable[[nn.Module, Any], Any] | None, batches: Sequence[Any]
+    ) -> None:
+        self.model, self.call, self.batches = model, call, batches
+
+    def of(self) -> Tensor:
+        """The loss of each batch, by the population statistics that the model has.
+
+        What is drawn (samples of anchors, of proposals) is the same each time.
+
+        Returns:
+            shape (number of batches,), float64; infinite where a loss is NaN.
+        """
+        return self._of_all(lambda: None)
+
+    def by_batch(self, layers: Collection[nn.Module]) -> Tensor:
+        """The same, where some layers normalize by their batch, as in training."""
+
+        def prepare() -> None:
+            for layer in layers:
+                layer.train()
+
+        return self._of_all(prepare)
+
+    def thawed(self) -> Tensor:
+        """The same, where frozen layers normalize by their batch.
+
+        Raises:
+            InputError: one does more than normalize.
+        """
+        frozen = [layer for layer in batch_norms(self.model) if is_frozen(layer)]
+
+        def prepare() -> None:
+            thaw(self.model)
+            for layer in frozen:
+                layer.train()
+
+        return self._of_all(prepare)
+
+    @torch.no_grad()
+    def _of_all(self, prepare: Callable[[], None]) -> Tensor:
+        return torch.tensor([self._of(batch, prepare) for batch in self.batches]).double()
+
+    def _of(self, batch: Any, prepare: Callable[[], None]) -> float:
+        with evaluated_losses(self.model):
+            prepare()
+            try:
+                outputs = self.call(self.model, batch) if self.call else self.model(batch)
+            except FloatingPointError:  # what Detectron2 raises for proposals that are NaN
+                return math.inf
+        loss = total(outputs)
+        return math.inf if math.isnan(loss) else loss
+
+
+def others(batches: Iterable[Any], held: list[Any]) -> Iterator[Any]:
+    """Batches but for each third one, which is put into ``held``, apart from the others.
+
+    Raises:
+        InputError: at their end, if fewer than two are held.
+    """
+    for k, batch in enumerate(batches):
+        if k % 3 == 2:
+            held.append(batch)
+        else:
+            yield batch
+    if len(held) < 2:
+        raise InputError("batches: there are too few to evaluate, which takes 6 at least")
+
+
+def total(outputs: Any) -> float:
+    """The sum of what a model gives in training; of a dict with losses by name, of these alone.
+
+    Raises:
+        InputError: it is no loss.
+    """
+    values = outputs
+    if isinstance(outputs, Mapping):
+        named = [value for name, value in outputs.items() if "loss" in str(name)]
+        values = named or list(outputs.values())
+    if not isinstance(values, (list, tuple)):
+        values = [values]
+    if not values or not all(map(_is_number, values)):
+        found = f"a tensor of shape {tuple(outputs.shape)}" if torch.is_tensor(outputs) else None
+        raise InputError(
+            f"call: gives {found or 'a ' + type(outputs).__name__}; to evaluate, it has to give a "
+            "loss: a number, or a dict or list of numbers"
+        )
+    return float(sum(values))
+
+
+def _is_number(value: Any) -> bool:
+    if torch.is_tensor(value):
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(value, (int, float))
+
+
+def statistics_of(model: nn.Module) -> Values:
+    """A copy of all population statistics of a model."""
+    return {
+        name: tuple(buffer.clone() for buffer in buffers)
+        for name, buffers in _buffers(model).items()
+    }
+
+
+@torch.no_grad()
+def put(model: nn.Module, values: Values, names: Collection[str] | None = None) -> None:
+    """Write statistics into a model; of the layers of some names alone, or of all."""
+    for name, buffers in _buffers(model).items():
+        if names is None or name in names:
+            for buffer, value in zip(buffers, values[name], strict=True):
+                buffer.copy_(value)
+
+
+def _buffers(model: nn.Module) -> Values:
+    owners = {layer: name for layer, name in batch_norms(model).items() if not why_lazy(layer)}
+    places = places_of(model, owners)
+    found = {of.name: (of.module.running_mean, of.module.running_var) for of in places}
+    return {name: of for name, of in found.items() if all(map(torch.is_tensor, of))}
