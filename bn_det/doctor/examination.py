@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection, Iterable
+from itertools import takewhile
 from typing import Any
 
 from torch import nn
@@ -76,15 +78,8 @@ def examine(
     check_positive("num_iters", num_iters)
     for rule in rules:
         choose("rules", rule, RULES)
-    evaluate = evaluate or treat
-    if evaluate and batches is None:
-        raise InputError("evaluate: True is not accepted without batches")
-    if evaluate and num_iters < _LEAST_TO_EVALUATE:
-        raise InputError(
-            f"num_iters: {num_iters} is not accepted; to evaluate, use {_LEAST_TO_EVALUATE} or more"
-        )
-    if evaluate and process_group(group) is not None:
-        raise InputError("evaluate: True is not accepted in several processes; call it in one")
+    if evaluate := evaluate or treat:
+        _check_evaluation(batches, num_iters, group)
     model = unwrapped(model)
     checkpoint = of_state(model.state_dict())
     findings = [*from_file.findings_of(checkpoint, recompute), *from_model.findings_of(model)]
@@ -106,6 +101,8 @@ def examine(
     findings += [*from_passes.stale(seen, recompute), *from_passes.levels(seen)]
     tried = None
     if evaluate:
+        # The passes take none where all layers are frozen.
+        deque(takewhile(lambda _: len(held) < num_iters // 2, rest), maxlen=0)
         compared = from_losses.compare(Losses(model, call, held), seen)
         findings += from_losses.findings_of(compared, recompute)
         tried = try_statistics(model, seen.statistics, compared, score)
@@ -114,6 +111,17 @@ def examine(
             put(model, statistics_of(model) | seen.statistics)
             tried = tried._replace(kept=True)
     return make_report(findings, rules, _healthy(seen, len(checkpoint.layers)), seen.layers, tried)
+
+
+def _check_evaluation(batches: Iterable[Any] | None, num_iters: int, group: Group) -> None:
+    if batches is None:
+        raise InputError("evaluate: True is not accepted without batches")
+    if num_iters < _LEAST_TO_EVALUATE:
+        raise InputError(
+            f"num_iters: {num_iters} is not accepted; to evaluate, use {_LEAST_TO_EVALUATE} or more"
+        )
+    if process_group(group) is not None:
+        raise InputError("evaluate: True is not accepted in several processes; call it in one")
 
 
 def _healthy(seen: Seen, num_layers: int) -> str:

@@ -163,6 +163,15 @@ def test_frozen_statistics(model):
     assert "BN304" not in [of.rule for of in same]
 
 
+def test_all_layers_frozen(model):
+    """No passes are needed, and losses are compared all the same."""
+    bn_det.freeze(model)
+    shifted = [(2 * x + 3, y) for x, y in batches(48, seed=2)]
+    report = examine(model, shifted, call=loss, evaluate=True)
+    assert "BN304" in rules(report) and report.tried.gain == 0
+    assert report.tried.before > 0
+
+
 def test_losses_are_those_of_evaluation_and_of_training(model):
     """Against the model in each mode by itself, in which dropout is off."""
     held = batches(3, seed=4)
