@@ -9,7 +9,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -129,6 +129,21 @@ def check_writable(key: str, folder: str | os.PathLike) -> None:
             file.write(bytes(4096))  # a full disk still takes an empty one
     except OSError as e:
         raise InputError(f"{key}: {folder} cannot be written to: {e.strerror}") from e
+
+
+def check_other_file(key: str, output: str | os.PathLike, inputs: Sequence[str], flag: str) -> None:
+    """Raise InputError unless a file can be written, another than those that are read.
+
+    Args:
+        key: the flag that the output is given by.
+        inputs: what is read, by this flag.
+    """
+    path = Path(output)
+    read = [of for of in inputs if os.path.exists(of)]
+    if path.is_dir() or any(path.exists() and path.samefile(of) for of in read):
+        raise InputError(f"{key}: {output!r} is not accepted; use another file than {flag}")
+    check_writable(key, path.parent)
+    check_replaceable(path)
 
 
 def is_aside(path: Path) -> bool:

@@ -27,14 +27,24 @@ from typing import Any, NamedTuple
 import ctrl_c  # noqa: F401
 from torch import Tensor
 
+from bn_det import __version__
 from bn_det.commands.any_model import AnyModel, add_model_arguments, functions_of, made
 from bn_det.commands.checkpoint import check_output, save_with_table
 from bn_det.commands.cli import add_config_arguments, import_host, run
-from bn_det.doctor import RULES, SEVERITIES, Report, examine, examine_file
+from bn_det.doctor import (
+    RULES,
+    SEVERITIES,
+    Report,
+    examine,
+    examine_file,
+    html_page,
+    sarif_log,
+)
 from bn_det.doctor.checkpoint import read_state
 from bn_det.doctor.findings import Recompute, selected
 from bn_det.doctor.from_file import OF_FILES
 from bn_det.errors import InputError, check_positive, nearest
+from bn_det.files import check_other_file, write_text
 
 FOUND = 3
 
@@ -64,7 +74,10 @@ def argument_parser() -> argparse.ArgumentParser:
         metavar="OUT",
         help="evaluate, and write the checkpoint with recomputed statistics, if these mend it",
     )
-    parser.add_argument("--format", choices=["table", "json"], default="table")
+    parser.add_argument("--format", choices=["table", "json", "html", "sarif"], default="table")
+    parser.add_argument(
+        "--output", metavar="FILE", help="write that there, and the table to the terminal"
+    )
     for flag, what in (("select", "look for these alone"), ("ignore", "leave these out")):
         parser.add_argument(
             f"--{flag}", action="append", default=[], metavar="RULE",
@@ -98,6 +111,8 @@ def main() -> None:
             )
         print(RULES[args.explain].explain(args.explain))
     else:
+        if args.output is not None:
+            check_other_file("--output", args.output, [examined(args)], "what is examined")
         show(report_of(args), args)
 
 
@@ -182,8 +197,28 @@ def file_of(args: argparse.Namespace) -> str:
     return args.opts[0]
 
 
+def examined(args: argparse.Namespace) -> str:
+    """The checkpoint; or the config that names it, where no option does."""
+    if args.config_file is None:
+        return file_of(args)
+    options = dict(zip(args.opts[::2], args.opts[1::2], strict=False))
+    return options.get("MODEL.WEIGHTS", args.config_file)
+
+
+def formatted(report: Report, args: argparse.Namespace) -> str:
+    if args.format == "html":
+        return html_page(report, examined(args))
+    if args.format == "sarif":
+        return json.dumps(sarif_log(report, examined(args), __version__), indent=1)
+    return json.dumps(report.as_dict(), indent=1) if args.format == "json" else str(report)
+
+
 def show(report: Report, args: argparse.Namespace) -> None:
-    print(json.dumps(report.as_dict(), indent=1) if args.format == "json" else report)
+    if args.output is None:
+        print(formatted(report, args))
+    else:
+        write_text(args.output, formatted(report, args))
+        print(f"{report}\nSaved to {args.output}")
     severe = SEVERITIES[: SEVERITIES.index(args.fail_on) + 1] if args.fail_on != "never" else ()
     if any(finding.severity in severe for finding in report.findings):
         sys.exit(FOUND)

@@ -14,7 +14,7 @@ from yacs.config import CfgNode
 
 from ..config.yaml_file import load_yaml
 from ..errors import LOAD_ERRORS, InputError, reason_of
-from ..files import check_replaceable, check_writable, write_aside, write_json, write_text
+from ..files import check_other_file, write_aside, write_json, write_text
 from ..layers.pickled_arrays import read_pickled_arrays
 from ..layers.state_dicts import READ_ERRORS, refuse_damaged, weights_of, why_unreadable
 from .fitting import (
@@ -227,10 +227,7 @@ def check_output(
     path = Path(output)
     if path.suffix == ".json":
         raise InputError(f"{name}: {output!r} is not accepted; the table gets that name, use .pth")
-    if path.is_dir() or any(path.exists() and path.samefile(of) for of in inputs):
-        raise InputError(f"{name}: {output!r} is not accepted; use another file than {flag}")
-    check_writable(name, path.parent)
-    check_replaceable(path)
+    check_other_file(name, output, inputs, flag)
 
 
 def save_with_table(content: dict[str, Any], table: dict[str, Any], output: str) -> None:

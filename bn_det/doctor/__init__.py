@@ -3,6 +3,18 @@
 from .examination import examine
 from .findings import SEVERITIES, Finding, Report
 from .from_file import examine_file
+from .page import html_page
 from .rules import RULES, Rule
+from .sarif import sarif_log
 
-__all__ = ["RULES", "SEVERITIES", "Finding", "Report", "Rule", "examine", "examine_file"]
+__all__ = [
+    "RULES",
+    "SEVERITIES",
+    "Finding",
+    "Report",
+    "Rule",
+    "examine",
+    "examine_file",
+    "html_page",
+    "sarif_log",
+]

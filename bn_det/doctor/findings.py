@@ -177,7 +177,7 @@ class Report(NamedTuple):
             return self.verdict
         table = tabulate(
             [
-                [of.severity, of.rule, RULES[of.rule].name, of.place, _number(of)]
+                [of.severity, of.rule, RULES[of.rule].name, of.place, how_much(of)]
                 for of in self.findings
             ],
             ["", "rule", "", "where", "how much"],
@@ -192,7 +192,8 @@ class Report(NamedTuple):
         return "\n".join([self.verdict, "", table, "", *details])
 
 
-def _number(of: Finding) -> str:
+def how_much(of: Finding) -> str:
+    """The value with its standard error and unit."""
     if of.value is None:
         return ""
     error = "" if of.standard_error is None else f" ± {of.standard_error:.1g}"

@@ -28,15 +28,19 @@ class Rule(NamedTuple):
     limits: str
     threads: str
 
-    def explain(self, rule: str) -> str:
-        """A page about it."""
-        parts = {
+    @property
+    def parts(self) -> dict[str, str]:
+        """What is told of it, by headings."""
+        return {
             "What it finds": self.finds,
             "Why it matters": self.why,
             "What it cannot tell": self.limits,
             "Who met it": self.threads,
         }
-        body = "\n\n".join(f"{head}\n  {text}" for head, text in parts.items())
+
+    def explain(self, rule: str) -> str:
+        """A page about it."""
+        body = "\n\n".join(f"{head}\n  {text}" for head, text in self.parts.items())
         return f"{rule}: {self.name}\n\n{body}"
 
 

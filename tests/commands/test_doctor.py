@@ -60,6 +60,31 @@ def test_json(broken):
     assert [of["severity"] for of in found["findings"]] == ["error", "warning", "note"]
 
 
+def test_a_page_and_sarif(broken):
+    done = doctor(broken, "--format", "html")
+    assert done.returncode == 3 and done.stdout.startswith("<!DOCTYPE html>")
+    assert f"<code>{broken}</code>" in done.stdout and '<b class="error">error BN107' in done.stdout
+    done = doctor(broken, "--format", "sarif")
+    assert done.returncode == 3
+    results = json.loads(done.stdout)["runs"][0]["results"]
+    assert [of["ruleId"] for of in results] == ["BN107", "BN112", "BN111"]
+    file = results[0]["locations"][0]["physicalLocation"]["artifactLocation"]
+    assert file == {"uri": broken.as_uri()}
+
+
+@pytest.mark.parametrize("form", ["table", "json", "html", "sarif"])
+def test_output(form, broken, tmp_path):
+    """A file of what is printed without; the terminal has the table."""
+    path = tmp_path / "new" / "report"
+    done = doctor(broken, "--format", form, "--output", path)
+    assert done.returncode == 3, done.stderr
+    table = doctor(broken).stdout
+    assert done.stdout == f"{table}Saved to {path}\n"
+    printed = doctor(broken, "--format", form).stdout
+    assert path.read_text() == printed.removesuffix("\n")
+    assert [of.name for of in path.parent.iterdir()] == ["report"]
+
+
 PROJECT = """
 import torch
 from torch import nn
@@ -156,9 +181,13 @@ def test_a_config(host, tiny_shapes, tmp_path):
     done = doctor(
         *("--host", host, "--num-iters", 3, "--config-file", BASE, *small),
         *("MODEL.WEIGHTS", tmp_path / "model.pth", "OUTPUT_DIR", tmp_path / "run"),
+        *("--format", "html", "--output", tmp_path / "page.html"),
     )
     assert done.returncode == 3, done.stderr
     assert done.stdout.startswith("statistics do not fit the weights, in ")
+    page = (tmp_path / "page.html").read_text()
+    assert f"<code>{tmp_path / 'model.pth'}</code>" in page
+    assert "Shift of the mean" in page and 'class="bad"' in page
     done = doctor(
         *("--host", host, "--num-iters", 5, "--config-file", BASE, *small, "--evaluate"),
         *("MODEL.WEIGHTS", tmp_path / "model.pth", "OUTPUT_DIR", tmp_path / "run"),
@@ -200,6 +229,11 @@ def test_list_and_explain():
             ["model.pth", "--model", "json:loads", "--data", "json:dumps", "--treat", "model.pth"],
             "--treat: 'model.pth' is not accepted; use another file than FILE",
         ),
+        (["model.pth", "--output", "model.pth"], "'model.pth' is not accepted; use another file"),
+        (["model.pth", "--output", "."], "--output: '.' is not accepted"),
+        (["model.pth", "--output", "model.pth/x"], "--output: model.pth cannot be written to"),
+        (["model.pth", "--output", "x" * 300], ": File name too long"),
+        (["nowhere.pth", "--output", "model.pth"], "nowhere.pth: there is no such file"),
     ],
 )
 def test_what_cannot_be_examined_gets_one_line(args, words, broken, monkeypatch):
