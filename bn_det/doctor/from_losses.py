@@ -149,12 +149,12 @@ def findings_of(seen: Compared, recompute: Recompute) -> Iterator[Finding]:
 
 
 def _costs(seen: Compared, recompute: Recompute) -> Iterator[Finding]:
-    """BN301 and BN302."""
+    """BN301, and BN302 of the parts that add a tenth of it at least."""
     cost = _cost(seen.old, seen.noisy)
     if not cost.is_more:
         return
     blamed = {part: Difference.of(of, len(seen.parts)) for part, of in seen.parts.items()}
-    blamed = {part: of for part, of in blamed.items() if of.is_more}
+    blamed = {part: of for part, of in blamed.items() if of.is_more and of.value >= cost.value / 10}
     ordered = sorted(blamed, key=lambda part: -blamed[part].value)
     where = tuple(layer for part in ordered for layer in seen.layers[part])
     why = (

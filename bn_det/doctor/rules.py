@@ -253,7 +253,7 @@ RULES = {
         "too; the mean of both.",
         "It says where to look: a backbone from another domain, or a head that levels share.",
         "Parts that act together: what they add need not sum up to the whole. At one false alarm "
-        "in a hundred examinations over all parts.",
+        "in a hundred examinations over all parts; those that add less than a tenth are not named.",
         "facebookresearch/maskrcnn-benchmark 1006, open-mmlab/mmdetection 3674, 6991",
     ),
     "BN303": Rule(

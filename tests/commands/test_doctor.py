@@ -199,6 +199,16 @@ def test_a_config(host, tiny_shapes, tmp_path):
     assert not (tmp_path / "run" / "inference").exists()
 
 
+@pytest.mark.parametrize("flags", ["--list", "--explain BN101"])
+def test_in_front_of_what_reads_nothing(flags):
+    """As head does, once it has what it wanted: of many lines and of few."""
+    command = f"set -o pipefail; {sys.executable} tools/doctor.py {flags} | true"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert "Error" not in done.stderr and done.returncode == 141, done.stderr
+
+
 def test_list_and_explain():
     listed = doctor("--list").stdout
     assert all(f"{rule}: {of.name}" in listed for rule, of in RULES.items())
