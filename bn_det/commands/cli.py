@@ -169,24 +169,17 @@ def _check_arguments(arguments: Sequence[str]) -> None:
             raise InputError(f"{argument!r}: is not accepted; use text of UTF-8")
 
 
-def _end_if_nobody_reads() -> None:
-    """Exit as other tools do in front of ``head``, which has read what it wanted."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
-
-
 def run(main: Callable[[], None]) -> None:
     """Call a command's main function; what its user can mend is shown without a traceback."""
     try:
         _check_arguments(sys.argv[1:])
         main()
         sys.stdout.flush()
+    except BrokenPipeError:
+        # As other tools in front of head. Python would flush once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except (InputError, OSError) as e:
-        _end_if_nobody_reads()
         if not is_mendable(e):
             raise
         sys.exit(f"error: {one_line(e)}")
