@@ -66,7 +66,9 @@ ol ::marker { color: var(--bad); font-weight: 700; }
   table, tbody, tr, td { display: block; } td { border: 0; padding: .2rem 0; }
   .gain::before { content: "Gain "; }
   tr { border-top: 1px solid var(--rule); padding: .6rem 0; } figcaption { min-height: 0; } }
-@media print { body { max-width: none; print-color-adjust: exact; } tr { break-inside: avoid; } }
+@media print {
+  body { max-width: none; padding: 0; font-size: 12px; print-color-adjust: exact; }
+  tr { break-inside: avoid; } h2 { break-after: avoid; } }
 """
 
 

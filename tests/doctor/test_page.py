@@ -5,7 +5,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bn_det.doctor import RULES, Finding, html_page
@@ -193,6 +193,7 @@ numbers = st.floats(min_value=0) | st.just(math.nan)
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(numbers, numbers, numbers, st.none() | numbers), min_size=1, max_size=4))
+@example([(1.5e308, 0.1, 5e-324, None)])
 def test_any_numbers(values):
     layers = [
         layer(str(k), shift, mean_chance=chance, noise=noise, share=share)
