@@ -46,7 +46,7 @@ class CallWatch:
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
-        self._passes: dict[PopulationLayer, list[list[Moments]]] = {}
+        self._passes: dict[str, list[list[Moments]]] = {}
         self._num_passes = 0
 
     def start(self, model: nn.Module, places: Iterable[PopulationLayer]) -> None:
@@ -73,11 +73,11 @@ class CallWatch:
     def shares(self) -> dict[str, Share]:
         """Of each layer that every pass has called as often, more than once."""
         found = {}
-        for place, passes in self._passes.items():
+        for name, passes in self._passes.items():
             calls = [of_pass for of_pass in passes if of_pass]
             numbers = {len(of_pass) for of_pass in calls}
             if len(calls) > 1 and len(numbers) == 1 and min(numbers) > 1:
-                found[place.name] = _share(calls)
+                found[name] = _share(calls)
         return found
 
     def _begin_pass(self, *_: Any) -> None:
@@ -88,17 +88,15 @@ class CallWatch:
         self, place: PopulationLayer, population: _BatchNorm, batches: Sequence[Batch]
     ) -> None:
         seen = [batch.moments for batch in batches if batch.size > 0]
-        if population is place.module and seen:
+        if population is place.module and seen and not in_backward_pass():
             self._add(place, Moments.merge(seen))
 
     def _take_input(self, place: PopulationLayer, module: nn.Module, inputs: tuple) -> None:
-        if module.training and inputs[0].numel():
+        if module.training and inputs[0].numel() and not in_backward_pass():
             self._add(place, Moments.of(inputs[0]))
 
     def _add(self, place: PopulationLayer, moments: Moments) -> None:
-        if in_backward_pass():
-            return
-        passes = self._passes.setdefault(place, [])
+        passes = self._passes.setdefault(place.name, [])
         passes += [[] for _ in range(self._num_passes + 1 - len(passes))]
         passes[self._num_passes].append(moments)
 

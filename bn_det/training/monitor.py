@@ -269,8 +269,9 @@ def _broken_finding(
     off = {place.name: n for place, n in zip(places, broken, strict=True) if n}
     if not off:
         return None
-    names = tuple(sorted(off, key=lambda name: -off[name]))
-    why = f"{off[names[0]]} values of {names[0]} are NaN or infinite after iteration {iteration}"
+    # The first one of the model, as the others may have it from there.
+    names = tuple(off)
+    why = f"{count(off[names[0]], 'value')} of {names[0]} after iteration {iteration}"
     treatment = (
         "bn_det.update_bn_stats mends statistics, if the weights are finite; train on from an "
         "earlier checkpoint, with a lower rate or outside of half precision"
