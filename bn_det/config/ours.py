@@ -15,6 +15,7 @@ from ..layers.ghost import GHOST_ORDERS
 from ..layers.meeting import TIMEOUT, TIMEOUTS, is_timeout
 from ..population.estimate import ESTIMATORS
 from ..training.agc import PREDICTORS
+from ..training.monitor import PERIOD
 from .parts import LEVEL_PARTS, PARTS, SOURCE_PARTS
 from .rules import (
     ANY,
@@ -258,6 +259,13 @@ KEYS: dict[str, Key] = {
         0,
         between(0, 2**16, "for as many as in training"),
         "images in such a batch, of all processes",
+        HOOKS,
+    ),
+    "TEST.BN_MONITOR": Key(
+        PERIOD,
+        Rule(lambda value: value == 0 or value >= 2, "2 or more, or 0 for never"),
+        "iterations between two looks at BatchNorm in training: metrics, and warnings of the "
+        "doctor's rules (`bn_det.training.Monitor`)",
         HOOKS,
     ),
     "TEST.BN_STATISTICS": Key(

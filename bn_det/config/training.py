@@ -21,6 +21,7 @@ from ..training.hooks import (
     TuneBN,
     VirtualBatch,
 )
+from ..training.monitor import Monitor
 from ..training.spikes import LossSpikes
 from .parts import PARTS
 
@@ -33,6 +34,7 @@ class Hooks(NamedTuple):
     renorm: type[RenormSchedule] = RenormSchedule
     tune: type[TuneBN] = TuneBN
     spikes: type[LossSpikes] = LossSpikes
+    monitor: type[Monitor] = Monitor
 
 
 HOOKS = Hooks()
@@ -135,6 +137,8 @@ def build_hooks(
         ret.append(classes.tune(solver.FREEZE_BN_ITER))
     if virtual is not None:
         ret.append(virtual)
+    if cfg.TEST.BN_MONITOR:
+        ret.append(classes.monitor(cfg.TEST.BN_MONITOR))
     if cfg.TEST.PRECISE_BN.ENABLED:
         ret.append(precise)
     if solver.AVERAGE_BN_STATISTICS:

@@ -21,7 +21,7 @@ from ..config.training import Hooks, precise_bn_of, with_precise_bn_batches, wit
 from ..errors import InputError
 from ..population.passes import surround_passes
 from ..population.snapshot import same_random_state
-from ..training import hooks, spikes
+from ..training import hooks, monitor, spikes
 
 
 class _BeforeSaving:
@@ -94,7 +94,14 @@ class LossSpikes(spikes.LossSpikes, HookBase):
         return value if iteration == self.trainer.iter else None
 
 
-HOOKS = Hooks(AverageStatistics, FreezeBN, RenormSchedule, TuneBN, LossSpikes)
+class Monitor(_BeforeSaving, monitor.Monitor, HookBase):
+    """See :class:`bn_det.training.Monitor`."""
+
+    def write(self, scalars: dict[str, float]) -> None:
+        self.trainer.storage.put_scalars(smoothing_hint=False, **scalars)
+
+
+HOOKS = Hooks(AverageStatistics, FreezeBN, RenormSchedule, TuneBN, LossSpikes, Monitor)
 
 
 Load = Callable[[CfgNode], Iterable[Any]]

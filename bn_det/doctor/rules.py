@@ -1,7 +1,7 @@
 """The doctor's rules: what each finds and why that matters. Their ids stay.
 
-BN1xx are known from a file alone, BN2xx from passes over images, BN3xx from losses, BN4xx from the
-modules of a model that is about to be trained.
+BN1xx are known from a file alone, BN2xx from passes over images or from steps of a training, BN3xx
+from losses, BN4xx from the modules of a model that is about to be trained.
 """
 
 from __future__ import annotations
@@ -229,6 +229,20 @@ RULES = {
         "fits none (Wu & Johnson, Sec. 5.2).",
         "A layer that normalizes all levels together has one batch a pass, and is not meant.",
         "open-mmlab/mmdetection 6991, 1468, 6515, rwightman/efficientdet-pytorch 53",
+    ),
+    "BN204": Rule(
+        "ranks that differ",
+        "each rank has statistics of its own",
+        "standard deviations",
+        "Running statistics of the ranks of a training against each other, where they differ by "
+        "more than EMAs of batches that vary as these do, at one false alarm in a hundred "
+        "trainings. Only the monitor of a training sees more than one rank.",
+        "Each rank evaluates another model, and rank 0's statistics are in the file. Ranks that "
+        "draw from the same data differ little; what is seen here has data, weights or modes of "
+        "its own.",
+        "Which rank is right. Right after ranks were averaged they are equal.",
+        "open-mmlab/mmengine 1536, open-mmlab/mmdetection 11131, 3573, pytorch/pytorch 13711, "
+        "ultralytics/ultralytics 24410",
     ),
     "BN301": Rule(
         "statistics that cost loss",

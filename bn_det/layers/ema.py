@@ -48,7 +48,7 @@ def snapshot(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 def count_batch(layer: _BatchNorm) -> float:
     """Count a batch that updates an EMA; the weight that it has there, 0 in a recomputation."""
-    if _in_backward_pass():
+    if in_backward_pass():
         return 0.0
     layer.num_batches_tracked.add_(1)
     if layer.momentum is None:  # cumulative moving average, as in nn.BatchNorm2d
@@ -70,7 +70,7 @@ def update(batches: Moments, sizes: Sequence[int], seen: Sequence[Seen]) -> None
     """
     moving = [(layer, [k for k in rows if sizes[k] > 0]) for layer, rows in seen if tracks(layer)]
     moving = [(layer, rows) for layer, rows in moving if rows]
-    if not moving or _in_backward_pass():
+    if not moving or in_backward_pass():
         return
     layers, sets = zip(*moving, strict=True)
     triton = kernels.one_launch([layer.running_mean for layer in layers], len(batches.mean))
@@ -97,14 +97,14 @@ def mean_statistics(batches: Sequence[Moments]) -> tuple[Tensor, Tensor]:
 
 def refuse_recomputation(what: str) -> None:
     """Raise RuntimeError where activation checkpointing repeats a forward pass."""
-    if _in_backward_pass():
+    if in_backward_pass():
         raise RuntimeError(
             f"{what} cannot be recomputed in a backward pass (activation checkpointing): what it "
             "depends on has changed since the forward pass"
         )
 
 
-def _in_backward_pass() -> bool:
+def in_backward_pass() -> bool:
     """Whether autograd runs this forward pass: activation checkpointing's recomputation."""
     # The id is private in name, and what torch.utils.checkpoint itself goes by. A compiled graph
     # writes each buffer once, whatever it recomputes.

@@ -176,15 +176,15 @@ def _in_one(plan: Plan, domain: Domain) -> Tensor:
         return _by_population(plan, domain)
     size = x.numel() // x.shape[1]
     _check_size(size, plan, [domain])
-    if plan.observers:
+    is_tracked = ema.tracks(population)
+    if plan.observers and not is_tracked:
         y, moments = _with_moments(x, affine, plan.eps)
-        merged = _Merged(Moments.stack([moments]), [size], (0,), [(population, [0])])
-        _show(plan, merged)
-        ema.update(merged.moments, merged.sizes, merged.seen)
+        _show(plan, _only(population, moments, size))
         return _activated(plan, y)
+    if plan.observers:  # that have torch move the EMA as it does without them, to the bit
+        _show(plan, _only(population, Moments.of(x), size))
     # A weight of 0 does not keep an infinite variance out, so evaluation gives no buffers.
     # Training does in any case: a recomputation has to save what the first pass saved.
-    is_tracked = ema.tracks(population)
     # Without their versions: what it saves of them its backward pass does not read, and another
     # call of the layer may update them before.
     buffers = population.running_mean, population.running_var
@@ -192,6 +192,11 @@ def _in_one(plan: Plan, domain: Domain) -> Tensor:
     momentum = ema.count_batch(population) if is_tracked else 0.0
     y = F.batch_norm(x, *running, affine.weight, affine.bias, True, momentum, plan.eps)
     return _activated(plan, y)
+
+
+def _only(population: _BatchNorm, moments: Moments, size: int) -> _Merged:
+    """A tensor that is a normalization batch by itself."""
+    return _Merged(Moments.stack([moments]), [size], (0,), [(population, [0])])
 
 
 def _with_moments(x: Tensor, affine: _BatchNorm, eps: float) -> tuple[Tensor, Moments]:

@@ -75,7 +75,7 @@ def left_out(model: nn.Module, layers: Sequence[PopulationLayer]) -> dict[str, s
 def _why_left(layer: nn.Module) -> str:
     if why := why_lazy(layer):
         return why
-    if _is_l1(layer):
+    if is_l1(layer):
         return "of mean absolute deviations, which are no variances"
     if is_host_frozen(layer) and (what := what_else(layer)):
         return f"frozen, and {what}"
@@ -88,7 +88,8 @@ def _why_left(layer: nn.Module) -> str:
     return "with statistics that are off (track_running_stats False)"
 
 
-def _is_l1(layer: nn.Module) -> bool:
+def is_l1(layer: nn.Module) -> bool:
+    """Whether a layer keeps mean absolute deviations, frozen or not."""
     return issubclass(getattr(layer, "thawed_type", type(layer)), L1BatchNorm2d)
 
 
@@ -109,7 +110,7 @@ def places_of(model: nn.Module, owners: dict[nn.Module, str]) -> list[Population
 
 def _is_updated(layer: PopulationLayer, frozen: bool) -> bool:
     module = layer.module
-    if _is_l1(module) or why_lazy(layer.owner):
+    if is_l1(module) or why_lazy(layer.owner):
         return False
     if is_frozen(layer.owner):
         return frozen and not (is_host_frozen(module) and what_else(module))

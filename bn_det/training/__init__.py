@@ -11,6 +11,7 @@ from .hooks import (
     TuneBN,
     VirtualBatch,
 )
+from .monitor import Monitor
 from .spikes import LossSpikes
 from .virtual_batch import virtual_batch
 
@@ -21,6 +22,7 @@ __all__ = [
     "GradientAccumulation",
     "Hook",
     "LossSpikes",
+    "Monitor",
     "PreciseBN",
     "RenormSchedule",
     "TuneBN",

@@ -14,6 +14,7 @@ from bn_det.d2 import (
     AverageStatistics,
     FreezeBN,
     LossSpikes,
+    Monitor,
     PreciseBN,
     RenormSchedule,
     TuneBN,
@@ -49,7 +50,7 @@ optimizer = L(build_optimizer)(
     agc=None,  # or dict(clip_factor=0.01, eps=0.001)
     accumulate=1,
     # What runs of the following, in this order.
-    hooks=["loss_spikes", "average"],
+    hooks=["loss_spikes", "monitor", "average"],
     hook_nodes=dict(
         loss_spikes=L(LossSpikes)(output_dir="${train.output_dir}"),
         renorm=L(RenormSchedule)(
@@ -69,6 +70,7 @@ optimizer = L(build_optimizer)(
             model="${...params.model}",
             data_loader=_train_batches(16, "${dataloader.train.num_workers}"),
         ),
+        monitor=L(Monitor)(period=100),
         precise_bn=L(PreciseBN)(
             periods=_PERIODS,
             model="${...params.model}",

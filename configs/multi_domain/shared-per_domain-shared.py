@@ -6,5 +6,5 @@ level by level.
 from ..common.multi_domain import dataloader, lr_multiplier, model, optimizer, train
 
 model.head.norm.update(statistics="shared", population="per_domain", affine="shared")
-optimizer.hooks = ["loss_spikes", "precise_bn", "average"]
+optimizer.hooks = ["loss_spikes", "monitor", "precise_bn", "average"]
 train.output_dir = "output/multi_domain/shared-per_domain-shared"

@@ -4,5 +4,5 @@ evaluation and each checkpoint (Wu & Johnson, Rethinking "Batch" in BatchNorm, S
 
 from .mask_rcnn_EMA import dataloader, lr_multiplier, model, optimizer, train
 
-optimizer.hooks = ["loss_spikes", "precise_bn", "average"]
+optimizer.hooks = ["loss_spikes", "monitor", "precise_bn", "average"]
 train.output_dir = "output/population/mask_rcnn_PreciseBN"

@@ -4,6 +4,6 @@
 
 from .retinanet_EMA import dataloader, lr_multiplier, model, optimizer, train
 
-optimizer.hooks = ["loss_spikes", "freeze_bn", "average"]
+optimizer.hooks = ["loss_spikes", "freeze_bn", "monitor", "average"]
 optimizer.hook_nodes.freeze_bn.iteration = 216000
 train.output_dir = "output/population/retinanet_frozen"

@@ -6,5 +6,5 @@ from ..common.way import dataloader, lr_multiplier, model, optimizer, train
 
 model.backbone.norm.name = "BRN"
 model.head.norm.name = "BRN"
-optimizer.hooks = ["loss_spikes", "renorm", "average"]
+optimizer.hooks = ["loss_spikes", "renorm", "monitor", "average"]
 train.output_dir = "output/ways/BRN"

@@ -6,5 +6,5 @@ from ..common.way import dataloader, lr_multiplier, model, optimizer, train
 
 model.backbone.norm.name = "BN"
 model.head.norm.name = "BN"
-optimizer.hooks = ["loss_spikes", "precise_bn", "average"]
+optimizer.hooks = ["loss_spikes", "monitor", "precise_bn", "average"]
 train.output_dir = "output/ways/PreciseBN"

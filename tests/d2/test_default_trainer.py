@@ -112,7 +112,7 @@ def test_what_fvcore_gets_wrong_is_refused(where, make_cfg, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-OURS = ["LossSpikes", "PreciseBN", "AverageStatistics"]
+OURS = ["LossSpikes", "Monitor", "PreciseBN", "AverageStatistics"]
 OURS_OR_SAVES = (Hook, PeriodicCheckpointer)
 
 

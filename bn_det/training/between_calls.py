@@ -1,0 +1,126 @@
+"""How the calls of a layer in a pass differ: those of feature levels that share statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
+
+from ..layers import BatchNorm2d
+from ..layers.batch import Batch
+from ..layers.ema import in_backward_pass
+from ..layers.freeze import is_frozen
+from ..layers.moments import Moments
+from ..population.observation import PopulationLayer
+
+
+class Share(NamedTuple):
+    """Of a layer's variance, what lies between its calls in a pass and not in them.
+
+    Attributes:
+        calls: in a pass.
+        share: mean over passes and channels.
+        by_noise: what of it the noise of each call's batch explains.
+        error: standard error of the share.
+        passes: that have been seen.
+    """
+
+    calls: int
+    share: float
+    by_noise: float
+    error: float
+    passes: int
+
+
+class CallWatch:
+    """Takes the moments of each call of some layers, while it watches.
+
+    A layer computes what it does otherwise, to the bit. What activation checkpointing repeats is
+    not looked at.
+    """
+
+    def __init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
+        self._passes: dict[str, list[list[Moments]]] = {}
+        self._num_passes = 0
+
+    def start(self, model: nn.Module, places: Iterable[PopulationLayer]) -> None:
+        """Watch until :meth:`stop`. Nothing in a compiled model, which would be compiled anew."""
+        if any(map(_is_compiled, model.modules())):
+            return
+        self._handles = [model.register_forward_pre_hook(self._begin_pass)]
+        for place in places:
+            if is_frozen(place.owner):  # which does without moments
+                continue
+            if isinstance(place.owner, BatchNorm2d):
+                handle = place.owner.register_observer(partial(self._observe, place))
+            else:
+                handle = place.module.register_forward_pre_hook(partial(self._take_input, place))
+            self._handles.append(handle)
+
+    def stop(self) -> None:
+        """The layers are as they were."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._num_passes += 1
+
+    def shares(self) -> dict[str, Share]:
+        """Of each layer that every pass has called as often, more than once."""
+        found = {}
+        for name, passes in self._passes.items():
+            calls = [of_pass for of_pass in passes if of_pass]
+            numbers = {len(of_pass) for of_pass in calls}
+            if len(calls) > 1 and len(numbers) == 1 and min(numbers) > 1:
+                found[name] = _share(calls)
+        return found
+
+    def _begin_pass(self, *_: Any) -> None:
+        if not in_backward_pass():
+            self._num_passes += 1
+
+    def _observe(
+        self, place: PopulationLayer, population: _BatchNorm, batches: Sequence[Batch]
+    ) -> None:
+        seen = [batch.moments for batch in batches if batch.size > 0]
+        if population is place.module and seen and not in_backward_pass():
+            self._add(place, Moments.merge(seen))
+
+    def _take_input(self, place: PopulationLayer, module: nn.Module, inputs: tuple) -> None:
+        if module.training and inputs[0].numel() and not in_backward_pass():
+            self._add(place, Moments.of(inputs[0]))
+
+    def _add(self, place: PopulationLayer, moments: Moments) -> None:
+        passes = self._passes.setdefault(place.name, [])
+        passes += [[] for _ in range(self._num_passes + 1 - len(passes))]
+        passes[self._num_passes].append(moments)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return isinstance(module, torch._dynamo.OptimizedModule) or bool(module._compiled_call_impl)
+
+
+def _share(passes: Sequence[Sequence[Moments]]) -> Share:
+    stacks = [Moments.stack(of_pass) for of_pass in passes]
+    counts, means, variances = (torch.stack(field).double() for field in zip(*stacks, strict=True))
+    weights = (counts / counts.sum(1, keepdim=True)).unsqueeze(2)  # passes, calls, channels
+    mean = (weights * means).sum(1, keepdim=True)
+    between = (weights * (means - mean).square()).sum(1)
+    total = between + (weights * variances).sum(1)
+    shares = _ratio(between, total).mean(1)
+    # By differences of successive passes, as the weights move on.
+    noise = (means[1:] - means[:-1]).square().mean(0) / 2
+    by_noise = _ratio((weights.mean(0) * noise).sum(0), total.mean(0)).mean()
+    error = shares.std() / len(shares) ** 0.5
+    values = torch.stack([shares.mean(), by_noise, error]).tolist()
+    return Share(counts.shape[1], *values, len(passes))
+
+
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """A channel without variance counts as 0."""
+    return torch.where(whole > 0, part / whole, 0.0)

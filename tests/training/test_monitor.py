@@ -1,0 +1,450 @@
+"""The monitor in a small training loop: what it writes, what it warns of, what it leaves alone."""
+
+import copy
+import logging
+import math
+import re
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from bn_det import BatchNorm2d, DomainBatchNorm2d, freeze
+from bn_det.errors import InputError
+from bn_det.layers.kinds import unwrapped
+from bn_det.population.average import average_population_statistics
+from bn_det.training import Monitor, accumulate
+from bn_det.training.hooks import FreezeBN, PreciseBN, VirtualBatch
+from ranks import run_ranks
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def make_batch(step, size=6):
+    return torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(step))
+
+
+class Levels(nn.Module):
+    """Feature levels, of means that differ, which a layer is called with one after the other."""
+
+    def __init__(self, norm, gap=1.0):
+        super().__init__()
+        self.conv, self.norm, self.gap = nn.Conv2d(3, 4, 1), norm, gap
+
+    def forward(self, x):
+        x = self.conv(x)
+        xs = [x + 2 * self.gap, F.avg_pool2d(x, 2) * 1.5 - self.gap, x[:, :, ::2, ::2]]
+        takes_list = isinstance(self.norm, DomainBatchNorm2d)
+        ys = self.norm(xs) if takes_list else [self.norm(of_level) for of_level in xs]
+        return sum(y.relu().mean((2, 3), keepdim=True) for y in ys)
+
+
+class Checkpointed(nn.Sequential):
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+def convolutions(norm, kind=nn.Sequential):
+    return kind(nn.Conv2d(3, 4, 3), norm(4), nn.ReLU(), nn.Conv2d(4, 2, 1), norm(2))
+
+
+def shared_levels(**choices):
+    return Levels(DomainBatchNorm2d(4, 3, population="shared", **choices))
+
+
+def timm_model():
+    return convolutions(pytest.importorskip("timm.layers").BatchNormAct2d)
+
+
+def half_frozen():
+    model = convolutions(BatchNorm2d)
+    freeze(model, ["1"])
+    return model
+
+
+MODELS = {
+    "torch": lambda: convolutions(nn.BatchNorm2d),
+    "ours": lambda: convolutions(BatchNorm2d),
+    "sync": lambda: convolutions(lambda c: BatchNorm2d(c, group="world")),
+    "timm": timm_model,
+    "random ghosts": lambda: convolutions(
+        lambda c: BatchNorm2d(c, ghost_size=2, ghost_order="random")
+    ),
+    "renorm": lambda: convolutions(lambda c: BatchNorm2d(c, renorm=(2.0, 1.0))),
+    "population": lambda: convolutions(lambda c: BatchNorm2d(c, train_statistics="population")),
+    "cumulative": lambda: convolutions(lambda c: nn.BatchNorm2d(c, momentum=None)),
+    "half frozen": half_frozen,
+    "checkpointed": lambda: convolutions(nn.BatchNorm2d, Checkpointed),
+    "ours, checkpointed": lambda: convolutions(BatchNorm2d, Checkpointed),
+    "levels of torch": lambda: Levels(nn.BatchNorm2d(4)),
+    "levels of ours": lambda: Levels(BatchNorm2d(4)),
+    "levels in a list": shared_levels,
+    "levels together": lambda: shared_levels(statistics="shared"),
+    "levels, renorm": lambda: shared_levels(renorm=(2.0, 1.0)),
+    "levels, population": lambda: shared_levels(train_statistics="population"),
+}
+
+
+class Trainer:
+    """SGD, which calls hooks as both hosts do."""
+
+    def __init__(self, model, max_iter, *hooks, lr=0.01, num_batches=1):
+        self.model, self.max_iter, self.iter, self.hooks = model, max_iter, 0, hooks
+        self.optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.5)
+        self.num_batches, self.losses, self.scalars = num_batches, [], []
+        self.dtype, self.batch = None, make_batch
+
+    def put_scalars(self, scalars):
+        self.scalars.append((self.iter, scalars))
+
+    def train(self):
+        self.model.train()
+        for hook in self.hooks:
+            hook.trainer = self
+            hook.before_train()
+        try:
+            while self.iter < self.max_iter:
+                self.step()
+                self.iter += 1
+        finally:
+            for hook in self.hooks:
+                hook.after_train()
+        return self
+
+    def step(self):
+        for hook in self.hooks:
+            hook.before_step()
+        batches = [self.batch(self.iter + 1000 * k) for k in range(self.num_batches)]
+        self.optimizer.zero_grad()
+        losses = accumulate(self.model, batches, self.losses_of)
+        self.losses.append(losses["loss"].item())
+        self.optimizer.step()
+        for hook in self.hooks:
+            hook.after_step()
+
+    def losses_of(self, model, x):
+        with torch.autocast("cpu", self.dtype or torch.bfloat16, enabled=self.dtype is not None):
+            return {"loss": (model(x).float() - x[:, :1, :1, :1]).square().mean()}
+
+
+def state_of(trainer):
+    model = unwrapped(trainer.model)
+    return {**copy.deepcopy(model.state_dict()), "losses": torch.tensor(trainer.losses).double()}
+
+
+def assert_same(left, right):
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert torch.equal(value, right[name]), name
+
+
+def hooks_of(model):
+    """How much is registered with modules."""
+    kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_observers"
+    return [
+        [len(vars(m).get(k, ())) for k in kinds] + ["forward" in vars(m)] for m in model.modules()
+    ]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_training_is_the_same(kind, dtype):
+    """To the bit: losses, weights, statistics and random numbers."""
+
+    def train(*hooks):
+        torch.manual_seed(0)
+        trainer = Trainer(MODELS[kind](), 12, *hooks)
+        trainer.dtype = dtype
+        before = hooks_of(trainer.model)
+        trainer.train()
+        assert hooks_of(trainer.model) == before
+        return trainer, state_of(trainer), torch.get_rng_state()
+
+    _, expected, random_state = train()
+    trainer, state, other_random_state = train(Monitor(4))
+    assert_same(state, expected)
+    assert torch.equal(other_random_state, random_state)
+    assert [iteration for iteration, _ in trainer.scalars] == [3, 7, 11]
+    for _, scalars in trainer.scalars:
+        assert {"bn_monitor/staleness", "bn_monitor/noise"} <= scalars.keys()
+        assert all(map(math.isfinite, scalars.values()))
+        assert scalars["bn_monitor/non_finite"] == 0
+
+
+def test_beside_other_hooks():
+    """Those that freeze in a window, run extra images and recompute; the training is theirs."""
+
+    def train(*hooks):
+        model = MODELS["levels in a list"]()
+        batches = [make_batch(k) for k in range(50)]
+        virtual = VirtualBatch(model, batches)
+        precise = PreciseBN([3], model, batches, num_iter=5)
+        torch.manual_seed(0)
+        others = FreezeBN(9, precise=precise), virtual, *hooks, precise
+        return state_of(Trainer(model, 12, *others).train())
+
+    torch.manual_seed(0)
+    expected = train()
+    torch.manual_seed(0)
+    assert_same(train(Monitor(6)), expected)
+
+
+def warnings_of(caplog):
+    return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+
+
+def last(trainer, name):
+    return trainer.scalars[-1][1][f"bn_monitor/{name}"]
+
+
+def still(model, max_iter, *hooks, **how):
+    """A training whose weights stay as they are."""
+    return Trainer(model, max_iter, *hooks, lr=0.0, **how)
+
+
+@pytest.mark.parametrize("kind", ["levels of torch", "levels of ours", "levels in a list"])
+def test_levels_that_differ(kind, caplog):
+    """The share is that of their values, and it is told once."""
+    torch.manual_seed(0)
+    trainer = still(MODELS[kind](), 96, Monitor(16)).train()
+    (message,) = warnings_of(caplog)
+    assert message.startswith("BN202 at iteration 15: levels that differ share one set of statist")
+    assert "in norm: 1 layer called several times a pass (norm 3 times)" in message
+    assert message.endswith("More: tools/doctor.py --explain BN202")
+    model = MODELS["levels of torch"]()
+    model.load_state_dict(trainer.model.state_dict())
+    inputs = []
+    model.norm.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    for k in range(80, 96):
+        model(make_batch(k))
+    rows = [x.transpose(0, 1).flatten(1) for x in inputs]
+    whole, within = torch.cat(rows, 1), torch.cat([r - r.mean(1, keepdim=True) for r in rows], 1)
+    share = (1 - within.var(1) / whole.var(1)).mean()
+    assert share > 0.3 and abs(last(trainer, "between_share") - share) < 0.05
+
+
+def test_levels_that_do_not_differ_are_noise(caplog):
+    """So small that each has a mean of its own in every batch."""
+
+    class Alike(Levels):
+        def forward(self, x):
+            return sum(self.norm(part).mean() for part in self.conv(x).split(1, 2))
+
+    torch.manual_seed(0)
+    trainer = still(Alike(nn.BatchNorm2d(4)), 400, Monitor(16)).train()
+    shares = torch.tensor([scalars["bn_monitor/between_share"] for _, scalars in trainer.scalars])
+    assert len(shares) == 25 and shares.mean() < 0.02 and not warnings_of(caplog)
+
+
+def test_passes_are_no_levels():
+    """Of an accumulated batch, nor is what activation checkpointing repeats."""
+    torch.manual_seed(0)
+    for make in (MODELS["torch"], MODELS["ours"], MODELS["checkpointed"]):
+        trainer = Trainer(make(), 8, Monitor(4), num_batches=2).train()
+        assert all("bn_monitor/between_share" not in scalars for _, scalars in trainer.scalars)
+
+
+def test_levels_of_accumulated_passes(caplog):
+    torch.manual_seed(0)
+    once = still(MODELS["levels of torch"](), 32, Monitor(16)).train()
+    torch.manual_seed(0)
+    more = still(MODELS["levels of torch"](), 32, Monitor(16), num_batches=2).train()
+    assert "(norm 3 times)" in warnings_of(caplog)[-1]
+    assert abs(last(once, "between_share") - last(more, "between_share")) < 0.05
+
+
+def test_stale_statistics(caplog):
+    """Of an EMA that forgets too slowly; told once, and not while a new layer's values are left."""
+    torch.manual_seed(0)
+    model = MODELS["torch"]()
+    model[1].momentum = 1e-4
+    model[1].running_mean += 5
+    trainer = still(model, 240, Monitor(40)).train()
+    (message,) = warnings_of(caplog)
+    assert message.startswith("BN201 at iteration 119: statistics do not fit the weights, in 1: ")
+    with torch.no_grad():
+        x = torch.cat([model[0](make_batch(k)) for k in range(224, 240)])
+    # the EMA has moved by 2 % since
+    shift = (model[1].running_mean - x.mean((0, 2, 3))) / x.var((0, 2, 3)).sqrt()
+    assert shift.square().mean().sqrt() == pytest.approx(last(trainer, "staleness"), rel=0.02)
+
+
+def test_healthy_layers_are_not_told_of(caplog):
+    """Staleness is what chance does not explain, and the noise is that of the batches' means."""
+    torch.manual_seed(0)
+    caplog.set_level(logging.INFO)
+    trainer = still(MODELS["torch"](), 800, Monitor(16)).train()
+    assert not warnings_of(caplog) and len(trainer.scalars) == 50
+    stale = torch.tensor([s["bn_monitor/staleness"] for k, s in trainer.scalars if k > 100])
+    noise = torch.tensor([s["bn_monitor/noise"] for k, s in trainer.scalars])
+    with torch.no_grad():
+        xs = [trainer.model[0](make_batch(k)) for k in range(200)]
+    means = torch.stack([x.mean((0, 2, 3)) for x in xs])
+    expected = (means.var(0) / torch.cat(xs).var((0, 2, 3))).mean().sqrt()
+    assert stale.median() < 0.3 * expected
+    assert noise.square().mean().sqrt() == pytest.approx(float(expected), rel=0.3)
+    assert re.search(r"BatchNorm: staleness \S+ \(\d\), noise \S+ \(\d\)$", caplog.text, re.M)
+
+
+@pytest.mark.parametrize("name", ["running_var", "weight"])
+def test_values_that_are_not_finite(name, caplog):
+    torch.manual_seed(0)
+    model = MODELS["torch"]()
+    with torch.no_grad():
+        getattr(model[4], name)[1] = math.nan
+        getattr(model[1], name)[:2] = math.inf
+    trainer = still(model, 8, Monitor(4))
+    trainer.optimizer.step = lambda: None  # or all weights are NaN in the next one
+    trainer.train()
+    (message,) = warnings_of(caplog)
+    assert message.startswith("BN107 at iteration 3: ") and ", in 1 and 1 more: 2 values" in message
+    # infinite weights make NaN of what comes after
+    numbers = [scalars["bn_monitor/non_finite"] for _, scalars in trainer.scalars]
+    assert numbers == ([3, 3] if name == "running_var" else [5, 5])
+    for _, scalars in trainer.scalars:
+        assert all(map(math.isfinite, scalars.values()))
+
+
+def test_of_a_training_that_fails_it_is_said_what_is_not_finite(caplog):
+    """Nothing is left in the model."""
+
+    def batch(step):
+        if step == 6:
+            raise FloatingPointError("loss not finite")
+        return make_batch(step) * (math.inf if step == 5 else 1)
+
+    model = MODELS["levels of torch"]()
+    before = hooks_of(model)
+    trainer = Trainer(model, 12, Monitor(4))
+    trainer.batch = batch
+    with pytest.raises(FloatingPointError):
+        trainer.train()
+    (message,) = [m for m in warnings_of(caplog) if m.startswith("BN107")]
+    assert message.startswith("BN107 at iteration 6: ") and ", in norm: " in message
+    assert hooks_of(model) == before
+
+
+def test_a_loop_that_goes_on_after_a_step_that_failed():
+    """In such a one nothing calls after_step."""
+    torch.manual_seed(0)
+    model = MODELS["levels in a list"]()
+    before = hooks_of(model)
+    trainer = Trainer(model, 12, hook := Monitor(4))
+    hook.trainer = trainer
+    for trainer.iter in range(8):
+        if trainer.iter == 5:
+            hook.before_step()
+        else:
+            trainer.step()
+    assert hooks_of(model) == before
+    assert len(trainer.scalars) == 2 and math.isfinite(last(trainer, "noise"))
+
+
+def test_models_without_statistics():
+    trainer = Trainer(nn.Conv2d(3, 1, 1), 8, Monitor(4)).train()
+    assert trainer.scalars == []
+    frozen = MODELS["torch"]()
+    freeze(frozen)
+    trainer = Trainer(frozen, 8, Monitor(4)).train()
+    assert [s for _, s in trainer.scalars] == [{"bn_monitor/non_finite": 0.0}] * 2
+
+
+def test_a_compiled_model_is_not_compiled_anew():
+    torch.manual_seed(0)
+    model = MODELS["levels of torch"]()
+    trainer = Trainer(torch.compile(model, backend="eager"), 12, Monitor(4)).train()
+    assert last(trainer, "noise") > 0 and "bn_monitor/between_share" not in trainer.scalars[-1][1]
+
+
+def test_a_period_of_one():
+    with pytest.raises(InputError, match="period: 1 is not accepted; use 2 iterations or more"):
+        Monitor(1)
+
+
+def train_ranks(rank, kind, with_monitor, gap=0.0, max_iter=48):
+    """A training in which each rank has batches, a layer of its own statistics, and a gap."""
+    torch.manual_seed(0)
+    records = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: records.append(record.getMessage())
+    logging.getLogger("bn_det").addHandler(handler)
+    model = DistributedDataParallel(MODELS[kind](), broadcast_buffers=False)
+    trainer = Trainer(model, max_iter, *([Monitor(16)] if with_monitor else []))
+    trainer.batch = lambda step: make_batch(2 * step + rank) + gap * rank
+    trainer.train()
+    return state_of(trainer), trainer.scalars, records
+
+
+@pytest.mark.parametrize("kind", ["torch", "sync", "levels in a list"])
+def test_ranks_train_as_without_it(kind):
+    of_ranks = run_ranks(train_ranks, 2, kind, True)
+    expected = run_ranks(train_ranks, 2, kind, False)
+    for (state, scalars, records), (without, *_) in zip(of_ranks, expected, strict=True):
+        assert_same(state, without)
+        assert len(scalars) == 3 and not any("BN204" in r for r in records)
+    spreads = [{s["bn_monitor/rank_spread"] for _, s in scalars} for _, scalars, _ in of_ranks]
+    if kind == "sync":
+        assert spreads == [{0.0}, {0.0}]
+    else:
+        assert 0 < max(spreads[0]) < 0.2
+
+
+def test_ranks_that_differ():
+    """By data of their own, and by NaN on one alone; rank 0 knows of both."""
+    for state, scalars, records in run_ranks(train_ranks, 2, "torch", True, 5.0):
+        (message,) = [r for r in records if r.startswith("BN204")]
+        assert message.startswith("BN204 at iteration 15: each rank has statistics of its own, in ")
+        assert scalars[-1][1]["bn_monitor/rank_spread"] > 1 and len(state) > 5
+    (_, scalars, records), _ = run_ranks(train_ranks, 2, "torch", True, math.inf, 16)
+    assert scalars[-1][1]["bn_monitor/non_finite"] >= 1
+    assert any(r.startswith("BN107 at iteration 15") for r in records)
+
+
+def fail_on_one_rank(rank):
+    def batch(step):
+        if rank == 1 and step == 6:
+            raise ValueError("bad image")
+        return make_batch(step)
+
+    model = DistributedDataParallel(MODELS["torch"](), broadcast_buffers=False)
+    trainer = Trainer(model, 8, Monitor(2))
+    trainer.batch = batch
+    start = time.monotonic()
+    try:
+        trainer.train()
+    except Exception as e:
+        dist.destroy_process_group()  # as the end of the process does
+        return type(e).__name__, time.monotonic() - start
+    return "", 0.0
+
+
+def test_a_rank_that_fails_leaves_none_waiting():
+    (other, seconds), (failed, _) = run_ranks(fail_on_one_rank, 2, timeout=60.0)
+    assert failed == "ValueError" and other == "RuntimeError" and seconds < 50
+
+
+def averaged(rank):
+    """After ranks were averaged they are equal, and the moves between steps are none of a batch."""
+    torch.manual_seed(0)
+
+    class Average(Monitor):
+        def after_step(self):
+            average_population_statistics(self.trainer.model)
+
+        before_step = after_train = lambda self: None
+
+    model = DistributedDataParallel(MODELS["torch"](), broadcast_buffers=False)
+    trainer = Trainer(model, 16, Monitor(8), Average())
+    trainer.batch = lambda step: make_batch(2 * step + rank)
+    trainer.train()
+    return trainer.scalars
+
+
+def test_what_happens_between_steps_is_no_batch():
+    for scalars in run_ranks(averaged, 2):
+        assert scalars[-1][1]["bn_monitor/noise"] < 0.3
