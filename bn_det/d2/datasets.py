@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -14,7 +15,7 @@ from detectron2.data import (
     build_detection_train_loader,
     get_detection_dataset_dicts,
 )
-from detectron2.data.datasets import load_coco_json
+from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from torch.utils.data import Sampler
 
@@ -23,14 +24,16 @@ from ..data.annotations import read_annotations
 from ..data.category_batches import CategoryBatches
 from ..data.coco import (
     CocoSource,
+    check_categories,
     check_free,
     check_names,
     check_num_classes,
+    load_coco,
     prepare,
-    readable,
     registered_sources,
     shapes_sources,
 )
+from ..data.masks import compressed
 from ..errors import InputError
 from .engine import readable_datasets
 from .mapper import Mapper
@@ -62,26 +65,35 @@ def register_datasets(cfg: CfgNode) -> None:
         DatasetCatalog.register(name, partial(_load_with_source, load, source))
 
 
-def check_files(cfg: CfgNode, split: str) -> None:
+def check_files(cfg: CfgNode, split: str) -> dict[str, list[str]]:
     """Look at the annotation files of DATASETS.TRAIN or DATASETS.TEST, before anything is begun.
 
     Those of data sets that are registered as COCO's; others have no file that is known.
+
+    Returns:
+        the names of each one's categories, in the order of the classes.
     """
+    categories = {}
     needs = {"for_evaluation": split == "TEST", "with_masks": cfg.MODEL.MASK_ON}
     for name in cfg.DATASETS[split]:
         metadata = MetadataCatalog.get(name)
         if metadata.get("evaluator_type") == "coco":
             prepare(name, CocoSource(metadata.json_file, metadata.image_root))
             content = read_annotations(name, metadata.json_file, **needs)
-            check_num_classes(cfg, f"DATASETS.{split}", name, len(content["categories"]))
+            by_id = sorted(content["categories"], key=itemgetter("id"))
+            categories[name] = [category["name"] for category in by_id]
+            check_num_classes(cfg, f"DATASETS.{split}", name, len(by_id))
             if split == "TRAIN" and cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon":
                 _refuse_rle(f"{name}: {metadata.json_file}", content["annotations"])
+    check_categories(f"DATASETS.{split}", categories)
+    return categories
 
 
 def _refuse_rle(where: str, annotations: Iterable[dict[str, Any]]) -> None:
     """Raise InputError for one that training uses, which makes no polygons of it."""
     for annotation in annotations:
-        if isinstance(annotation["segmentation"], dict) and not annotation.get("iscrowd", 0):
+        is_used = not annotation.get("iscrowd", 0)
+        if is_used and isinstance(annotation["segmentation"], dict):
             raise InputError(
                 f"INPUT.MASK_FORMAT: 'polygon' is not accepted with {where}: annotation "
                 f"{annotation['id']} is RLE; use 'bitmask'"
@@ -156,9 +168,17 @@ def _register(sources: dict[str, CocoSource]) -> None:
 
 
 def _load(name: str, source: CocoSource) -> list[dict]:
-    prepare(name, source)
-    with readable(name, source):
-        return load_coco_json(source.json_file, source.image_root, name)
+    dataset = load_coco(name, source)
+    MetadataCatalog.get(name).set(
+        thing_classes=dataset.category_names,
+        thing_dataset_id_to_contiguous_id={of: k for k, of in enumerate(dataset.category_ids)},
+    )
+    for record in dataset.records:
+        for annotation in record["annotations"]:
+            annotation["bbox_mode"] = BoxMode.XYWH_ABS
+            if isinstance(annotation.get("segmentation"), dict):
+                annotation["segmentation"] = compressed(annotation["segmentation"])
+    return dataset.records
 
 
 _register(shapes_sources())

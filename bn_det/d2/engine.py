@@ -22,6 +22,7 @@ from detectron2.utils.logger import setup_logger
 from ..commands.checkpoint import CheckpointerMixin
 from ..commands.launch import is_mendable
 from ..commands.output_folder import end_logs_that_fail
+from ..data.coco import without_objects
 from ..errors import InputError, one_line
 from ..files import write_text
 from ..layers.pickled_arrays import read_pickled_arrays
@@ -115,6 +116,8 @@ def readable_datasets(key: str, names: Sequence[str]) -> Iterator[None]:
     except InputError:
         raise
     except (AssertionError, KeyError, OSError, TypeError, ValueError) as e:
+        if str(e).startswith("No valid data found"):
+            raise without_objects(key, names) from e
         # For no name Detectron2's reason is that there is none.
         reason = " ".join(str(e).split()) if str(e) != str(names) else "name a data set"
         raise InputError(f"{key}: {names!r} cannot be loaded: {reason}") from e

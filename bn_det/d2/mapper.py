@@ -5,16 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 from detectron2.data import DatasetMapper
+from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.utils.file_io import PathManager
 
-from ..data.images import check_image, readable_image
+from ..data.images import check_image, check_size, read_image, readable_image
 
 
 class Mapper(DatasetMapper):
-    """Detectron2's. Images that it would take for others are refused: those of more than 8 bits."""
+    """Detectron2's, but that it refuses images which it would take for others.
+
+    Those are of more than 8 bits, or broken.
+    """
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         path = dataset_dict["file_name"]
         with readable_image(path):
-            check_image(PathManager.get_local_path(path))
-            return super().__call__(dataset_dict)
+            local = PathManager.get_local_path(path)
+            check_image(local)
+            try:
+                return super().__call__(dataset_dict)
+            except SizeMismatchError:
+                check_size(path, read_image(local).shape[:2], dataset_dict)
+                raise

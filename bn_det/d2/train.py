@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from ..config.keys import add_bn_det_config
 from ..config.load import load_config
 from ..config.training import clipping_of, evaluated_by_batch, smallest_image
 from ..config.unread import HOOK_KEYS, TRAINER_KEYS
-from ..data.coco import check_names
+from ..data.coco import check_names, check_tested_categories
 from ..layers import name_layers
 from .accumulate import AccumulatingAMPTrainer, AccumulatingTrainer
 from .datasets import (
@@ -141,13 +142,19 @@ def setup(args: argparse.Namespace) -> CfgNode:
         check_ims_per_batch(cfg, cfg.SOLVER.REFERENCE_WORLD_SIZE or num_processes)
     check_start(cfg, args)
     register_datasets(cfg)
-    for split in ("TRAIN", "TEST"):
-        check_names(f"DATASETS.{split}", cfg.DATASETS[split], DatasetCatalog.list())
-        if split == "TEST" or not args.eval_only:
-            check_files(cfg, split)
+    check_data(cfg, ("TEST",) if args.eval_only else ("TRAIN", "TEST"))
     resolve_device(cfg)
     cfg.freeze()
     return cfg
+
+
+def check_data(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> None:
+    """Look at what DATASETS names, and of some of its splits at the annotation files."""
+    for split in ("TRAIN", "TEST"):
+        check_names(f"DATASETS.{split}", cfg.DATASETS[split], DatasetCatalog.list())
+    categories = [check_files(cfg, split) for split in splits]
+    if len(categories) > 1:
+        check_tested_categories(*categories)
 
 
 def load_model(cfg: CfgNode, resume: bool) -> nn.Module:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from operator import sub
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from ..errors import InputError, is_text, shown
@@ -25,6 +27,12 @@ _SMALLEST = 1e-5
 _LARGEST = 1e10
 """The area up to which pycocotools counts an object."""
 
+_REACHES_OUT = 1
+"""Pixels beyond the edge of an image that are more than rounding."""
+
+_LAST_ID = 2**63 - 1
+"""The highest id of an object that the evaluations hold."""
+
 FARTHEST = 10
 """How many times the longer side of its image a coordinate may be; masks take memory with it."""
 
@@ -35,7 +43,8 @@ def read_annotations(
     """The content of an annotation file in COCO's format for detection.
 
     Annotations of images that the file does not have are left out, and so are, for training, those
-    with an empty box; a warning counts them.
+    with a box that is empty or outside of its image; warnings count them, and boxes that reach out
+    of their images.
 
     Args:
         name: of the data set, which begins messages.
@@ -65,7 +74,7 @@ def read_annotations(
 def _parsed(where: str, json_file: str) -> dict[str, Any]:
     check_regular(json_file)
     try:
-        content = parse_json(Path(json_file).read_bytes())
+        content = parse_json(Path(json_file).read_bytes().decode())  # as pycocotools will
     except FileNotFoundError as e:
         raise InputError(f"{where}: there is no such file") from e
     except OSError as e:
@@ -143,46 +152,64 @@ class _Annotations:
 
     def __call__(self, annotations: Sequence[Any]) -> list[dict]:
         every = _by_id(self._where, "annotation", annotations, self._why_not)
-        elsewhere = [of for of in every.values() if of["image_id"] not in self._images]
-        empty = [of for of in every.values() if min(of["bbox"][2:]) < _SMALLEST]
-        self._tell(elsewhere, "of images that the file does not have")
-        self._tell([of for of in empty if of["image_id"] in self._images], "with an empty box")
-        left = {of["id"] for of in (*elsewhere, *empty)}
+        elsewhere, empty, outside, reaching = [], [], [], []
+        for of in every.values():
+            box, image = of["bbox"], self._images.get(of["image_id"])
+            if image is None:
+                elsewhere.append(of)
+            elif min(box[2:]) < _SMALLEST:
+                empty.append(of)
+            elif min(_seen(box, image)) < _SMALLEST:
+                outside.append(of)
+            elif max(map(sub, box[2:], _seen(box, image))) > _REACHES_OUT:
+                reaching.append(of)
+        self._tell(elsewhere, "of images that the file does not have are left out")
+        self._tell(empty, "with an empty box are left out")
+        self._tell(outside, "with a box outside of their image are left out")
+        self._tell(reaching, "with a box that reaches out of its image, where detections end")
+        left = {of["id"] for of in (*elsewhere, *empty, *outside)}
         return [of for of in annotations if of["id"] not in left]
 
-    def _tell(self, left: list[dict], what: str) -> None:
-        if left:
-            first = _value(left[0]["id"])
-            message = "%s: annotations %s are left out: %d, the first of which is %s"
-            logger.warning(message, self._where, what, len(left), first)
+    def _tell(self, some: list[dict], what: str) -> None:
+        if some:
+            first = _value(some[0]["id"])
+            message = "%s: annotations %s: %d, the first of which is %s"
+            logger.warning(message, self._where, what, len(some), first)
 
     def _why_not(self, annotation: dict) -> str:
-        image_id = annotation.get("image_id")
-        if image_id is None or not isinstance(image_id, Hashable):
-            return f"image_id: {_value(image_id)} is not accepted; use an image's id"
-        category_id = annotation.get("category_id")
-        if not isinstance(category_id, Hashable) or category_id not in self._categories:
+        image_id, category_id = annotation.get("image_id"), annotation.get("category_id")
+        if type(image_id) is not (kind := _kind(self._images)):
+            seen = _value(image_id)
+            return f"image_id: {seen} is not accepted; use the id of an image, {kind.__name__}"
+        if type(category_id) is not (kind := _kind(self._categories)):
+            seen = _value(category_id)
+            return f"category_id: {seen} is not accepted; use the id of a category, {kind.__name__}"
+        if category_id not in self._categories:
             return f"category_id: {_value(category_id)} is none of the file's categories"
-        if (crowd := annotation.get("iscrowd", 0)) not in (0, 1):
-            return f"iscrowd: {_value(crowd)} is not accepted; use 0 or 1"
         image = self._images.get(image_id)
         farthest = FARTHEST * max(image["height"], image["width"]) if image else math.inf
         return (
-            self._why_no_box(annotation.get("bbox"), farthest)
+            _why_no_flags(annotation)
+            or self._why_no_box(annotation.get("bbox"), image, farthest)
             or _why_no_mask(annotation.get("segmentation"), image, farthest)
+            or _why_no_area(annotation.get("area"), self._for_evaluation)
             or (self._why_not_masked(annotation) if self._with_masks else "")
             or (_why_not_compared(annotation) if self._for_evaluation else "")
         )
 
-    def _why_no_box(self, box: Any, farthest: float) -> str:
-        seen = f"bbox: {_value(box)} is not accepted; "
+    def _why_no_box(self, box: Any, image: dict | None, farthest: float) -> str:
+        start = f"bbox: {_value(box)} is not accepted; "
         if not is_box(box):
-            return f"{seen}use x, y, width and height in pixels"
+            return f"{start}use x, y, width and height in pixels"
         if min(box[2:]) < 0:
-            return f"{seen}width and height are 0 or more"
+            return f"{start}width and height are 0 or more"
+        if max(map(abs, box)) > farthest:
+            return f"{start}it is far outside of its image"
         if self._for_evaluation and min(box[2:]) < _SMALLEST:
-            return f"{seen}no detection can match an empty box, which would lower AP"
-        return f"{seen}it is far outside of its image" if max(map(abs, box)) > farthest else ""
+            return f"{start}no detection can match an empty box, which would lower AP"
+        if self._for_evaluation and image and min(_seen(box, image)) < _SMALLEST:
+            return f"{start}no detection can match a box outside of its image, which would lower AP"
+        return ""
 
     def _why_not_masked(self, annotation: dict) -> str:
         # Training leaves crowds out; the evaluation compares with them, too.
@@ -195,20 +222,56 @@ class _Annotations:
         return ""
 
 
+def _kind(entries: dict[Hashable, dict]) -> type:
+    """What the ids of entries are, which :func:`_by_id` has found to be the same for all."""
+    return type(next(iter(entries)))
+
+
+def _seen(box: Sequence[float], image: dict) -> tuple[float, float]:
+    """Width and height of the part of a box that is in its image; negative where there is none."""
+    x, y, width, height = box
+    return (
+        min(x + width, image["width"]) - max(x, 0),
+        min(y + height, image["height"]) - max(y, 0),
+    )
+
+
+def _why_no_flags(annotation: dict) -> str:
+    if (crowd := annotation.get("iscrowd", 0)) not in (0, 1):
+        return f"iscrowd: {_value(crowd)} is not accepted; use 0 or 1"
+    if (ignore := annotation.get("ignore", 0)) != 0:
+        return (
+            f"ignore: {_value(ignore)} is not accepted; the evaluations count it all the same: use "
+            "iscrowd 1, or leave the annotation out"
+        )
+    return ""
+
+
 def _why_not_compared(annotation: dict) -> str:
-    if annotation["id"] == 0:
-        return "id: 0 is not accepted; pycocotools takes what it matches for unmatched"
-    area = annotation.get("area")
+    number = annotation["id"]
+    if not isinstance(number, int) or not 1 <= number <= _LAST_ID:
+        return (
+            f"id: {_value(number)} is not accepted; use an integer, 1 to {_LAST_ID}: by others the "
+            "evaluations cannot tell what is matched"
+        )
+    return "" if "iscrowd" in annotation else "iscrowd: it has none; use 0 or 1"
+
+
+def _why_no_area(area: Any, is_needed: bool) -> str:
+    if area is None and not is_needed:
+        return ""
     if not are_numbers([area]) or not 0 <= area <= _LARGEST:
         return f"area: {_value(area)} is not accepted; use a number of pixels, 0 to {_LARGEST:g}"
-    return "" if "iscrowd" in annotation else "iscrowd: it has none; use 0 or 1"
+    return ""
 
 
 def _why_no_mask(segmentation: Any, image: dict | None, farthest: float) -> str:
     """Why a segmentation, if there is one, cannot be decoded to what is meant."""
     if isinstance(segmentation, dict):
         return _why_no_runs(segmentation, image)
-    for polygon in segmentation if isinstance(segmentation, list) else ():
+    if not isinstance(segmentation, (list, NoneType)):
+        return f"segmentation: {_value(segmentation)} is not accepted; use polygons or RLE"
+    for polygon in segmentation or ():
         if not isinstance(polygon, list) or not are_numbers(polygon):
             return "segmentation: a polygon is not accepted; use lists of finite numbers"
         if polygon and max(max(polygon), -min(polygon)) > farthest:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
+import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,8 @@ from ..errors import InputError, nearest
 from .annotations import read_annotations
 from .masks import is_segmentation
 from .shapes import VARIANTS, Variant, generate_shapes
+
+logger = logging.getLogger(__name__)
 
 
 class CocoSource(NamedTuple):
@@ -35,8 +37,8 @@ class CocoDataset(NamedTuple):
         coco: the annotation file as pycocotools has it.
         category_ids, category_names: of the classes 0, 1, ... in the order of their COCO ids.
         records: for each image a dict in Detectron2's standard format, with ``category_id``
-            counted from 0 and ``bbox`` as x, y, width, height in pixels; with
-            ``segmentation`` where the masks were asked for.
+            counted from 0, ``bbox`` as x, y, width, height in pixels, and ``segmentation`` where
+            there is one.
     """
 
     name: str
@@ -118,15 +120,66 @@ def check_names(key: str, names: Iterable[str], known: Iterable[str]) -> None:
 def check_num_classes(cfg: CfgNode, key: str, name: str, found: int) -> None:
     """Raise InputError if a data set has more categories than the detector has classes.
 
-    Other architectures than those of our configs are not looked at.
+    A test set has to have as many: a detection of a further class would have no category. Other
+    architectures than those of our configs are not looked at.
     """
     parts = {**DENSE, **dict.fromkeys(RCNNS, "ROI_HEADS")}
     part = parts.get(cfg.MODEL.META_ARCHITECTURE)
-    if part and found > cfg.MODEL[part].NUM_CLASSES:
+    if part is None:
+        return
+    number = cfg.MODEL[part].NUM_CLASSES
+    if found > number or (found < number and key == "DATASETS.TEST"):
         raise InputError(
-            f"MODEL.{part}.NUM_CLASSES: {cfg.MODEL[part].NUM_CLASSES} is not accepted; {name} of "
-            f"{key} has {found} categories"
+            f"MODEL.{part}.NUM_CLASSES: {number} is not accepted; {name} of {key} has {found} "
+            "categories"
         )
+
+
+def check_categories(key: str, categories: Mapping[str, Sequence[str]]) -> None:
+    """Raise InputError unless the data sets of a key have the same categories.
+
+    Args:
+        categories: the names of each data set's, in the order of the classes.
+    """
+    for name, found in categories.items():
+        first, expected = next(iter(categories.items()))
+        if found != expected:
+            raise InputError(
+                f"{key}: {list(categories)} have different categories: {name} has {found}, {first} "
+                f"has {expected}"
+            )
+
+
+def check_tested_categories(
+    trained: Mapping[str, Sequence[str]], tested: Mapping[str, Sequence[str]]
+) -> None:
+    """Raise InputError where a class would be trained as one category, and tested as another.
+
+    A category under another name may be the same, of which a warning asks.
+
+    Args:
+        trained, tested: as :func:`check_categories` takes them, of DATASETS.TRAIN and TEST.
+    """
+    if not trained or not tested:
+        return
+    (train_set, before), (test_set, after) = next(iter(trained.items())), next(iter(tested.items()))
+    for number, pair in enumerate(zip(before, after, strict=False)):
+        if pair[0] == pair[1]:
+            continue
+        message = (
+            f"DATASETS.TEST: class {number} is {pair[1]!r} in {test_set}, and {pair[0]!r} in "
+            f"{train_set} of DATASETS.TRAIN"
+        )
+        if pair[0] in after or pair[1] in before:
+            raise InputError(f"{message}; give the categories the same order by id")
+        logger.warning("%s", message)
+
+
+def without_objects(key: str, names: Sequence[str]) -> InputError:
+    """What to raise for data sets that have no object."""
+    return InputError(
+        f"{key}: {names!r} is not accepted; name a data set that has an image with objects"
+    )
 
 
 def prepare(name: str, source: CocoSource) -> None:
@@ -148,23 +201,6 @@ def _variant_sources(variant: Variant) -> dict[str, CocoSource]:
     }
 
 
-@contextlib.contextmanager
-def readable(name: str, source: CocoSource) -> Iterator[None]:
-    """Name the file in an error that a broken annotation file raises inside the block."""
-    try:
-        yield
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise InputError(f"{name}: {source.json_file} is not valid JSON: {e}") from e
-    except InputError:
-        raise
-    except (KeyError, TypeError, ValueError, IndexError, AssertionError) as e:
-        reason = " ".join(str(e).split())
-        raise InputError(
-            f"{name}: {source.json_file} is not in COCO's format for detection (images, "
-            f"annotations and categories): {type(e).__name__} {reason}"
-        ) from e
-
-
 def load_coco(
     name: str, source: CocoSource, for_evaluation: bool = False, with_masks: bool = False
 ) -> CocoDataset:
@@ -173,7 +209,7 @@ def load_coco(
     Args:
         for_evaluation: whether pycocotools will compare detections with it, which takes the
             ``area`` and ``iscrowd`` of each annotation; training does without.
-        with_masks: whether the instances' masks are needed, for training or evaluation.
+        with_masks: whether each instance has to have a mask, for training or evaluation.
 
     Raises:
         InputError: the annotation file is missing, or :func:`read_annotations` refuses it.
@@ -193,8 +229,7 @@ def load_coco(
             "height": image["height"],
             "width": image["width"],
             "annotations": [
-                _record(annotation, classes, with_masks)
-                for annotation in coco.imgToAnns[image["id"]]
+                _record(annotation, classes) for annotation in coco.imgToAnns[image["id"]]
             ],
         }
         for image in coco.loadImgs(sorted(coco.imgs))
@@ -202,12 +237,12 @@ def load_coco(
     return CocoDataset(name, coco, category_ids, category_names, records)
 
 
-def _record(annotation: dict, classes: dict[int, int], with_masks: bool) -> dict:
+def _record(annotation: dict, classes: dict[int, int]) -> dict:
     record = {
         "bbox": [float(value) for value in annotation["bbox"]],
         "category_id": classes[annotation["category_id"]],
         "iscrowd": annotation.get("iscrowd", 0),
     }
-    if with_masks and is_segmentation(annotation.get("segmentation")):  # crowds may have none
+    if is_segmentation(annotation.get("segmentation")):
         record["segmentation"] = annotation["segmentation"]
     return record

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -36,10 +37,16 @@ def readable_image(path: str | os.PathLike) -> Iterator[None]:
 
 
 def check_image(path: str | os.PathLike) -> None:
-    """Raise InputError unless a file looks like an image of 8 bits; it is not decoded."""
+    """Raise InputError unless a file looks like an image of 8 bits.
+
+    Of the formats of photographs none is decoded: that is Detectron2's to do, and to fail at. Of a
+    PNG it decodes the pixels on the way to the EXIF tag, where it hides what fails.
+    """
     check_regular(path)
     with readable_image(path), Image.open(path) as image:
-        _check_mode(path, image)
+        _check_kind(path, image)
+        if image.format == "PNG":
+            image.load()
 
 
 def read_image(path: str | os.PathLike) -> np.ndarray:
@@ -50,11 +57,32 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     """
     check_regular(path)
     with readable_image(path), Image.open(path) as image:
-        _check_mode(path, image)
-        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        _check_kind(path, image)
+        image.load()
+        return np.array(_upright(image).convert("RGB"))
 
 
-def _check_mode(path: str | os.PathLike, image: Image.Image) -> None:
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # a tag that says nothing; the pixels have been read
+        return image
+
+
+def check_size(path: str, size: Sequence[int], record: Mapping[str, Any]) -> None:
+    """Raise InputError unless the height and width of an image are those of its record."""
+    if tuple(size) != (record["height"], record["width"]):
+        raise InputError(
+            f"{path}: is {size[1]}x{size[0]} pixels, its annotation says "
+            f"{record['width']}x{record['height']}"
+        )
+
+
+def _check_kind(path: str | os.PathLike, image: Image.Image) -> None:
+    if image.format == "EPS":
+        raise InputError(
+            f"{path}: is PostScript, a program that would be run; use an image such as PNG or JPEG"
+        )
     if image.mode not in _MODES:
         raise InputError(
             f"{path}: pixels of mode {image.mode} are not accepted; use 8 bits a channel, as what "

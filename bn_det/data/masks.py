@@ -29,10 +29,14 @@ def decode_mask(segmentation: Segmentation, height: int, width: int) -> np.ndarr
     Returns:
         uint8 of shape (height, width), 1 inside; of the RLE's own size if it is one.
     """
-    if isinstance(segmentation, dict) and not isinstance(segmentation["counts"], list):
-        return coco_mask.decode(segmentation)
-    rle = coco_mask.frPyObjects(segmentation, height, width)
-    return coco_mask.decode(coco_mask.merge(rle) if isinstance(rle, list) else rle)
+    if isinstance(segmentation, dict):
+        return coco_mask.decode(compressed(segmentation))
+    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width)))
+
+
+def compressed(rle: dict[str, Any]) -> dict[str, Any]:
+    """An RLE, whose counts may be a list of numbers, with the counts as a string."""
+    return coco_mask.frPyObjects(rle, *rle["size"]) if isinstance(rle["counts"], list) else rle
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:

@@ -30,9 +30,14 @@ class L1BatchNorm2d(nn.BatchNorm2d):
     Shape:
         (N, C, H, W) to the same. An empty input gives an empty output and updates nothing.
 
+    Attributes:
+        name: in its model, for messages (``name_layers``).
+
     Raises:
         InputError: in training there is a single value per channel.
     """
+
+    name = ""
 
     def __init__(
         self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, **kwargs: Any
@@ -45,7 +50,7 @@ class L1BatchNorm2d(nn.BatchNorm2d):
         if x.numel() == 0 or (not self.training and self.running_mean is not None):
             statistics = self.running_mean, self.running_var
             return normalize_one(x, *statistics, self.weight, self.bias, self.eps)
-        check_size(x.numel() // x.shape[1])
+        check_size(x.numel() // x.shape[1], f"{self.name}: " if self.name else "")
         values = x.to(torch.promote_types(x.dtype, torch.float32))
         mean = values.mean((0, 2, 3), keepdim=True)
         values = values - mean

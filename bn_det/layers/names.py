@@ -6,6 +6,7 @@ from torch import nn
 
 from .batch_norm import BatchNorm2d
 from .kinds import unwrapped
+from .l1_batch_norm import L1BatchNorm2d
 from .meeting import check_timeout
 from .shuffle import shuffled_methods
 
@@ -32,6 +33,8 @@ def name_layers(model: nn.Module, timeout: float | None = None) -> nn.Module:
     if timeout is not None:
         check_timeout("timeout", timeout)
     for name, module in unwrapped(model).named_modules():
+        if isinstance(module, L1BatchNorm2d):
+            module.name = name
         layers = [module] if isinstance(module, BatchNorm2d) else []
         for layer in (*layers, *shuffled_methods(module)):
             layer.calls.name = name

@@ -11,14 +11,13 @@ from fvcore.common.config import CfgNode
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
 from torchvision import tv_tensors
-from torchvision.ops import box_convert
+from torchvision.ops import box_convert, clip_boxes_to_image
 from torchvision.transforms import v2
 
 from ..data.category_batches import CategoryBatches
-from ..data.coco import CocoDataset
-from ..data.images import read_image
+from ..data.coco import CocoDataset, without_objects
+from ..data.images import check_size, read_image
 from ..data.masks import decode_mask
-from ..errors import InputError
 from ..layers.comm import share, world
 
 Sample = tuple[Tensor, dict[str, Tensor], dict]
@@ -68,14 +67,10 @@ class DetectionDataset(Dataset):
         draw, index = key
         record = self.records[index]
         image = _read_image(record["file_name"], self.image_format)
-        if image.shape[1:] != (record["height"], record["width"]):
-            raise InputError(
-                f"{record['file_name']}: is {image.shape[2]}x{image.shape[1]} pixels, its "
-                f"annotation says {record['width']}x{record['height']}"
-            )
+        check_size(record["file_name"], image.shape[1:], record)
         objects = [a for a in record["annotations"] if not a["iscrowd"]]
         boxes = torch.tensor([a["bbox"] for a in objects], dtype=torch.float32).reshape(-1, 4)
-        boxes = box_convert(boxes, "xywh", "xyxy")
+        boxes = clip_boxes_to_image(box_convert(boxes, "xywh", "xyxy"), image.shape[1:])
         target = {
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=image.shape[1:]),
             "labels": torch.tensor([a["category_id"] for a in objects], dtype=torch.int64),
@@ -104,10 +99,7 @@ def build_train_loader(
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         records = [r for r in records if has_objects(r)]
     if not records:
-        raise InputError(
-            f"DATASETS.TRAIN: {cfg.DATASETS.TRAIN!r} is not accepted; name a data set that has an "
-            "image with objects"
-        )
+        raise without_objects("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
     flips = {
         "horizontal": [v2.RandomHorizontalFlip()],
         "vertical": [v2.RandomVerticalFlip()],

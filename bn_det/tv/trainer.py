@@ -32,13 +32,15 @@ from ..config.training import (
 from ..data.coco import (
     CocoDataset,
     builtin_sources,
+    check_categories,
     check_names,
     check_num_classes,
+    check_tested_categories,
     load_coco,
     prepare,
     registered_sources,
+    without_objects,
 )
-from ..errors import InputError
 from ..layers import record_sources
 from ..layers.comm import all_gather, process_group, world
 from ..training.accumulate import accumulate
@@ -75,6 +77,12 @@ class Trainer:
         self.cfg = cfg
         self.train_sets = load_datasets(cfg, "TRAIN")
         self.test_sets = load_datasets(cfg, "TEST")
+        check_tested_categories(
+            *(
+                {dataset.name: dataset.category_names for dataset in datasets}
+                for datasets in (self.train_sets, self.test_sets)
+            )
+        )
         self.rank, self.num_ranks = world()
         self.seed = shared_seed(cfg)
         torch.manual_seed(self.seed)
@@ -330,12 +338,8 @@ def load_datasets(cfg: CfgNode, split: str) -> list[CocoDataset]:
     check_names(key, names, known)
     needs = {"for_evaluation": split == "TEST", "with_masks": cfg.MODEL.MASK_ON}
     datasets = [load_coco(name, known[name], **needs) for name in names]
+    check_categories(key, {dataset.name: dataset.category_names for dataset in datasets})
     for dataset in datasets:
-        if dataset.category_names != datasets[0].category_names:
-            raise InputError(
-                f"{key}: {names!r} have different categories: {dataset.name} has "
-                f"{dataset.category_names}, {datasets[0].name} has {datasets[0].category_names}"
-            )
         check_num_classes(cfg, key, dataset.name, len(dataset.category_ids))
         for record in dataset.records:
             record["source"] = source_of(cfg).get(dataset.name)
@@ -350,10 +354,7 @@ def load_annotated(cfg: CfgNode) -> list[CocoDataset]:
     ]
     datasets = [dataset for dataset in datasets if dataset.records]
     if not datasets:
-        raise InputError(
-            f"DATASETS.TEST: {cfg.DATASETS.TEST!r} is not accepted; name a data set that has an "
-            "image with objects"
-        )
+        raise without_objects("DATASETS.TEST", cfg.DATASETS.TEST)
     return datasets
 
 

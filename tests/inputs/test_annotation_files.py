@@ -97,10 +97,25 @@ REFUSED = {
     "annotation twice": (twice("annotations"), "two of annotation have the id 5"),
     "annotation is a string": (lambda c: {**c, "annotations": ["a"]}, "annotation number 0 has no"),
     "unknown category": (annotation(category_id=2), "annotation 5: category_id: 2 is none of"),
-    "category is a list": (annotation(category_id=[1]), "annotation 5: category_id: .* is none"),
-    "image is a list": (annotation(image_id=[1]), "annotation 5: image_id: .* an image's id"),
-    "no image": (annotation(image_id=None), "annotation 5: image_id: None .* an image's id"),
+    "category is a list": (annotation(category_id=[1]), "category_id: .1. .* of a category, int"),
+    "category is true": (annotation(category_id=True), "category_id: True .* of a category, int"),
+    "category is a float": (annotation(category_id=3.0), "category_id: 3.0 .* of a category, int"),
+    "image is a list": (annotation(image_id=[1]), "annotation 5: image_id: .* of an image, int"),
+    "image is a string": (annotation(image_id="1"), "5: image_id: '1' .* the id of an image, int"),
+    "image is true": (annotation(image_id=True), "5: image_id: True .* the id of an image, int"),
+    "images are strings": (
+        lambda content: {
+            **content, "images": [{**i, "id": str(i["id"])} for i in content["images"]]
+        },
+        "annotation 5: image_id: 2 is not accepted; use the id of an image, str",
+    ),
+    "no image": (annotation(image_id=None), "annotation 5: image_id: None .* of an image, int"),
     "crowd of 2": (annotation(iscrowd=2), "annotation 5: iscrowd: 2 .* use 0 or 1"),
+    "to be ignored": (annotation(ignore=1), "annotation 5: ignore: 1 is not .* use iscrowd 1, or"),
+    "area is a string": (annotation(area="12"), "annotation 5: area: '12' .* a number of pixels"),
+    "area is a list": (annotation(area=[12]), "annotation 5: area: .12. .* a number of pixels"),
+    "NaN area": (annotation(area=NAN), "annotation 5: area: nan .* a number of pixels"),
+    "huge area": (annotation(area=1e30), "annotation 5: area: 1e\\+30 .* 0 to 1e\\+10"),
     "no box": (annotation(bbox=None), "annotation 5: bbox: None .* x, y, width and height"),
     "three numbers": (annotation(bbox=[1, 1, 4]), "annotation 5: bbox: .* x, y, width"),
     "a string in a box": (annotation(bbox=[1, 1, 4, "3"]), "annotation 5: bbox: .* x, y, width"),
@@ -114,6 +129,8 @@ REFUSED = {
     "polygon far away": (polygon(1, 1e9), "annotation 5: segmentation: a polygon is far outside"),
     "a string in a polygon": (polygon("1", 4), "annotation 5: segmentation: a polygon .* finite"),
     "polygon is no list": (annotation(segmentation=[3]), "annotation 5: segmentation: a polygon"),
+    "mask is a string": (annotation(segmentation="ab"), "segmentation: 'ab' .* use polygons or"),
+    "mask is true": (annotation(segmentation=True), "segmentation: True .* use polygons or RLE"),
     "RLE of another size": (runs(size=[WIDTH, HEIGHT]), "RLE of size \\[8, 6\\] .* has \\[6, 8\\]"),
     "RLE without size": (runs(size=3), "annotation 5: segmentation: an RLE of size 3"),
     "RLE that does not fill": (runs(counts=[3, 4]), "an RLE of 7 pixels .* \\[6, 8\\] has 48"),
@@ -127,12 +144,24 @@ REFUSED = {
     "RLE that never ends": (runs(counts="o" * 50), "the counts of an RLE are not accepted"),
 }  # fmt: skip
 FOR_EVALUATION = {
-    "id 0": (annotation(id=0), "annotation 0: id: 0 .* takes what it matches for unmatched"),
+    "id 0": (annotation(id=0), "annotation 0: id: 0 is not accepted; use an integer, 1 to 9223"),
+    "negative id": (annotation(id=-3), "annotation -3: id: -3 is not accepted; use an integer, 1"),
+    "long id": (annotation(id=2**63), "id: 9223372036854775808 is not accepted; use an integer, 1"),
+    "ids are strings": (
+        lambda content: {
+            **content,
+            "annotations": [{**a, "id": f"a{a['id']}"} for a in content["annotations"]],
+        },
+        "annotation 'a5': id: 'a5' is not accepted; use an integer, 1",
+    ),
     "nearly empty box": (annotation(bbox=[1, 1, 1e-320, 3]), "annotation 5: bbox: .* empty box"),
     "empty box": (annotation(bbox=[1, 1, 0, 3]), "annotation 5: bbox: .* empty box, which .* AP"),
+    "box outside": (annotation(bbox=[9, 1, 4, 3]), "annotation 5: bbox: .* box outside of its im"),
+    "box before": (
+        annotation(bbox=[1, -4, 4, 3]),
+        "annotation 5: bbox: .* box outside of its image",
+    ),
     "no area": (annotation(area=None), "annotation 5: area: None .* a number of pixels"),
-    "NaN area": (annotation(area=NAN), "annotation 5: area: nan .* a number of pixels"),
-    "huge area": (annotation(area=1e30), "annotation 5: area: 1e\\+30 .* 0 to 1e\\+10"),
     "no crowd": (annotation(iscrowd=None), "annotation 5: iscrowd: it has none; use 0 or 1"),
 }
 WITH_MASKS = {
@@ -141,6 +170,10 @@ WITH_MASKS = {
 }
 LEFT_OUT = {
     "empty box": (annotation(1, bbox=[1, 1, 4, 0]), "with an empty box are left out: 1, .* is 6"),
+    "box outside": (
+        annotation(1, bbox=[9, 1, 4, 3]),
+        "outside of their image are left out: 1",
+    ),
     "unknown image": (annotation(1, image_id=9), "that the file does not have are left out: 1"),
 }
 USED = {
@@ -149,6 +182,14 @@ USED = {
     "a short polygon": annotation(segmentation=[[1, 1, 4, 4]]),
     "no area": annotation(area=None),
     "far away in an unknown image": annotation(bbox=[1, 1, 1e6, 3], image_id=9),
+    "rounded at the edge": annotation(bbox=[-0.4, -0.4, 9, 7]),
+    "not to be ignored": annotation(ignore=0),
+}
+REACHES_OUT = {
+    "right": annotation(bbox=[5, 1, 5, 3]),
+    "below": annotation(bbox=[1, 1, 4, 8]),
+    "left": annotation(bbox=[-2, 1, 4, 3]),
+    "corners in the place of a size": annotation(bbox=[4, 1, 8, 4]),
 }
 
 
@@ -199,9 +240,12 @@ def test_no_json(tmp_path, text, words):
         load(tmp_path, text)
 
 
-def test_no_text(tmp_path):
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "bytes"])
+def test_no_text(tmp_path, encoding):
+    """Detectron2 and pycocotools read UTF-8 alone, without a mark at its beginning."""
     path = tmp_path / "mine.json"
-    path.write_bytes(b"\xff\x00\xfe{")
+    content = json.dumps(valid())
+    path.write_bytes(b"\xff\x00\xfe{" if encoding == "bytes" else content.encode(encoding))
     with pytest.raises(InputError, match="mine.json: is not valid JSON"):
         load_coco("mine", CocoSource(str(path), str(tmp_path)))
 
@@ -214,6 +258,18 @@ def test_left_out(tmp_path, row, caplog):
     assert re.search(f"mine: .*mine.json: annotations .*{words}", message)
     assert sorted(dataset.coco.anns) == [5, 7]
     assert sum(len(record["annotations"]) for record in dataset.records) == 2
+
+
+@pytest.mark.parametrize("needs", [{}, {"for_evaluation": True}], ids=len)
+@pytest.mark.parametrize("row", REACHES_OUT)
+def test_reaches_out(tmp_path, row, needs, caplog):
+    dataset = load(tmp_path, REACHES_OUT[row](valid()), **needs)
+    (message,) = caplog.messages
+    assert message.endswith(
+        "annotations with a box that reaches out of its image, where detections end: 1, the first "
+        "of which is 5"
+    )
+    assert sorted(dataset.coco.anns) == [5, 6, 7]
 
 
 @pytest.mark.parametrize("row", USED)

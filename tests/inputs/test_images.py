@@ -87,10 +87,17 @@ def test_upright_by_its_tag(tmp_path):
     assert np.array_equal(read_image(tmp_path / "image"), np.rot90(picture(), -1))
 
 
-def test_detectron2_reads_the_same(tmp_path):
+def broken_tag(path):
+    Image.fromarray(picture()).save(path, "PNG", exif=b"Exif\0\0nothing")
+
+
+@pytest.mark.parametrize("make", [jpeg, broken_tag])
+def test_detectron2_reads_the_same(make, tmp_path):
     pytest.importorskip("detectron2", reason="Detectron2 is not installed")
     from detectron2.data.detection_utils import read_image as theirs
 
-    jpeg(tmp_path / "image.jpg")
-    ours = torch.from_numpy(read_image(tmp_path / "image.jpg"))
-    assert torch.equal(ours, torch.from_numpy(theirs(str(tmp_path / "image.jpg"), "RGB").copy()))
+    path = tmp_path / "image"
+    make(path)
+    check_image(path)
+    ours = torch.from_numpy(read_image(path))
+    assert torch.equal(ours, torch.from_numpy(theirs(str(path), "RGB").copy()))

@@ -8,7 +8,14 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bn_det import L1BatchNorm2d, freeze, fuse, no_population_update, update_bn_stats
+from bn_det import (
+    L1BatchNorm2d,
+    freeze,
+    fuse,
+    name_layers,
+    no_population_update,
+    update_bn_stats,
+)
 from bn_det.errors import InputError
 from bn_det.layers.freeze import is_frozen
 from bn_det.training.hooks import FreezeBN
@@ -83,8 +90,11 @@ def test_empty_and_single_values():
         layer(x).sum().backward()
         assert x.grad.shape == x.shape and not layer.weight.grad.any()
         torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
-    with pytest.raises(InputError, match="single value per channel"):
+    with pytest.raises(InputError, match="^a normalization batch of a single value per channel"):
         layer(torch.zeros(1, C, 1, 1))
+    model = name_layers(nn.Sequential(L1BatchNorm2d.of_levels(C, 2)))
+    with pytest.raises(InputError, match="^0.1: a normalization batch of a single value per chan"):
+        model([torch.zeros(1, C, 2, 2), torch.zeros(1, C, 1, 1)])
 
 
 def test_cumulative_average_and_no_update():
