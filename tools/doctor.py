@@ -21,7 +21,13 @@ from contextlib import redirect_stdout
 
 import ctrl_c  # noqa: F401
 
-from bn_det.commands.any_model import AnyModel, add_model_arguments, functions_of, made
+from bn_det.commands.any_model import (
+    AnyModel,
+    add_model_arguments,
+    functions_of,
+    made,
+    refuse_unread,
+)
 from bn_det.commands.cli import add_config_arguments, import_host, run
 from bn_det.doctor import RULES, SEVERITIES, Report, examine, examine_file
 from bn_det.doctor.checkpoint import read_state
@@ -70,7 +76,8 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    args = argument_parser().parse_intermixed_args()
+    parser = argument_parser()
+    args = parser.parse_intermixed_args()
     if args.list:
         print("\n\n".join(rule.explain(name) for name, rule in RULES.items()))
     elif args.explain is not None:
@@ -80,6 +87,7 @@ def main() -> None:
             )
         print(RULES[args.explain].explain(args.explain))
     else:
+        _refuse_unread(parser, args)
         show(report_of(args), args)
 
 
@@ -87,7 +95,6 @@ def report_of(args: argparse.Namespace) -> Report:
     check_positive("--num-iters", args.num_iters)
     is_file = args.config_file is None and args.model is None
     rules = selected(OF_FILES if is_file else RULES, args.select, args.ignore)
-    refuse_unread(args)
     if is_file:
         return examine_file(file_of(args), rules, args.part)
     with redirect_stdout(sys.stderr):  # whatever is said on the way; a program reads the other
@@ -98,13 +105,13 @@ def report_of(args: argparse.Namespace) -> Report:
         )  # fmt: skip
 
 
-def refuse_unread(args: argparse.Namespace) -> None:
-    unread = ("model", "data", "call", "part") if args.config_file else ("data", "call")
-    if args.config_file is not None or args.model is None:
-        for name in unread:
-            if getattr(args, name) is not None:
-                reads = "--model" if args.config_file is None else "no --config-file"
-                raise InputError(f"--{name}: is read with {reads} alone")
+def _refuse_unread(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.config_file is not None:
+        refuse_unread(parser, args, ("model", "data", "call", "part"), "--config-file")
+    elif args.model is not None:
+        refuse_unread(parser, args, ("host",), "--model")
+    else:
+        refuse_unread(parser, args, ("data", "call", "host", "num_iters"), "a file alone")
 
 
 def by_config(args: argparse.Namespace) -> tuple[AnyModel, Recompute]:

@@ -120,12 +120,29 @@ def test_list_and_explain():
         ([], "FILE: [] is not accepted; name one checkpoint"),
         (["model.pth", "other.pth"], "FILE: ['model.pth', 'other.pth'] is not accepted"),
         (["model.pth", "--model", "a:b"], "--data: is needed with --model"),
-        (["--config-file", "c.yaml", "--model", "a:b"], "--model: is read with no --config-file"),
-        (["model.pth", "--num-iters", "0"], "--num-iters: 0 is not accepted"),
+        (
+            ["--config-file", "c.yaml", "--model", "a:b"],
+            "--model: is not accepted with --config-file",
+        ),
+        (["--config-file", "c.yaml", "--num-iters", "0"], "--num-iters: 0 is not accepted"),
         (["nowhere.pth"], "nowhere.pth: there is no such file"),
         (["."], ".: is no file"),
-        (["model.pth", "--data", "a:b"], "--data: is read with --model alone"),
-        (["--config-file", "c.yaml", "--part", "ema"], "--part: is read with no --config-file"),
+        (
+            ["model.pth", "--data", "a:b"],
+            "--data: is not accepted with a file alone, which does not",
+        ),
+        (
+            ["model.pth", "--num-iters", "9"],
+            "--num-iters: is not accepted with a file alone, which",
+        ),
+        (
+            ["model.pth", "--model", "a:b", "--host", "torchvision"],
+            "--host: is not accepted with --m",
+        ),
+        (
+            ["--config-file", "c.yaml", "--part", "ema"],
+            "--part: is not accepted with --config-file",
+        ),
         (["model.pth", "--select", "BN201"], "--select: there is no rule 'BN201'"),
         (["model.pth", "--ignore", ""], "--ignore: there is no rule ''"),
         ([__file__], "it is a text file"),
