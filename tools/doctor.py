@@ -28,7 +28,13 @@ import ctrl_c  # noqa: F401
 from torch import Tensor
 
 from bn_det import __version__
-from bn_det.commands.any_model import AnyModel, add_model_arguments, functions_of, made
+from bn_det.commands.any_model import (
+    AnyModel,
+    add_model_arguments,
+    functions_of,
+    made,
+    refuse_unread,
+)
 from bn_det.commands.checkpoint import check_output, save_with_table
 from bn_det.commands.cli import add_config_arguments, import_host, run
 from bn_det.doctor import (
@@ -101,7 +107,8 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    args = argument_parser().parse_intermixed_args()
+    parser = argument_parser()
+    args = parser.parse_intermixed_args()
     if args.list:
         print("\n\n".join(rule.explain(name) for name, rule in RULES.items()))
     elif args.explain is not None:
@@ -111,6 +118,7 @@ def main() -> None:
             )
         print(RULES[args.explain].explain(args.explain))
     else:
+        _refuse_unread(parser, args)
         if args.output is not None:
             check_other_file("--output", args.output, [examined(args)], "what is examined")
         show(report_of(args), args)
@@ -120,7 +128,6 @@ def report_of(args: argparse.Namespace) -> Report:
     check_positive("--num-iters", args.num_iters)
     is_file = args.config_file is None and args.model is None
     rules = selected(OF_FILES if is_file else RULES, args.select, args.ignore)
-    refuse_unread(args)
     if is_file:
         return examine_file(file_of(args), rules, args.part)
     with redirect_stdout(sys.stderr):  # whatever is said on the way; a program reads the other
@@ -157,17 +164,14 @@ def write_mended(loaded: Loaded, report: Report, output: str) -> None:
         print(f"--treat: {output} is not written: recomputed statistics mend nothing here")
 
 
-def refuse_unread(args: argparse.Namespace) -> None:
-    unread = ("model", "data", "call", "part") if args.config_file else ("data", "call")
-    if args.config_file is None and args.model is None:
-        for name in ("evaluate", "treat"):
-            if getattr(args, name):
-                raise InputError(f"--{name}: is read with --config-file or --model, not of a file")
-    if args.config_file is not None or args.model is None:
-        for name in unread:
-            if getattr(args, name) is not None:
-                reads = "--model" if args.config_file is None else "no --config-file"
-                raise InputError(f"--{name}: is read with {reads} alone")
+def _refuse_unread(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.config_file is not None:
+        refuse_unread(parser, args, ("model", "data", "call", "part"), "--config-file")
+    elif args.model is not None:
+        refuse_unread(parser, args, ("host",), "--model")
+    else:
+        of_images = ("data", "call", "host", "num_iters", "evaluate", "treat")
+        refuse_unread(parser, args, of_images, "a file alone")
 
 
 def by_config(args: argparse.Namespace) -> Loaded:

@@ -18,7 +18,7 @@ import argparse
 import ctrl_c  # noqa: F401
 
 from bn_det.commands import recompute_any
-from bn_det.commands.any_model import add_model_arguments
+from bn_det.commands.any_model import add_model_arguments, refuse_unread
 from bn_det.commands.cli import add_config_arguments, add_process_arguments, import_host, run
 from bn_det.commands.recompute import check_numbers
 from bn_det.errors import InputError
@@ -93,21 +93,13 @@ _OF_CONFIG = (
 _OF_MODEL = ("data", "call", "part")
 
 
-def _refuse_unread(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Raise InputError for a flag that what was chosen does not read."""
-    unread, chosen = (_OF_MODEL, "config-file") if args.model is None else (_OF_CONFIG, "model")
-    for name in unread:
-        if getattr(args, name) != parser.get_default(name):
-            flag = "KEY VALUE" if name == "opts" else f"--{name.replace('_', '-')}"
-            raise InputError(f"{flag}: is not accepted with --{chosen}, which does not read it")
-
-
 def main() -> None:
     parser = argument_parser()
     args = parser.parse_intermixed_args()
     if (args.config_file is None) == (args.model is None):
         raise InputError("--config-file or --model: one of them is needed")
-    _refuse_unread(parser, args)
+    unread, chosen = (_OF_MODEL, "--config-file") if args.model is None else (_OF_CONFIG, "--model")
+    refuse_unread(parser, args, unread, chosen)
     check_numbers(args)
     if args.model is not None:
         recompute_any.main(args)

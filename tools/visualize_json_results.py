@@ -91,11 +91,14 @@ def load_detections(path: str) -> list[dict]:
         for number, detection in enumerate(detections):
             if not {"image_id", "category_id", "bbox", "score"} <= set(detection):
                 raise ValueError(f"detection {number} lacks image_id, category_id, bbox or score")
-            if not (is_box(detection["bbox"]) and are_numbers([detection["score"]])):
-                raise ValueError(f"bbox or score of detection {number} are no finite numbers")
+            box, score = detection["bbox"], detection["score"]
+            if not is_box(box) or min(box[2:]) < 0:
+                raise ValueError(f"bbox of detection {number} is no x, y, width and height: {box}")
+            if not are_numbers([score]) or not 0 <= score <= 1:
+                raise ValueError(f"score of detection {number} is no number from 0 to 1: {score!r}")
             ids = detection["image_id"], detection["category_id"]
-            if not all(isinstance(of, (int, str)) for of in ids):
-                raise ValueError(f"image_id or category_id of detection {number} are no ids")
+            if not all(type(of) in (int, str) for of in ids):
+                raise ValueError(f"image_id or category_id of detection {number} is no id: {ids}")
     except (OSError, ValueError, TypeError, RecursionError) as e:
         raise InputError(f"--input: {path} is not a file of detections: {e}") from e
     return detections

@@ -41,6 +41,21 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{flag}", metavar="MODULE:FUNCTION", help=f"a function that {what}")
 
 
+def refuse_unread(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, unread: Iterable[str], chosen: str
+) -> None:
+    """Raise InputError for a flag that is set, and that what was chosen does not read.
+
+    Args:
+        unread: names of arguments.
+        chosen: for the message, such as "--config-file".
+    """
+    for name in unread:
+        if getattr(args, name) != parser.get_default(name):
+            flag = "KEY VALUE" if name == "opts" else f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag}: is not accepted with {chosen}, which does not read it")
+
+
 class Functions(NamedTuple):
     """What the flags name, imported and not yet called."""
 

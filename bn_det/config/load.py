@@ -41,7 +41,7 @@ def load_config(cfg: CfgNode, config_file: str, opts: Sequence[str], host: str) 
         _merge_file(merged, config_file, host)
     _merge_opts(merged, opts, host)
     check_values(merged)
-    check_read(merged)
+    check_read(merged, opts[::2])
     cfg.clear()
     cfg.update(merged)
 

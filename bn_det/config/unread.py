@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from operator import attrgetter
 
 from yacs.config import CfgNode
@@ -28,15 +28,18 @@ OUR_NORMS = {"GhostBN", "BRN", *BASELINES}
 """The names of norms that Detectron2's own components do not know."""
 
 
-def check_read(cfg: CfgNode) -> None:
+def check_read(cfg: CfgNode, typed: Collection[str] = ()) -> None:
     """Raise InputError, or warn, for keys of ours with another value than by default, for nothing.
 
     It is an error where somebody else's component is built in the place of ours, and a warning
     where ours is built with a norm that the key is not for, as a config may inherit it.
+
+    Args:
+        typed: the keys that a command was given, which none inherits.
     """
     for part in PARTS:
         _check_norm(cfg, part)
-    for key, reason, is_error in _unread(cfg):
+    for key, reason, is_error in _unread(cfg, typed):
         value = attrgetter(key)(cfg)
         if value == (KEYS[key].default if key in KEYS else ""):  # a NORM of the hosts
             continue
@@ -51,14 +54,15 @@ def _check_norm(cfg: CfgNode, part: str) -> None:
         raise InputError(f"MODEL.{part}.NORM: {norm!r} is not accepted with {reason}")
 
 
-def _unread(cfg: CfgNode) -> Iterator[tuple[str, str, bool]]:
+def _unread(cfg: CfgNode, typed: Collection[str]) -> Iterator[tuple[str, str, bool]]:
     """Keys that nothing reads: each with the reason, and whether another component is it."""
     for part in PARTS:
         if elsewhere := why_not_built(cfg, part):
             keys = [key for key in KEYS if key.startswith(f"MODEL.{part}.")]
-            # Not of RETINANET, which is in what configs of FCOS are based on.
-            keys += [f"MODEL.{part}.NORM"] if part in ROI_PARTS else []
-            for key in keys:
+            # That of RETINANET is in what configs of FCOS are based on.
+            of_norm = f"MODEL.{part}.NORM"
+            keys += [of_norm] if part in ROI_PARTS or of_norm in typed else []
+            for key in dict.fromkeys(keys):
                 yield key, elsewhere, False
             continue
         reason, norm = why_not_ours(cfg, part), cfg.MODEL[part].NORM

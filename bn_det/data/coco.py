@@ -226,8 +226,8 @@ def load_coco(
         {
             "file_name": os.path.join(source.image_root, image["file_name"]),
             "image_id": image["id"],
-            "height": image["height"],
-            "width": image["width"],
+            "height": int(image["height"]),  # 128.0 is accepted, too
+            "width": int(image["width"]),
             "annotations": [
                 _record(annotation, classes) for annotation in coco.imgToAnns[image["id"]]
             ],

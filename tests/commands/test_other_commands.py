@@ -74,9 +74,12 @@ def test_visualize_bad_input(tiny_shapes, tmp_path):
     whole = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.9}
     for detections, args, words in [
         ([{"bbox": 1}], [], "is not a file of detections"),
-        ([{**whole, "bbox": [1, float("nan"), 2, 3]}], [], "detection 0 are no finite numbers"),
-        ([whole, {**whole, "bbox": [1, 2, 3]}], [], "detection 1 are no finite numbers"),
-        ([{**whole, "score": None}], [], "detection 0 are no finite numbers"),
+        ([{**whole, "bbox": [1, float("nan"), 2, 3]}], [], "bbox of detection 0 is no x, y, wi"),
+        ([whole, {**whole, "bbox": [1, 2, 3]}], [], "bbox of detection 1 is no x, y, width and h"),
+        ([{**whole, "bbox": [9, 9, -4, 3]}], [], "bbox of detection 0 is no x, y, width and hei"),
+        ([{**whole, "score": None}], [], "score of detection 0 is no number from 0 to 1: None"),
+        ([{**whole, "score": 5}], [], "score of detection 0 is no number from 0 to 1: 5"),
+        ([{**whole, "category_id": True}], [], "category_id of detection 0 is no id: (1, True)"),
         ([], ["--first", "100"], "--first: 100 is not one of the 6 images"),
         ([], ["--size", "0"], "error: --size: 0 is not accepted; use 1 to 4096"),
         ([], ["--size", "1000000"], "error: --size: 1000000 is not accepted; use 1 to 4096"),
@@ -89,7 +92,7 @@ def test_visualize_bad_input(tiny_shapes, tmp_path):
         ([], ["--conf-threshold", "2"], "--conf-threshold: 2.0 is not accepted; use 0 to 1"),
         ([{**whole, "image_id": 7}], [], "detection 0: image_id: 7 is no image of mine"),
         ([{**whole, "category_id": 9}], [], "detection 0: category_id: 9 is no category of mine"),
-        ([{**whole, "image_id": [1]}], [], "image_id or category_id of detection 0 are no ids"),
+        ([{**whole, "image_id": [1]}], [], "image_id or category_id of detection 0 is no id"),
         ([{**whole, "bbox": [1, 1, 1e300, 1]}], [], "detection 0: bbox: [1, 1, 1e+300, 1] is not"),
     ]:
         done = visualize(tiny_shapes, tmp_path, detections, *args)

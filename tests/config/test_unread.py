@@ -31,6 +31,8 @@ from reference import BASE, RCNN_BASE
          "MODEL.ROI_BOX_HEAD.NORM: 'BN' does nothing with MODEL.META_ARCHITECTURE 'BNRetinaNet'"),
         (BASE, ["MODEL.RPN.NORM", "BN"],
          "MODEL.RPN.NORM: 'BN' does nothing with MODEL.META_ARCHITECTURE 'BNRetinaNet'"),
+        (RCNN_BASE, ["MODEL.RETINANET.NORM", "GN"],
+         "MODEL.RETINANET.NORM: 'GN' does nothing with MODEL.META_ARCHITECTURE 'Gen"),
         (BASE, ["MODEL.BN_FCOS.NUM_CLASSES", "4"],
          "MODEL.BN_FCOS.NUM_CLASSES: 4 does nothing with MODEL.META_ARCHITECTURE 'BNRetinaNet'"),
         (RCNN_BASE, ["MODEL.RETINANET.BN.AFFINE", "per_domain"],

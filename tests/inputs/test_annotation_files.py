@@ -279,6 +279,13 @@ def test_used(tmp_path, row):
     assert dataset.category_names == ["cat", "dog"]
 
 
+def test_sizes_that_are_floats(tmp_path):
+    """What is made of them, such as a mask, takes integers."""
+    change = changed("images", 0, height=float(HEIGHT), width=float(WIDTH))
+    record = load(tmp_path, change(valid())).records[0]
+    assert repr((record["height"], record["width"])) == repr((HEIGHT, WIDTH))
+
+
 @pytest.mark.parametrize("number", [5, 0])
 def test_what_an_id_of_0_would_cost(tmp_path, number):
     """Perfect detections have AP 1, but where pycocotools takes a match for none."""
