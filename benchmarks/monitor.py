@@ -59,9 +59,7 @@ def measure(config: str, host_name: str, rounds: int, opts: list[str]) -> dict[s
     with redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:
         host = Host(import_host(host_name, "train"), opts, rounds, folder)
         steps = host.way(config, 4)
-        looks = [
-            look(steps) for _ in range(3)
-        ]
+        looks = [look(steps) for _ in range(3)]
         times: dict[int, list[float]] = {0: [], PERIOD - WINDOW: []}
         for _ in range(rounds):
             for iteration, of in times.items():

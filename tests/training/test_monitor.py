@@ -355,10 +355,22 @@ def test_models_without_statistics():
 
 
 def test_a_compiled_model_is_not_compiled_anew():
-    torch.manual_seed(0)
-    model = MODELS["levels of torch"]()
-    trainer = Trainer(torch.compile(model, backend="eager"), 12, Monitor(4)).train()
-    assert last(trainer, "noise") > 0 and "bn_monitor/between_share" not in trainer.scalars[-1][1]
+    def graphs(*hooks):
+        torch._dynamo.reset()
+        compiled = []
+
+        def backend(graph, _):
+            compiled.append(graph)
+            return graph.forward
+
+        torch.manual_seed(0)
+        trainer = Trainer(torch.compile(MODELS["levels of ours"](), backend=backend), 12, *hooks)
+        return trainer.train().scalars, len(compiled)
+
+    _, expected = graphs()
+    scalars, number = graphs(Monitor(4))
+    assert number == expected > 0
+    assert scalars[-1][1]["bn_monitor/noise"] > 0
 
 
 def test_a_period_of_one():
