@@ -15,6 +15,7 @@ from ..layers import BatchNorm2d
 from ..layers.batch import Batch
 from ..layers.ema import in_backward_pass
 from ..layers.freeze import is_frozen
+from ..layers.kinds import unwrapped
 from ..layers.moments import Moments
 from ..population.observation import PopulationLayer
 
@@ -50,10 +51,14 @@ class CallWatch:
         self._num_passes = 0
 
     def start(self, model: nn.Module, places: Iterable[PopulationLayer]) -> None:
-        """Watch until :meth:`stop`. Nothing in a compiled model, which would be compiled anew."""
+        """Watch until :meth:`stop`. Nothing in a compiled model, which would be compiled anew.
+
+        Args:
+            model: as it is called, whatever is around it.
+        """
         if any(map(_is_compiled, model.modules())):
             return
-        self._handles = [model.register_forward_pre_hook(self._begin_pass)]
+        self._handles = [unwrapped(model).register_forward_pre_hook(self._begin_pass)]
         for place in places:
             if is_frozen(place.owner):  # which does without moments
                 continue

@@ -85,7 +85,7 @@ class Monitor(Hook):
     def before_step(self) -> None:
         left = self.period - 1 - self.trainer.iter % self.period
         if left < min(WINDOW, self.period):
-            self._window = self._window or _Window(unwrapped(self.trainer.model))
+            self._window = self._window or _Window(self.trainer.model)
             self._window.before_step(self._called_often)
 
     def after_step(self) -> None:
@@ -187,7 +187,7 @@ class _Window:
     """The steps that a look is at."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.places = model, places_with_statistics(model)
+        self.model, self.places = model, places_with_statistics(unwrapped(model))
         self.watch = CallWatch()
         self._befores: list[Snapshot] = []
         self._afters: list[Snapshot] = []
