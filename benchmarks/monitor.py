@@ -17,15 +17,17 @@ import sys
 import tempfile
 import time
 from contextlib import redirect_stdout
-from pathlib import Path
 from typing import Any
 
 import torch
 from train_step import CONFIGS, Host, Steps
 
 from bn_det.commands.cli import import_host, run
+from bn_det.errors import InputError
 from bn_det.training.monitor import PERIOD, WINDOW, Monitor
 from timing import seconds
+
+_WARM_UP = 2
 
 
 def timed(step: Any) -> float:
@@ -57,15 +59,15 @@ def look(steps: Steps) -> float:
 
 def measure(config: str, host_name: str, rounds: int, opts: list[str]) -> dict[str, Any]:
     with redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:
-        host = Host(import_host(host_name, "train"), opts, rounds, folder)
+        host = Host(import_host(host_name, "train"), opts, PERIOD, folder)
         steps = host.way(config, 4)
         looks = [look(steps) for _ in range(3)]
         times: dict[int, list[float]] = {0: [], PERIOD - WINDOW: []}
-        for _ in range(rounds):
+        for _ in range(_WARM_UP + rounds):
             for iteration, of in times.items():
                 steps.trainer.iter = iteration
                 of.append(timed(steps))
-        off, on = (times[k][2:] for k in times)
+        off, on = (times[k][_WARM_UP:] for k in times)
     plain = statistics.median(off)
     more = [b - a for a, b in zip(off, on, strict=True)]
     error = 1.25 * statistics.stdev(more) / len(more) ** 0.5  # of a median
@@ -85,11 +87,13 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--host", choices=["auto", "detectron2", "torchvision"], default="auto")
     parser.add_argument("--config-file", default=str(CONFIGS / "quick_start.yaml"), metavar="FILE")
-    parser.add_argument("--rounds", type=int, default=30, help="pairs of steps")
+    parser.add_argument("--rounds", type=int, default=30, help="pairs of steps, 2 or more")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE")
     args = parser.parse_args()
+    if args.rounds < 2:
+        raise InputError(f"--rounds: {args.rounds} is not accepted; use 2 or more")
     logging.basicConfig(level=logging.WARNING)
-    result = measure(str(Path(args.config_file)), args.host, args.rounds, args.opts)
+    result = measure(args.config_file, args.host, args.rounds, args.opts)
     if args.json:
         print(json.dumps(result))
         return

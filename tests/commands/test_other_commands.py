@@ -204,6 +204,20 @@ def test_benchmark_of_train_step(host, tiny_shapes, tmp_path):
         assert set(way) == {"ms", "ratio"} and min(way.values()) > 0
 
 
+@every_host
+def test_benchmark_of_the_monitor(host, tiny_shapes):
+    levels = ["MODEL.RETINANET.BN.POPULATION", "shared", "MODEL.DEVICE", "cpu"]
+    opts = ["--opts", *tiny_shapes, "SOLVER.IMS_PER_BATCH", "2", *levels]
+    done = run_here("benchmarks/monitor.py", "--json", "--rounds", "2", "--host", host, *opts)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    names = "host step_ms more_in_window_ms look_ms share standard_error"
+    assert set(result) == {*names.split()} and result["host"] == host
+    assert min(result["step_ms"], result["look_ms"], result["standard_error"]) > 0
+    done = run_here("benchmarks/monitor.py", "--rounds", "1")
+    assert done.returncode == 1 and "--rounds: 1 is not accepted; use 2 or more" in done.stderr
+
+
 def test_benchmark_of_train_step_names_what_it_does_not_take(tiny_shapes):
     config = ROOT / "configs" / "leakage" / "shapes" / "head_BN.yaml"
     args = ("--host", "torchvision", "--configs", config, "--opts", *tiny_shapes)
