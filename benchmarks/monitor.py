@@ -25,6 +25,7 @@ from train_step import CONFIGS, Host, Steps
 from bn_det.commands.cli import import_host, run
 from bn_det.errors import InputError
 from bn_det.training.monitor import PERIOD, WINDOW, Monitor
+from bn_det.training.spikes import LossSpikes
 from timing import seconds
 
 _WARM_UP = 2
@@ -61,6 +62,9 @@ def measure(config: str, host_name: str, rounds: int, opts: list[str]) -> dict[s
     with redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:
         host = Host(import_host(host_name, "train"), opts, PERIOD, folder)
         steps = host.way(config, 4)
+        # To it, iterations that are not in order are no training.
+        hooks = steps.trainer._hooks
+        hooks[:] = [hook for hook in hooks if not isinstance(hook, LossSpikes)]
         looks = [look(steps) for _ in range(3)]
         times: dict[int, list[float]] = {0: [], PERIOD - WINDOW: []}
         for _ in range(_WARM_UP + rounds):
