@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import stdev
 
 FALSE_ALARMS = 0.01
-"""Of an examination of a healthy model, by one rule."""
+"""Of an examination or of a training of a healthy model, by one rule."""
 
 
 def bound_of(num_batches: int, num_tests: int) -> float:

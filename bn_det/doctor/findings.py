@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import InputError, nearest
@@ -78,6 +78,16 @@ def _in_code(more: str) -> str:
 
 
 IN_CODE = Recompute(_in_code(""), _in_code(", initial=True"))
+
+
+COSTS = 1.0
+"""Standard deviations by which a channel's output is off from which on AP is taken to suffer."""
+
+
+def furthest(off: Mapping[str, tuple[float, float]]) -> tuple[tuple[str, ...], float, float]:
+    """The names of layers, the worst first, with its value and the error of that."""
+    names = tuple(sorted(off, key=lambda name: -off[name][0]))
+    return names, *off[names[0]]
 
 
 def count(number: int, noun: str) -> str:

@@ -17,12 +17,9 @@ from ..population.observation import Observed, Observer, PopulationLayer, popula
 from ..population.report import LayerReport
 from ..population.update import How, measure_statistics
 from .chance import bound_of, standard_error
-from .findings import Finding, Measures, Recompute, count
+from .findings import COSTS, Finding, Measures, Recompute, count, furthest
 from .losses import Values
 from .modes import in_mode
-
-_COSTS = 1.0
-"""Standard deviations by which a channel's output is off from which on AP is taken to suffer."""
 
 
 class Seen(NamedTuple):
@@ -144,14 +141,14 @@ def stale(seen: Seen, recompute: Recompute) -> Iterator[Finding]:
     """BN201."""
     off = {of.name: of.worst for of in seen.layers if of.worst}
     if off:
-        names, shift, error = _furthest(off)
+        names, shift, error = furthest(off)
         why = (
             f"{len(off)} of {len(seen.layers)} layers have statistics that chance does not "
             f"explain on the weights as they are; the furthest is {names[0]}, by {shift:.3g} "
             f"(standard deviations of the mean, or relative to the variance), where an EMA would "
             f"be off by {error:.2g}"
         )
-        severity = "error" if shift >= _COSTS else "warning"
+        severity = "error" if shift >= COSTS else "warning"
         yield Finding("BN201", severity, names, shift, why, recompute.usual, error)
 
 
@@ -169,22 +166,26 @@ def levels(seen: Seen) -> Iterator[Finding]:
         if of.share - bound * error > of.noise**2:
             off[of.name], calls[of.name] = (of.share, error), of.calls
     if off:
-        names, share, error = _furthest(off)
-        why = (
-            f"{count(len(off), 'layer')} called several times a pass ({names[0]} "
-            f"{calls[names[0]]} times), each call normalized by its own batch, and at test "
-            f"time all by the same statistics: {100 * share:.0f} % of {names[0]}'s variance lie "
-            "between the calls"
-        )
-        treatment = (
-            "statistics for each level: MODEL.RETINANET.BN.POPULATION per_domain, or "
-            "bn_det.DomainBatchNorm2d in code"
-        )
-        severity = "error" if math.sqrt(share) >= _COSTS else "warning"
-        yield Finding("BN202", severity, names, share, why, treatment, error)
+        finding = of_levels(off, calls)
+        is_error = math.sqrt(finding.value) >= COSTS
+        yield finding._replace(severity="error") if is_error else finding
 
 
-def _furthest(off: Mapping[str, tuple[float, float]]) -> tuple[tuple[str, ...], float, float]:
-    """The names of layers, the worst first, with its value and the error of that."""
-    names = tuple(sorted(off, key=lambda name: -off[name][0]))
-    return names, *off[names[0]]
+def of_levels(off: Mapping[str, tuple[float, float]], calls: Mapping[str, int]) -> Finding:
+    """BN202, of layers by name.
+
+    Args:
+        off: the share of each one's variance that lies between its calls, and its error.
+        calls: of each, a pass.
+    """
+    names, share, error = furthest(off)
+    why = (
+        f"{count(len(off), 'layer')} called several times a pass ({names[0]} {calls[names[0]]} "
+        "times), each call normalized by its own batch, and at test time all by the same "
+        f"statistics: {100 * share:.0f} % of {names[0]}'s variance lie between the calls"
+    )
+    treatment = (
+        "statistics for each level: MODEL.RETINANET.BN.POPULATION per_domain, or "
+        "bn_det.DomainBatchNorm2d in code"
+    )
+    return Finding("BN202", "warning", names, share, why, treatment, error)

@@ -15,7 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..doctor.findings import Finding, count
+from ..doctor.chance import FALSE_ALARMS
+from ..doctor.findings import COSTS, Finding, count, furthest
+from ..doctor.from_passes import of_levels
 from ..doctor.rules import RULES
 from ..errors import InputError
 from ..layers.comm import all_gather, process_group
@@ -39,12 +41,6 @@ FIRST = 100
 By then an EMA of torch's momentum has 0.9^100, 3e-5, of a new layer's values left; one that has
 more forgets too slowly.
 """
-
-FALSE_ALARMS = 0.01
-"""Of a training of a healthy model, by one rule."""
-
-_COSTS = 1.0
-"""Standard deviations by which a channel's output is off from which on AP is taken to suffer."""
 
 
 class Monitor(Hook):
@@ -297,17 +293,11 @@ def _findings(seen: _Seen, num_looks: int, iteration: int) -> Iterator[Finding |
 def _stale(seen: _Seen, num_looks: int) -> Finding | None:
     """BN201, where it costs."""
     of = seen.moves
-    off: dict[str, tuple[float, float]] = {}
-    rate = FALSE_ALARMS / (2 * len(seen.places) * num_looks)
-    for k, name in enumerate(seen.names):
-        bound = _bound(rate, 1, float(of.pairs[k]))
-        for shift, noise in ((of.mean_shift, of.mean_noise), (of.var_shift, of.var_noise)):
-            chance = float(noise[k] * of.chance[k])
-            if max(bound * chance, _COSTS) < float(shift[k]) < math.inf:
-                off[name] = max(off.get(name, (0.0, 0.0)), (float(shift[k]), chance))
+    pairs = (of.mean_shift, of.mean_noise * of.chance), (of.var_shift, of.var_noise * of.chance)
+    off = _beyond_chance(seen, pairs, 1, num_looks, COSTS)
     if not off:
         return None
-    names, shift, chance = _furthest(off)
+    names, shift, chance = furthest(off)
     why = (
         f"the running statistics of {count(len(off), 'layer')} are a standard deviation and more "
         f"from those of the batches, of {names[0]} {shift:.3g}, where chance is {chance:.2g}: an "
@@ -328,20 +318,8 @@ def _levels(seen: _Seen, num_looks: int) -> Finding | None:
         bound = _bound(2 * FALSE_ALARMS / (len(seen.shares) * num_looks), 1, of.passes - 1)
         if of.share - of.by_noise > bound * of.error:
             off[name] = (of.share, of.error)
-    if not off:
-        return None
-    names, share, error = _furthest(off)
-    why = (
-        f"{count(len(off), 'layer')} called several times a pass ({names[0]} "
-        f"{seen.shares[names[0]].calls} times), each call normalized by its own batch, and at test "
-        f"time all by the same statistics: {100 * share:.0f} % of {names[0]}'s variance lie "
-        "between the calls"
-    )
-    treatment = (
-        "statistics for each level: MODEL.RETINANET.BN.POPULATION per_domain, or "
-        "bn_det.DomainBatchNorm2d in code"
-    )
-    return Finding("BN202", "warning", names, share, why, treatment, error)
+    calls = {name: of.calls for name, of in seen.shares.items()}
+    return of_levels(off, calls) if off else None
 
 
 def _apart(seen: _Seen, num_looks: int) -> Finding | None:
@@ -349,17 +327,12 @@ def _apart(seen: _Seen, num_looks: int) -> Finding | None:
     of = seen.ranks
     if of is None:
         return None
-    off: dict[str, tuple[float, float]] = {}
-    rate = FALSE_ALARMS / (2 * len(seen.places) * num_looks)
-    for k, name in enumerate(seen.names):
-        bound = _bound(rate, of.number - 1, float(seen.moves.pairs[k]))
-        for spread, noise in ((of.mean_spread, of.mean_noise), (of.var_spread, of.var_noise)):
-            chance = float(noise[k] * seen.moves.ema_chance[k])
-            if bound * chance < float(spread[k]) < math.inf:
-                off[name] = max(off.get(name, (0.0, 0.0)), (float(spread[k]), chance))
+    of_ema = seen.moves.ema_chance
+    pairs = (of.mean_spread, of.mean_noise * of_ema), (of.var_spread, of.var_noise * of_ema)
+    off = _beyond_chance(seen, pairs, of.number - 1, num_looks)
     if not off:
         return None
-    names, spread, chance = _furthest(off)
+    names, spread, chance = furthest(off)
     why = (
         f"the running statistics of {count(len(off), 'layer')} differ from rank to rank by more "
         f"than noise explains, those of {names[0]} by {spread:.3g} standard deviations, where "
@@ -370,6 +343,31 @@ def _apart(seen: _Seen, num_looks: int) -> Finding | None:
         "averages them before evaluation and saving"
     )
     return Finding("BN204", "warning", names, spread, why, treatment, chance)
+
+
+def _beyond_chance(
+    seen: _Seen,
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    of_shift: int,
+    num_looks: int,
+    least: float = 0.0,
+) -> dict[str, tuple[float, float]]:
+    """The places of which something is further off than chance explains, each with both.
+
+    Args:
+        pairs: how far, and its standard deviation by chance, shape (places,).
+        of_shift: as in :func:`_bound`.
+        least: what a place has to be off by in any case.
+    """
+    off: dict[str, tuple[float, float]] = {}
+    rate = FALSE_ALARMS / (2 * len(seen.places) * num_looks)
+    for k, name in enumerate(seen.names):
+        bound = _bound(rate, of_shift, float(seen.moves.pairs[k]))
+        for shifts, chances in pairs:
+            shift, chance = float(shifts[k]), float(chances[k])
+            if max(bound * chance, least) < shift < math.inf:
+                off[name] = max(off.get(name, (0.0, 0.0)), (shift, chance))
+    return off
 
 
 @lru_cache(maxsize=256)
@@ -393,9 +391,3 @@ def _largest(names: Sequence[str], values: Sequence[float]) -> tuple[str, float]
     """With its name; None if none is finite."""
     known = [(value, name) for name, value in zip(names, values, strict=True) if value < math.inf]
     return max(known)[::-1] if known else None
-
-
-def _furthest(off: Mapping[str, tuple[float, float]]) -> tuple[tuple[str, ...], float, float]:
-    """The names of layers, the worst first, with its value and the error of that."""
-    names = tuple(sorted(off, key=lambda name: -off[name][0]))
-    return names, *off[names[0]]
