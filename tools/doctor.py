@@ -5,7 +5,7 @@ A file alone is examined in seconds: no model is made of it, and nothing in it i
 Detectron2 (.pth, .pkl), torchvision, timm, mmdetection, or any state dict of torch or safetensors.
 With a config, or with functions that make a model and its batches, the model is also run on
 training images, and left as it was: 32 batches take as long as 32 forward passes. --evaluate
-recomputes its statistics and compares losses on 16 batches apart, 7 to 26 forward passes of each,
+recomputes its statistics and compares losses on 16 batches apart, 7 to 24 forward passes of each,
 and AP where there is a test set: are they the fault, or the weights? --treat FILE does so, too, and
 writes the mended checkpoint if that is better.
 

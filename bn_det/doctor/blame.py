@@ -45,7 +45,11 @@ def _children(part: str, layers: Sequence[str]) -> dict[str, list[str]]:
 
 
 def attribute(
-    losses: Losses, old: Values, new: Values, parts: dict[str, list[str]]
+    losses: Losses,
+    old: Values,
+    new: Values,
+    parts: dict[str, list[str]],
+    whole: tuple[Tensor, Tensor],
 ) -> dict[str, Tensor]:
     """What each part's old statistics add to the loss of each batch, in place of new ones.
 
@@ -54,26 +58,20 @@ def attribute(
     whole; with more the sum may be another, where parts act together.
 
     Args:
-        old, new: statistics of all layers; the model is left with the old ones.
+        old, new: statistics of all layers of the parts; the model is left with some of both.
+        whole: the losses by all old ones, and by all new ones.
 
     Returns:
         by part, shape (number of batches,). Where the old statistics give no finite loss it is what
         the part does alone, infinite if it is one of those that bring this about.
     """
-    model = losses.model
-    put(model, old)
-    of_old = losses.of()
-    put(model, new)
-    of_new = losses.of()
+    of_old, of_new = whole
     found = {}
     for part, layers in parts.items():
-        put(model, new)
-        put(model, old, layers)
+        put(losses.model, new | {layer: old[layer] for layer in layers})
         added = losses.of() - of_new
         if of_old.isfinite().all():
-            put(model, old)
-            put(model, new, layers)
+            put(losses.model, old | {layer: new[layer] for layer in layers})
             added = (added + of_old - losses.of()) / 2
         found[part] = added
-    put(model, old)
     return found

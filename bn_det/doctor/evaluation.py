@@ -29,7 +29,7 @@ def try_statistics(
     with in_mode(model, training=False):
         before = score(model)
         try:
-            put(model, own | statistics)
+            put(model, statistics)
             after = score(model)
         finally:
             put(model, own)

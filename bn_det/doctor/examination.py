@@ -17,7 +17,7 @@ from .checkpoint import of_state
 from .evaluation import Score, is_mended, try_statistics, with_gain
 from .findings import IN_CODE, Recompute, Report, count, make_report
 from .from_passes import Seen
-from .losses import Losses, others, put, statistics_of
+from .losses import Losses, others, put
 from .rules import RULES
 
 _LEAST_TO_EVALUATE = 5
@@ -48,7 +48,7 @@ def examine(
     To tell weights from statistics, ``evaluate`` recomputes statistics and compares losses on
     batches apart: each third one, which are held in memory, half as many as ``num_iters``. That
     takes seven forward passes of each (eight with frozen layers), and where statistics are the
-    fault up to 18 more.
+    fault up to 16 more.
 
     Args:
         batches: training batches, as the model takes them, two at least; None to look at its state
@@ -108,7 +108,7 @@ def examine(
         tried = try_statistics(model, seen.statistics, compared, score)
         findings = with_gain(findings, tried, recompute)
         if treat and is_mended([of for of in findings if of.rule in rules]):
-            put(model, statistics_of(model) | seen.statistics)
+            put(model, seen.statistics)
             tried = tried._replace(kept=True)
     return make_report(findings, rules, _healthy(seen, len(checkpoint.layers)), seen.layers, tried)
 

@@ -85,19 +85,18 @@ def compare(losses: Losses, seen: Seen) -> Compared:
     """
     model = losses.model
     old = statistics_of(model)
-    new = old | seen.statistics
     with in_mode(model, training=True):
         places = [place for place in population_layers(model) if place.name in seen.statistics]
     try:
         of_old = losses.of()
-        of_batch = losses.by_batch({of for place in places for of in (place.owner, place.module)})
+        of_batch = losses.by_batch({place.owner for place in places})
         of_thawed = _thawed(losses)
-        noisy = torch.stack([_by(losses, old | drawn) for drawn in _draws(seen)])
-        of_new = _by(losses, new)
+        noisy = torch.stack([_by(losses, drawn) for drawn in _draws(seen)])
+        of_new = _by(losses, seen.statistics)
         parts, layers = {}, {}
         if places and _cost(of_old, noisy).is_more:
             layers = parts_of([place.name for place in places])
-            parts = attribute(losses, old, new, layers)
+            parts = attribute(losses, old, seen.statistics, layers, (of_old, of_new))
     finally:
         put(model, old)
     return Compared(of_old, of_new, noisy, of_batch, of_thawed, parts, layers)

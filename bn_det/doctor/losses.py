@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..layers.freeze import is_frozen, thaw
-from ..layers.kinds import batch_norms, why_lazy
-from ..population.observation import places_of
+from ..layers.kinds import batch_norms
+from ..population.observation import places_with_statistics
 from ..population.unchanged import evaluated_losses
 
 Values = dict[str, tuple[Tensor, Tensor]]
@@ -132,16 +132,13 @@ def statistics_of(model: nn.Module) -> Values:
 
 
 @torch.no_grad()
-def put(model: nn.Module, values: Values, names: Collection[str] | None = None) -> None:
-    """Write statistics into a model; of the layers of some names alone, or of all."""
+def put(model: nn.Module, values: Values) -> None:
+    """Write statistics into a model; layers that have none among them keep theirs."""
     for name, buffers in _buffers(model).items():
-        if names is None or name in names:
-            for buffer, value in zip(buffers, values[name], strict=True):
-                buffer.copy_(value)
+        for buffer, value in zip(buffers, values.get(name, ()), strict=False):
+            buffer.copy_(value)
 
 
 def _buffers(model: nn.Module) -> Values:
-    owners = {layer: name for layer, name in batch_norms(model).items() if not why_lazy(layer)}
-    places = places_of(model, owners)
-    found = {of.name: (of.module.running_mean, of.module.running_var) for of in places}
-    return {name: of for name, of in found.items() if all(map(torch.is_tensor, of))}
+    places = places_with_statistics(model)
+    return {of.name: (of.module.running_mean, of.module.running_var) for of in places}

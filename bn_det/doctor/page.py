@@ -142,7 +142,7 @@ def _row(of: Finding, mend: str, has_gain: bool) -> str:
     )
     cells = [
         f'<b class="{of.severity}">{of.severity} {of.rule}</b><br>{escape(rule.name)}',
-        _names(of.where),
+        _names(of),
         escape(how_much(of)),
         *([f'<span class="gain">{gain}</span>'] if has_gain else []),
         f"<p>{escape(of.why)}</p>{mend}"
@@ -151,9 +151,9 @@ def _row(of: Finding, mend: str, has_gain: bool) -> str:
     return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
-def _names(where: tuple[str, ...]) -> str:
+def _names(of: Finding) -> str:
     """All of them; many are folded."""
-    codes = [_name(name) for name in where] or ["the file"]
+    codes = [_name(name) for name in of.where] or [of.place]
     shown, more = codes[:_NAMES_SHOWN], codes[_NAMES_SHOWN:]
     folded = f"<details><summary>and {len(more)} more</summary>{'<br>'.join(more)}</details>"
     return "<br>".join(shown) + (folded if more else "")

@@ -108,6 +108,16 @@ def places_of(model: nn.Module, owners: dict[nn.Module, str]) -> list[Population
     return places
 
 
+def places_with_statistics(model: nn.Module) -> list[PopulationLayer]:
+    """Those of all BatchNorm of a model, frozen or not: the same whatever the modes are."""
+    owners = {m: name for m, name in batch_norms(model).items() if not (is_l1(m) or why_lazy(m))}
+    return [
+        place
+        for place in places_of(model, owners)
+        if place.module.running_mean is not None and place.module.running_var is not None
+    ]
+
+
 def _is_updated(layer: PopulationLayer, frozen: bool) -> bool:
     module = layer.module
     if is_l1(module) or why_lazy(layer.owner):

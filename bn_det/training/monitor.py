@@ -22,10 +22,10 @@ from ..doctor.rules import RULES
 from ..errors import InputError
 from ..layers.comm import all_gather, process_group
 from ..layers.kinds import unwrapped
-from ..population.observation import PopulationLayer
+from ..population.observation import PopulationLayer, places_with_statistics
 from .between_calls import CallWatch, Share
 from .hooks import Hook
-from .movement import Moves, Snapshot, moves, places_with_statistics, updates_of
+from .movement import Moves, Snapshot, moves, updates_of
 
 logger = logging.getLogger(__name__)
 

@@ -10,17 +10,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..layers.kinds import batch_norms, eps_of, why_lazy
-from ..population.observation import PopulationLayer, is_l1, places_of
-
-
-def places_with_statistics(model: nn.Module) -> list[PopulationLayer]:
-    """Those of all BatchNorm of a model, frozen or not: the same whatever the modes are."""
-    layers = {m: name for m, name in batch_norms(model).items() if not (is_l1(m) or why_lazy(m))}
-    places = places_of(model, layers)
-    return [place for place in places if place.module.running_mean is not None]
+from ..layers.kinds import eps_of
+from ..population.observation import PopulationLayer
 
 
 class Snapshot(NamedTuple):

@@ -200,9 +200,11 @@ def test_blame_of_two_parts_sums_up(model):
     old, losses = statistics_of(model), Losses(model, loss, batches(3, seed=4))
     new = {name: (mean + 0.3, var * 1.5) for name, (mean, var) in old.items()}
     of_old = losses.of()
-    blamed = attribute(losses, old, new, {"first": ["1"], "second": ["4"]})
     put(model, new)
-    torch.testing.assert_close(blamed["first"] + blamed["second"], of_old - losses.of())
+    of_new = losses.of()
+    parts = {"first": ["1"], "second": ["4"]}
+    blamed = attribute(losses, old, new, parts, (of_old, of_new))
+    torch.testing.assert_close(blamed["first"] + blamed["second"], of_old - of_new)
 
 
 def test_parts():

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from bn_det import BatchNorm2d, DomainBatchNorm2d
-from bn_det.training.movement import Snapshot, moves, places_with_statistics
+from bn_det.population.observation import places_with_statistics
+from bn_det.training.movement import Snapshot, moves
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
