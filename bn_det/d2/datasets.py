@@ -29,9 +29,9 @@ from ..data.coco import (
     check_names,
     check_num_classes,
     load_coco,
+    own_sources,
     prepare,
     registered_sources,
-    shapes_sources,
 )
 from ..data.masks import compressed
 from ..errors import InputError
@@ -181,4 +181,4 @@ def _load(name: str, source: CocoSource) -> list[dict]:
     return dataset.records
 
 
-_register(shapes_sources())
+_register(own_sources())

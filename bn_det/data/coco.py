@@ -15,6 +15,7 @@ from yacs.config import CfgNode
 
 from ..config.parts import DENSE, RCNNS
 from ..errors import InputError, nearest
+from . import blood_cells
 from .annotations import read_annotations
 from .masks import is_segmentation
 from .shapes import VARIANTS, Variant, generate_shapes
@@ -53,17 +54,18 @@ def datasets_root() -> Path:
     return Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
 
 
-def shapes_sources() -> dict[str, CocoSource]:
-    """The data sets that we generate."""
-    return {
+def own_sources() -> dict[str, CocoSource]:
+    """The data sets that we generate, or make of a public one."""
+    shapes = {
         name: source
         for variant in VARIANTS.values()
         for name, source in _variant_sources(variant).items()
     }
+    return {**shapes, **_blood_cells_sources()}
 
 
 def builtin_sources() -> dict[str, CocoSource]:
-    """The data sets that need no registration: shapes, and COCO under Detectron2's names."""
+    """The data sets that need no registration: ours, and COCO under Detectron2's names."""
     root = datasets_root() / "coco"
     coco = {
         f"coco_2017_{split}": CocoSource(
@@ -71,7 +73,7 @@ def builtin_sources() -> dict[str, CocoSource]:
         )
         for split in ("train", "val")
     }
-    return {**shapes_sources(), **coco}
+    return {**own_sources(), **coco}
 
 
 def registered_sources(cfg: CfgNode) -> dict[str, CocoSource]:
@@ -188,7 +190,20 @@ def prepare(name: str, source: CocoSource) -> None:
         if source == _variant_sources(variant).get(name):
             generate_shapes(datasets_root() / variant.name, variant=variant)
     if not Path(source.json_file).is_file():
-        raise InputError(f"{name}: there is no annotation file {source.json_file}")
+        made = source == _blood_cells_sources().get(name)
+        hint = "; tools/prepare_blood_cells.py makes it of a public data set" * made
+        raise InputError(f"{name}: there is no annotation file {source.json_file}{hint}")
+
+
+def _blood_cells_sources() -> dict[str, CocoSource]:
+    root = datasets_root() / blood_cells.FOLDER
+    return {
+        f"{blood_cells.FOLDER}_{name}_{split}": CocoSource(
+            str(root / "annotations" / f"{name}_{split}.json"), str(root / "images" / name)
+        )
+        for name in dict.fromkeys(blood_cells.LABORATORIES.values())
+        for split in blood_cells.SPLITS
+    }
 
 
 def _variant_sources(variant: Variant) -> dict[str, CocoSource]:
