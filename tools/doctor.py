@@ -5,9 +5,10 @@ A file alone is examined in seconds: no model is made of it, and nothing in it i
 Detectron2 (.pth, .pkl), torchvision, timm, mmdetection, or any state dict of torch or safetensors.
 With a config, or with functions that make a model and its batches, the model is also run on
 training images, and left as it was: 32 batches take as long as 32 forward passes. --evaluate
-recomputes its statistics and compares losses on 16 batches apart, 7 to 24 forward passes of each,
-and AP where there is a test set: are they the fault, or the weights? --treat FILE does so, too, and
-writes the mended checkpoint if that is better.
+recomputes its statistics and compares losses on 16 batches apart, 7 to 28 forward passes of each,
+and AP where there is a test set: are they the fault, or the weights? It tries the treatments that
+its findings prescribe. --treat FILE does so, too, and writes the checkpoint with the one that helps
+most. What all this takes is said before it begins.
 
 The exit status is 0, or 3 if there is a finding that --fail-on is about, or 1 if nothing can be
 examined.
@@ -37,6 +38,7 @@ from bn_det.commands.any_model import (
 )
 from bn_det.commands.checkpoint import check_output, save_with_table
 from bn_det.commands.cli import add_config_arguments, import_host, run
+from bn_det.commands.recompute import parts_with_levels
 from bn_det.doctor import (
     RULES,
     SEVERITIES,
@@ -78,7 +80,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--treat",
         metavar="OUT",
-        help="evaluate, and write the checkpoint with recomputed statistics, if these mend it",
+        help="evaluate, and write the checkpoint with the treatment that helps most, if one does",
     )
     parser.add_argument("--format", choices=["table", "json", "html", "sarif"], default="table")
     parser.add_argument(
@@ -136,7 +138,7 @@ def report_of(args: argparse.Namespace) -> Report:
         report = examine(
             model, batches, args.num_iters, call=call, evaluate=args.evaluate, score=score,
             treat=args.treat is not None, rules=rules, recompute=loaded.recompute,
-            progress="tqdm" if sys.stderr.isatty() else None,
+            progress="tqdm" if sys.stderr.isatty() else "log",
         )  # fmt: skip
         if args.treat is not None:
             write_mended(loaded, report, args.treat)
@@ -157,11 +159,14 @@ class Loaded(NamedTuple):
 
 def write_mended(loaded: Loaded, report: Report, output: str) -> None:
     """The checkpoint of a model that has been treated."""
-    if report.tried is not None and report.tried.kept:
+    if any(of.kept for of in report.tried):
         content = loaded.content(loaded.of.model.state_dict())
         save_with_table(content, report.as_dict(), output)
     else:
-        print(f"--treat: {output} is not written: recomputed statistics mend nothing here")
+        names = ", ".join(of.name for of in report.tried) or "nothing"
+        print(
+            f"--treat: {output} is not written: tried were {names}, and none of it mends anything"
+        )
 
 
 def _refuse_unread(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -175,8 +180,10 @@ def _refuse_unread(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
 
 
 def by_config(args: argparse.Namespace) -> Loaded:
-    of, path = import_host(args.host, "doctor").load(args)
-    recompute = Recompute.by_command(path, f"--config-file {shlex.quote(args.config_file)}")
+    of, cfg = import_host(args.host, "doctor").load(args)
+    path = cfg.MODEL.WEIGHTS
+    keys = [f"MODEL.{part}.BN.POPULATION per_domain" for part in parts_with_levels(cfg)]
+    recompute = Recompute.by_command(path, f"--config-file {shlex.quote(args.config_file)}", keys)
     check_output(args.treat, [path], "MODEL.WEIGHTS", "--treat")
     return Loaded(of, recompute, lambda state: {"model": state})
 
@@ -230,4 +237,5 @@ def show(report: Report, args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("bn_det.doctor").setLevel(logging.INFO)
     run(main)

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from .losses import Losses, Values, put
 
-_MOST_PARTS = 8
+MOST_PARTS = 8
 
 
-def parts_of(names: Iterable[str], most: int = _MOST_PARTS) -> dict[str, list[str]]:
+def parts_of(names: Iterable[str], most: int = MOST_PARTS) -> dict[str, list[str]]:
     """Layers by the part of the model that they are in: the tree of names, cut where it is wide.
 
     The part with the most layers is divided as long as there are no more than ``most``.

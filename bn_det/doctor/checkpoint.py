@@ -46,6 +46,7 @@ class Checkpoint(NamedTuple):
     layers: in the order of the file.
     broken: keys that make no layer, and what is wrong with each.
     num_convs, num_with_bias: weights of convolutions, and how many of these have a bias.
+    momenta: of layers by name, where these are of a model.
     """
 
     part: str
@@ -54,6 +55,7 @@ class Checkpoint(NamedTuple):
     broken: dict[str, str]
     num_convs: int
     num_with_bias: int
+    momenta: Mapping[str, float | None] = {}
 
 
 def read(path: str | os.PathLike, part: str | None = None) -> Checkpoint:

@@ -1,49 +1,157 @@
-"""Whether it is the statistics: recomputed ones, judged on images apart."""
+"""Treatments are tried: which one mends a model is judged on images apart."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from ..population.snapshot import Snapshot
 from .findings import Finding, Recompute, Tried
-from .from_losses import Compared
-from .losses import Values, put, statistics_of
+from .from_losses import Compared, Difference
+from .from_passes import Seen
+from .losses import Losses
 from .modes import in_mode
+from .prescriptions import RECOMPUTED, Kind, kinds_of
+from .treatments import Passes, Treatment, put_back, treatments
 
 Score = Callable[[nn.Module], float]
 """Of a model in evaluation mode, such as its AP: higher is better."""
 
 
-def try_statistics(
-    model: nn.Module, statistics: Values, losses: Compared, score: Score | None
-) -> Tried:
-    """What a model gains by other statistics; it is left with its own.
+def try_treatments(
+    findings: Sequence[Finding],
+    seen: Seen,
+    compared: Compared,
+    losses: Losses,
+    passes: Passes,
+    score: Score | None,
+    recompute: Recompute,
+    keep: bool,
+) -> tuple[list[Finding], list[Tried]]:
+    """Findings with what the treatments that they prescribe have brought, and these.
 
     Args:
-        score: None to judge by the losses.
+        keep: whether to leave the model with the one that helps most, if one does.
     """
-    if score is None:
-        return Tried("loss", float(losses.old.mean()), float(losses.new.mean()), False)
-    own = statistics_of(model)
-    with in_mode(model, training=False):
-        before = score(model)
+    of_findings, failed = treatments(losses.model, seen, findings, passes, recompute)
+    trials = Trials(of_findings, losses, compared, score)
+    tried = trials.tried(findings, recompute)
+    told = with_gains(findings, trials, tried, failed, recompute)
+    return told, keep_best(losses.model, tried, of_findings) if keep else tried
+
+
+class Trials:
+    """What treatments of a model bring; it is left as it was.
+
+    Attributes:
+        treatments: recomputed statistics first.
+        gains: of each, by how much it is better: of each batch, or a single one of the score.
+    """
+
+    def __init__(
+        self,
+        treatments: Sequence[Treatment],
+        losses: Losses,
+        compared: Compared,
+        score: Score | None,
+    ) -> None:
+        self.treatments = treatments
+        self.measure = "loss" if score is None else "AP"
+        model = losses.model
+        if score is None:
+            self._before = compared.old
+            rest = treatments[1:]
+            with losses.passes("treatments", len(rest)):
+                more = [_treated(model, of, losses.of) for of in rest]
+            self._afters = [compared.new, *more]
+            self.gains = [self._before - after for after in self._afters]
+        else:
+            with in_mode(model, training=False), losses.told.bar("AP", 1 + len(treatments)) as step:
+
+                def scored() -> Tensor:
+                    value = torch.tensor([score(model)]).double()
+                    step()
+                    return value
+
+                self._before = scored()
+                self._afters = [_treated(model, of, scored) for of in treatments]
+            self.gains = [after - self._before for after in self._afters]
+
+    def tried(self, findings: Sequence[Finding], recompute: Recompute) -> list[Tried]:
+        """All of them, in words; none is kept."""
+        found = []
+        for of, after, gains in zip(self.treatments, self._afters, self.gains, strict=True):
+            rules = dict.fromkeys(f.rule for f in findings if of.kind in kinds_of(f, recompute))
+            gain = self._difference(gains)
+            error = None if self.measure == "AP" else gain.error
+            values = float(self._before.mean()), float(after.mean()), gain.value, error
+            of_kind = of.kind.name, tuple(rules), self.measure
+            found.append(Tried(*of_kind, *values, gain.is_more, False, of.needs))
+        return found
+
+    def _difference(self, gains: Tensor) -> Difference:
+        """Chance in a score is not known."""
+        if self.measure == "AP":
+            return Difference(float(gains), 0.0, 0.0)
+        return Difference.of(gains, len(self.treatments))
+
+    def helps_more(self, number: int) -> bool:
+        """Whether a treatment helps, and more than recomputed statistics do."""
+        is_more = self._difference(self.gains[number] - self.gains[0]).is_more
+        return is_more and self._difference(self.gains[number]).is_more
+
+
+def _treated(model: nn.Module, treatment: Treatment, measured: Callable[[], Tensor]) -> Tensor:
+    with put_back(model):
+        treatment.apply(model)
+        return measured()
+
+
+def with_gains(
+    findings: Sequence[Finding],
+    trials: Trials,
+    tried: Sequence[Tried],
+    failed: Mapping[Kind, str],
+    recompute: Recompute,
+) -> list[Finding]:
+    """Findings with what their treatments have brought.
+
+    What is mended by a treatment of its own, which helps more than recomputed statistics, costs: it
+    is an error.
+    """
+    numbers = {of.kind: k for k, of in enumerate(trials.treatments)}
+    found = []
+    for of in findings:
+        kinds = kinds_of(of, recompute)
+        kind = kinds[0] if kinds else None
+        if kind in numbers:
+            number = numbers[kind]
+            of = of._replace(gain=tried[number].gain, measure=trials.measure)
+            if kind is not RECOMPUTED and trials.helps_more(number):
+                of = of._replace(severity="error")
+        elif kind is not None:
+            of = of._replace(untried=failed.get(kind, kind.may_harm))
+        found.append(of)
+    return found
+
+
+def keep_best(
+    model: nn.Module, tried: Sequence[Tried], treatments: Sequence[Treatment]
+) -> list[Tried]:
+    """Leave a model with the treatment that helps most, of those that are prescribed and stay."""
+    helping = {
+        of: treatment
+        for of, treatment in zip(tried, treatments, strict=True)
+        if of.helps and of.rules and treatment.stays
+    }
+    best = max(helping, key=lambda of: of.gain, default=None)
+    if best is not None:
+        snapshot = Snapshot(model)
         try:
-            put(model, statistics)
-            after = score(model)
-        finally:
-            put(model, own)
-    return Tried("AP", before, after, False)
-
-
-def with_gain(findings: Sequence[Finding], tried: Tried, recompute: Recompute) -> list[Finding]:
-    """Findings that recomputed statistics are to mend, with what they have brought."""
-    return [
-        of._replace(gain=tried.gain) if any(r in of.treatment for r in recompute) else of
-        for of in findings
-    ]
-
-
-def is_mended(findings: Sequence[Finding]) -> bool:
-    """Whether recomputed statistics mend anything that is wrong."""
-    return any(of.gain is not None and of.gain > 0 for of in findings)
+            helping[best].apply(model)
+        except BaseException:
+            snapshot.restore()
+            raise
+    return [of._replace(kept=of is best) for of in tried]

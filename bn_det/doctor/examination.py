@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
-from itertools import takewhile
+from itertools import chain, takewhile, tee
 from typing import Any
 
 from torch import nn
 
-from ..errors import InputError, check_positive, choose
+from ..errors import InputError, check_positive
 from ..layers.comm import Group, process_group
 from ..layers.kinds import unwrapped
+from ..population.observation import population_layers
 from . import from_file, from_losses, from_model, from_passes
+from .blame import MOST_PARTS
 from .checkpoint import of_state
-from .evaluation import Score, is_mended, try_statistics, with_gain
-from .findings import IN_CODE, Recompute, Report, count, make_report
+from .evaluation import Score, try_treatments
+from .findings import IN_CODE, Recompute, Report, check_rules, count, make_report
+from .from_losses import has_frozen, num_passes
 from .from_passes import Seen
-from .losses import Losses, others, put
+from .losses import Losses, others
+from .modes import in_mode
+from .prescriptions import KINDS, untried
+from .progress import Price, Told
 from .rules import RULES
+from .treatments import Passes
 
 _LEAST_TO_EVALUATE = 5
 """Batches, beside which two are held apart."""
@@ -58,12 +65,14 @@ def examine(
             loss, or a dict of losses.
         evaluate: whether to compare losses; in one process.
         score: of a model in evaluation mode, in percent, such as its AP: higher is better.
-            Recomputed statistics are judged by it; by the loss without it.
-        treat: whether to leave the model with the recomputed statistics, if something is wrong that
-            these are to mend, and they do better. It includes ``evaluate``.
+            Treatments are judged by it; by the loss without it.
+        treat: whether to leave the model with the treatment that helps most, if something is wrong
+            that it is to mend, and the loss falls by more than chance explains, or the score rises.
+            It includes ``evaluate``.
         rules: ids of those that are to be looked for (:data:`bn_det.doctor.RULES`).
         group: the processes that have to call this, each with the same model.
-        progress: "tqdm" for a bar, or None.
+        progress: "tqdm" for bars, "log" for lines in the log, or None. Either says first what the
+            examination takes.
         recompute: how statistics are recomputed, in the words of treatments.
 
     Returns:
@@ -76,13 +85,16 @@ def examine(
         Exception: what the model raises.
     """
     check_positive("num_iters", num_iters)
-    for rule in rules:
-        choose("rules", rule, RULES)
+    check_rules(rules)
+    told = Told(progress)
     if evaluate := evaluate or treat:
         _check_evaluation(batches, num_iters, group)
     model = unwrapped(model)
-    checkpoint = of_state(model.state_dict())
+    _check_values(model)
+    checkpoint = of_state(model.state_dict())._replace(momenta=from_model.momenta(model))
     findings = [*from_file.findings_of(checkpoint, recompute), *from_model.findings_of(model)]
+    if not checkpoint.layers or batches is None:
+        findings = untried(findings, recompute)
     if not checkpoint.layers:
         return make_report(findings, rules, "the model has no BatchNorm with population statistics")
     if batches is None:
@@ -90,27 +102,58 @@ def examine(
         return make_report(findings, rules, f"nothing is wrong with the state of its {number}")
     held: list[Any] = []
     rest = others(batches, held) if evaluate else batches
+    again: Iterable[Any] = ()
+    if evaluate and has_frozen(model):
+        rest, again = tee(rest)
+    price = _price(model, num_iters, evaluate, score)
+    told.line(str(price))
     try:
-        seen = from_passes.look(model, rest, num_iters, call, group, progress)
+        seen = from_passes.look(model, told.passes(rest, price), num_iters, call, group, told.bars)
     except InputError as e:
         # Weights that are not finite give no statistics: what the state shows is the answer.
         if not any(of.severity == "error" for of in findings):
             raise
-        report = make_report(findings, rules, "")
+        report = make_report(untried(findings, recompute), rules, "")
         return report._replace(verdict=f"{report.verdict}; nothing was seen on images: {e}")
-    findings += [*from_passes.stale(seen, recompute), *from_passes.levels(seen)]
-    tried = None
-    if evaluate:
+    findings += [*from_passes.stale(seen, recompute), *from_passes.levels(seen, recompute)]
+    if not evaluate:
+        findings, tried = untried(findings, recompute), []
+    else:
         # The passes take none where all layers are frozen.
         deque(takewhile(lambda _: len(held) < num_iters // 2, rest), maxlen=0)
-        compared = from_losses.compare(Losses(model, call, held), seen)
+        losses = Losses(model, call, held, told)
+        compared = from_losses.compare(losses, seen)
         findings += from_losses.findings_of(compared, recompute)
-        tried = try_statistics(model, seen.statistics, compared, score)
-        findings = with_gain(findings, tried, recompute)
-        if treat and is_mended([of for of in findings if of.rule in rules]):
-            put(model, seen.statistics)
-            tried = tried._replace(kept=True)
+        if any(of.rule == "BN202" for of in findings):
+            # Statistics of each level may be what its batch is better for.
+            findings = [of for of in findings if of.rule != "BN303"]
+        findings = [of for of in findings if of.rule in rules]
+        passes = Passes(call, again, num_iters, told.bars)
+        findings, tried = try_treatments(
+            findings, seen, compared, losses, passes, score, recompute, treat
+        )
     return make_report(findings, rules, _healthy(seen, len(checkpoint.layers)), seen.layers, tried)
+
+
+def _check_values(model: nn.Module) -> None:
+    tensors = chain(model.named_parameters(), model.named_buffers())
+    empty = [name for name, tensor in tensors if tensor.device.type == "meta"]
+    if empty:
+        raise InputError(
+            f"model: {empty[0]} and {len(empty) - 1} more are on the meta device, where nothing "
+            "has a value; load its weights (load_state_dict(..., assign=True))"
+        )
+
+
+def _price(model: nn.Module, num_iters: int, evaluate: bool, score: Score | None) -> Price:
+    with in_mode(model, training=True):
+        moving = bool(population_layers(model))
+    price = Price(num_iters * moving)
+    if not evaluate:
+        return price
+    more = 2 * MOST_PARTS * moving + (len(KINDS) - 1) * (score is None)
+    again = num_iters * has_frozen(model)
+    return Price(price.batches, num_iters // 2, num_passes(model), more, again, score is not None)
 
 
 def _check_evaluation(batches: Iterable[Any] | None, num_iters: int, group: Group) -> None:

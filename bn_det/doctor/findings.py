@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..errors import InputError, nearest
+from ..errors import InputError, choose, nearest
 from ..files import finite
 from .rules import RULES
 
@@ -28,6 +28,8 @@ class Finding(NamedTuple):
         why: what has been seen, and what comes of it.
         treatment: the command or the line of code that mends it.
         gain: what the treatment has brought, where it was tried: AP, or by how much the loss fell.
+        measure: of the gain: "AP" or "loss".
+        untried: why the treatment may harm, or why it could not be tried, where it was not.
     """
 
     rule: str
@@ -38,6 +40,13 @@ class Finding(NamedTuple):
     treatment: str
     standard_error: float | None = None
     gain: float | None = None
+    measure: str = ""
+    untried: str = ""
+
+    @property
+    def prescription(self) -> str:
+        """The treatment, with a word if it was not tried."""
+        return f"untried: {self.treatment}" if self.untried else self.treatment
 
     @property
     def place(self) -> str:
@@ -55,21 +64,32 @@ class Recompute(NamedTuple):
     Attributes:
         usual: a command or a line of code.
         initial: the same where they are those of a new layer, which look folded.
+        per_level: the same where levels are to have statistics of their own.
+        needs: what a checkpoint with these needs beside it.
     """
 
     usual: str
     initial: str
+    per_level: str
+    needs: str
 
     @classmethod
-    def by_command(cls, weights: str | os.PathLike, model: str) -> Recompute:
+    def by_command(
+        cls, weights: str | os.PathLike, model: str, keys: Sequence[str] = ()
+    ) -> Recompute:
         """By tools/recompute_statistics.py.
 
         Args:
             model: the flags that say what the model and its images are.
+            keys: KEY VALUE of a config whose levels then have statistics of their own.
         """
         path = shlex.quote(os.fspath(weights))
-        start = f"python tools/recompute_statistics.py --weights {path} "
-        return cls(*(f"{start}--output mended.pth{f} {model}" for f in ("", " --initial")))
+        start = f"python tools/recompute_statistics.py --weights {path} --output mended.pth"
+        per_level, needs = IN_CODE.per_level, IN_CODE.needs
+        if keys:
+            per_level = f"{start} --population per_domain {model}"
+            needs = f"its config needs {' '.join(keys)} from then on"
+        return cls(f"{start} {model}", f"{start} --initial {model}", per_level, needs)
 
 
 def _in_code(more: str) -> str:
@@ -77,7 +97,13 @@ def _in_code(more: str) -> str:
     return f"bn_det.update_bn_stats({arguments}), with call= if there is one"
 
 
-IN_CODE = Recompute(_in_code(""), _in_code(", initial=True"))
+IN_CODE = Recompute(
+    _in_code(""),
+    _in_code(", initial=True"),
+    "statistics for each level: MODEL.RETINANET.BN.POPULATION per_domain, or "
+    "bn_det.DomainBatchNorm2d in code",
+    "the model that loads it needs population per_domain in its bn_det.DomainBatchNorm2d",
+)
 
 
 COSTS = 1.0
@@ -132,44 +158,54 @@ class Measures(NamedTuple):
 
 
 class Tried(NamedTuple):
-    """What recomputed statistics have brought, on images apart from those that they are of.
+    """What a treatment has brought, on images apart from those that it is made of.
 
     Attributes:
+        name: what was done.
+        rules: those of the findings that prescribe it.
         measure: "AP", or "loss".
         before, after: it.
-        kept: whether the model has been left with them.
+        gain: by how much it is better; infinite if it was not finite before.
+        standard_error: of the gain; None for AP.
+        helps: whether it is better, and by more than chance where that is known.
+        kept: whether the model has been left with it.
+        needs: what a checkpoint with it needs beside it, if anything.
     """
 
+    name: str
+    rules: tuple[str, ...]
     measure: str
     before: float
     after: float
+    gain: float
+    standard_error: float | None
+    helps: bool
     kept: bool
-
-    @property
-    def gain(self) -> float:
-        """By how much it is better; infinite if it was not finite before."""
-        if self.measure != "loss":
-            return self.after - self.before
-        return self.before - self.after if math.isfinite(self.after) else -math.inf
+    needs: str
 
     def __str__(self) -> str:
-        return f"{self.measure} {self.before:.4g} before, {self.after:.4g} after"
+        return f"{self.name}: {self.measure} {self.before:.4g} before, {self.after:.4g} after"
+
+
+def signed(gain: float, measure: str) -> str:
+    """A gain with its unit, as what is measured changes: the loss falls where it is better."""
+    return f"{gain if measure == 'AP' else -gain:+.3g} {measure}"
 
 
 class Report(NamedTuple):
-    """Prints as a verdict in one line, and a table of findings.
+    """Prints as a verdict in one line, a table of findings, and one of treatments.
 
     Attributes:
         verdict: what is wrong, where, and what mends it.
         findings: the most severe first.
         layers: what passes have measured, in the order of the model.
-        tried: None where statistics were not recomputed.
+        tried: treatments; recomputed statistics first, where anything was tried.
     """
 
     verdict: str
     findings: list[Finding]
     layers: Sequence[Measures] = ()
-    tried: Tried | None = None
+    tried: Sequence[Tried] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -177,7 +213,7 @@ class Report(NamedTuple):
             "verdict": self.verdict,
             "findings": [finite({**of._asdict(), "where": list(of.where)}) for of in self.findings],
             "layers": [finite(of._asdict()) for of in self.layers],
-            "tried": None if self.tried is None else finite(self.tried._asdict()),
+            "tried": [finite({**of._asdict(), "rules": list(of.rules)}) for of in self.tried],
         }
 
     def __str__(self) -> str:
@@ -196,10 +232,32 @@ class Report(NamedTuple):
         )
         details, known = [], set()
         for of in self.findings:
-            mend = "as above" if of.treatment in known else of.treatment
+            mend = "as above" if of.treatment in known else of.prescription
+            harm = f"\n  {of.untried}" if of.untried and of.treatment not in known else ""
             known.add(of.treatment)
-            details.append(f"{of.rule}: {of.why}\n  mend: {mend}")
-        return "\n".join([self.verdict, "", table, "", *details])
+            details.append(f"{of.rule}: {of.why}\n  mend: {mend}{harm}")
+        return "\n".join([self.verdict, "", table, "", *details, *self._treatments()])
+
+    def _treatments(self) -> list[str]:
+        from tabulate import tabulate
+
+        if not self.tried:
+            return []
+        heads = ["tried", f"{self.tried[0].measure} before", "after", "", ""]
+        rows = [
+            [of.name, f"{of.before:.4g}", f"{of.after:.4g}", gained(of), "kept" * of.kept]
+            for of in self.tried
+        ]
+        table = tabulate(rows, heads, tablefmt="pipe", disable_numparse=True)
+        return ["", table]
+
+
+def gained(of: Tried) -> str:
+    """What a treatment has brought, with its standard error and unit."""
+    gain = signed(of.gain, of.measure)
+    if of.standard_error is None:
+        return gain
+    return f"{gain.removesuffix(of.measure)}± {of.standard_error:.1g} {of.measure}"
 
 
 def how_much(of: Finding) -> str:
@@ -216,9 +274,11 @@ def make_report(
     rules: Collection[str],
     healthy: str,
     layers: Sequence[Measures] = (),
-    tried: Tried | None = None,
+    tried: Sequence[Tried] = (),
 ) -> Report:
     """Findings in order, and the verdict of the first.
+
+    Of those that are as severe, the first is the one whose treatment has brought most.
 
     Args:
         rules: what has been looked for; of other rules there are none.
@@ -226,10 +286,9 @@ def make_report(
     """
     if missing := len(RULES) - len(rules):
         healthy = f"nothing is found; {count(missing, 'rule')} left out"
-    if tried is not None:
-        healthy = f"{healthy}; with recomputed statistics: {tried}"
-    findings = [of for of in findings if of.rule in rules]
-    ordered = sorted(findings, key=lambda of: (SEVERITIES.index(of.severity), of.rule))
+    if tried:
+        healthy = f"{healthy}; with {tried[0]}"
+    ordered = sorted((of for of in findings if of.rule in rules), key=_order)
     first = next(iter(ordered), None)
     folded = next((of for of in ordered if of.rule == "BN103"), None)
     if first is not None and first.severity != "note":
@@ -244,15 +303,35 @@ def make_report(
     return Report(verdict, ordered, layers, tried)
 
 
-def _verdict(first: Finding, tried: Tried | None) -> str:
+def _order(of: Finding) -> tuple[int, float, str]:
+    return SEVERITIES.index(of.severity), -max(of.gain or 0.0, 0.0), of.rule
+
+
+def _verdict(first: Finding, tried: Sequence[Tried]) -> str:
     said = f"{RULES[first.rule].says}, in {first.place} ({first.rule})"
-    if tried is None:
-        return f"{said}; {first.treatment}"
-    if first.gain is None:
-        return f"{said}; {first.treatment}; statistics are not it: recomputed, {tried}"
-    if tried.gain > 0:
-        return f"statistics, not weights: {said}: recomputed, {tried}; {first.treatment}"
-    return f"{said}; but recomputed statistics do not help: {tried}"
+    if not tried:
+        return f"{said}; {first.prescription}"
+    own = next((of for of in tried if first.rule in of.rules), None)
+    best = max((of for of in tried if of.helps), key=lambda of: (of.kept, of.gain), default=None)
+    if own is None:
+        return f"{said}; {first.prescription}; statistics are not it: {tried[0]}"
+    if best is None:
+        return f"{said}; but this does not help: {own}"
+    needs = f"; {best.needs}" if best.needs else ""
+    if not own.helps:
+        return f"{said}; this does not help: {own}; this does: {best}{needs}"
+    also = "" if best is own else f"; {'kept' if best.kept else 'better'}: {best}"
+    return f"statistics, not weights: {said}: {own}; {first.treatment}{also}{needs}"
+
+
+def check_rules(rules: Collection[str]) -> None:
+    """Raise InputError unless these are ids of rules."""
+    if isinstance(rules, str) or not isinstance(rules, Collection):
+        raise InputError(
+            f"rules: {rules!r} is not accepted; use ids of rules, such as ['BN201', 'BN202']"
+        )
+    for rule in rules:
+        choose("rules", rule, RULES)
 
 
 def selected(rules: Collection[str], select: Collection[str], ignore: Collection[str]) -> set[str]:

@@ -11,17 +11,18 @@ from torch import Tensor
 
 from ..layers.folded import is_trained
 from .checkpoint import Checkpoint, Layer, read
-from .findings import Finding, Recompute, Report, count, make_report
+from .findings import Finding, Recompute, Report, check_rules, count, make_report
+from .prescriptions import untried
 from .rules import RULES
 
 FLOAT16 = torch.finfo(torch.float16)
 MOMENTUM = 0.1
-"""torch's default; that of a training is in no file."""
+"""torch's default; a model has its own, and a file has none."""
 
 OF_FILES = tuple(rule for rule in RULES if rule.startswith("BN1"))
 """What can be looked for in a file."""
 
-_EPS = 1e-5, 1e-3
+EPS = 1e-5, 1e-3
 """The usual ones: torch's and Detectron2's, and that of TensorFlow and of many detectors."""
 
 _LEAST_LEFT = 0.01
@@ -50,11 +51,12 @@ def examine_file(
     Raises:
         InputError: it has no weights, or only an unsafe load could read them.
     """
+    check_rules(rules)
     # That others were not looked for is no news.
     wanted = {rule for rule in RULES if rule in rules or rule not in OF_FILES}
     checkpoint = read(path, part)
     recompute = Recompute.by_command(path, _ANY)
-    findings = [*findings_of(checkpoint, recompute), *fused_file(checkpoint)]
+    findings = untried([*findings_of(checkpoint, recompute), *fused_file(checkpoint)], recompute)
     number = len(checkpoint.layers)
     others = checkpoint.others
     also = f"; the file has weights under {others}, too: --part" if others else ""
@@ -92,7 +94,7 @@ def _named(layers: Sequence[Layer]) -> tuple[str, ...]:
 def _is_initial(layer: Layer) -> bool:
     """Whether the statistics are those of a new layer."""
     # Detectron2's FrozenBatchNorm2d has 1 - eps. Half precision is finer than the tolerance.
-    near = (layer.var.double() - 1).abs() <= 2 * max(_EPS)
+    near = (layer.var.double() - 1).abs() <= 2 * max(EPS)
     return not layer.mean.any() and bool(near.all())
 
 
@@ -153,18 +155,24 @@ def start_left(checkpoint: Checkpoint, recompute: Recompute) -> Iterator[Finding
     """BN106."""
     young = {}
     for layer in checkpoint.layers:
-        is_young = layer.batches and (1 - MOMENTUM) ** layer.batches >= _LEAST_LEFT
-        if is_young and not _is_initial(layer):
-            young[layer.name] = layer.batches
+        momentum = checkpoint.momenta.get(layer.name, MOMENTUM)
+        left = left_of_start(momentum, layer.batches) if layer.batches else 0.0
+        # Of momentum 0 all is left: what such a layer has it was given.
+        if _LEAST_LEFT <= left < 1 and not _is_initial(layer):
+            young[layer.name] = left, layer.batches, momentum
     if young:
-        fewest = min(young.values())
-        most = (1 - MOMENTUM) ** fewest
+        most, fewest, momentum = max(young.values())
         why = (
             f"{len(young)} of {len(checkpoint.layers)} layers have counted {fewest} batches or a "
-            f"few more: with momentum {MOMENTUM} {100 * most:.0f} % of the start's mean 0 and "
+            f"few more: with momentum {momentum:g} {100 * most:.0f} % of the start's mean 0 and "
             "variance 1 are in their statistics"
         )
         yield Finding("BN106", "warning", tuple(young), most, why, recompute.usual)
+
+
+def left_of_start(momentum: float | None, batches: int) -> float:
+    """The weight of what an EMA began at, after so many batches."""
+    return (1 - momentum) ** batches if momentum is not None else float(batches == 0)
 
 
 @_check
@@ -199,7 +207,7 @@ def _depends_on_eps(layer: Layer) -> Tensor:
     """Channels whose output varies otherwise, by a tenth of what is usual in the layer."""
     var = layer.var.double().clamp(min=0)
     scale = torch.ones_like(var) if layer.weight is None else layer.weight.double().abs()
-    stds = [scale * (var / (var + eps)).sqrt() for eps in _EPS]
+    stds = [scale * (var / (var + eps)).sqrt() for eps in EPS]
     usual = stds[0].median() if len(var) else 0.0
     return stds[0] - stds[1] > _OF_USUAL * usual
 
@@ -223,7 +231,7 @@ _OF_CHANNELS: dict[str, tuple[str, Callable[[Layer], Tensor], str, str]] = {
     "BN110": (
         "note",
         _depends_on_eps,
-        f"with another output by eps {_EPS[1]} than by {_EPS[0]}",
+        f"with another output by eps {EPS[1]} than by {EPS[0]}",
         "give every layer the eps that the model was trained with",
     ),
     "BN111": (

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import InputError
 from ..layers.freeze import is_frozen
@@ -88,18 +88,30 @@ def compare(losses: Losses, seen: Seen) -> Compared:
     with in_mode(model, training=True):
         places = [place for place in population_layers(model) if place.name in seen.statistics]
     try:
-        of_old = losses.of()
-        of_batch = losses.by_batch({place.owner for place in places})
-        of_thawed = _thawed(losses)
-        noisy = torch.stack([_by(losses, drawn) for drawn in _draws(seen)])
-        of_new = _by(losses, seen.statistics)
+        with losses.passes("losses", num_passes(model)):
+            of_old = losses.of()
+            of_batch = losses.by_batch({place.owner for place in places})
+            of_thawed = _thawed(losses)
+            noisy = torch.stack([_by(losses, drawn) for drawn in _draws(seen)])
+            of_new = _by(losses, seen.statistics)
         parts, layers = {}, {}
         if places and _cost(of_old, noisy).is_more:
             layers = parts_of([place.name for place in places])
-            parts = attribute(losses, old, seen.statistics, layers, (of_old, of_new))
+            with losses.passes("losses by part", 2 * len(layers)):
+                parts = attribute(losses, old, seen.statistics, layers, (of_old, of_new))
     finally:
         put(model, old)
     return Compared(of_old, of_new, noisy, of_batch, of_thawed, parts, layers)
+
+
+def num_passes(model: nn.Module) -> int:
+    """Of each batch, where nothing costs loss."""
+    return 3 + DRAWS + has_frozen(model)
+
+
+def has_frozen(model: nn.Module) -> bool:
+    """Whether a model has frozen layers."""
+    return any(map(is_frozen, batch_norms(model)))
 
 
 def _by(losses: Losses, statistics: Values) -> Tensor:
@@ -132,7 +144,7 @@ def _cost(old: Tensor, noisy: Tensor) -> Difference:
 
 
 def _thawed(losses: Losses) -> Tensor | None:
-    if not any(map(is_frozen, batch_norms(losses.model))):
+    if not has_frozen(losses.model):
         return None
     try:
         return losses.thawed()

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
+from ..errors import shown
 from ..layers.kinds import batch_norms, eps_of, why_lazy
 from ..layers.states import LayerState, states
 from .findings import Finding, count
@@ -23,6 +25,15 @@ def findings_of(model: nn.Module) -> Iterator[Finding]:
     yield from _undone(layers)
     yield from _momentum(layers)
     yield from _mixed(model, layers)
+
+
+def momenta(model: nn.Module) -> dict[str, float | None]:
+    """Of what has an EMA, by name."""
+    return {
+        shown(name): module.momentum
+        for name, module in model.named_modules()
+        if isinstance(module, _NormBase)
+    }
 
 
 def _finding(

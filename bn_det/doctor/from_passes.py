@@ -8,16 +8,17 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import InputError
 from ..layers.comm import Group, process_group
+from ..layers.domain_batch_norm import DomainBatchNorm2d
 from ..layers.moments import Moments
 from ..population.observation import Observed, Observer, PopulationLayer, population_layers
 from ..population.report import LayerReport
 from ..population.update import How, measure_statistics
 from .chance import bound_of, standard_error
-from .findings import COSTS, Finding, Measures, Recompute, count, furthest
+from .findings import COSTS, IN_CODE, Finding, Measures, Recompute, count, furthest
 from .losses import Values
 from .modes import in_mode
 
@@ -31,32 +32,56 @@ class Seen(NamedTuple):
         shares: of each layer that is called several times a pass, in each pass the share of its
             variance that lies between the calls.
         statistics: mean and variance of all values that each layer has seen.
+        by_level: the same of each call of a layer that is called several times a pass, in their
+            order; of each level, where a layer takes several and normalizes each by itself.
     """
 
     num_batches: int
     layers: list[Measures]
     shares: dict[str, list[float]]
     statistics: Values
+    by_level: Mapping[str, Sequence[tuple[Tensor, Tensor]]] = {}
 
 
 class _LevelObserver(Observer):
-    """Also looks at how the calls of a layer in a pass differ."""
+    """Also looks at how the calls of a layer in a pass, or the levels of a call, differ."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.shares: dict[str, list[float]] = {}
         self.calls: dict[str, int] = {}
+        self._of_levels: dict[str, list[list[Moments]]] = {}
 
     def run(self, inputs: Any, observed: Observed) -> None:
         super().run(inputs, observed)
         for layer, batches in zip(self.layers, observed.batches, strict=True):
-            if len(batches) > 1 and self._is_one_a_call(layer, len(batches)):
+            if len(batches) > 1 and self._is_one_a_level(layer, len(batches)):
                 self.shares.setdefault(layer.name, []).append(between_share(batches))
                 self.calls[layer.name] = len(batches)
+                self._of_levels.setdefault(layer.name, []).append(batches)
 
-    def _is_one_a_call(self, layer: PopulationLayer, number: int) -> bool:
-        """Whether these are its calls, and not several normalization batches of one."""
-        return self._usual_calls is not None and self._usual_calls[layer.owner] == number
+    def by_level(self) -> dict[str, list[tuple[Tensor, Tensor]]]:
+        """Mean and variance of all that each layer has seen in its k-th call, or of its level k."""
+        return {
+            name: [_statistics(Moments.merge(of_level)) for of_level in zip(*passes, strict=True)]
+            for name, passes in self._of_levels.items()
+        }
+
+    def _is_one_a_level(self, layer: PopulationLayer, number: int) -> bool:
+        """Whether these are its calls or levels, and not normalization batches of one of these."""
+        if self._usual_calls is None:
+            return False
+        return self._usual_calls[layer.owner] * _num_levels(layer.owner) == number
+
+
+def _num_levels(owner: nn.Module) -> int:
+    """How many tensors a layer normalizes in a call, each by itself."""
+    is_list = isinstance(owner, DomainBatchNorm2d) and owner.takes_list
+    return owner.num_domains if is_list and owner.statistics == "per_domain" else 1
+
+
+def _statistics(of: Moments) -> tuple[Tensor, Tensor]:
+    return of.mean.double(), of.var.double()
 
 
 def between_share(batches: Sequence[Moments]) -> float:
@@ -105,7 +130,7 @@ def look(
         for layer, estimate in zip(layers, found, strict=True)
         if estimate is not None
     }
-    return Seen(report.num_batches, measures, observer.shares, statistics)
+    return Seen(report.num_batches, measures, observer.shares, statistics, observer.by_level())
 
 
 def _measures(
@@ -152,7 +177,7 @@ def stale(seen: Seen, recompute: Recompute) -> Iterator[Finding]:
         yield Finding("BN201", severity, names, shift, why, recompute.usual, error)
 
 
-def levels(seen: Seen) -> Iterator[Finding]:
+def levels(seen: Seen, recompute: Recompute) -> Iterator[Finding]:
     """BN202."""
     off = {}
     calls = {}
@@ -166,7 +191,7 @@ def levels(seen: Seen) -> Iterator[Finding]:
         if of.share - bound * error > of.noise**2:
             off[of.name], calls[of.name] = (of.share, error), of.calls
     if off:
-        finding = of_levels(off, calls)
+        finding = of_levels(off, calls)._replace(treatment=recompute.per_level)
         is_error = math.sqrt(finding.value) >= COSTS
         yield finding._replace(severity="error") if is_error else finding
 
@@ -184,8 +209,4 @@ def of_levels(off: Mapping[str, tuple[float, float]], calls: Mapping[str, int]) 
         "times), each call normalized by its own batch, and at test time all by the same "
         f"statistics: {100 * share:.0f} % of {names[0]}'s variance lie between the calls"
     )
-    treatment = (
-        "statistics for each level: MODEL.RETINANET.BN.POPULATION per_domain, or "
-        "bn_det.DomainBatchNorm2d in code"
-    )
-    return Finding("BN202", "warning", names, share, why, treatment, error)
+    return Finding("BN202", "warning", names, share, why, IN_CODE.per_level, error)

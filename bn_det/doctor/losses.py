@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ..layers.freeze import is_frozen, thaw
 from ..layers.kinds import batch_norms
 from ..population.observation import places_with_statistics
 from ..population.unchanged import evaluated_losses
+from .progress import SILENT, Advance, Told
 
 Values = dict[str, tuple[Tensor, Tensor]]
 """Mean and variance by the name of the module that holds them."""
@@ -25,12 +27,24 @@ class Losses:
     Args:
         call: gives the loss of a batch: a number, or a dict or a list of them to be summed.
         batches: held in memory.
+        told: how far the passes are.
     """
 
     def __init__(
-        self, model: nn.Module, call: Callable[[nn.Module, Any], Any] | None, batches: Sequence[Any]
+        self,
+        model: nn.Module,
+        call: Callable[[nn.Module, Any], Any] | None,
+        batches: Sequence[Any],
+        told: Told = SILENT,
     ) -> None:
-        self.model, self.call, self.batches = model, call, batches
+        self.model, self.call, self.batches, self.told = model, call, batches, told
+        self._advance: Advance = lambda: None
+
+    @contextmanager
+    def passes(self, what: str, number: int) -> Iterator[None]:
+        """Tell how far so many passes of each batch are, which are taken inside the block."""
+        with self.told.bar(what, number * len(self.batches)) as self._advance:
+            yield
 
     def of(self) -> Tensor:
         """The loss of each batch, by the population statistics that the model has.
@@ -68,7 +82,11 @@ class Losses:
 
     @torch.no_grad()
     def _of_all(self, prepare: Callable[[], None]) -> Tensor:
-        return torch.tensor([self._of(batch, prepare) for batch in self.batches]).double()
+        found = []
+        for batch in self.batches:
+            found.append(self._of(batch, prepare))
+            self._advance()
+        return torch.tensor(found).double()
 
     def _of(self, batch: Any, prepare: Callable[[], None]) -> float:
         with evaluated_losses(self.model):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html import escape
+from itertools import chain
 
-from .findings import SEVERITIES, Finding, Report, count, how_much
+from .findings import SEVERITIES, Finding, Report, Tried, count, gained, how_much, signed
 from .pictures import pictures
 from .rules import RULES
 
@@ -78,7 +79,8 @@ def html_page(report: Report, subject: str) -> str:
     Args:
         subject: what was examined, such as the path of a checkpoint.
     """
-    body = "\n".join([_verdict(report, subject), *_findings(report.findings), *pictures(report)])
+    parts = _findings(report.findings), _treatments(report.tried), pictures(report)
+    body = "\n".join([_verdict(report, subject), *chain(*parts)])
     page = f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -102,9 +104,9 @@ def _verdict(report: Report, subject: str) -> str:
     first = next(iter(report.findings), None)
     worst = first.severity if first else "none"
     line, mend = report.verdict, ""
-    if first and f"; {first.treatment}" in line:
-        line = line.replace(f"; {first.treatment}", "", 1)
-        mend = _code(first.treatment)
+    if first and f"; {first.prescription}" in line:
+        line = line.replace(f"; {first.prescription}", "", 1)
+        mend = _mend(first)
     numbers = [
         count(sum(of.severity == severity for of in report.findings), severity)
         for severity in SEVERITIES
@@ -121,6 +123,12 @@ def _code(text: str) -> str:
     return f"<pre><code>{escape(text)}</code></pre>"
 
 
+def _mend(of: Finding) -> str:
+    """What mends it, to be copied; and why that may harm, where it was not tried."""
+    words = f"<p>Untried: {escape(of.untried)}.</p>" if of.untried else ""
+    return words + _code(of.treatment)
+
+
 def _findings(findings: list[Finding]) -> Iterator[str]:
     if findings:
         gain = '<th class="gain">Gain</th>' if any(of.gain is not None for of in findings) else ""
@@ -128,15 +136,28 @@ def _findings(findings: list[Finding]) -> Iterator[str]:
         yield f"<th>How much</th>{gain}<th>Why, and what mends it</th></tr></thead>\n<tbody>"
         known: set[str] = set()
         for of in findings:
-            mend = "<p>Mended as above.</p>" if of.treatment in known else _code(of.treatment)
+            mend = "<p>Mended as above.</p>" if of.treatment in known else _mend(of)
             known.add(of.treatment)
             yield _row(of, mend, bool(gain))
         yield "</tbody>\n</table>"
 
 
+def _treatments(tried: Sequence[Tried]) -> Iterator[str]:
+    if tried:
+        measure = tried[0].measure
+        yield "<h2>Treatments that were tried, on images apart</h2>\n<table>\n<thead><tr>"
+        yield f"<th>Treatment</th><th>{measure} before</th><th>After</th><th>Gain</th><th></th>"
+        yield "</tr></thead>\n<tbody>"
+        for of in tried:
+            kept = f"<b>Kept.</b> {escape(of.needs)}" if of.kept else escape(of.needs)
+            cells = escape(of.name), f"{of.before:.4g}", f"{of.after:.4g}", gained(of), kept
+            yield f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        yield "</tbody>\n</table>"
+
+
 def _row(of: Finding, mend: str, has_gain: bool) -> str:
     rule = RULES[of.rule]
-    gain = "" if of.gain is None else f"{of.gain:+.3g}"
+    gain = "" if of.gain is None else signed(of.gain, of.measure)
     explained = "".join(
         f"<dt>{escape(head)}</dt><dd>{escape(text)}</dd>" for head, text in rule.parts.items()
     )

@@ -278,7 +278,8 @@ RULES = {
         "Weights that were trained with batch statistics may use them: as a hint of what else is "
         "in the batch (leakage, Wu & Johnson, Sec. 6), or because small batches differ from the "
         "population. No statistics in a file mend that.",
-        "Which of the two it is; a gap that is small is usual.",
+        "Which of the two it is; a gap that is small is usual. Where levels share statistics "
+        "(BN202) it is not looked for, as each level's own may be what the batch gives.",
         "rwightman/efficientdet-pytorch 675, dbolya/yolact 325, open-mmlab/mmdetection 3621",
     ),
     "BN304": Rule(

@@ -37,7 +37,7 @@ def sarif_log(report: Report, path: str | os.PathLike, version: str) -> dict[str
     run = {
         "tool": {"driver": driver},
         "results": [_result(of, found.index(of.rule), _uri(path)) for of in report.findings],
-        "properties": {"verdict": report.verdict},
+        "properties": {"verdict": report.verdict, "tried": report.as_dict()["tried"]},
     }
     return {"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}
 
@@ -59,11 +59,12 @@ def _markdown(parts: dict[str, str]) -> str:
 
 def _result(of: Finding, index: int, uri: str) -> dict[str, Any]:
     more = {"value": of.value, "standardError": of.standard_error, "gain": of.gain}
+    more |= {"gainMeasure": of.measure or None, "untried": of.untried or None}
     return {
         "ruleId": of.rule,
         "ruleIndex": index,
         "level": of.severity,
-        "message": {"text": f"{of.why}. Mend: {of.treatment}"},
+        "message": {"text": f"{of.why}. Mend: {of.prescription}"},
         "locations": list(_locations(of, uri)),
         "properties": {key: v for key, v in finite(more).items() if v is not None},
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 import torch
+from fvcore.common.config import CfgNode
 
 from ..commands.any_model import AnyModel
 from ..commands.results import score_of
@@ -14,12 +15,12 @@ from .train import load_model, setup
 from .trainer import check_datasets, load_datasets, losses_of, shared_seed, test
 
 
-def load(args: argparse.Namespace) -> tuple[AnyModel, str]:
-    """The checkpoint of a config with batches of DATASETS.TRAIN and its AP, and its path."""
+def load(args: argparse.Namespace) -> tuple[AnyModel, CfgNode]:
+    """The checkpoint of a config with batches of DATASETS.TRAIN and its AP, and the config."""
     cfg = setup(args)
     check_datasets(cfg, "TRAIN")
     torch.manual_seed(shared_seed(cfg))
     model = load_model(cfg, resume=False)
     batches = train_batches(with_precise_bn_batches(cfg))
     score = score_of(cfg, lambda cfg, model: test(cfg, model, load_datasets(cfg, "TEST")))
-    return AnyModel(model, batches, losses_of, score), cfg.MODEL.WEIGHTS
+    return AnyModel(model, batches, losses_of, score), cfg

@@ -242,6 +242,9 @@ def test_a_detector_that_is_called_otherwise():
     [
         ({"num_iters": 0}, "num_iters: 0 is not accepted"),
         ({"rules": ["BN9"]}, "rules: 'BN9' is not accepted"),
+        ({"rules": None}, "rules: None is not accepted; use ids of rules, such as"),
+        ({"rules": "BN201"}, "rules: 'BN201' is not accepted; use ids"),
+        ({"progress": "bar"}, "progress: 'bar' is not accepted; use one of"),
         ({"batches": []}, "data_loader: has 0 of 32 batches"),
         ({"batches": batches(1)}, "batches: one is too few"),
         ({"call": lambda model, x: x}, "reaches none of its BatchNorm layers"),
@@ -250,3 +253,9 @@ def test_a_detector_that_is_called_otherwise():
 def test_what_cannot_be_examined(model, kwargs, words):
     with pytest.raises(InputError, match=words):
         examine(model, **{"batches": batches(), **kwargs})
+
+
+def test_a_model_without_values():
+    model = classifier().to("meta")
+    with pytest.raises(InputError, match=r"model: 0.weight and 1. more are on the meta device"):
+        examine(model)

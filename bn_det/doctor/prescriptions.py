@@ -1,0 +1,65 @@
+"""Which findings prescribe which treatment, and why that may harm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from .findings import Finding, Recompute
+
+
+class Kind(NamedTuple):
+    """Attributes:
+    name: what is done.
+    rules: of the findings for which it is tried.
+    may_harm: where and why.
+    """
+
+    name: str
+    rules: tuple[str, ...]
+    may_harm: str
+
+
+RECOMPUTED = Kind(
+    "recomputed statistics",
+    (),  # by the words of a finding
+    "it may harm where the images are few or of another kind than those that the model is for, and "
+    "where the fault is in the weights",
+)
+PER_LEVEL = Kind(
+    "recomputed statistics, for each level its own",
+    ("BN202",),
+    "it may harm where a level has too few values for statistics of its own",
+)
+FROZEN = Kind(
+    "recomputed statistics, of frozen layers, too",
+    ("BN304",),
+    "it may harm, as the weights behind frozen layers have been trained with their statistics",
+)
+UNBIASED = Kind(
+    "statistics without the start's values",
+    ("BN106",),
+    "it may harm where the counter is of another training than the statistics",
+)
+OTHER_EPS = Kind(
+    "eps 0.001",
+    ("BN110",),
+    "it may harm where the model was trained with eps 1e-05",
+)
+KINDS = (RECOMPUTED, PER_LEVEL, FROZEN, UNBIASED, OTHER_EPS)
+
+
+def kinds_of(of: Finding, recompute: Recompute) -> list[Kind]:
+    """What a finding prescribes; recomputed statistics by its words, and before all others."""
+    words = (recompute.usual, recompute.initial)
+    usual = [RECOMPUTED] if any(of_words in of.treatment for of_words in words) else []
+    return usual + [kind for kind in KINDS if of.rule in kind.rules]
+
+
+def untried(findings: Iterable[Finding], recompute: Recompute) -> list[Finding]:
+    """Findings with why their treatments may harm, where there is one, and nothing was tried."""
+    found = []
+    for of in findings:
+        kind = next(iter(kinds_of(of, recompute)), None)
+        found.append(of._replace(untried=kind.may_harm) if kind else of)
+    return found
