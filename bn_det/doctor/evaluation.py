@@ -39,8 +39,7 @@ def try_statistics(
 def with_gain(findings: Sequence[Finding], tried: Tried, recompute: Recompute) -> list[Finding]:
     """Findings that recomputed statistics are to mend, with what they have brought."""
     return [
-        of._replace(gain=tried.gain) if any(r in of.treatment for r in recompute) else of
-        for of in findings
+        of._replace(gain=tried.gain) if recompute.is_in(of.treatment) else of for of in findings
     ]
 
 

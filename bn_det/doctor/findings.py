@@ -55,29 +55,37 @@ class Recompute(NamedTuple):
     Attributes:
         usual: a command or a line of code.
         initial: the same where they are those of a new layer, which look folded.
+        adapt: the same on the target's images (AdaBN).
     """
 
     usual: str
     initial: str
+    adapt: str = ""
 
     @classmethod
-    def by_command(cls, weights: str | os.PathLike, model: str) -> Recompute:
+    def by_command(cls, weights: str | os.PathLike, model: str, adapt: str = "") -> Recompute:
         """By tools/recompute_statistics.py.
 
         Args:
             model: the flags that say what the model and its images are.
+            adapt: the same with those of the target.
         """
         path = shlex.quote(os.fspath(weights))
         start = f"python tools/recompute_statistics.py --weights {path} "
-        return cls(*(f"{start}--output mended.pth{f} {model}" for f in ("", " --initial")))
+        usual = (f"{start}--output mended.pth{f} {model}" for f in ("", " --initial"))
+        return cls(*usual, f"{start}--output adapted.pth {adapt}")
+
+    def is_in(self, treatment: str) -> bool:
+        """Whether a treatment is to recompute statistics on the images of the training."""
+        return self.usual in treatment or self.initial in treatment
 
 
-def _in_code(more: str) -> str:
-    arguments = f"model.train(), batches, allow_short=True{more}"
+def _in_code(batches: str, more: str = "") -> str:
+    arguments = f"model.train(), {batches}, allow_short=True{more}"
     return f"bn_det.update_bn_stats({arguments}), with call= if there is one"
 
 
-IN_CODE = Recompute(_in_code(""), _in_code(", initial=True"))
+IN_CODE = Recompute(_in_code("batches"), _in_code("batches", ", initial=True"), _in_code("target"))
 
 
 COSTS = 1.0
@@ -95,21 +103,46 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}" + "s" * (number != 1)
 
 
-class Measures(NamedTuple):
-    """Of the population statistics of one layer, or of one domain of a layer, from passes.
+class Shift(NamedTuple):
+    """How far the statistics of one layer, or of one domain of a layer, are from others.
 
     Means are in standard deviations of the layer's input, variances relative to its variance; root
     mean squares over channels.
 
     Attributes:
         name: of the module that holds the statistics.
-        mean_shift, var_shift: how far they are from those of the passes.
-        mean_chance, var_chance: by how much they may be, by the noise of an EMA and that of the
-            passes: one standard deviation.
+        mean_shift, var_shift: how far they are off.
+        mean_chance, var_chance: by how much they may be, by chance: one standard deviation.
         bound: the multiple of it from which on chance does not explain a shift.
-        noise: by how much the mean of a normalization batch varies from batch to batch.
-        calls: of the layer, a pass.
-        share: of its variance, what lies between the calls; None for a single one.
+    """
+
+    name: str
+    mean_shift: float
+    var_shift: float
+    mean_chance: float
+    var_chance: float
+    bound: float
+
+    @property
+    def worst(self) -> tuple[float, float] | None:
+        """The larger shift that chance does not explain, with its standard deviation by chance."""
+        pairs = ((self.mean_shift, self.mean_chance), (self.var_shift, self.var_chance))
+        # What is not finite is told by itself.
+        off = [pair for pair in pairs if self.bound * pair[1] < pair[0] < math.inf]
+        return max(off, default=None)
+
+
+class Measures(NamedTuple):
+    """Of the population statistics of one layer, or of one domain of a layer, from passes.
+
+    Attributes:
+        name to bound: of the shift from the statistics of the passes; chance is the noise of an EMA
+            and that of the passes.
+        noise: by how much the mean of a normalization batch varies from batch to batch, in standard
+            deviations; where there are several a pass, of the one that varies most.
+        calls: normalization batches of the layer, a pass.
+        share: of its variance, what lies between those; None where there is a single one, or none
+            that shares its statistics with others.
     """
 
     name: str
@@ -122,13 +155,7 @@ class Measures(NamedTuple):
     calls: int
     share: float | None
 
-    @property
-    def worst(self) -> tuple[float, float] | None:
-        """The larger shift that chance does not explain, with its standard deviation by chance."""
-        pairs = ((self.mean_shift, self.mean_chance), (self.var_shift, self.var_chance))
-        # What is not finite is told by itself.
-        off = [pair for pair in pairs if self.bound * pair[1] < pair[0] < math.inf]
-        return max(off, default=None)
+    worst = Shift.worst
 
 
 class Tried(NamedTuple):
@@ -164,12 +191,18 @@ class Report(NamedTuple):
         findings: the most severe first.
         layers: what passes have measured, in the order of the model.
         tried: None where statistics were not recomputed.
+        in_evaluation: how far population statistics are from those of what layers see in
+            evaluation mode; empty where losses were not compared.
+        on_target: how far the statistics of target images are from those of source images; empty
+            where there is no target.
     """
 
     verdict: str
     findings: list[Finding]
     layers: Sequence[Measures] = ()
     tried: Tried | None = None
+    in_evaluation: Sequence[Shift] = ()
+    on_target: Sequence[Shift] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -178,6 +211,8 @@ class Report(NamedTuple):
             "findings": [finite({**of._asdict(), "where": list(of.where)}) for of in self.findings],
             "layers": [finite(of._asdict()) for of in self.layers],
             "tried": None if self.tried is None else finite(self.tried._asdict()),
+            "in_evaluation": [finite(of._asdict()) for of in self.in_evaluation],
+            "on_target": [finite(of._asdict()) for of in self.on_target],
         }
 
     def __str__(self) -> str:
