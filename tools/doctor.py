@@ -4,11 +4,12 @@
 A file alone is examined in seconds: no model is made of it, and nothing in it is run. It may be of
 Detectron2 (.pth, .pkl), torchvision, timm, mmdetection, or any state dict of torch or safetensors.
 With a config, or with functions that make a model and its batches, the model is also run on
-training images, and left as it was: 32 batches take as long as 32 forward passes. --evaluate
-recomputes its statistics and compares losses on 16 batches apart, 7 to 28 forward passes of each,
-and AP where there is a test set: are they the fault, or the weights? It tries the treatments that
-its findings prescribe. --treat FILE does so, too, and writes the checkpoint with the one that helps
-most. What all this takes is said before it begins.
+training images, and left as it was: 32 batches take as long as 32 forward passes, and with --target
+32 of its images' batches as many again. --evaluate recomputes its statistics and compares losses on
+16 batches apart, 7 to 28 forward passes of each, and AP where there is a test set: are they the
+fault, or the weights? It tries the treatments that its findings prescribe. --treat FILE does so,
+too, and writes the checkpoint with the one that helps most. What all this takes is said before it
+begins.
 
 The exit status is 0, or 3 if there is a finding that --fail-on is about, or 1 if nothing can be
 examined.
@@ -32,6 +33,7 @@ from bn_det import __version__
 from bn_det.commands.any_model import (
     AnyModel,
     add_model_arguments,
+    batches_of,
     functions_of,
     made,
     refuse_unread,
@@ -70,6 +72,12 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--num-iters", type=int, default=32, metavar="N", help="batches, at most; by default 32"
+    )
+    parser.add_argument(
+        "--target",
+        metavar="DATASET | MODULE:FUNCTION",
+        help="images that the model is to be used on, of another domain: a data set of the config, "
+        "or with --model a function that gives batches",
     )
     parser.add_argument(
         "--evaluate",
@@ -134,10 +142,10 @@ def report_of(args: argparse.Namespace) -> Report:
         return examine_file(file_of(args), rules, args.part)
     with redirect_stdout(sys.stderr):  # whatever is said on the way; a program reads the other
         loaded = by_config(args) if args.config_file else by_functions(args)
-        model, batches, call, score = loaded.of
+        model, batches, call, score, target = loaded.of
         report = examine(
-            model, batches, args.num_iters, call=call, evaluate=args.evaluate, score=score,
-            treat=args.treat is not None, rules=rules, recompute=loaded.recompute,
+            model, batches, args.num_iters, call=call, target=target, evaluate=args.evaluate,
+            score=score, treat=args.treat is not None, rules=rules, recompute=loaded.recompute,
             progress="tqdm" if sys.stderr.isatty() else "log",
         )  # fmt: skip
         if args.treat is not None:
@@ -175,7 +183,7 @@ def _refuse_unread(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
     elif args.model is not None:
         refuse_unread(parser, args, ("host",), "--model")
     else:
-        of_images = ("data", "call", "host", "num_iters", "evaluate", "treat")
+        of_images = ("data", "call", "host", "num_iters", "target", "evaluate", "treat")
         refuse_unread(parser, args, of_images, "a file alone")
 
 
@@ -183,7 +191,9 @@ def by_config(args: argparse.Namespace) -> Loaded:
     of, cfg = import_host(args.host, "doctor").load(args)
     path = cfg.MODEL.WEIGHTS
     keys = [f"MODEL.{part}.BN.POPULATION per_domain" for part in parts_with_levels(cfg)]
-    recompute = Recompute.by_command(path, f"--config-file {shlex.quote(args.config_file)}", keys)
+    config = f"--config-file {shlex.quote(args.config_file)}"
+    adapt = f"{config} --adabn --dataset {shlex.quote(args.target or '')} --evaluate"
+    recompute = Recompute.by_command(path, config, adapt, keys)
     check_output(args.treat, [path], "MODEL.WEIGHTS", "--treat")
     return Loaded(of, recompute, lambda state: {"model": state})
 
@@ -194,9 +204,14 @@ def by_functions(args: argparse.Namespace) -> Loaded:
     check_output(args.treat, [path], "FILE", "--treat")
     stored = read_state(path, args.part)
     of = made(functions, args, stored.state, path)
+    if args.target is not None:
+        of = of._replace(target=batches_of("--target", args.target))
     named = {flag: getattr(args, flag) for flag in (*functions._fields, "part")}
-    flags = " ".join(f"--{flag} {shlex.quote(name)}" for flag, name in named.items() if name)
-    return Loaded(of, Recompute.by_command(path, flags), stored.with_state)
+    flags = [
+        " ".join(f"--{flag} {shlex.quote(name)}" for flag, name in of_flags.items() if name)
+        for of_flags in (named, {**named, "data": args.target})
+    ]
+    return Loaded(of, Recompute.by_command(path, *flags), stored.with_state)
 
 
 def file_of(args: argparse.Namespace) -> str:

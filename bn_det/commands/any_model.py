@@ -23,12 +23,14 @@ class AnyModel(NamedTuple):
     batches: as ``call`` takes them, or the model.
     call: runs the model on a batch; None for ``model(batch)``.
     score: AP of a model in evaluation mode, where there is a test set.
+    target: batches of the images that it is to be used on, where these are named.
     """
 
     model: nn.Module
     batches: Iterable[Any]
     call: Callable[[nn.Module, Any], Any] | None
     score: Score | None = None
+    target: Iterable[Any] | None = None
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,10 +92,20 @@ def made(
         load_weights(model, weights, of_config=False)
     except InputError as e:
         raise InputError(f"{path}: {e}") from e
-    batches = _called("--data", functions.data)
-    if not isinstance(batches, Iterable):
-        raise InputError(f"--data: {args.data} gave a {type(batches).__name__}, and no batches")
+    batches = _batches("--data", args.data, functions.data)
     return AnyModel(model, batches, partial(_call, functions.call))
+
+
+def batches_of(flag: str, name: str) -> Iterable[Any]:
+    """What the function MODULE:FUNCTION gives that a flag names."""
+    return _batches(flag, name, _function(flag.removeprefix("--"), name))
+
+
+def _batches(flag: str, name: str, function: Callable[[], Any]) -> Iterable[Any]:
+    batches = _called(flag, function)
+    if not isinstance(batches, Iterable):
+        raise InputError(f"{flag}: {name} gave a {type(batches).__name__}, and no batches")
+    return batches
 
 
 def _call(function: Callable[[nn.Module, Any], Any] | None, model: nn.Module, batch: Any) -> Any:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.utils.env import seed_all_rng
+from torch import nn
 
 from ..commands.any_model import AnyModel
 from ..commands.results import score_of
+from ..commands.target import as_training
 from ..config.training import with_precise_bn_batches
+from ..layers import record_sources
 from .recompute import train_batches
-from .train import Trainer, load_model, setup
+from .train import Trainer, check_data, load_model, setup
 
 
 def load(args: argparse.Namespace) -> tuple[AnyModel, CfgNode]:
@@ -19,5 +24,20 @@ def load(args: argparse.Namespace) -> tuple[AnyModel, CfgNode]:
     cfg = setup(args)
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED)
     model = load_model(cfg, resume=False)
-    batches = train_batches(with_precise_bn_batches(cfg))
-    return AnyModel(model, batches, None, score_of(cfg, Trainer.test)), cfg
+    cfg_of_passes = with_precise_bn_batches(cfg)
+    target = None if args.target is None else _target_batches(cfg_of_passes, args.target)
+    batches = train_batches(cfg_of_passes)
+    of = AnyModel(model, batches, _call, score_of(cfg, Trainer.test), target)
+    return of, cfg
+
+
+def _target_batches(cfg: CfgNode, name: str) -> Iterable[Any]:
+    with as_training(cfg, name) as of_target:
+        check_data(of_target, ("TRAIN",))
+        return train_batches(of_target)
+
+
+def _call(model: nn.Module, batch: list[dict[str, Any]]) -> Any:
+    """Run any detector on images whose sources are named."""
+    with record_sources(batch):
+        return model(batch)

@@ -13,11 +13,12 @@ from ..errors import InputError, check_positive
 from ..layers.comm import Group, process_group
 from ..layers.kinds import unwrapped
 from ..population.observation import population_layers
-from . import from_file, from_losses, from_model, from_passes
+from . import from_file, from_losses, from_model, from_passes, from_target
 from .blame import MOST_PARTS
 from .checkpoint import of_state
 from .evaluation import Score, try_treatments
 from .findings import IN_CODE, Recompute, Report, check_rules, count, make_report
+from .from_evaluation import EstimationShifts, accumulated, proposals
 from .from_losses import has_frozen, num_passes
 from .from_passes import Seen
 from .losses import Losses, others
@@ -37,6 +38,7 @@ def examine(
     num_iters: int = 32,
     *,
     call: Callable[[nn.Module, Any], Any] | None = None,
+    target: Iterable[Any] | None = None,
     evaluate: bool = False,
     score: Score | None = None,
     treat: bool = False,
@@ -54,8 +56,8 @@ def examine(
 
     To tell weights from statistics, ``evaluate`` recomputes statistics and compares losses on
     batches apart: each third one, which are held in memory, half as many as ``num_iters``. That
-    takes seven forward passes of each (eight with frozen layers), and where statistics are the
-    fault up to 16 more.
+    takes eight forward passes of each where samples are drawn in training (of RoIs), or else seven;
+    one more with frozen layers; and where statistics are the fault up to 16 more.
 
     Args:
         batches: training batches, as the model takes them, two at least; None to look at its state
@@ -63,6 +65,8 @@ def examine(
         num_iters: the number of batches, at most; of each rank.
         call: how the model is run on a batch, ``model(batch)`` by default. To evaluate, it gives a
             loss, or a dict of losses.
+        target: batches of the images that the model is to be used on, where they are of another
+            domain; as many of them as of ``batches`` are run in the same way.
         evaluate: whether to compare losses; in one process.
         score: of a model in evaluation mode, in percent, such as its AP: higher is better.
             Treatments are judged by it; by the loss without it.
@@ -87,6 +91,8 @@ def examine(
     check_positive("num_iters", num_iters)
     check_rules(rules)
     told = Told(progress)
+    if target is not None and batches is None:
+        raise InputError("target: batches of a target are not accepted without batches of a source")
     if evaluate := evaluate or treat:
         _check_evaluation(batches, num_iters, group)
     model = unwrapped(model)
@@ -100,30 +106,41 @@ def examine(
     if batches is None:
         number = count(len(checkpoint.layers), "BatchNorm layer")
         return make_report(findings, rules, f"nothing is wrong with the state of its {number}")
+    has_target = target is not None
     held: list[Any] = []
     rest = others(batches, held) if evaluate else batches
     again: Iterable[Any] = ()
     if evaluate and has_frozen(model):
         rest, again = tee(rest)
-    price = _price(model, num_iters, evaluate, score)
+    price = _price(model, num_iters, evaluate, score, has_target)
     told.line(str(price))
     try:
-        seen = from_passes.look(model, told.passes(rest, price), num_iters, call, group, told.bars)
+        of_passes = told.passes(rest, price)
+        seen = from_passes.look(model, of_passes, num_iters, call, group, told.bars, has_target)
     except InputError as e:
         # Weights that are not finite give no statistics: what the state shows is the answer.
         if not any(of.severity == "error" for of in findings):
             raise
         report = make_report(untried(findings, recompute), rules, "")
         return report._replace(verdict=f"{report.verdict}; nothing was seen on images: {e}")
-    findings += [*from_passes.stale(seen, recompute), *from_passes.levels(seen, recompute)]
+    findings += from_passes.findings_of(seen, recompute)
+    on_target = []
+    if has_target:
+        of_target = _look_at_target(model, target, num_iters, call, group, told.bars)
+        on_target = from_target.shifts(seen, of_target)
+        findings += from_target.findings_of(on_target, seen.frozen, recompute)
+    tried, in_evaluation = [], []
     if not evaluate:
-        findings, tried = untried(findings, recompute), []
+        findings = untried(findings, recompute)
     else:
         # The passes take none where all layers are frozen.
         deque(takewhile(lambda _: len(held) < num_iters // 2, rest), maxlen=0)
         losses = Losses(model, call, held, told)
         compared = from_losses.compare(losses, seen)
         findings += from_losses.findings_of(compared, recompute)
+        estimation = EstimationShifts.of(compared.inputs)
+        in_evaluation = estimation.old
+        findings += [*accumulated(estimation, recompute), *proposals(compared.inputs)]
         if any(of.rule == "BN202" for of in findings):
             # Statistics of each level may be what its batch is better for.
             findings = [of for of in findings if of.rule != "BN303"]
@@ -132,7 +149,18 @@ def examine(
         findings, tried = try_treatments(
             findings, seen, compared, losses, passes, score, recompute, treat
         )
-    return make_report(findings, rules, _healthy(seen, len(checkpoint.layers)), seen.layers, tried)
+    healthy = _healthy(seen, len(checkpoint.layers))
+    report = make_report(findings, rules, healthy, seen.layers, tried)
+    return report._replace(in_evaluation=in_evaluation, on_target=on_target)
+
+
+def _look_at_target(
+    model: nn.Module, target: Iterable[Any], num_iters: int, *how: Any
+) -> from_passes.Seen:
+    try:
+        return from_passes.look(model, target, num_iters, *how, frozen=True)
+    except InputError as e:
+        raise InputError(f"target: {e}") from e
 
 
 def _check_values(model: nn.Module) -> None:
@@ -145,15 +173,21 @@ def _check_values(model: nn.Module) -> None:
         )
 
 
-def _price(model: nn.Module, num_iters: int, evaluate: bool, score: Score | None) -> Price:
+def _price(
+    model: nn.Module, num_iters: int, evaluate: bool, score: Score | None, has_target: bool
+) -> Price:
     with in_mode(model, training=True):
         moving = bool(population_layers(model))
-    price = Price(num_iters * moving)
+    price = Price(num_iters * (moving or has_target), target=num_iters * has_target)
     if not evaluate:
         return price
-    more = 2 * MOST_PARTS * moving + (len(KINDS) - 1) * (score is None)
-    again = num_iters * has_frozen(model)
-    return Price(price.batches, num_iters // 2, num_passes(model), more, again, score is not None)
+    return price._replace(
+        held=num_iters // 2,
+        passes=num_passes(model),
+        more=2 * MOST_PARTS * moving + (len(KINDS) - 1) * (score is None),
+        again=num_iters * has_frozen(model),
+        has_score=score is not None,
+    )
 
 
 def _check_evaluation(batches: Iterable[Any] | None, num_iters: int, group: Group) -> None:

@@ -66,43 +66,48 @@ class Recompute(NamedTuple):
         initial: the same where they are those of a new layer, which look folded.
         per_level: the same where levels are to have statistics of their own.
         needs: what a checkpoint with these needs beside it.
+        adapt: the same on the target's images (AdaBN).
     """
 
     usual: str
     initial: str
     per_level: str
     needs: str
+    adapt: str
 
     @classmethod
     def by_command(
-        cls, weights: str | os.PathLike, model: str, keys: Sequence[str] = ()
+        cls, weights: str | os.PathLike, model: str, adapt: str = "", keys: Sequence[str] = ()
     ) -> Recompute:
         """By tools/recompute_statistics.py.
 
         Args:
             model: the flags that say what the model and its images are.
+            adapt: the same with those of the target.
             keys: KEY VALUE of a config whose levels then have statistics of their own.
         """
         path = shlex.quote(os.fspath(weights))
-        start = f"python tools/recompute_statistics.py --weights {path} --output mended.pth"
+        start = f"python tools/recompute_statistics.py --weights {path} --output"
         per_level, needs = IN_CODE.per_level, IN_CODE.needs
         if keys:
-            per_level = f"{start} --population per_domain {model}"
+            per_level = f"{start} mended.pth --population per_domain {model}"
             needs = f"its config needs {' '.join(keys)} from then on"
-        return cls(f"{start} {model}", f"{start} --initial {model}", per_level, needs)
+        usual = (f"{start} mended.pth{f} {model}" for f in ("", " --initial"))
+        return cls(*usual, per_level, needs, f"{start} adapted.pth {adapt}")
 
 
-def _in_code(more: str) -> str:
-    arguments = f"model.train(), batches, allow_short=True{more}"
+def _in_code(batches: str, more: str = "") -> str:
+    arguments = f"model.train(), {batches}, allow_short=True{more}"
     return f"bn_det.update_bn_stats({arguments}), with call= if there is one"
 
 
 IN_CODE = Recompute(
-    _in_code(""),
-    _in_code(", initial=True"),
+    _in_code("batches"),
+    _in_code("batches", ", initial=True"),
     "statistics for each level: MODEL.RETINANET.BN.POPULATION per_domain, or "
     "bn_det.DomainBatchNorm2d in code",
     "the model that loads it needs population per_domain in its bn_det.DomainBatchNorm2d",
+    _in_code("target"),
 )
 
 
@@ -121,21 +126,46 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}" + "s" * (number != 1)
 
 
-class Measures(NamedTuple):
-    """Of the population statistics of one layer, or of one domain of a layer, from passes.
+class Shift(NamedTuple):
+    """How far the statistics of one layer, or of one domain of a layer, are from others.
 
     Means are in standard deviations of the layer's input, variances relative to its variance; root
     mean squares over channels.
 
     Attributes:
         name: of the module that holds the statistics.
-        mean_shift, var_shift: how far they are from those of the passes.
-        mean_chance, var_chance: by how much they may be, by the noise of an EMA and that of the
-            passes: one standard deviation.
+        mean_shift, var_shift: how far they are off.
+        mean_chance, var_chance: by how much they may be, by chance: one standard deviation.
         bound: the multiple of it from which on chance does not explain a shift.
-        noise: by how much the mean of a normalization batch varies from batch to batch.
-        calls: of the layer, a pass.
-        share: of its variance, what lies between the calls; None for a single one.
+    """
+
+    name: str
+    mean_shift: float
+    var_shift: float
+    mean_chance: float
+    var_chance: float
+    bound: float
+
+    @property
+    def worst(self) -> tuple[float, float] | None:
+        """The larger shift that chance does not explain, with its standard deviation by chance."""
+        pairs = ((self.mean_shift, self.mean_chance), (self.var_shift, self.var_chance))
+        # What is not finite is told by itself.
+        off = [pair for pair in pairs if self.bound * pair[1] < pair[0] < math.inf]
+        return max(off, default=None)
+
+
+class Measures(NamedTuple):
+    """Of the population statistics of one layer, or of one domain of a layer, from passes.
+
+    Attributes:
+        name to bound: of the shift from the statistics of the passes; chance is the noise of an EMA
+            and that of the passes.
+        noise: by how much the mean of a normalization batch varies from batch to batch, in standard
+            deviations; where there are several a pass, of the one that varies most.
+        calls: normalization batches of the layer, a pass.
+        share: of its variance, what lies between those; None where there is a single one, or none
+            that shares its statistics with others.
     """
 
     name: str
@@ -148,13 +178,7 @@ class Measures(NamedTuple):
     calls: int
     share: float | None
 
-    @property
-    def worst(self) -> tuple[float, float] | None:
-        """The larger shift that chance does not explain, with its standard deviation by chance."""
-        pairs = ((self.mean_shift, self.mean_chance), (self.var_shift, self.var_chance))
-        # What is not finite is told by itself.
-        off = [pair for pair in pairs if self.bound * pair[1] < pair[0] < math.inf]
-        return max(off, default=None)
+    worst = Shift.worst
 
 
 class Tried(NamedTuple):
@@ -200,12 +224,18 @@ class Report(NamedTuple):
         findings: the most severe first.
         layers: what passes have measured, in the order of the model.
         tried: treatments; recomputed statistics first, where anything was tried.
+        in_evaluation: how far population statistics are from those of what layers see in
+            evaluation mode; empty where losses were not compared.
+        on_target: how far the statistics of target images are from those of source images; empty
+            where there is no target.
     """
 
     verdict: str
     findings: list[Finding]
     layers: Sequence[Measures] = ()
     tried: Sequence[Tried] = ()
+    in_evaluation: Sequence[Shift] = ()
+    on_target: Sequence[Shift] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -214,6 +244,8 @@ class Report(NamedTuple):
             "findings": [finite({**of._asdict(), "where": list(of.where)}) for of in self.findings],
             "layers": [finite(of._asdict()) for of in self.layers],
             "tried": [finite({**of._asdict(), "rules": list(of.rules)}) for of in self.tried],
+            "in_evaluation": [finite(of._asdict()) for of in self.in_evaluation],
+            "on_target": [finite(of._asdict()) for of in self.on_target],
         }
 
     def __str__(self) -> str:

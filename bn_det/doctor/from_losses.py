@@ -16,6 +16,7 @@ from ..population.observation import population_layers
 from .blame import attribute, parts_of
 from .chance import bound_of, standard_error
 from .findings import Finding, Recompute
+from .from_evaluation import Inputs, Watch, detections
 from .from_passes import Seen
 from .losses import Losses, Values, put, statistics_of
 from .modes import in_mode
@@ -36,6 +37,7 @@ class Compared(NamedTuple):
             one that does more than normalize.
         parts: by part of the model what its old statistics add; empty where they add nothing.
         layers: of each part.
+        inputs: what layers have seen in those passes.
     """
 
     old: Tensor
@@ -45,6 +47,7 @@ class Compared(NamedTuple):
     thawed: Tensor | None
     parts: dict[str, Tensor]
     layers: dict[str, list[str]]
+    inputs: Inputs
 
 
 class Difference(NamedTuple):
@@ -87,13 +90,16 @@ def compare(losses: Losses, seen: Seen) -> Compared:
     old = statistics_of(model)
     with in_mode(model, training=True):
         places = [place for place in population_layers(model) if place.name in seen.statistics]
+    watches = [Watch(model, places) for _ in range(DRAWS + 2)]
     try:
         with losses.passes("losses", num_passes(model)):
-            of_old = losses.of()
+            of_old = losses.of(watches[0])
+            detected = detections(losses, watches[0])
             of_batch = losses.by_batch({place.owner for place in places})
             of_thawed = _thawed(losses)
-            noisy = torch.stack([_by(losses, drawn) for drawn in _draws(seen)])
-            of_new = _by(losses, seen.statistics)
+            draws = zip(_draws(seen), watches[2:], strict=True)
+            noisy = torch.stack([_by(losses, drawn, watch) for drawn, watch in draws])
+            of_new = _by(losses, seen.statistics, watches[1])
         parts, layers = {}, {}
         if places and _cost(of_old, noisy).is_more:
             layers = parts_of([place.name for place in places])
@@ -101,7 +107,8 @@ def compare(losses: Losses, seen: Seen) -> Compared:
                 parts = attribute(losses, old, seen.statistics, layers, (of_old, of_new))
     finally:
         put(model, old)
-    return Compared(of_old, of_new, noisy, of_batch, of_thawed, parts, layers)
+    inputs = Inputs(watches[0], watches[1], watches[2:], detected)
+    return Compared(of_old, of_new, noisy, of_batch, of_thawed, parts, layers, inputs)
 
 
 def num_passes(model: nn.Module) -> int:
@@ -114,9 +121,9 @@ def has_frozen(model: nn.Module) -> bool:
     return any(map(is_frozen, batch_norms(model)))
 
 
-def _by(losses: Losses, statistics: Values) -> Tensor:
+def _by(losses: Losses, statistics: Values, watch: Watch) -> Tensor:
     put(losses.model, statistics)
-    return losses.of()
+    return losses.of(watch)
 
 
 def _draws(seen: Seen) -> Iterator[Values]:

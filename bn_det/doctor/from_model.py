@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..errors import shown
-from ..layers.kinds import batch_norms, eps_of, why_lazy
+from ..layers.freeze import learns
+from ..layers.kinds import batch_norms, eps_of, unwrapped, why_lazy
 from ..layers.states import LayerState, states
 from .findings import Finding, count
 
@@ -21,7 +22,7 @@ _DECAY = 0.5
 def findings_of(model: nn.Module) -> Iterator[Finding]:
     """By all rules of modules; the mode that the model is in counts."""
     layers = states(model).layers
-    yield from _moving(layers)
+    yield from _moving(model, layers)
     yield from _undone(layers)
     yield from _momentum(layers)
     yield from _mixed(model, layers)
@@ -44,15 +45,30 @@ def _finding(
     return Finding(rule, severity, names, len(layers), why, treatment)
 
 
-def _moving(layers: Sequence[LayerState]) -> Iterator[Finding]:
+def _moving(model: nn.Module, layers: Sequence[LayerState]) -> Iterator[Finding]:
     """BN401."""
-    found = [of for of in layers if of.affine == "fixed" and of.statistics == "moving"]
+    model = unwrapped(model)
+    found = [of for of in layers if of.statistics == "moving" and _is_fixed(model, of)]
     if found:
         yield _finding(
             "BN401", "warning", found,
-            "weight and bias need no gradient, and each batch of training moves the statistics",
+            "weights, around them or their own, need no gradient, and each batch of training moves "
+            "the statistics",
             "bn_det.freeze(model, NAMES), which holds both, through train() and copies",
         )  # fmt: skip
+
+
+def _is_fixed(model: nn.Module, layer: LayerState) -> bool:
+    """Whether an affine does not train; where there is none, the part that the layer is in."""
+    if layer.affine not in ("none", "constant"):
+        return layer.affine == "fixed"
+    name = layer.name
+    while name:
+        name = name.rpartition(".")[0]
+        around = list(model.get_submodule(name).parameters())
+        if around:
+            return not any(map(learns, around))
+    return False
 
 
 def _undone(layers: Sequence[LayerState]) -> Iterator[Finding]:

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from statistics import mode
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..layers import DomainBatchNorm2d
 from ..layers.comm import Group, process_group
-from ..layers.domain_batch_norm import DomainBatchNorm2d
+from ..layers.freeze import is_frozen
 from ..layers.moments import Moments
-from ..population.observation import Observed, Observer, PopulationLayer, population_layers
+from ..layers.sources import named_sources
+from ..population.estimate import Estimate
+from ..population.observation import Observed, Observer, population_layers
 from ..population.report import LayerReport
 from ..population.update import How, measure_statistics
-from .chance import bound_of, standard_error
+from .chance import FALSE_ALARMS, bound_of
 from .findings import COSTS, IN_CODE, Finding, Measures, Recompute, count, furthest
 from .losses import Values
 from .modes import in_mode
+from .shares import Share, between_sources, share_of, stacked
 
 
 class Seen(NamedTuple):
@@ -28,75 +34,142 @@ class Seen(NamedTuple):
 
     Attributes:
         num_batches: of all ranks.
-        layers: their measures.
-        shares: of each layer that is called several times a pass, in each pass the share of its
-            variance that lies between the calls.
-        statistics: mean and variance of all values that each layer has seen.
-        by_level: the same of each call of a layer that is called several times a pass, in their
-            order; of each level, where a layer takes several and normalizes each by itself.
+        layers: measures of those that are not frozen.
+        shares: of layers that have several normalization batches a pass, and share statistics.
+        by_level: of these, mean and variance of all values of each such batch, in their order.
+        sources: of layers whose images are of several sources that share statistics.
+        estimates: of all layers, the frozen among them where these were looked at.
+        frozen: names of those.
     """
 
     num_batches: int
     layers: list[Measures]
-    shares: dict[str, list[float]]
-    statistics: Values
-    by_level: Mapping[str, Sequence[tuple[Tensor, Tensor]]] = {}
+    shares: dict[str, Share]
+    by_level: dict[str, list[tuple[Tensor, Tensor]]]
+    sources: dict[str, SourceShare]
+    estimates: dict[str, Estimate]
+    frozen: set[str]
+
+    @property
+    def statistics(self) -> Values:
+        """Mean and variance of all values that each layer that is not frozen has seen."""
+        return {
+            name: (of.mean, of.population_var)
+            for name, of in self.estimates.items()
+            if name not in self.frozen
+        }
 
 
-class _LevelObserver(Observer):
-    """Also looks at how the calls of a layer in a pass, or the levels of a call, differ."""
+class SourceShare(NamedTuple):
+    """Attributes:
+    sources: their number.
+    share: of a layer's variance, what lies between them.
+    error: its standard error.
+    is_mixed: whether any batch was of several.
+    """
+
+    sources: int
+    share: float
+    error: float
+    is_mixed: bool
+
+
+class _CallObserver(Observer):
+    """Also keeps what layers see in each call, and of each source of images.
+
+    Attributes:
+        batches: of each layer that has several normalization batches a pass, these of each pass.
+        sources: of each layer, in each pass, what it sees of each source.
+    """
 
     def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.shares: dict[str, list[float]] = {}
-        self.calls: dict[str, int] = {}
-        self._of_levels: dict[str, list[list[Moments]]] = {}
+        super().__init__(*args, thaw=False)
+        self.batches: dict[str, list[list[Moments]]] = {}
+        self.sources: dict[str, list[dict[int, list[Moments]]]] = {}
 
     def run(self, inputs: Any, observed: Observed) -> None:
         super().run(inputs, observed)
         for layer, batches in zip(self.layers, observed.batches, strict=True):
-            if len(batches) > 1 and self._is_one_a_level(layer, len(batches)):
-                self.shares.setdefault(layer.name, []).append(between_share(batches))
-                self.calls[layer.name] = len(batches)
-                self._of_levels.setdefault(layer.name, []).append(batches)
+            if len(batches) > 1:
+                self.batches.setdefault(layer.name, []).append(batches)
 
-    def by_level(self) -> dict[str, list[tuple[Tensor, Tensor]]]:
-        """Mean and variance of all that each layer has seen in its k-th call, or of its level k."""
-        return {
-            name: [_statistics(Moments.merge(of_level)) for of_level in zip(*passes, strict=True)]
-            for name, passes in self._of_levels.items()
-        }
+    def _install(self, *args: Any) -> None:
+        super()._install(*args)
+        for layer in self.layers:
+            if not isinstance(layer.owner, DomainBatchNorm2d):
+                passes = self.sources.setdefault(layer.name, [])
+                passes.append({})
+                layer.owner.register_forward_pre_hook(partial(_take_by_source, passes[-1]))
 
-    def _is_one_a_level(self, layer: PopulationLayer, number: int) -> bool:
-        """Whether these are its calls or levels, and not normalization batches of one of these."""
-        if self._usual_calls is None:
-            return False
-        return self._usual_calls[layer.owner] * _num_levels(layer.owner) == number
+    def levels(self) -> dict[str, list[list[Moments]]]:
+        """Of layers whose batches share statistics, and differ in what they are of: these batches.
+
+        Of each pass that has as many of them as is usual; two passes at least.
+        """
+        found = {}
+        for layer in self.layers:
+            passes = self.batches.get(layer.name, [])
+            if len(layer.domains) == 1:
+                # Not several normalization batches of one call, which differ by chance alone.
+                usual = (self._usual_calls or {}).get(layer.owner)
+            else:
+                usual = mode(map(len, passes)) if passes and _are_apart(layer.owner) else None
+            passes = [of for of in passes if len(of) == usual]
+            if len(passes) > 1:
+                found[layer.name] = passes
+        return found
+
+    def shares_of_sources(self) -> dict[str, SourceShare]:
+        """Of layers that have seen each of several sources in two passes at least."""
+        found = {}
+        for name, passes in self.sources.items():
+            numbers = Counter(source for of in passes for source in of)
+            known = sorted(source for source, number in numbers.items() if number > 1)
+            merged = [[Moments.merge(of[k]) if k in of else None for k in known] for of in passes]
+            seen = [of for of in merged if any(of)]
+            if len(known) > 1:
+                is_mixed = any(sum(m is not None for m in of) > 1 for of in seen)
+                found[name] = SourceShare(len(known), *between_sources(seen), is_mixed)
+        return found
+
+    def noise(self, of: LayerReport) -> float:
+        """By how much the mean of a normalization batch varies, in standard deviations."""
+        passes = self.batches.get(of.name, [])
+        if len(passes) < 2:
+            return of.mean_error * math.sqrt(of.num_batches)
+        fewest = min(map(len, passes))
+        _, means, variances = stacked([batches[:fewest] for batches in passes])
+        var = variances.mean(0)
+        ratios = torch.where(var > 0, means.var(0) / var, 0.0)
+        return float(ratios.mean(1).max().sqrt())
+
+    def calls(self, name: str) -> int:
+        """The normalization batches that a layer has in a pass, at most."""
+        return max(map(len, self.batches.get(name, [])), default=1)
 
 
-def _num_levels(owner: nn.Module) -> int:
-    """How many tensors a layer normalizes in a call, each by itself."""
-    is_list = isinstance(owner, DomainBatchNorm2d) and owner.takes_list
-    return owner.num_domains if is_list and owner.statistics == "per_domain" else 1
+def _of_each(passes: Sequence[Sequence[Moments]]) -> list[tuple[Tensor, Tensor]]:
+    """Mean and variance of each of several batches a pass, over all passes."""
+    merged = [Moments.merge(of_one) for of_one in zip(*passes, strict=True)]
+    return [(of.mean.double(), of.var.double()) for of in merged]
 
 
-def _statistics(of: Moments) -> tuple[Tensor, Tensor]:
-    return of.mean.double(), of.var.double()
+def _are_apart(owner: nn.Module) -> bool:
+    """Whether each domain of a layer is a normalization batch by itself, in training."""
+    return owner.statistics == "per_domain" and owner.ghost_size is None
 
 
-def between_share(batches: Sequence[Moments]) -> float:
-    """The share of a variance that lies between the sets of values and not in them.
-
-    The mean over channels of (merged variance - mean variance within) / merged variance; channels
-    without variance count as 0.
-    """
-    merged = Moments.merge(batches)
-    counts = torch.stack([of.count for of in batches])
-    weights = (counts / counts.sum()).unsqueeze(1)
-    within = (weights * torch.stack([of.var.double() for of in batches])).sum(0)
-    total = merged.var.double()
-    share = torch.where(total > 0, 1 - within / total, 0.0)
-    return float(share.clamp(min=0).mean()) if len(share) else 0.0
+def _take_by_source(seen: dict[int, list[Moments]], _: nn.Module, inputs: tuple) -> None:
+    """For a layer whose samples are the images, of sources that are named."""
+    sources = named_sources()
+    known = sorted({source for source in sources if source is not None})
+    if not known or not torch.is_tensor(inputs[0]) or len(inputs[0]) != len(sources):
+        return
+    for source in known:
+        of_source = torch.tensor([k for k, s in enumerate(sources) if s == source])
+        x = inputs[0][of_source.to(inputs[0].device)]
+        if x.numel():
+            seen.setdefault(source, []).append(Moments.of(x))
 
 
 def look(
@@ -106,47 +179,65 @@ def look(
     call: Callable[[nn.Module, Any], Any] | None,
     group: Group,
     progress: str | None,
+    frozen: bool = False,
 ) -> Seen:
     """Run a model in training mode on batches, and leave it as it was.
+
+    Args:
+        frozen: whether frozen layers are looked at, too, which normalize as they do in training.
 
     Raises:
         InputError: as :func:`bn_det.update_bn_stats`; there are fewer than two batches.
     """
     with in_mode(model, training=True):
-        # Not frozen ones: their statistics are constants that the weights have been trained with.
-        layers = population_layers(model)
-        observer = _LevelObserver(partial(call, model) if call else model, model, layers)
+        # Statistics of frozen ones are constants that the weights have been trained with.
+        layers = population_layers(model, frozen)
+        observer = _CallObserver(partial(call, model) if call else model, model, layers)
         # What an EMA estimates is the mean of the batches' variances.
         how = How(num_iters, "mean_of_batch_variances", 0.0, True, process_group(group))
         found, report = measure_statistics(observer, batches, how, progress)
         if report.layers and report.num_batches < 2:
             raise InputError("batches: one is too few to tell chance from a fault; use 8 or more")
-    momenta = {layer.name: layer.module.momentum for layer in layers}
-    fewest = min((of.num_batches for of in report.layers), default=0)
-    bound = bound_of(fewest, 2 * max(len(report.layers), 1))
-    measures = [_measures(of, momenta[of.name], bound, observer) for of in report.layers]
-    statistics = {
-        layer.name: (estimate.mean, estimate.population_var)
-        for layer, estimate in zip(layers, found, strict=True)
-        if estimate is not None
-    }
-    return Seen(report.num_batches, measures, observer.shares, statistics, observer.by_level())
+    is_frozen_by = {layer.name: is_frozen(layer.owner) for layer in layers}
+    momenta = {layer.name: getattr(layer.module, "momentum", None) for layer in layers}
+    moving = [of for of in report.layers if not is_frozen_by[of.name]]
+    fewest = min((of.num_batches for of in moving), default=0)
+    bound = bound_of(fewest, 2 * max(len(moving), 1))
+    by_level = observer.levels()
+    shares = {name: share_of(passes) for name, passes in by_level.items()}
+    return Seen(
+        report.num_batches,
+        [_measures(of, momenta[of.name], bound, observer, shares) for of in moving],
+        shares,
+        {name: _of_each(passes) for name, passes in by_level.items()},
+        observer.shares_of_sources(),
+        {
+            layer.name: estimate
+            for layer, estimate in zip(layers, found, strict=True)
+            if estimate is not None
+        },
+        {name for name, is_one in is_frozen_by.items() if is_one},
+    )
 
 
 def _measures(
-    of: LayerReport, momentum: float | None, bound: float, observer: _LevelObserver
+    of: LayerReport,
+    momentum: float | None,
+    bound: float,
+    observer: _CallObserver,
+    shares: Mapping[str, Share],
 ) -> Measures:
     chances = [_chance(of, error, momentum) for error in (of.mean_error, of.var_error)]
-    shares = observer.shares.get(of.name)
+    share = shares.get(of.name)
     return Measures(
         of.name,
         of.mean_shift,
         of.var_shift,
         *chances,
         bound,
-        noise=of.mean_error * math.sqrt(of.num_batches),
-        calls=observer.calls.get(of.name, 1),
-        share=sum(shares) / len(shares) if shares else None,
+        noise=observer.noise(of),
+        calls=observer.calls(of.name),
+        share=None if share is None else share.share,
     )
 
 
@@ -160,6 +251,14 @@ def _chance(of: LayerReport, error: float, momentum: float | None) -> float:
     m = 2 / (of.num_batches + 1) if momentum is None else min(float(momentum), 1.0)
     of_batch = error * math.sqrt(of.num_batches)
     return math.hypot(of_batch * math.sqrt(m / (2 - m)), error)
+
+
+def findings_of(seen: Seen, recompute: Recompute) -> Iterator[Finding]:
+    """BN201 to BN203."""
+    yield from stale(seen, recompute)
+    yield from levels(seen, recompute)
+    yield from sources(seen)
+    yield from noisy(seen)
 
 
 def stale(seen: Seen, recompute: Recompute) -> Iterator[Finding]:
@@ -178,19 +277,14 @@ def stale(seen: Seen, recompute: Recompute) -> Iterator[Finding]:
 
 
 def levels(seen: Seen, recompute: Recompute) -> Iterator[Finding]:
-    """BN202."""
+    """BN202, of layers that have several normalization batches a pass."""
     off = {}
-    calls = {}
-    for of in seen.layers:
-        if of.share is None:
-            continue
-        shares = seen.shares[of.name]
-        error = standard_error(shares)
-        bound = bound_of(len(shares), len(seen.shares))
-        # The means of calls differ as those of batches do, where nothing but chance is between.
-        if of.share - bound * error > of.noise**2:
-            off[of.name], calls[of.name] = (of.share, error), of.calls
+    for name, of in seen.shares.items():
+        bound = bound_of(of.passes, len(seen.shares))
+        if name not in seen.frozen and of.share - bound * of.error > of.by_noise:
+            off[name] = (of.share, of.error)
     if off:
+        calls = {name: of.calls for name, of in seen.shares.items()}
         finding = of_levels(off, calls)._replace(treatment=recompute.per_level)
         is_error = math.sqrt(finding.value) >= COSTS
         yield finding._replace(severity="error") if is_error else finding
@@ -200,13 +294,81 @@ def of_levels(off: Mapping[str, tuple[float, float]], calls: Mapping[str, int]) 
     """BN202, of layers by name.
 
     Args:
-        off: the share of each one's variance that lies between its calls, and its error.
-        calls: of each, a pass.
+        off: the share of each one's variance that lies between its normalization batches, and its
+            error.
+        calls: how many of these there are in a pass.
     """
     names, share, error = furthest(off)
     why = (
-        f"{count(len(off), 'layer')} called several times a pass ({names[0]} {calls[names[0]]} "
-        "times), each call normalized by its own batch, and at test time all by the same "
-        f"statistics: {100 * share:.0f} % of {names[0]}'s variance lie between the calls"
+        f"{count(len(off), 'layer')} called for several levels ({names[0]} {calls[names[0]]} "
+        "times a pass), each normalized by its own batch, and at test time all by the same "
+        f"statistics: {100 * share:.0f} % of {names[0]}'s variance lie between the levels"
     )
     return Finding("BN202", "warning", names, share, why, IN_CODE.per_level, error)
+
+
+def sources(seen: Seen) -> Iterator[Finding]:
+    """BN202, of sources of images.
+
+    Where batches are of one source each, training normalizes each source by itself.
+    """
+    bound = bound_of(seen.num_batches, max(len(seen.sources), 1))
+    off = {
+        name: (of.share, of.error)
+        for name, of in seen.sources.items()
+        if name not in seen.frozen and of.share > bound * of.error
+    }
+    if off:
+        names, share, error = furthest(off)
+        first = seen.sources[names[0]]
+        how = (
+            "some batches mix them, and training normalizes these together, as test time does"
+            if first.is_mixed
+            else "each batch is of one, and normalized by itself, at test time all by the same"
+        )
+        why = (
+            f"{count(len(off), 'layer')} with one set of statistics for {first.sources} sources of "
+            f"images: {100 * share:.0f} % of {names[0]}'s variance lie between the sources; {how}"
+        )
+        treatment = (
+            "statistics for each source: NORM SourceBN with DATASETS.SOURCES, or "
+            "bn_det.SourceBatchNorm2d in code; or batches that mix sources"
+        )
+        severity = "note" if first.is_mixed else "warning"
+        yield Finding("BN202", severity, names, share, why, treatment, error)
+
+
+ENOUGH = 16
+"""Images in a normalization batch down to which BatchNorm is as good as with more.
+
+Wu & He, *Group Normalization*, 2018, Table 2: with 32, 16, 8, 4 and 2 images of ImageNet a
+ResNet-50 has an error of 23.6, 23.7, 24.8, 27.3 and 34.7 %.
+"""
+
+
+def noisy(seen: Seen) -> Iterator[Finding]:
+    """BN203: of fewer independent values than so many images have at least, beyond chance."""
+    from scipy.stats import chi2  # only for this: the layers need torch alone
+
+    tests = sum(of.calls for of in seen.layers)
+    few = {}
+    for of in seen.layers:
+        degrees = seen.estimates[of.name].num_batches - 1
+        # By how much a variance is overestimated by chance, as if its channels were one.
+        bound = float(chi2.isf(FALSE_ALARMS / tests, degrees)) / degrees if degrees else math.inf
+        if of.noise**2 > bound / ENOUGH:
+            few[of.name] = (of.noise**-2, of.noise**-2 * math.sqrt(2 / degrees))
+    if few:
+        names = tuple(sorted(few, key=lambda name: few[name]))
+        fewest, error = few[names[0]]
+        why = (
+            f"{len(few)} of {len(seen.layers)} layers have a normalization batch whose mean varies "
+            f"as that of fewer than {ENOUGH} independent values, {names[0]} as that of "
+            f"{fewest:.2g}: by {fewest**-0.5:.2g} standard deviations from batch to batch"
+        )
+        treatment = (
+            "more images in a normalization batch: SyncBN over processes, or more on each; where "
+            "there are no more, statistics that are frozen (bn_det.freeze, SOLVER.FREEZE_BN_ITER), "
+            "batch renormalization (NORM BRN) or GN"
+        )
+        yield Finding("BN203", "note", names, fewest, why, treatment, error)

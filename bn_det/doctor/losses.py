@@ -46,15 +46,22 @@ class Losses:
         with self.told.bar(what, number * len(self.batches)) as self._advance:
             yield
 
-    def of(self) -> Tensor:
+    def of(self, watch: Callable[[], None] = lambda: None) -> Tensor:
         """The loss of each batch, by the population statistics that the model has.
 
         What is drawn (samples of anchors, of proposals) is the same each time.
 
+        Args:
+            watch: called before each pass; what it does to the model is undone.
+
         Returns:
             shape (number of batches,), float64; infinite where a loss is NaN.
         """
-        return self._of_all(lambda: None)
+        return self._of_all(watch)
+
+    def run(self, batch: Any) -> Any:
+        """Call the model, as it is."""
+        return self.call(self.model, batch) if self.call else self.model(batch)
 
     def by_batch(self, layers: Collection[nn.Module]) -> Tensor:
         """The same, where some layers normalize by their batch, as in training."""
@@ -92,7 +99,7 @@ class Losses:
         with evaluated_losses(self.model):
             prepare()
             try:
-                outputs = self.call(self.model, batch) if self.call else self.model(batch)
+                outputs = self.run(batch)
             except FloatingPointError:  # what Detectron2 raises for proposals that are NaN
                 return math.inf
         loss = total(outputs)

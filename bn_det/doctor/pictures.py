@@ -7,12 +7,12 @@ has letters and lines of the same size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html import escape
 from statistics import median
 from typing import NamedTuple
 
-from .findings import Report
+from .findings import Report, Shift
 
 _TOP, _BOTTOM = 38, 146
 """Pixels from the top, between which bars are; above them are ranks, below them marks."""
@@ -51,7 +51,7 @@ class Picture(NamedTuple):
 
 def pictures(report: Report) -> Iterator[str]:
     """As HTML; none without passes."""
-    if report.layers:
+    if report.layers or report.on_target:
         yield "<h2>Over depth: one bar a layer, in the order of the model</h2>"
         yield '<div class="pictures">'
         yield from (_figure(of) for of in _pictures(report))
@@ -61,34 +61,59 @@ def pictures(report: Report) -> Iterator[str]:
 def _pictures(report: Report) -> Iterator[Picture]:
     layers = report.layers
     names = [of.name for of in layers]
-    shaded = "The shade is what chance explains; bars that leave it are marked."
-    for title, says, values, limits in (
-        (
+    if layers:
+        yield from _shifts(
+            layers,
             "Shift of the mean",
             "Of the population statistics, from those of the passes, in standard deviations.",
-            [of.mean_shift for of in layers],
-            [of.bound * of.mean_chance for of in layers],
-        ),
-        (
             "Shift of the variance",
-            "The same of the variance, relative to it.",
-            [of.var_shift for of in layers],
-            [of.bound * of.var_chance for of in layers],
-        ),
-    ):
-        # What is not a number is not within a limit.
-        bad = [not v <= limit for v, limit in zip(values, limits, strict=True)]
-        yield Picture(title, f"{says} {shaded}", names, values, limits, bad)
-    yield Picture(
-        "Noise of a normalization batch",
-        "By how much its mean varies from batch to batch, in standard deviations.",
-        names,
-        [of.noise for of in layers],
-        [],
-        [False] * len(layers),
-    )
+        )
+        yield Picture(
+            "Noise of a normalization batch",
+            "By how much its mean varies from batch to batch, in standard deviations.",
+            names,
+            [of.noise for of in layers],
+            [],
+            [False] * len(layers),
+        )
     if any(of.share is not None for of in layers):
         yield _levels(report, names)
+    if report.in_evaluation:
+        yield from _shifts(
+            report.in_evaluation,
+            "Estimation shift of the mean",
+            "Of the population statistics, from those of what layers see in evaluation, in "
+            "standard deviations.",
+            "Estimation shift of the variance",
+        )
+    if report.on_target:
+        yield from _shifts(
+            report.on_target,
+            "Domain shift of the mean",
+            "Of the statistics on the target's images, from those on the source's, in standard "
+            "deviations.",
+            "Domain shift of the variance",
+        )
+
+
+def _shifts(
+    layers: Sequence[Shift], of_mean: str, says: str, of_variance: str
+) -> Iterator[Picture]:
+    names = [of.name for of in layers]
+    shaded = "The shade is what chance explains; bars that leave it are marked."
+    for title, of_title, values, chances in (
+        (of_mean, says, [of.mean_shift for of in layers], [of.mean_chance for of in layers]),
+        (
+            of_variance,
+            "The same of the variance, relative to it.",
+            [of.var_shift for of in layers],
+            [of.var_chance for of in layers],
+        ),
+    ):
+        limits = [of.bound * chance for of, chance in zip(layers, chances, strict=True)]
+        # What is not a number is not within a limit.
+        bad = [not v <= limit for v, limit in zip(values, limits, strict=True)]
+        yield Picture(title, f"{of_title} {shaded}", names, values, limits, bad)
 
 
 def _levels(report: Report, names: list[str]) -> Picture:

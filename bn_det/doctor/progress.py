@@ -33,6 +33,7 @@ class Price(NamedTuple):
         more: the most that may come to that, of each.
         again: passes of the first batches that may come to that.
         has_score: whether a score (AP) is taken once, and again for each treatment.
+        target: batches of the target, in one forward pass each.
     """
 
     batches: int
@@ -41,10 +42,12 @@ class Price(NamedTuple):
     more: int = 0
     again: int = 0
     has_score: bool = False
+    target: int = 0
 
     def __str__(self) -> str:
         """In a line."""
-        depths = [f"to look: {self.batches} batches, a forward pass each"]
+        of_target = f", and {self.target} of the target" * (self.target > 0)
+        depths = [f"to look: {self.batches} batches{of_target}, a forward pass each"]
         if self.held:
             more = f"up to {self.more} more of each" + f" and {self.again} of the first" * (
                 self.again > 0
@@ -59,7 +62,7 @@ class Price(NamedTuple):
 
     def time(self, of_one: float) -> str:
         """In a line, from the seconds of the first batch."""
-        least = self.batches + self.held * self.passes
+        least = self.batches + self.target + self.held * self.passes
         most = least + self.held * self.more + self.again
         words = f"about {_duration(least * of_one)}"
         if most > least:

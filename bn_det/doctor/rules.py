@@ -220,15 +220,35 @@ RULES = {
         "4367, open-mmlab/mmengine 1536, pytorch/pytorch 48929",
     ),
     "BN202": Rule(
-        "levels that share statistics",
-        "levels that differ share one set of statistics",
-        "of the variance between calls",
-        "Layers that are called several times a pass, such as those of a head that levels share: "
-        "the share of their variance that lies between the calls and not in them.",
-        "In training each call is normalized by its own batch, at test time all by one EMA, which "
-        "fits none (Wu & Johnson, Sec. 5.2).",
-        "A layer that normalizes all levels together has one batch a pass, and is not meant.",
+        "levels or sources that share statistics",
+        "levels or sources that differ share one set of statistics",
+        "of the variance between them",
+        "The share of a layer's variance that lies between sets of values and not in them: between "
+        "the levels that it is called for in a pass, such as those of a head that levels share, or "
+        "RoIs of several levels; and between sources of images (DATASETS.SOURCES, "
+        "bn_det.image_sources).",
+        "Where each set is normalized by its own batch in training, and at test time all by one "
+        "EMA, that fits none (Wu & Johnson, Sec. 5.2). Sources that batches mix are normalized "
+        "alike in both, and are a note: each might do better with its own.",
+        "A layer that normalizes all levels together has one batch a pass, and is not meant. "
+        "Sources are known where they are named.",
         "open-mmlab/mmdetection 6991, 1468, 6515, rwightman/efficientdet-pytorch 53",
+    ),
+    "BN203": Rule(
+        "noise of a normalization batch",
+        "a normalization batch has few independent values",
+        "independent values",
+        "1 / noise^2, where noise is the standard deviation of the mean of a normalization batch "
+        "from batch to batch, in standard deviations of the values: the number of independent "
+        "values whose mean would vary as much. Those of a map are not independent, so that it is "
+        "less than there are values. Fewer than 16 are a note, where chance does not explain it.",
+        "Training sees its values through that noise, and test time does not. Images that are "
+        "independent count as one value each at least, so fewer than 16 values are of fewer than "
+        "16 images; down to these BatchNorm is as good as with more, and worse below (Wu & He, "
+        "Group Normalization, 2018, Table 2).",
+        "What it costs: the 16 are images of a classifier on ImageNet, and no bound on values is "
+        "known. Batches that differ on purpose (of one class, of one source) are noisy, too.",
+        "rwightman/efficientdet-pytorch 675, dbolya/yolact 325, open-mmlab/mmdetection 3621",
     ),
     "BN204": Rule(
         "ranks that differ",
@@ -243,6 +263,50 @@ RULES = {
         "Which rank is right. Right after ranks were averaged they are equal.",
         "open-mmlab/mmengine 1536, open-mmlab/mmdetection 11131, 3573, pytorch/pytorch 13711, "
         "ultralytics/ultralytics 24410",
+    ),
+    "BN205": Rule(
+        "domain shift",
+        "the target's images are of another domain",
+        "standard deviations",
+        "Statistics of each layer on images of the target (--target, target=) against those on "
+        "training images, frozen layers among them, where the difference is more than the standard "
+        "errors of both explain, at one false alarm in a hundred examinations.",
+        "Statistics of one domain normalize the images of another wrongly; which layers differ "
+        "says whether it is brightness and contrast, in the first ones, or what is in the images. "
+        "Statistics of the target (AdaBN: Li et al., 2016) or of each source may help.",
+        "Whether it costs AP, and whether AdaBN helps: what differs may be what tells the classes "
+        "apart, and on another laboratory's blood cells it took AP from 20.7 to 12.3. In RoI "
+        "heads also boxes differ. Batches are taken to be independent.",
+        "pytorch/pytorch 48929, qinenergy/cotta 17",
+    ),
+    "BN206": Rule(
+        "estimation shift over depth",
+        "in evaluation layers see other statistics than their own",
+        "standard deviations",
+        "The statistics of what each layer sees where all layers normalize by their population "
+        "statistics, against its own, where the difference is more than the noise of EMAs in all "
+        "layers explains (four draws of it, on the same batches).",
+        "A layer's statistics may be right for what training shows it, and be wrong for what "
+        "layers before it hand on in evaluation: their errors accumulate over depth (Huang et al., "
+        "Delving into the Estimation Shift of Batch Normalization in a Network, CVPR 2022). Small "
+        "normalization batches do that with precise statistics, too.",
+        "A layer whose own statistics are stale (BN201) from one that those before it shift; the "
+        "first layer that is off is where it begins. RoIs are those that training samples.",
+        "facebookresearch/maskrcnn-benchmark 686, tensorflow/models 4367",
+    ),
+    "BN207": Rule(
+        "proposals of test time against sampled RoIs",
+        "a head sees other samples at test time than in training",
+        "standard deviations",
+        "Of layers that see another number of samples in evaluation mode than in training mode: "
+        "statistics of the ones against those of the others, on the same images, from batch to "
+        "batch, by the same population statistics.",
+        "A head that is trained on RoIs of which a quarter is sampled to be objects sees hundreds "
+        "of proposals of the background at test time, and its population statistics are of the "
+        "former.",
+        "Whether it costs AP: proposals differ from sampled RoIs in every detector, so that less "
+        "than a standard deviation is a note. Images are those of training.",
+        "facebookresearch/maskrcnn-benchmark 1006, open-mmlab/mmdetection 3674",
     ),
     "BN301": Rule(
         "statistics that cost loss",
@@ -297,7 +361,8 @@ RULES = {
         "a frozen affine, and statistics that move",
         "layers are frozen by half",
         "layers",
-        "Weight and bias that need no gradient in a layer whose statistics training moves.",
+        "Weight and bias that need no gradient in a layer whose statistics training moves; or, of "
+        "a layer that has none, the weights of the part that it is in.",
         "A part that was frozen by requires_grad alone drifts: its outputs change with every "
         "batch, and its statistics become those of the new data.",
         "That somebody wants just this, as when statistics are adapted.",
@@ -307,7 +372,9 @@ RULES = {
         "evaluation mode that train() undoes",
         "layers are frozen until the next train()",
         "layers",
-        "Layers in evaluation mode in a module in training mode, which are not frozen.",
+        "Layers in evaluation mode, alone or with the part that they are in, inside of a module in "
+        "training mode, which are not frozen: the weights around them train, and their statistics "
+        "stay.",
         "One eval() of a part is undone by the train() of the whole, at the start of an epoch or "
         "after an evaluation; or an evaluation has left the mode so.",
         "A train() of the model's own class may keep them so.",

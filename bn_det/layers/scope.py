@@ -36,6 +36,13 @@ class DomainScope:
         finally:
             self._current.reset(token)
 
+    @property
+    def names(self) -> list[int | None]:
+        """The domain of each sample inside a block; none outside."""
+        named = self._current.get()
+        domains = () if named is None else named.domains
+        return domains.tolist() if isinstance(domains, Tensor) else list(domains)
+
     def partition(self, x: Tensor, num_domains: int, layer: str = "") -> Partition:
         """The partition of a tensor's samples by their domains.
 

@@ -44,6 +44,11 @@ def record_sources(records: Iterable[Mapping[str, Any]]) -> AbstractContextManag
     return image_sources([record.get("source") for record in records])
 
 
+def named_sources() -> list[int | None]:
+    """The source of each image in a block of :func:`image_sources`; none outside of it."""
+    return _IMAGES.names
+
+
 class SourceBatchNorm2d(DomainBatchNorm2d):
     """Batch normalization with statistics for each source of images (data set, lab).
 

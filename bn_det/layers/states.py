@@ -96,11 +96,11 @@ def states(model: nn.Module, modules: str | Iterable[str] | None = None) -> Stat
     """
     model = unwrapped(model)
     layers = selected("states", model, modules)
-    parents = {m: parent for parent in model.modules() for m in parent.children()}
-    return States([_state(model, parents.get(m), m, name) for m, name in layers.items()])
+    in_training = {m for around in model.modules() if around.training for m in around.modules()}
+    return States([_state(model, m in in_training, m, name) for m, name in layers.items()])
 
 
-def _state(model: nn.Module, parent: nn.Module | None, layer: nn.Module, name: str) -> LayerState:
+def _state(model: nn.Module, in_training: bool, layer: nn.Module, name: str) -> LayerState:
     kind = _kind(class_of(layer))
     if isinstance(layer, FrozenBatchNorm):
         kind += f" (was {_kind(layer.thawed_type)})"
@@ -124,7 +124,7 @@ def _state(model: nn.Module, parent: nn.Module | None, layer: nn.Module, name: s
         folded=is_folded(layer, lists_with_affine(model).get(layer)),
         contradictions=(),
     )
-    return state._replace(contradictions=tuple(_contradictions(state, layer, parent)))
+    return state._replace(contradictions=tuple(_contradictions(state, layer, in_training)))
 
 
 def _kind(cls: type[nn.Module]) -> str:
@@ -180,15 +180,14 @@ def _batch(layer: nn.Module) -> str:
     return batch
 
 
-def _contradictions(state: LayerState, layer: nn.Module, parent: nn.Module | None) -> Iterator[str]:
+def _contradictions(state: LayerState, layer: nn.Module, in_training: bool) -> Iterator[str]:
     if state.affine == "fixed" and state.statistics == "moving":
         yield "the affine is fixed, and the statistics are still moving"
     if state.folded and state.affine in ("learns", "in part") and state.normalizes == "population":
         yield "statistics are folded into an affine that learns otherwise than before folding"
     if state.folded and state.normalizes.startswith("batch"):
         yield "statistics are folded into the affine, and the batch normalizes"
-    is_alone = parent is not None and parent.training and not layer.training
-    if is_alone and not is_frozen(layer):
+    if in_training and not layer.training and not is_frozen(layer):
         yield "in evaluation mode in a module in training mode: the next train() undoes it"
     if state.mode == "evaluation" and state.normalizes == "batch":
         yield "the batch normalizes in evaluation"

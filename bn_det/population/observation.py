@@ -144,7 +144,8 @@ class Observed(NamedTuple):
 class Observer:
     """Runs a model as in training, but that its population statistics stay as they are.
 
-    Frozen layers among those that are looked at normalize by their batch, as others do.
+    Frozen layers among those that are looked at normalize by their batch, as others do, if they are
+    to thaw.
 
     What the layers of a model do is changed while it runs, by observers of ours and by attributes
     of the instances; putting the attributes back, the observers among them, is the caller's part,
@@ -159,6 +160,7 @@ class Observer:
         call: runs the model on a batch.
         by_batch: whether the layers normalize by their batch, or else by their population
             statistics.
+        thaw: whether frozen layers among them do so, too, or else by their population statistics.
 
     Attributes:
         num_calls: how often layers have been called, in all passes.
@@ -172,8 +174,12 @@ class Observer:
         model: nn.Module,
         layers: Sequence[PopulationLayer],
         by_batch: bool = True,
+        thaw: bool = True,
     ) -> None:
-        self.call, self.model, self.layers, self.by_batch = call, model, layers, by_batch
+        self.call, self.model, self.layers = call, model, layers
+        self._by_population = {
+            layer.owner for layer in layers if not by_batch or (not thaw and is_frozen(layer.owner))
+        }
         self.in_step = any(_exchanges(module) for module in model.modules())
         self._num_passes = self.num_calls = 0
         self._owners = list(dict.fromkeys(layer.owner for layer in layers))
@@ -201,6 +207,10 @@ class Observer:
                 "with the usual last call may have missed some values"
             )
 
+    def watch(self, observed: Observed) -> None:
+        """Have the layers fill in what they see in a pass that the caller runs to its end."""
+        self._install(observed, dict.fromkeys(self._owners, 0), None)
+
     def _install(
         self,
         observed: Observed,
@@ -214,7 +224,8 @@ class Observer:
             if isinstance(layer.owner, BatchNorm2d):
                 layer.owner.register_observer(take)
             elif layer.module in self._known:
-                layer.module.forward = partial(_forward, layer, take, self.by_batch)
+                by_batch = layer.owner not in self._by_population
+                layer.module.forward = partial(_forward, layer, take, by_batch)
             else:
                 layer.module.register_forward_pre_hook(partial(_take_input, take))
                 continue
@@ -231,20 +242,21 @@ class Observer:
 
     def _prepare(self, owner: nn.Module) -> None:
         """Have a layer normalize by what it is to, for a pass."""
+        by_batch = owner not in self._by_population
         if isinstance(owner, FrozenBatchNorm) and issubclass(owner.thawed_type, BatchNorm2d):
             thaw_statistics(owner)
             owner.frozen = True
         if isinstance(owner, StaysInEvaluation):
-            owner.training = self.by_batch
+            owner.training = by_batch
             owner.track_running_stats = False
         elif isinstance(owner, BatchNorm2d):
             if owner.frozen:  # ranks do not expect it to exchange anything
                 owner.group = None
             for part in (owner, *owner.children()):
                 part.training, part.frozen = part.training or part.frozen, False
-            if not self.by_batch:
+            if not by_batch:
                 owner.train_statistics = "population"
-        elif not self.by_batch:
+        elif not by_batch:
             owner.training = False
 
 

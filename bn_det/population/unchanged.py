@@ -68,14 +68,21 @@ def evaluated_losses(model: nn.Module) -> Iterator[None]:
     model counts, and random states.
     """
     model = unwrapped(model)
+    with put_back(model):
+        model.train()
+        for module in (*batch_norms(model), *filter(_is_random, model.modules())):
+            module.eval()
+        yield
+
+
+@contextmanager
+def put_back(model: nn.Module) -> Iterator[None]:
+    """Leave a model, whatever it counts, and random states as they were before the block."""
     with ExitStack() as stack:
         stack.enter_context(surroundings())
         tensors = (*model.parameters(), *model.buffers())
         stack.enter_context(same_random_state({t.device for t in tensors}))
         stack.callback(Snapshot(model).restore)
-        model.train()
-        for module in (*batch_norms(model), *filter(_is_random, model.modules())):
-            module.eval()
         yield
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
+from ..doctor.shares import Share, share_of
 from ..layers import BatchNorm2d
 from ..layers.batch import Batch
 from ..layers.ema import in_backward_pass
@@ -18,24 +19,6 @@ from ..layers.freeze import is_frozen
 from ..layers.kinds import unwrapped
 from ..layers.moments import Moments
 from ..population.observation import PopulationLayer
-
-
-class Share(NamedTuple):
-    """Of a layer's variance, what lies between its calls in a pass and not in them.
-
-    Attributes:
-        calls: in a pass.
-        share: mean over passes and channels.
-        by_noise: what of it the noise of each call's batch explains.
-        error: standard error of the share.
-        passes: that have been seen.
-    """
-
-    calls: int
-    share: float
-    by_noise: float
-    error: float
-    passes: int
 
 
 class CallWatch:
@@ -82,7 +65,7 @@ class CallWatch:
             calls = [of_pass for of_pass in passes if of_pass]
             numbers = {len(of_pass) for of_pass in calls}
             if len(calls) > 1 and len(numbers) == 1 and min(numbers) > 1:
-                found[name] = _share(calls)
+                found[name] = share_of(calls)
         return found
 
     def _begin_pass(self, *_: Any) -> None:
@@ -108,24 +91,3 @@ class CallWatch:
 
 def _is_compiled(module: nn.Module) -> bool:
     return isinstance(module, torch._dynamo.OptimizedModule) or bool(module._compiled_call_impl)
-
-
-def _share(passes: Sequence[Sequence[Moments]]) -> Share:
-    stacks = [Moments.stack(of_pass) for of_pass in passes]
-    counts, means, variances = (torch.stack(field).double() for field in zip(*stacks, strict=True))
-    weights = (counts / counts.sum(1, keepdim=True)).unsqueeze(2)  # passes, calls, channels
-    mean = (weights * means).sum(1, keepdim=True)
-    between = (weights * (means - mean).square()).sum(1)
-    total = between + (weights * variances).sum(1)
-    shares = _ratio(between, total).mean(1)
-    # By differences of successive passes, as the weights move on.
-    noise = (means[1:] - means[:-1]).square().mean(0) / 2
-    by_noise = _ratio((weights.mean(0) * noise).sum(0), total.mean(0)).mean()
-    error = shares.std() / len(shares) ** 0.5
-    values = torch.stack([shares.mean(), by_noise, error]).tolist()
-    return Share(counts.shape[1], *values, len(passes))
-
-
-def _ratio(part: Tensor, whole: Tensor) -> Tensor:
-    """A channel without variance counts as 0."""
-    return torch.where(whole > 0, part / whole, 0.0)

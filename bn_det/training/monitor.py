@@ -19,11 +19,12 @@ from ..doctor.chance import FALSE_ALARMS
 from ..doctor.findings import COSTS, Finding, count, furthest
 from ..doctor.from_passes import of_levels
 from ..doctor.rules import RULES
+from ..doctor.shares import Share
 from ..errors import InputError
 from ..layers.comm import all_gather, process_group
 from ..layers.kinds import unwrapped
 from ..population.observation import PopulationLayer, places_with_statistics
-from .between_calls import CallWatch, Share
+from .between_calls import CallWatch
 from .hooks import Hook
 from .movement import Moves, Snapshot, moves, updates_of
 

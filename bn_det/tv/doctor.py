@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 
 import torch
 from fvcore.common.config import CfgNode
 
 from ..commands.any_model import AnyModel
 from ..commands.results import score_of
+from ..commands.target import as_training
 from ..config.training import with_precise_bn_batches
 from .recompute import train_batches
 from .train import load_model, setup
@@ -21,6 +23,14 @@ def load(args: argparse.Namespace) -> tuple[AnyModel, CfgNode]:
     check_datasets(cfg, "TRAIN")
     torch.manual_seed(shared_seed(cfg))
     model = load_model(cfg, resume=False)
-    batches = train_batches(with_precise_bn_batches(cfg))
+    cfg_of_passes = with_precise_bn_batches(cfg)
+    target = None if args.target is None else _target_batches(cfg_of_passes, args.target)
+    batches = train_batches(cfg_of_passes)
     score = score_of(cfg, lambda cfg, model: test(cfg, model, load_datasets(cfg, "TEST")))
-    return AnyModel(model, batches, losses_of, score), cfg
+    return AnyModel(model, batches, losses_of, score, target), cfg
+
+
+def _target_batches(cfg: CfgNode, name: str) -> Iterable[list]:
+    with as_training(cfg, name) as of_target:
+        check_datasets(of_target, "TRAIN")
+        return train_batches(of_target)

@@ -12,7 +12,7 @@ from torchvision.models.detection import retinanet_resnet50_fpn
 
 import bn_det
 from bn_det import DomainBatchNorm2d, examine
-from bn_det.doctor.from_passes import between_share
+from bn_det.doctor.shares import share_of
 from bn_det.errors import InputError
 from bn_det.layers.moments import Moments
 
@@ -176,9 +176,10 @@ def test_between_share():
     whole = torch.cat(parts)
     within = sum(p.numel() / whole.numel() * p.var((0, 2, 3), correction=0) for p in parts)
     expected = (1 - within / whole.var((0, 2, 3), correction=0)).mean()
-    found = between_share([Moments.of(p) for p in parts])
-    assert math.isclose(found, float(expected), rel_tol=1e-9)
-    assert between_share([Moments.of(torch.ones(2, 3, 2, 2))] * 2) == 0.0
+    found = share_of([[Moments.of(p) for p in parts]] * 2)
+    assert math.isclose(found.share, float(expected), rel_tol=1e-9)
+    assert (found.calls, found.passes, found.error, found.by_noise) == (3, 2, 0, 0)
+    assert share_of([[Moments.of(torch.ones(2, 3, 2, 2))] * 2] * 2).share == 0.0
 
 
 def test_models_of_which_no_layer_is_updated():

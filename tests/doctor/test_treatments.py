@@ -159,7 +159,7 @@ def test_statistics_for_each_level(model, kind):
     assert found["BN202"].gain == tried.gain and found["BN202"].severity == "error"
     # What each level's statistics mend does not show that the model reads its batch.
     assert "BN303" not in found
-    assert report.verdict.startswith("statistics, not weights: levels that differ share one set")
+    assert report.verdict.startswith("statistics, not weights: levels or sources that differ share")
     if kind == "calls":
         assert not tried.kept and named(report)["recomputed statistics"].kept
         assert "call a bn_det.DomainBatchNorm2d" in tried.needs
