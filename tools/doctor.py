@@ -70,6 +70,14 @@ def argument_parser() -> argparse.ArgumentParser:
         "--num-iters", type=int, default=32, metavar="N", help="batches, at most; by default 32"
     )
     parser.add_argument(
+        "--num-gpus",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes of the training that the config is of, as of tools/train_net.py; here they "
+        "are not started",
+    )
+    parser.add_argument(
         "--evaluate",
         action="store_true",
         help="what wrong statistics cost, in loss and in AP (DATASETS.TEST); with --model, --call "
@@ -102,7 +110,7 @@ def argument_parser() -> argparse.ArgumentParser:
     opts = "the checkpoint; with --config-file options that replace the file's"
     add_config_arguments(parser, required=False, opts=("FILE | KEY VALUE", opts))
     # What the set-up that evaluation shares asks for.
-    parser.set_defaults(eval_only=True, resume=False, num_gpus=1, num_machines=1)
+    parser.set_defaults(eval_only=True, resume=False, num_machines=1)
     return parser
 
 
@@ -132,10 +140,11 @@ def report_of(args: argparse.Namespace) -> Report:
         return examine_file(file_of(args), rules, args.part)
     with redirect_stdout(sys.stderr):  # whatever is said on the way; a program reads the other
         loaded = by_config(args) if args.config_file else by_functions(args)
-        model, batches, call, score = loaded.of
+        of = loaded.of
         report = examine(
-            model, batches, args.num_iters, call=call, evaluate=args.evaluate, score=score,
-            treat=args.treat is not None, rules=rules, recompute=loaded.recompute,
+            of.model, of.batches, args.num_iters, call=of.call, optimizer=of.optimizer,
+            step=of.step, evaluate=args.evaluate, score=of.score, treat=args.treat is not None,
+            rules=rules, recompute=loaded.recompute,
             progress="tqdm" if sys.stderr.isatty() else None,
         )  # fmt: skip
         if args.treat is not None:
@@ -168,9 +177,9 @@ def _refuse_unread(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
     if args.config_file is not None:
         refuse_unread(parser, args, ("model", "data", "call", "part"), "--config-file")
     elif args.model is not None:
-        refuse_unread(parser, args, ("host",), "--model")
+        refuse_unread(parser, args, ("host", "num_gpus"), "--model")
     else:
-        of_images = ("data", "call", "host", "num_iters", "evaluate", "treat")
+        of_images = ("data", "call", "host", "num_gpus", "num_iters", "evaluate", "treat")
         refuse_unread(parser, args, of_images, "a file alone")
 
 

@@ -8,15 +8,17 @@ from itertools import takewhile
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from ..errors import InputError, check_positive, choose
 from ..layers.comm import Group, process_group
 from ..layers.kinds import unwrapped
-from . import from_file, from_losses, from_model, from_passes
+from . import from_file, from_losses, from_model, from_passes, from_training
 from .checkpoint import of_state
 from .evaluation import Score, is_mended, try_statistics, with_gain
 from .findings import IN_CODE, Recompute, Report, count, make_report
 from .from_passes import Seen
+from .from_training import Step
 from .losses import Losses, others, put
 from .rules import RULES
 
@@ -30,6 +32,8 @@ def examine(
     num_iters: int = 32,
     *,
     call: Callable[[nn.Module, Any], Any] | None = None,
+    optimizer: Optimizer | None = None,
+    step: Step | None = None,
     evaluate: bool = False,
     score: Score | None = None,
     treat: bool = False,
@@ -56,6 +60,8 @@ def examine(
         num_iters: the number of batches, at most; of each rank.
         call: how the model is run on a batch, ``model(batch)`` by default. To evaluate, it gives a
             loss, or a dict of losses.
+        optimizer: that is to train the model, of which the parameter groups are looked at.
+        step: what a step of it is of, where that is more than a batch of this process.
         evaluate: whether to compare losses; in one process.
         score: of a model in evaluation mode, in percent, such as its AP: higher is better.
             Recomputed statistics are judged by it; by the loss without it.
@@ -71,8 +77,8 @@ def examine(
 
     Raises:
         InputError: an argument is not accepted; a layer has seen NaN or infinity; there are no
-            batches, or the model reaches none of its BatchNorm layers; to evaluate, it gives no
-            loss, or there are several processes.
+            batches, or the model reaches none of its BatchNorm layers; the optimizer has none of
+            its parameters; to evaluate, it gives no loss, or there are several processes.
         Exception: what the model raises.
     """
     check_positive("num_iters", num_iters)
@@ -83,6 +89,8 @@ def examine(
     model = unwrapped(model)
     checkpoint = of_state(model.state_dict())
     findings = [*from_file.findings_of(checkpoint, recompute), *from_model.findings_of(model)]
+    if optimizer is not None:
+        findings += from_training.of_optimizer(model, optimizer)
     if not checkpoint.layers:
         return make_report(findings, rules, "the model has no BatchNorm with population statistics")
     if batches is None:
@@ -99,6 +107,7 @@ def examine(
         report = make_report(findings, rules, "")
         return report._replace(verdict=f"{report.verdict}; nothing was seen on images: {e}")
     findings += [*from_passes.stale(seen, recompute), *from_passes.levels(seen)]
+    findings += from_training.small_batches(seen.called, step or Step())
     tried = None
     if evaluate:
         # The passes take none where all layers are frozen.

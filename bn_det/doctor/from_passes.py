@@ -31,12 +31,14 @@ class Seen(NamedTuple):
         shares: of each layer that is called several times a pass, in each pass the share of its
             variance that lies between the calls.
         statistics: mean and variance of all values that each layer has seen.
+        called: the layer of each place of statistics, and the samples of a call, on average.
     """
 
     num_batches: int
     layers: list[Measures]
     shares: dict[str, list[float]]
     statistics: Values
+    called: dict[str, tuple[nn.Module, float]]
 
 
 class _LevelObserver(Observer):
@@ -53,6 +55,11 @@ class _LevelObserver(Observer):
             if len(batches) > 1 and self._is_one_a_call(layer, len(batches)):
                 self.shares.setdefault(layer.name, []).append(between_share(batches))
                 self.calls[layer.name] = len(batches)
+
+    def parts_a_pass(self, layer: PopulationLayer) -> int:
+        """In how many parts, calls and domains, its samples come."""
+        calls = self._usual_calls[layer.owner] if self._usual_calls else 1
+        return max(calls, 1) * len(layer.domains)
 
     def _is_one_a_call(self, layer: PopulationLayer, number: int) -> bool:
         """Whether these are its calls, and not several normalization batches of one."""
@@ -105,7 +112,15 @@ def look(
         for layer, estimate in zip(layers, found, strict=True)
         if estimate is not None
     }
-    return Seen(report.num_batches, measures, observer.shares, statistics)
+    by_name = {layer.name: layer for layer in layers}
+    called = {
+        of.name: (
+            by_name[of.name].owner,
+            of.num_samples / of.num_batches / observer.parts_a_pass(by_name[of.name]),
+        )
+        for of in report.layers
+    }
+    return Seen(report.num_batches, measures, observer.shares, statistics, called)
 
 
 def _measures(

@@ -96,11 +96,20 @@ def states(model: nn.Module, modules: str | Iterable[str] | None = None) -> Stat
     """
     model = unwrapped(model)
     layers = selected("states", model, modules)
-    parents = {m: parent for parent in model.modules() for m in parent.children()}
-    return States([_state(model, parents.get(m), m, name) for m, name in layers.items()])
+    trained = _in_training(model)
+    return States([_state(model, m in trained, m, name) for m, name in layers.items()])
 
 
-def _state(model: nn.Module, parent: nn.Module | None, layer: nn.Module, name: str) -> LayerState:
+def _in_training(model: nn.Module) -> set[nn.Module]:
+    """The modules that are, however deep, in one that is in training mode."""
+    found: set[nn.Module] = set()
+    for parent in model.modules():  # before what is in it
+        if parent.training or parent in found:
+            found.update(parent.children())
+    return found
+
+
+def _state(model: nn.Module, is_trained: bool, layer: nn.Module, name: str) -> LayerState:
     kind = _kind(class_of(layer))
     if isinstance(layer, FrozenBatchNorm):
         kind += f" (was {_kind(layer.thawed_type)})"
@@ -124,7 +133,7 @@ def _state(model: nn.Module, parent: nn.Module | None, layer: nn.Module, name: s
         folded=is_folded(layer, lists_with_affine(model).get(layer)),
         contradictions=(),
     )
-    return state._replace(contradictions=tuple(_contradictions(state, layer, parent)))
+    return state._replace(contradictions=tuple(_contradictions(state, layer, is_trained)))
 
 
 def _kind(cls: type[nn.Module]) -> str:
@@ -180,15 +189,14 @@ def _batch(layer: nn.Module) -> str:
     return batch
 
 
-def _contradictions(state: LayerState, layer: nn.Module, parent: nn.Module | None) -> Iterator[str]:
+def _contradictions(state: LayerState, layer: nn.Module, is_trained: bool) -> Iterator[str]:
     if state.affine == "fixed" and state.statistics == "moving":
         yield "the affine is fixed, and the statistics are still moving"
     if state.folded and state.affine in ("learns", "in part") and state.normalizes == "population":
         yield "statistics are folded into an affine that learns otherwise than before folding"
     if state.folded and state.normalizes.startswith("batch"):
         yield "statistics are folded into the affine, and the batch normalizes"
-    is_alone = parent is not None and parent.training and not layer.training
-    if is_alone and not is_frozen(layer):
+    if is_trained and not layer.training and not is_frozen(layer):
         yield "in evaluation mode in a module in training mode: the next train() undoes it"
     if state.mode == "evaluation" and state.normalizes == "batch":
         yield "the batch normalizes in evaluation"
