@@ -80,6 +80,14 @@ def argument_parser() -> argparse.ArgumentParser:
         "or with --model a function that gives batches",
     )
     parser.add_argument(
+        "--num-gpus",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes of the training that the config is of, as of tools/train_net.py; here they "
+        "are not started",
+    )
+    parser.add_argument(
         "--evaluate",
         action="store_true",
         help="what wrong statistics cost, in loss and in AP (DATASETS.TEST); with --model, --call "
@@ -112,7 +120,7 @@ def argument_parser() -> argparse.ArgumentParser:
     opts = "the checkpoint; with --config-file options that replace the file's"
     add_config_arguments(parser, required=False, opts=("FILE | KEY VALUE", opts))
     # What the set-up that evaluation shares asks for.
-    parser.set_defaults(eval_only=True, resume=False, num_gpus=1, num_machines=1)
+    parser.set_defaults(eval_only=True, resume=False, num_machines=1)
     return parser
 
 
@@ -142,10 +150,11 @@ def report_of(args: argparse.Namespace) -> Report:
         return examine_file(file_of(args), rules, args.part)
     with redirect_stdout(sys.stderr):  # whatever is said on the way; a program reads the other
         loaded = by_config(args) if args.config_file else by_functions(args)
-        model, batches, call, score, target = loaded.of
+        of = loaded.of
         report = examine(
-            model, batches, args.num_iters, call=call, target=target, evaluate=args.evaluate,
-            score=score, treat=args.treat is not None, rules=rules, recompute=loaded.recompute,
+            of.model, of.batches, args.num_iters, call=of.call, target=of.target,
+            optimizer=of.optimizer, step=of.step, evaluate=args.evaluate, score=of.score,
+            treat=args.treat is not None, rules=rules, recompute=loaded.recompute,
             progress="tqdm" if sys.stderr.isatty() else "log",
         )  # fmt: skip
         if args.treat is not None:
@@ -181,9 +190,9 @@ def _refuse_unread(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
     if args.config_file is not None:
         refuse_unread(parser, args, ("model", "data", "call", "part"), "--config-file")
     elif args.model is not None:
-        refuse_unread(parser, args, ("host",), "--model")
+        refuse_unread(parser, args, ("host", "num_gpus"), "--model")
     else:
-        of_images = ("data", "call", "host", "num_iters", "target", "evaluate", "treat")
+        of_images = ("data", "call", "host", "num_gpus", "num_iters", "target", "evaluate", "treat")
         refuse_unread(parser, args, of_images, "a file alone")
 
 

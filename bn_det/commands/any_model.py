@@ -11,8 +11,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..doctor.evaluation import Score
+from ..doctor.from_training import Step
 from ..errors import InputError, reason_of
 from .fitting import load_weights
 
@@ -24,6 +26,8 @@ class AnyModel(NamedTuple):
     call: runs the model on a batch; None for ``model(batch)``.
     score: AP of a model in evaluation mode, where there is a test set.
     target: batches of the images that it is to be used on, where these are named.
+    optimizer: that trains it, where it is known.
+    step: what a step of it is of.
     """
 
     model: nn.Module
@@ -31,6 +35,8 @@ class AnyModel(NamedTuple):
     call: Callable[[nn.Module, Any], Any] | None
     score: Score | None = None
     target: Iterable[Any] | None = None
+    optimizer: Optimizer | None = None
+    step: Step = Step()
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

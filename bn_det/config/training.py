@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from yacs.config import CfgNode
 
+from ..doctor.from_training import Step
 from ..errors import InputError
 from ..layers.renorm import RenormLimits
 from ..training.agc import AdaptiveGradientClipping
@@ -23,6 +24,7 @@ from ..training.hooks import (
 )
 from ..training.monitor import Monitor
 from ..training.spikes import LossSpikes
+from .check import check_ims_per_batch
 from .parts import PARTS
 
 
@@ -81,6 +83,20 @@ def with_precise_bn_batches(cfg: CfgNode) -> CfgNode:
     cfg.SOLVER.IMS_PER_BATCH = node.IMS_PER_BATCH or cfg.SOLVER.IMS_PER_BATCH
     cfg.SOLVER.MAX_ITER = node.NUM_ITER
     return cfg
+
+
+def step_of(cfg: CfgNode, processes: int) -> Step:
+    """What a step of a training is of, in batches of PreciseBN that one process has.
+
+    Args:
+        processes: of the training.
+    """
+    # Detectron2 scales the batch with the processes where it is told for how many it is.
+    reference = cfg.SOLVER.get("REFERENCE_WORLD_SIZE", 0) or processes
+    check_ims_per_batch(cfg, reference)
+    images = cfg.SOLVER.IMS_PER_BATCH / reference + cfg.SOLVER.VIRTUAL_IMAGES / processes
+    share = images / with_precise_bn_batches(cfg).SOLVER.IMS_PER_BATCH
+    return Step(processes, cfg.SOLVER.ACCUMULATE, share)
 
 
 @contextmanager

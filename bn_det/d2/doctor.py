@@ -11,24 +11,26 @@ from detectron2.utils.env import seed_all_rng
 from torch import nn
 
 from ..commands.any_model import AnyModel
+from ..commands.launch import world_size
 from ..commands.results import score_of
 from ..commands.target import as_training
-from ..config.training import with_precise_bn_batches
+from ..config.training import step_of, with_precise_bn_batches
 from ..layers import record_sources
 from .recompute import train_batches
 from .train import Trainer, check_data, load_model, setup
 
 
 def load(args: argparse.Namespace) -> tuple[AnyModel, CfgNode]:
-    """The checkpoint of a config with batches of DATASETS.TRAIN and its AP, and the config."""
+    """The checkpoint of a config, what it is trained with, and its AP; and the config."""
     cfg = setup(args)
+    step = step_of(cfg, world_size(args.num_gpus, args.num_machines))
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED)
     model = load_model(cfg, resume=False)
     cfg_of_passes = with_precise_bn_batches(cfg)
     target = None if args.target is None else _target_batches(cfg_of_passes, args.target)
     batches = train_batches(cfg_of_passes)
-    of = AnyModel(model, batches, _call, score_of(cfg, Trainer.test), target)
-    return of, cfg
+    optimizer, score = Trainer.build_optimizer(cfg, model), score_of(cfg, Trainer.test)
+    return AnyModel(model, batches, _call, score, target, optimizer, step), cfg
 
 
 def _target_batches(cfg: CfgNode, name: str) -> Iterable[Any]:

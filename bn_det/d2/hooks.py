@@ -12,6 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
 from detectron2.engine import AMPTrainer, HookBase
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
+from detectron2.engine.hooks import PreciseBN as D2PreciseBN
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage, has_event_storage
 from detectron2.utils.logger import setup_logger
@@ -96,6 +97,12 @@ class LossSpikes(spikes.LossSpikes, HookBase):
 
 class Monitor(_BeforeSaving, monitor.Monitor, HookBase):
     """See :class:`bn_det.training.Monitor`."""
+
+    def before_train(self) -> None:
+        registered = getattr(self.trainer, "_hooks", [])
+        # Detectron2's moves the EMA, and then puts what it has found in its place.
+        self.expects_passes_between_steps = any(isinstance(h, D2PreciseBN) for h in registered)
+        super().before_train()
 
     def write(self, scalars: dict[str, float]) -> None:
         self.trainer.storage.put_scalars(smoothing_hint=False, **scalars)

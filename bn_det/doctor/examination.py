@@ -8,12 +8,13 @@ from itertools import chain, takewhile, tee
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from ..errors import InputError, check_positive
 from ..layers.comm import Group, process_group
 from ..layers.kinds import unwrapped
 from ..population.observation import population_layers
-from . import from_file, from_losses, from_model, from_passes, from_target
+from . import from_file, from_losses, from_model, from_passes, from_target, from_training
 from .blame import MOST_PARTS
 from .checkpoint import of_state
 from .evaluation import Score, try_treatments
@@ -21,6 +22,7 @@ from .findings import IN_CODE, Recompute, Report, check_rules, count, make_repor
 from .from_evaluation import EstimationShifts, accumulated, proposals
 from .from_losses import has_frozen, num_passes
 from .from_passes import Seen
+from .from_training import Step
 from .losses import Losses, others
 from .modes import in_mode
 from .prescriptions import KINDS, untried
@@ -39,6 +41,8 @@ def examine(
     *,
     call: Callable[[nn.Module, Any], Any] | None = None,
     target: Iterable[Any] | None = None,
+    optimizer: Optimizer | None = None,
+    step: Step | None = None,
     evaluate: bool = False,
     score: Score | None = None,
     treat: bool = False,
@@ -67,6 +71,8 @@ def examine(
             loss, or a dict of losses.
         target: batches of the images that the model is to be used on, where they are of another
             domain; as many of them as of ``batches`` are run in the same way.
+        optimizer: that is to train the model, of which the parameter groups are looked at.
+        step: what a step of it is of, where that is more than a batch of this process.
         evaluate: whether to compare losses; in one process.
         score: of a model in evaluation mode, in percent, such as its AP: higher is better.
             Treatments are judged by it; by the loss without it.
@@ -84,8 +90,8 @@ def examine(
 
     Raises:
         InputError: an argument is not accepted; a layer has seen NaN or infinity; there are no
-            batches, or the model reaches none of its BatchNorm layers; to evaluate, it gives no
-            loss, or there are several processes.
+            batches, or the model reaches none of its BatchNorm layers; the optimizer has none of
+            its parameters; to evaluate, it gives no loss, or there are several processes.
         Exception: what the model raises.
     """
     check_positive("num_iters", num_iters)
@@ -99,6 +105,8 @@ def examine(
     _check_values(model)
     checkpoint = of_state(model.state_dict())._replace(momenta=from_model.momenta(model))
     findings = [*from_file.findings_of(checkpoint, recompute), *from_model.findings_of(model)]
+    if optimizer is not None:
+        findings += from_training.of_optimizer(model, optimizer)
     if not checkpoint.layers or batches is None:
         findings = untried(findings, recompute)
     if not checkpoint.layers:
@@ -124,6 +132,7 @@ def examine(
         report = make_report(untried(findings, recompute), rules, "")
         return report._replace(verdict=f"{report.verdict}; nothing was seen on images: {e}")
     findings += from_passes.findings_of(seen, recompute)
+    findings += from_training.small_batches(seen.called, step or Step())
     on_target = []
     if has_target:
         of_target = _look_at_target(model, target, num_iters, call, group, told.bars)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..layers.folded import is_trained
 from .checkpoint import Checkpoint, Layer, read
 from .findings import Finding, Recompute, Report, check_rules, count, make_report
+from .from_training import MEND_PROBED, MEND_REPEATED
 from .prescriptions import untried
 from .rules import RULES
 
@@ -288,8 +289,7 @@ def counters(checkpoint: Checkpoint, recompute: Recompute) -> Iterator[Finding]:
         )
         treatment = "statistics for each level, in place of shared ones: bn_det.convert_batchnorm"
         if times <= 2:
-            treatment = "bn_det.unchanged_statistics(model) around what only looks, and ours in "
-            treatment += "place of torch's where activations are checkpointed"
+            treatment = f"{MEND_PROBED}; {MEND_REPEATED}"
         yield Finding("BN112", "warning", _named(layers), times, why, treatment)
 
 

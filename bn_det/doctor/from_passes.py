@@ -19,7 +19,7 @@ from ..layers.freeze import is_frozen
 from ..layers.moments import Moments
 from ..layers.sources import named_sources
 from ..population.estimate import Estimate
-from ..population.observation import Observed, Observer, population_layers
+from ..population.observation import Observed, Observer, PopulationLayer, population_layers
 from ..population.report import LayerReport
 from ..population.update import How, measure_statistics
 from .chance import FALSE_ALARMS, bound_of
@@ -40,6 +40,7 @@ class Seen(NamedTuple):
         sources: of layers whose images are of several sources that share statistics.
         estimates: of all layers, the frozen among them where these were looked at.
         frozen: names of those.
+        called: the layer of each place of statistics, and the samples of a call, on average.
     """
 
     num_batches: int
@@ -49,6 +50,7 @@ class Seen(NamedTuple):
     sources: dict[str, SourceShare]
     estimates: dict[str, Estimate]
     frozen: set[str]
+    called: dict[str, tuple[nn.Module, float]]
 
     @property
     def statistics(self) -> Values:
@@ -147,6 +149,11 @@ class _CallObserver(Observer):
         """The normalization batches that a layer has in a pass, at most."""
         return max(map(len, self.batches.get(name, [])), default=1)
 
+    def parts_a_pass(self, layer: PopulationLayer) -> int:
+        """In how many parts, calls and domains, its samples come."""
+        calls = self._usual_calls[layer.owner] if self._usual_calls else 1
+        return max(calls, 1) * len(layer.domains)
+
 
 def _of_each(passes: Sequence[Sequence[Moments]]) -> list[tuple[Tensor, Tensor]]:
     """Mean and variance of each of several batches a pass, over all passes."""
@@ -204,6 +211,7 @@ def look(
     fewest = min((of.num_batches for of in moving), default=0)
     bound = bound_of(fewest, 2 * max(len(moving), 1))
     by_level = observer.levels()
+    by_name = {layer.name: layer for layer in layers}
     shares = {name: share_of(passes) for name, passes in by_level.items()}
     return Seen(
         report.num_batches,
@@ -217,7 +225,14 @@ def look(
             if estimate is not None
         },
         {name for name, is_one in is_frozen_by.items() if is_one},
+        {of.name: _called(of, by_name[of.name], observer) for of in moving},
     )
+
+
+def _called(
+    of: LayerReport, layer: PopulationLayer, observer: _CallObserver
+) -> tuple[nn.Module, float]:
+    return layer.owner, of.num_samples / of.num_batches / observer.parts_a_pass(layer)
 
 
 def _measures(

@@ -1,7 +1,8 @@
 """The doctor's rules: what each finds and why that matters. Their ids stay.
 
 BN1xx are known from a file alone, BN2xx from passes over images or from steps of a training, BN3xx
-from losses, BN4xx from the modules of a model that is about to be trained.
+from losses, BN4xx from the modules of a model that is about to be trained, BN5xx from how it is
+trained: its optimizer, the batches of a step, and some steps.
 """
 
 from __future__ import annotations
@@ -398,5 +399,81 @@ RULES = {
         "Parts of two frameworks, or a layer that was converted without its arguments.",
         "Many models are made so on purpose.",
         "pytorch/vision 2599, 2169",
+    ),
+    "BN501": Rule(
+        "weight decay on norms",
+        "weight decay pulls weight and bias of BatchNorm towards 0",
+        "of weight decay",
+        "Weight or bias of a BatchNorm in a parameter group whose weight decay is above 0.",
+        "Recipes leave them out (Goyal et al., Accurate, Large Minibatch SGD, 2017, Sec. 5.1; "
+        "Detectron2 by SOLVER.WEIGHT_DECAY_NORM 0.0): their size is what the layer gives, while "
+        "that of the convolution before it does not matter. torch's optimizers decay all that "
+        "they are given.",
+        "Whether it hurts: Summers & Dinneen, Four Things Everyone Should Know to Improve Batch "
+        "Normalization, 2020, are about when it helps. It is a note for that reason.",
+        "pytorch/pytorch 1402, ultralytics/yolov3 469, ultralytics/yolov5 4104",
+    ),
+    "BN502": Rule(
+        "a normalization batch that is smaller than the SGD batch",
+        "normalization batches are of one or two samples",
+        "samples",
+        "Layers that normalize by 2 samples or fewer (images; RoIs in a RoI head) at a time, by "
+        "the batches seen, in the number of processes that the training has. Not ghost batches, "
+        "which are as small as somebody wants, batch renormalization, and what normalizes by its "
+        "population.",
+        "The batch that normalizes is that of one forward pass of one process (of all, with "
+        "SyncBN), however large the step of the optimizer is: neither more processes nor "
+        "accumulated gradients enlarge it. With 2 images BatchNorm had an error of 34.7 % on "
+        "ImageNet, with 32 of 23.6 % (Wu & He, Group Normalization, 2018, Table 2; Wu & Johnson, "
+        "Rethinking Batch in BatchNorm, Sec. 3).",
+        "What it costs here: a large map of an image has many values. With larger batches in the "
+        "examination than in training (and no word of that) it is not found.",
+        "open-mmlab/mmcv 1869, 2074, ultralytics/yolov5 1630, rwightman/efficientdet-pytorch 675, "
+        "dbolya/yolact 325, open-mmlab/mmdetection 3621",
+    ),
+    "BN503": Rule(
+        "an EMA that moves several times a step",
+        "the EMA moves more often than the optimizer steps",
+        "updates",
+        "Counters of batches that rise by more than one a step, and by what: recomputation in the "
+        "backward pass, a pass in training mode without gradients, several passes with gradients; "
+        "and those that rise between steps. Layers that one pass calls several times are BN202's. "
+        "Only the monitor of a training sees steps; in a file, BN112 compares counters.",
+        "A batch that counts twice gives an EMA of more noise, and other data (of validation, of "
+        "a probe) are in statistics that test time normalizes by. Several batches whose gradients "
+        "are accumulated do no harm to the EMA, and that is a note.",
+        "Layers that keep no counter, and models that are compiled. Passes that recompute "
+        "statistics in training mode on purpose, by other code than ours, look like an evaluation "
+        "that moves them.",
+        "pytorch/pytorch 96136, 62471, facebookresearch/fairscale 1035, jakc4103/DFQ 19, "
+        "ultralytics/ultralytics 17469, princeton-vl/pytorch_stacked_hourglass 44, "
+        "weecology/DeepForest 477",
+    ),
+    "BN504": Rule(
+        "an affine that the optimizer does not step once",
+        "the optimizer does not have the weight and bias of BatchNorm once",
+        "layers",
+        "Weight or bias of a BatchNorm that needs a gradient and is in no parameter group, or "
+        "stands in one several times.",
+        "What is in no group never learns; what stands there twice is stepped twice, with another "
+        "learning rate than the rest. Layers that were thawed or exchanged after the optimizer "
+        "was made have parameters that it does not know.",
+        "Another optimizer may have it. A teacher that is an average of weights is to be in none: "
+        "then its statistics are to be averaged, too, and not to move by themselves.",
+        "pytorch/pytorch 40967, qinenergy/corda 13, Eric-mingjie/network-slimming 18",
+    ),
+    "BN505": Rule(
+        "a mode that is left wrong",
+        "layers have not the mode that they are trained in",
+        "layers",
+        "Layers that are not frozen, in evaluation mode, and stand still in the steps of a "
+        "training: where they had moved before, or where the whole model is in evaluation mode. "
+        "And those that had stood still so, and move again. Only the monitor of a training sees "
+        "this; BN402 finds in a model what the next train() will undo.",
+        "An evaluation that does not call train() at its end leaves statistics as they are while "
+        "weights move on; a train() at the start of an epoch thaws what one eval() had frozen.",
+        "That somebody changes modes on purpose, in the midst of a training.",
+        "open-mmlab/mmcv 964, 2199, open-mmlab/mmaction2 1781, ultralytics/ultralytics 9391, "
+        "jfzhang95/pytorch-deeplab-xception 140",
     ),
 }

@@ -1,10 +1,11 @@
-"""How the calls of a layer in a pass differ: those of feature levels that share statistics."""
+"""The calls of layers in the passes of a step: how many, and how those in a pass differ."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,6 +22,18 @@ from ..layers.moments import Moments
 from ..population.observation import PopulationLayer
 
 
+class Calls(NamedTuple):
+    """In a step, by whether gradients are enabled around the pass of the model.
+
+    Attributes:
+        passes: of the model.
+        of_layers: by name.
+    """
+
+    passes: Counter[bool]
+    of_layers: Counter[tuple[str, bool]]
+
+
 class CallWatch:
     """Takes the moments of each call of some layers, while it watches.
 
@@ -29,9 +42,11 @@ class CallWatch:
     """
 
     def __init__(self) -> None:
+        self._calls: Calls | None = None
         self._handles: list[RemovableHandle] = []
         self._passes: dict[str, list[list[Moments]]] = {}
         self._num_passes = 0
+        self._has_gradients = True
 
     def start(self, model: nn.Module, places: Iterable[PopulationLayer]) -> None:
         """Watch until :meth:`stop`. Nothing in a compiled model, which would be compiled anew.
@@ -39,8 +54,9 @@ class CallWatch:
         Args:
             model: as it is called, whatever is around it.
         """
-        if any(map(_is_compiled, model.modules())):
+        if is_compiled(model):
             return
+        self._calls, self._has_gradients = Calls(Counter(), Counter()), True
         self._handles = [unwrapped(model).register_forward_pre_hook(self._begin_pass)]
         for place in places:
             if is_frozen(place.owner):  # which does without moments
@@ -51,12 +67,14 @@ class CallWatch:
                 handle = place.module.register_forward_pre_hook(partial(self._take_input, place))
             self._handles.append(handle)
 
-    def stop(self) -> None:
-        """The layers are as they were."""
+    def stop(self) -> Calls | None:
+        """Leave the layers as they were; the calls since the start, or None without one."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
         self._num_passes += 1
+        calls, self._calls = self._calls, None
+        return calls
 
     def shares(self) -> dict[str, Share]:
         """Of each layer that every pass has called as often, more than once."""
@@ -71,17 +89,27 @@ class CallWatch:
     def _begin_pass(self, *_: Any) -> None:
         if not in_backward_pass():
             self._num_passes += 1
+            # Not at the layers, which checkpointing may call without, in a pass that has some.
+            self._has_gradients = torch.is_grad_enabled()
+            self._calls.passes[self._has_gradients] += 1
 
     def _observe(
         self, place: PopulationLayer, population: _BatchNorm, batches: Sequence[Batch]
     ) -> None:
         seen = [batch.moments for batch in batches if batch.size > 0]
         if population is place.module and seen and not in_backward_pass():
+            self._count(place)
             self._add(place, Moments.merge(seen))
 
     def _take_input(self, place: PopulationLayer, module: nn.Module, inputs: tuple) -> None:
-        if module.training and inputs[0].numel() and not in_backward_pass():
+        if not module.training or in_backward_pass():
+            return
+        self._count(place)  # an empty one, too, as torch does
+        if inputs[0].numel():
             self._add(place, Moments.of(inputs[0]))
+
+    def _count(self, place: PopulationLayer) -> None:
+        self._calls.of_layers[place.name, self._has_gradients] += 1
 
     def _add(self, place: PopulationLayer, moments: Moments) -> None:
         passes = self._passes.setdefault(place.name, [])
@@ -89,5 +117,9 @@ class CallWatch:
         passes[self._num_passes].append(moments)
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    return isinstance(module, torch._dynamo.OptimizedModule) or bool(module._compiled_call_impl)
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a model is, or a part of it."""
+    return any(
+        isinstance(module, torch._dynamo.OptimizedModule) or bool(module._compiled_call_impl)
+        for module in model.modules()
+    )

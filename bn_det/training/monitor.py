@@ -18,14 +18,23 @@ from torch import Tensor, nn
 from ..doctor.chance import FALSE_ALARMS
 from ..doctor.findings import COSTS, Finding, count, furthest
 from ..doctor.from_passes import of_levels
+from ..doctor.from_training import (
+    Step,
+    Updates,
+    modes_left,
+    several_updates,
+    small_batches,
+    updates_without_step,
+)
 from ..doctor.rules import RULES
 from ..doctor.shares import Share
 from ..errors import InputError
-from ..layers.comm import all_gather, process_group
+from ..layers.comm import all_gather, process_group, world
 from ..layers.kinds import unwrapped
 from ..population.observation import PopulationLayer, places_with_statistics
-from .between_calls import CallWatch
+from .between_calls import Calls, CallWatch
 from .hooks import Hook
+from .in_steps import Look, SampleWatch, updates_in_steps
 from .movement import Moves, Snapshot, moves, updates_of
 
 logger = logging.getLogger(__name__)
@@ -68,6 +77,9 @@ class Monitor(Hook):
         InputError: it is less.
     """
 
+    expects_passes_between_steps = False
+    """Whether something runs the model in training mode between steps, on purpose."""
+
     def __init__(self, period: int = PERIOD) -> None:
         if period < 2:
             raise InputError(
@@ -77,19 +89,25 @@ class Monitor(Hook):
         self.period = period
         self._window: _Window | None = None
         self._called_often: set[nn.Module] | None = None
-        self._warned: set[str] = set()
+        self._samples: SampleWatch | None = None
+        self._earlier: Look | None = None
+        self._said: set[tuple[str, str]] = set()
 
     def before_step(self) -> None:
         left = self.period - 1 - self.trainer.iter % self.period
         if left < min(WINDOW, self.period):
             self._window = self._window or _Window(self.trainer.model)
             self._window.before_step(self._called_often)
+            if self._samples is None:  # of the first step that is looked at
+                self._samples = SampleWatch()
+                self._samples.start(self.trainer.model, self._window.places)
 
     def after_step(self) -> None:
         window = self._window
         if window is None:
             return
         window.after_step()
+        self._samples.stop()
         if self._called_often is None:
             self._called_often = window.called_often()
         if (self.trainer.iter + 1) % self.period == 0:
@@ -101,6 +119,7 @@ class Monitor(Hook):
     def after_train(self) -> None:
         if self._window is not None:  # that ends early, or with an error
             self._window.watch.stop()
+            self._samples.stop()
         places = places_with_statistics(unwrapped(self.trainer.model))
         with suppress(RuntimeError):  # where the device has failed, and the training with it
             if places:
@@ -131,12 +150,28 @@ class Monitor(Hook):
         num_looks = max(self.trainer.max_iter // self.period, 1)
         for finding in _findings(seen, num_looks, self.trainer.iter):
             self._warn(finding)
+        for finding in self._of_steps(window, seen):
+            self._warn(finding)
+
+    def _of_steps(self, window: _Window, seen: _Seen) -> Iterator[Finding | None]:
+        """What is known of the steps, whatever the values of statistics are."""
+        step = Step(world()[1], max(self._samples.passes, 1))
+        yield from small_batches(self._samples.called, step)
+        yield several_updates(window.several_updates())
+        look, earlier = window.look(self.trainer.iter, seen.moves), self._earlier
+        self._earlier = look
+        extra = look.extra_since(earlier)
+        if extra and not self.expects_passes_between_steps:
+            yield updates_without_step(extra)
+        is_evaluated = not unwrapped(self.trainer.model).training
+        yield from modes_left({} if earlier is None else earlier.modes, look.modes, is_evaluated)
 
     def _warn(self, of: Finding | None) -> None:
-        if of is None or of.rule in self._warned:
+        if of is None or (of.rule, of.severity) in self._said:
             return
-        self._warned.add(of.rule)
-        logger.warning(
+        self._said.add((of.rule, of.severity))
+        logger.log(
+            logging.INFO if of.severity == "note" else logging.WARNING,
             "%s at iteration %d: %s, in %s: %s; %s. More: tools/doctor.py --explain %s",
             *(of.rule, self.trainer.iter, RULES[of.rule].says, of.place, of.why, of.treatment),
             of.rule,
@@ -188,6 +223,7 @@ class _Window:
         self.watch = CallWatch()
         self._befores: list[Snapshot] = []
         self._afters: list[Snapshot] = []
+        self._calls: list[Calls | None] = []
 
     def before_step(self, watched: set[nn.Module] | None) -> None:
         self.watch.stop()  # of a step that has failed
@@ -199,9 +235,10 @@ class _Window:
             self.watch.start(self.model, of_watched)
 
     def after_step(self) -> None:
-        self.watch.stop()
+        calls = self.watch.stop()
         if self.places:
             self._afters.append(Snapshot.of(self.places))
+            self._calls.append(calls)
 
     def called_often(self) -> set[nn.Module]:
         """The layers whose EMA has been updated several times in a step."""
@@ -209,6 +246,15 @@ class _Window:
             return set()
         most = updates_of(self._befores, self._afters).amax(0).tolist()
         return {place.module for place, n in zip(self.places, most, strict=True) if n > 1}
+
+    def several_updates(self) -> dict[str, Updates]:
+        """Of the places that a step has updated several times."""
+        return updates_in_steps(self.places, self._befores, self._afters, self._calls)
+
+    def look(self, iteration: int, moves: Moves) -> Look:
+        """At counters and modes, after the last step."""
+        has_moved = (moves.steps > 0).tolist()
+        return Look.at(iteration, self.places, self._befores, self._afters, has_moved)
 
     def seen(self) -> _Seen:
         found, var = moves(self.places, self._befores, self._afters)

@@ -9,17 +9,20 @@ import torch
 from fvcore.common.config import CfgNode
 
 from ..commands.any_model import AnyModel
+from ..commands.launch import world_size
 from ..commands.results import score_of
 from ..commands.target import as_training
-from ..config.training import with_precise_bn_batches
+from ..config.training import step_of, with_precise_bn_batches
 from .recompute import train_batches
+from .solver import build_optimizer
 from .train import load_model, setup
 from .trainer import check_datasets, load_datasets, losses_of, shared_seed, test
 
 
 def load(args: argparse.Namespace) -> tuple[AnyModel, CfgNode]:
-    """The checkpoint of a config with batches of DATASETS.TRAIN and its AP, and the config."""
+    """The checkpoint of a config, what it is trained with, and its AP; and the config."""
     cfg = setup(args)
+    step = step_of(cfg, world_size(args.num_gpus, args.num_machines))
     check_datasets(cfg, "TRAIN")
     torch.manual_seed(shared_seed(cfg))
     model = load_model(cfg, resume=False)
@@ -27,7 +30,8 @@ def load(args: argparse.Namespace) -> tuple[AnyModel, CfgNode]:
     target = None if args.target is None else _target_batches(cfg_of_passes, args.target)
     batches = train_batches(cfg_of_passes)
     score = score_of(cfg, lambda cfg, model: test(cfg, model, load_datasets(cfg, "TEST")))
-    return AnyModel(model, batches, losses_of, score, target), cfg
+    optimizer = build_optimizer(cfg, model)
+    return AnyModel(model, batches, losses_of, score, target, optimizer, step), cfg
 
 
 def _target_batches(cfg: CfgNode, name: str) -> Iterable[list]:
