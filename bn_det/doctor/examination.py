@@ -12,11 +12,10 @@ from torch import nn
 from ..errors import InputError, check_positive, choose
 from ..layers.comm import Group, process_group
 from ..layers.kinds import unwrapped
-from . import from_file, from_losses, from_model, from_passes, from_target
+from . import from_evaluation, from_file, from_losses, from_model, from_passes, from_target
 from .checkpoint import of_state
 from .evaluation import Score, is_mended, try_statistics, with_gain
 from .findings import IN_CODE, Recompute, Report, count, make_report
-from .from_evaluation import EstimationShifts, accumulated, proposals
 from .from_passes import Seen
 from .losses import Losses, others, put
 from .rules import RULES
@@ -117,9 +116,8 @@ def examine(
         deque(takewhile(lambda _: len(held) < num_iters // 2, rest), maxlen=0)
         compared = from_losses.compare(Losses(model, call, held), seen)
         findings += from_losses.findings_of(compared, recompute)
-        estimation = EstimationShifts.of(compared.inputs)
-        in_evaluation = estimation.old
-        findings += [*accumulated(estimation, recompute), *proposals(compared.inputs)]
+        in_evaluation = from_evaluation.shifts(compared.inputs)
+        findings += from_evaluation.findings_of(in_evaluation, compared.inputs, recompute)
         tried = try_statistics(model, seen.statistics, compared, score)
         findings = with_gain(findings, tried, recompute)
         if treat and is_mended([of for of in findings if of.rule in rules]):
