@@ -14,12 +14,19 @@ from ..errors import InputError, check_positive
 from ..layers.comm import Group, process_group
 from ..layers.kinds import unwrapped
 from ..population.observation import population_layers
-from . import from_file, from_losses, from_model, from_passes, from_target, from_training
+from . import (
+    from_evaluation,
+    from_file,
+    from_losses,
+    from_model,
+    from_passes,
+    from_target,
+    from_training,
+)
 from .blame import MOST_PARTS
 from .checkpoint import of_state
 from .evaluation import Score, try_treatments
 from .findings import IN_CODE, Recompute, Report, check_rules, count, make_report
-from .from_evaluation import EstimationShifts, accumulated, proposals
 from .from_losses import has_frozen, num_passes
 from .from_passes import Seen
 from .from_training import Step
@@ -147,9 +154,8 @@ def examine(
         losses = Losses(model, call, held, told)
         compared = from_losses.compare(losses, seen)
         findings += from_losses.findings_of(compared, recompute)
-        estimation = EstimationShifts.of(compared.inputs)
-        in_evaluation = estimation.old
-        findings += [*accumulated(estimation, recompute), *proposals(compared.inputs)]
+        in_evaluation = from_evaluation.shifts(compared.inputs)
+        findings += from_evaluation.findings_of(in_evaluation, compared.inputs, recompute)
         if any(of.rule == "BN202" for of in findings):
             # Statistics of each level may be what its batch is better for.
             findings = [of for of in findings if of.rule != "BN303"]

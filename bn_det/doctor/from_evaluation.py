@@ -105,39 +105,33 @@ def _changed(of_training: Observed, detected: Observed) -> list[bool]:
     return [0 < b != a > 0 for a, b in pairs]
 
 
-class EstimationShifts(NamedTuple):
-    """How far population statistics are from those of what layers see in evaluation.
+def shifts(seen: Inputs) -> list[Shift]:
+    """How far the model's statistics are from those of what layers see in evaluation.
 
     The estimation shift of Huang et al., *Delving into the Estimation Shift of Batch Normalization
     in a Network*, CVPR 2022: a layer's own statistics are off, and so are those of the layers
     before it, which move its input. Chance is what the noise of an EMA in all layers does to it,
     measured with draws of it, and the standard error over the batches.
-
-    Attributes:
-        old: of the model's statistics, by layer in the order of the model.
-        new: of statistics of other batches.
     """
+    places, drawn = seen.old.places, [_vectors(run) for run in seen.noisy]
+    estimates, old, new = seen.old.estimates(), _vectors(seen.old), _vectors(seen.new)
+    # As if all channels were one: what a layer hands on moves them together.
+    bound = bound_of(len(seen.noisy) + 1, 2 * max(len(places), 1))
+    found = []
+    for k, (place, estimate) in enumerate(zip(places, estimates, strict=True)):
+        noisy = [run[k] for run in drawn]
+        if estimate is None or any(of is None for of in (old[k], new[k], *noisy)):
+            continue
+        noise = (torch.stack(noisy) - new[k]).square().mean((0, 2)).tolist()
+        errors = estimate.mean_error, estimate.var_error
+        chances = [(n + e**2) ** 0.5 for n, e in zip(noise, errors, strict=True)]
+        found.append(Shift(place.name, *_sizes(old[k]), *chances, bound))
+    return found
 
-    old: list[Shift]
-    new: list[Shift]
 
-    @classmethod
-    def of(cls, seen: Inputs) -> EstimationShifts:
-        places, drawn = seen.old.places, [_vectors(run) for run in seen.noisy]
-        estimates, old, new = seen.old.estimates(), _vectors(seen.old), _vectors(seen.new)
-        bound = bound_of(len(seen.noisy) + 1, 2 * max(len(places), 1))
-        shifts = cls([], [])
-        for k, (place, estimate) in enumerate(zip(places, estimates, strict=True)):
-            noisy = [run[k] for run in drawn]
-            if estimate is None or any(of is None for of in (old[k], new[k], *noisy)):
-                continue
-            noise = (torch.stack(noisy) - new[k]).square().mean((0, 2)).tolist()
-            errors = estimate.mean_error, estimate.var_error
-            chances = [(n + e**2) ** 0.5 for n, e in zip(noise, errors, strict=True)]
-            for found, off in ((shifts.old, old[k]), (shifts.new, new[k])):
-                size = off.square().mean(1).sqrt().tolist()
-                found.append(Shift(place.name, *size, *chances, bound))
-        return shifts
+def _sizes(off: Tensor) -> list[float]:
+    """Root mean squares over channels of mean and variance."""
+    return off.square().mean(1).sqrt().tolist()
 
 
 def _vectors(run: Watch) -> list[Tensor | None]:
@@ -154,40 +148,35 @@ def _vectors(run: Watch) -> list[Tensor | None]:
     return found
 
 
-def accumulated(of: EstimationShifts, recompute: Recompute) -> Iterator[Finding]:
+def findings_of(found: Sequence[Shift], seen: Inputs, recompute: Recompute) -> Iterator[Finding]:
+    """BN206 and BN207."""
+    yield from accumulated(found, seen, recompute)
+    yield from proposals(seen)
+
+
+def accumulated(found: Sequence[Shift], seen: Inputs, recompute: Recompute) -> Iterator[Finding]:
     """BN206."""
-    off = {shift.name: shift.worst for shift in of.old if shift.worst}
+    off = {of.name: of.worst for of in found if of.worst}
     if not off:
         return
     names, shift, chance = furthest(off)
-    third = max(len(of.old) // 3, 1)
-    first, last = (_root_mean_square(part) for part in (of.old[:third], of.old[-third:]))
-    left = next(new for new in of.new if new.name == names[0])
+    third = max(len(found) // 3, 1)
+    first, last = (_root_mean_square(part) for part in (found[:third], found[-third:]))
+    place = [place.name for place in seen.old.places].index(names[0])
+    left = max(_sizes(_vectors(seen.new)[place]))
     why = (
-        f"in evaluation the inputs of {len(off)} of {len(of.old)} layers have other statistics "
-        f"than those that normalize them, those of {names[0]} by {shift:.3g} (standard deviations "
-        "of the mean, or relative to the variance), where the noise of EMAs would make it "
+        f"in evaluation the inputs of {len(off)} of {len(found)} layers have other statistics than "
+        f"those that normalize them, those of {names[0]} by {shift:.3g} (standard deviations of "
+        "the mean, or relative to the variance), where the noise of EMAs would make it "
         f"{chance:.2g}; over depth it goes from {first:.2g} in the first third of the layers to "
-        f"{last:.2g} in the last; with recomputed statistics {_larger(left):.2g} of {names[0]}'s "
-        "is left"
+        f"{last:.2g} in the last; with recomputed statistics {left:.2g} of {names[0]}'s is left"
     )
     severity = "warning" if shift >= COSTS else "note"
-    treatment = _BATCH_FREE if left.worst else recompute.usual
-    yield Finding("BN206", severity, names, shift, why, treatment, chance)
+    yield Finding("BN206", severity, names, shift, why, recompute.usual, chance)
 
 
-_BATCH_FREE = (
-    "in training, not in the file: a larger normalization batch, or GN in place of one BatchNorm "
-    "of each block, which stops what accumulates (Huang et al.)"
-)
-
-
-def _larger(of: Shift) -> float:
-    return max(of.mean_shift, of.var_shift)
-
-
-def _root_mean_square(shifts: Sequence[Shift]) -> float:
-    return (sum(_larger(of) ** 2 for of in shifts) / len(shifts)) ** 0.5
+def _root_mean_square(found: Sequence[Shift]) -> float:
+    return (sum(max(of.mean_shift, of.var_shift) ** 2 for of in found) / len(found)) ** 0.5
 
 
 def proposals(seen: Inputs) -> Iterator[Finding]:
@@ -247,6 +236,5 @@ def _paired(
     off = torch.where(units > 0, (tested - sampled) / units, 0.0)
     if not off.isfinite().all():
         return None
-    shift = off.mean(0).square().mean(1).sqrt().tolist()
     errors = (off.var(0) / len(off)).mean(1).sqrt().tolist()
-    return Shift(name, *shift, *errors, bound)
+    return Shift(name, *_sizes(off.mean(0)), *errors, bound)

@@ -140,8 +140,9 @@ class _CallObserver(Observer):
         if len(passes) < 2:
             return of.mean_error * math.sqrt(of.num_batches)
         fewest = min(map(len, passes))
-        _, means, variances = stacked([batches[:fewest] for batches in passes])
-        var = variances.mean(0)
+        counts, means, variances = stacked([batches[:fewest] for batches in passes])
+        unbiased = counts / (counts - 1).clamp(min=1)
+        var = (unbiased.unsqueeze(2) * variances).mean(0)
         ratios = torch.where(var > 0, means.var(0) / var, 0.0)
         return float(ratios.mean(1).max().sqrt())
 

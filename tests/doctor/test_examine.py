@@ -12,7 +12,7 @@ from torchvision.models.detection import retinanet_resnet50_fpn
 
 import bn_det
 from bn_det import DomainBatchNorm2d, examine
-from bn_det.doctor.shares import share_of
+from bn_det.doctor.shares import between_sources, share_of
 from bn_det.errors import InputError
 from bn_det.layers.moments import Moments
 
@@ -126,11 +126,114 @@ def test_levels_that_differ_and_share_statistics():
     assert "per_domain" in finding.treatment
 
 
+def test_levels_that_one_layer_normalizes_each_by_itself():
+    """As called once for each: statistics are not shared in training, and are at test time."""
+    norm = DomainBatchNorm2d(3, 3, statistics="per_domain", population="shared")
+    once = trained(Levels(norm, 0.5))
+    often = trained(Levels(nn.BatchNorm2d(3), 0.5))
+    findings = [
+        next(of for of in examine(head, batches()).findings if of.rule == "BN202")
+        for head in (once, often)
+    ]
+    assert findings[0].value == pytest.approx(findings[1].value, rel=1e-5)
+    assert findings[0].severity == findings[1].severity and "3 times" in findings[0].why
+
+
 def test_levels_that_do_not_differ_or_do_not_share():
     assert "BN202" not in rules(examine(trained(Levels(nn.BatchNorm2d(3), 0.0)), batches()))
     for choices in ({"population": "per_domain"}, {"statistics": "shared", "population": "shared"}):
         head = trained(Levels(DomainBatchNorm2d(3, 3, **choices), 0.5))
         assert rules(examine(head, batches())) == []
+
+
+def of_two_sources(offset, mixed):
+    """Batches with the sources of their images; those of source 1 are brighter."""
+    generator = torch.Generator().manual_seed(3)
+    found = []
+    for k in range(32):
+        sources = [j % 2 if mixed else k % 2 for j in range(8)]
+        x = torch.randn(8, 3, 6, 6, generator=generator)
+        found.append((x + offset * torch.tensor(sources).view(-1, 1, 1, 1), sources))
+    return found
+
+
+def call_with_sources(model, batch):
+    images, sources = batch
+    with bn_det.image_sources(sources):
+        return model(images)
+
+
+@pytest.mark.parametrize("mixed, severity", [(False, "warning"), (True, "note")])
+def test_sources_that_share_statistics(mixed, severity):
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    report = examine(model, of_two_sources(2.0, mixed), call=call_with_sources)
+    (finding,) = [of for of in report.findings if of.rule == "BN202"]
+    # Their means are 1 from the mean of both, and their variances 1.
+    assert finding.value == pytest.approx(0.5, abs=0.02) and finding.severity == severity
+    assert "2 sources of images" in finding.why and "SourceBatchNorm2d" in finding.treatment
+    own = nn.Sequential(bn_det.SourceBatchNorm2d(3, 2))
+    for batches, net in ((of_two_sources(0.0, mixed), model), (of_two_sources(2.0, mixed), own)):
+        report = examine(net, batches, call=call_with_sources)
+        assert "BN202" not in [of.rule for of in report.findings]
+
+
+def test_the_share_between_sources():
+    """Against all values at once, and the jackknife's error against what varies."""
+
+    def drawn(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return [
+            [torch.randn(40, 2, generator=generator, dtype=torch.float64) + k for k in range(2)]
+            for _ in range(20)
+        ]
+
+    found = []
+    for seed in range(60):
+        values = drawn(seed)
+        of_sources = [torch.cat(of) for of in zip(*values, strict=True)]
+        means = torch.stack([of.mean(0) for of in of_sources])
+        between = means.var(0, correction=0)
+        plain = (between / torch.cat(of_sources).var(0, correction=0)).mean()
+        share, error = between_sources([[Moments.of(x) for x in of] for of in values])
+        assert share == pytest.approx(float(plain), abs=error)
+        found.append((share, error))
+    shares, errors = torch.tensor(found).T
+    assert float(errors.mean()) == pytest.approx(float(shares.std()), rel=0.3)
+
+
+def flat(images, number=32):
+    """Batches of images, each of one brightness: as many independent values as images."""
+    generator = torch.Generator().manual_seed(4)
+    return [
+        torch.randn(images, 3, 1, 1, generator=generator).expand(-1, -1, 7, 7)
+        for _ in range(number)
+    ]
+
+
+def test_noise_of_a_normalization_batch():
+    data = flat(4)
+    (finding,) = [of for of in examine(nn.BatchNorm2d(3), data).findings if of.rule == "BN203"]
+    means = torch.stack([x.mean((0, 2, 3)) for x in data])
+    variances = torch.stack([x.transpose(0, 1).flatten(1).var(1) for x in data])
+    noise = (means.var(0) / variances.mean(0)).mean()
+    assert finding.severity == "note"
+    assert finding.value == pytest.approx(float(1 / noise), rel=1e-3)
+    # Of 4 images, whose variance in a batch lacks that of its mean.
+    assert finding.value == pytest.approx(3, abs=2 * finding.standard_error)
+
+
+@pytest.mark.parametrize(
+    "norm, data, is_noisy",
+    [
+        (nn.BatchNorm2d(3), flat(32), False),
+        (nn.BatchNorm2d(3), [torch.randn(4, 3, 7, 7) for _ in range(32)], False),
+        (bn_det.BatchNorm2d(3, ghost_size=2), flat(32), True),
+    ],
+)
+def test_what_a_normalization_batch_is(norm, data, is_noisy):
+    report = examine(norm, data)
+    assert ("BN203" in [of.rule for of in report.findings]) == is_noisy
+    assert report.layers[0].calls == (16 if is_noisy else 1)
 
 
 def of_modules(model):
@@ -147,9 +250,21 @@ def test_frozen_by_half(model):
     assert of_modules(model) == {}
 
 
+def test_a_part_whose_weights_do_not_train():
+    """Its layers have no affine that would say so."""
+    part = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, affine=False))
+    model = nn.Sequential(part, nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    assert "BN401" not in of_modules(model)
+    part.requires_grad_(False)
+    assert of_modules(model)["BN401"].where == ("0.1",)
+    assert "BN401" not in of_modules(model.eval())
+
+
 def test_evaluation_mode_that_is_undone(model):
     model.train()[4].eval()
     assert of_modules(model)["BN402"].where == ("4",)
+    around = nn.ModuleDict({"part": model.eval(), "head": nn.BatchNorm2d(16).train()})
+    assert around.training and of_modules(around)["BN402"].where == ("part.1", "part.4")
     assert of_modules(model.train()) == of_modules(model.eval()) == {}
 
 
