@@ -372,15 +372,16 @@ def noisy(seen: Seen) -> Iterator[Finding]:
         degrees = seen.estimates[of.name].num_batches - 1
         # By how much a variance is overestimated by chance, as if its channels were one.
         bound = float(chi2.isf(FALSE_ALARMS / tests, degrees)) / degrees if degrees else math.inf
-        if of.noise**2 > bound / ENOUGH:
-            few[of.name] = (of.noise**-2, of.noise**-2 * math.sqrt(2 / degrees))
+        if of.noise**2 > bound / (ENOUGH - 1):
+            # The variance in a batch lacks that of its mean: by one of the values.
+            few[of.name] = (1 + of.noise**-2, of.noise**-2 * math.sqrt(2 / degrees))
     if few:
         names = tuple(sorted(few, key=lambda name: few[name]))
         fewest, error = few[names[0]]
         why = (
             f"{len(few)} of {len(seen.layers)} layers have a normalization batch whose mean varies "
             f"as that of fewer than {ENOUGH} independent values, {names[0]} as that of "
-            f"{fewest:.2g}: by {fewest**-0.5:.2g} standard deviations from batch to batch"
+            f"{fewest:.2g}: by {(fewest - 1) ** -0.5:.2g} standard deviations from batch to batch"
         )
         treatment = (
             "more images in a normalization batch: SyncBN over processes, or more on each; where "

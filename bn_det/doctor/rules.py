@@ -239,10 +239,11 @@ RULES = {
         "noise of a normalization batch",
         "a normalization batch has few independent values",
         "independent values",
-        "1 / noise^2, where noise is the standard deviation of the mean of a normalization batch "
-        "from batch to batch, in standard deviations of the values: the number of independent "
-        "values whose mean would vary as much. Those of a map are not independent, so that it is "
-        "less than there are values. Fewer than 16 are a note, where chance does not explain it.",
+        "1 + 1 / noise^2, where noise is the standard deviation of the mean of a normalization "
+        "batch from batch to batch, in standard deviations of the values in one: the number of "
+        "independent values whose mean would vary as much. Those of a map are not independent, so "
+        "that it is less than there are values. Fewer than 16 are a note, where chance does not "
+        "explain it.",
         "Training sees its values through that noise, and test time does not. Images that are "
         "independent count as one value each at least, so fewer than 16 values are of fewer than "
         "16 images; down to these BatchNorm is as good as with more, and worse below (Wu & He, "

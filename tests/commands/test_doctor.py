@@ -51,7 +51,7 @@ def test_table_and_exit_status(broken):
 
 def test_json(broken):
     found = json.loads(doctor(broken, "--format", "json").stdout)
-    assert set(found) == {"verdict", "findings", "layers", "tried"}
+    assert set(found) == {"verdict", "findings", "layers", "tried", "in_evaluation", "on_target"}
     first, *_ = found["findings"]
     assert first["rule"] == "BN107" and first["severity"] == "error" and first["where"] == ["1"]
     assert set(first) == {
@@ -97,6 +97,9 @@ def batches():
     torch.manual_seed(1)
     return [{"image": torch.randn(4, 3, 5, 5)} for k in range(9)]
 
+def dark():
+    return [{"image": batch["image"] / 3 - 2} for batch in batches()]
+
 def call(model, batch):
     return model(batch["image"])
 """
@@ -115,6 +118,26 @@ def test_a_model_of_another_project(tmp_path, monkeypatch):
     (finding,) = json.loads(done.stdout)["findings"]
     assert finding["rule"] == "BN201" and finding["where"] == ["1"]
     assert finding["value"] > 5 and finding["standard_error"] > 0
+    target = "--target", "a_project:dark"
+    done = doctor("model.pth", *flags, *target, "--select", "BN205", "--format", "json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    (finding,) = found["findings"]
+    assert finding["where"] == ["1"] and [of["name"] for of in found["on_target"]] == ["1"]
+    # The command that it names adapts to the target.
+    command = finding["treatment"].removeprefix("untried: python ").partition(" takes ")[0]
+    script, *arguments = shlex.split(command)
+    done = run_here(script, *arguments)
+    assert done.returncode == 0, done.stderr
+    adapted = torch.load("adapted.pth", weights_only=True)["state_dict"]["1.running_mean"]
+    images = torch.cat([batch["image"] for batch in a_project().dark()])
+    expected = model[0](images).mean((0, 2, 3))
+    torch.testing.assert_close(adapted, expected.detach(), atol=1e-5, rtol=1e-4)
+
+
+def a_project():
+    """The module, which the command has imported."""
+    return sys.modules["a_project"]
 
 
 LOSSES = """
@@ -193,11 +216,15 @@ def test_a_config(host, tiny_shapes, tmp_path):
     done = doctor(
         *("--host", host, "--num-iters", 5, "--config-file", BASE, *small, "--evaluate"),
         *("MODEL.WEIGHTS", tmp_path / "model.pth", "OUTPUT_DIR", tmp_path / "run"),
-        *("--format", "json"),
+        *("--format", "json", "--target", "tiny_val"),
     )
     assert done.returncode == 3, done.stderr
-    tried = json.loads(done.stdout)["tried"]
+    found = json.loads(done.stdout)
+    tried = found["tried"]
     assert {of["measure"] for of in tried} == {"AP"} and not any(of["kept"] for of in tried)
+    names = [of["name"] for of in found["layers"]]
+    for part in ("in_evaluation", "on_target"):
+        assert [of["name"] for of in found[part]] == names, part
     assert not (tmp_path / "run" / "inference").exists()
 
 
@@ -253,6 +280,7 @@ def test_list_and_explain():
         (["model.pth", "--select", "BN9"], "--select: there is no rule 'BN9'"),
         (["model.pth", "--part", "ema"], "--part: 'ema' is not accepted"),
         (["model.pth", "--evaluate"], "--evaluate: is not accepted with a file alone"),
+        (["model.pth", "--target", "a:b"], "--target: is not accepted with a file alone"),
         (["model.pth", "--treat", "new.pth"], "--treat: is not accepted with a file alone"),
         (
             ["model.pth", "--model", "json:loads", "--data", "json:dumps", "--treat", "model.pth"],

@@ -217,9 +217,8 @@ def test_noise_of_a_normalization_batch():
     variances = torch.stack([x.transpose(0, 1).flatten(1).var(1) for x in data])
     noise = (means.var(0) / variances.mean(0)).mean()
     assert finding.severity == "note"
-    assert finding.value == pytest.approx(float(1 / noise), rel=1e-3)
-    # Of 4 images, whose variance in a batch lacks that of its mean.
-    assert finding.value == pytest.approx(3, abs=2 * finding.standard_error)
+    assert finding.value == pytest.approx(float(1 + 1 / noise), rel=1e-3)
+    assert finding.value == pytest.approx(4, abs=2 * finding.standard_error)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """What layers see where population statistics normalize: estimation shift, and proposals."""
 
+import argparse
 import copy
+from itertools import islice
 
 import pytest
 import torch
@@ -8,6 +10,13 @@ from torch import nn
 
 import bn_det
 from bn_det import examine
+from bn_det.commands.cli import import_host
+from bn_det.doctor.from_evaluation import Inputs, Watch, detections, proposal_shifts
+from bn_det.doctor.losses import Losses
+from bn_det.layers.moments import Moments
+from bn_det.population.observation import population_layers
+from hosts import build_model, every_host, make_cfg
+from reference import BASE, RCNN, norm_opts
 
 
 def deep(norm=nn.BatchNorm2d):
@@ -173,3 +182,32 @@ def test_a_model_that_fails_in_evaluation():
         report = examine(model, bright_corners(), call=call, evaluate=True)
         assert ("BN207" in [of.rule for of in report.findings]) == found
         assert not model.training
+
+
+@every_host
+def test_proposals_of_a_detector(host, tiny_shapes, tmp_path, one_thread):
+    """In the box head alone, on the same images, test time's proposals are seen; and the target."""
+    small = [*tiny_shapes, "SOLVER.IMS_PER_BATCH", "2", "OUTPUT_DIR", str(tmp_path)]
+    small += [*RCNN, *norm_opts("BN"), "MODEL.MASK_ON", "False", "DATASETS.TEST", "()"]
+    model = build_model(host, make_cfg(host, BASE, *small))
+    torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
+    weights = ["MODEL.WEIGHTS", str(tmp_path / "model.pth"), "MODEL.DEVICE", "cpu"]
+    args = argparse.Namespace(
+        config_file=BASE, opts=[*small, *weights], target="tiny_val",
+        eval_only=True, resume=False, num_gpus=1, num_machines=1,
+    )  # fmt: skip
+    of, _ = import_host(host, "doctor").load(args)
+    losses = Losses(of.model, of.call, list(islice(of.batches, 2)))
+    trained = Watch(of.model, population_layers(of.model.train()))
+    losses.of(trained)
+    detected = detections(losses, trained)
+    heads = [place.name for place in trained.places if "box_head" in place.name]
+    assert [of.name for of in proposal_shifts(Inputs(trained, trained, [], detected))] == heads
+    for k, place in enumerate(trained.places):
+        for a, b in zip(trained.passes, detected.passes, strict=True):
+            if place.name in heads:
+                assert a.samples[k] == 64 and 64 < b.samples[k] <= 100
+            else:
+                torch.testing.assert_close(Moments.merge(a.batches[k]), Moments.merge(b.batches[k]))
+    assert len(list(islice(of.target, 3))) == 3
+    assert of.model.training
