@@ -3,6 +3,7 @@
 from .examination import examine
 from .findings import SEVERITIES, Finding, Report
 from .from_file import examine_file
+from .from_training import Step
 from .page import html_page
 from .rules import RULES, Rule
 from .sarif import sarif_log
@@ -13,6 +14,7 @@ __all__ = [
     "Finding",
     "Report",
     "Rule",
+    "Step",
     "examine",
     "examine_file",
     "html_page",

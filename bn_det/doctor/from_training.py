@@ -22,8 +22,7 @@ Group Normalization, 2018, Table 2).
 """
 
 
-MEND_PROBED = "bn_det.unchanged_statistics(model) around what only looks, or model.eval() before it"
-"""A forward pass in training mode that no step belongs to."""
+MEND_PROBED = "bn_det.no_population_update(model) around what only looks, or model.eval() before it"
 
 MEND_REPEATED = (
     "BatchNorm of ours where activations are checkpointed, which knows recomputations "
@@ -125,23 +124,24 @@ def small_batches(called: Mapping[str, tuple[nn.Module, float]], step: Step) -> 
     Args:
         called: by name, a layer in training mode, and the samples that it is called with at a time.
     """
-    sizes = {
-        name: samples * step.share * (step.processes if is_synchronized(layer) else 1)
-        for name, (layer, samples) in called.items()
-        if by_whole_batch(layer)
-    }
-    few = {name: size for name, size in sizes.items() if size <= FEW}
+    few = {}
+    for name, (layer, samples) in called.items():
+        processes = step.processes if is_synchronized(layer) else 1
+        size = samples * step.share * processes
+        if size <= FEW and by_whole_batch(layer):
+            few[name] = (size, processes)
     if not few:
         return
-    names = tuple(sorted(few, key=lambda name: few[name]))
-    least = few[names[0]]
-    times = step.processes * step.batches
-    of_step = f", where a step of the optimizer has {times} such batches" if times > 1 else ""
+    names = tuple(sorted(few, key=few.get))
+    least, processes = few[names[0]]
+    times = step.processes * step.batches // processes
+    of_step = f", where a step of the optimizer has {times} of these" if times > 1 else ""
     why = (
-        f"{count(len(few), 'layer')} normalize by {count(round(least), 'sample')} at a time"
-        f"{of_step}: their statistics are noise, in training, and others at test time"
+        f"the normalization batch of {count(len(few), 'layer')} is of "
+        f"{count(round(least), 'sample')}{of_step}: statistics of so few vary from batch to batch, "
+        "and test time has others"
     )
-    sync = "SyncBN, or " if step.processes > 1 else ""
+    sync = "SyncBN, or " if step.processes > processes else ""
     treatment = (
         f"{sync}more images a process, FrozenBN (bn_det.freeze), BRN or GN as NORM; accumulated "
         "gradients do not enlarge a normalization batch"

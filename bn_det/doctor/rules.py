@@ -465,7 +465,7 @@ RULES = {
     ),
     "BN505": Rule(
         "a mode that is left wrong",
-        "layers have not the mode that they are trained in",
+        "layers are in a mode that was left wrong",
         "layers",
         "Layers that are not frozen, in evaluation mode, and stand still in the steps of a "
         "training: where they had moved before, or where the whole model is in evaluation mode. "

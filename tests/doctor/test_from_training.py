@@ -125,7 +125,7 @@ def test_small_batches(model):
     assert small(model, 3) is None
     finding = small(model, 2)
     assert finding.severity == "warning" and finding.where == ("1", "4", "5")
-    assert finding.value == 2 and "normalize by 2 samples at a time: " in finding.why
+    assert finding.value == 2 and "3 layers is of 2 samples: " in finding.why
     assert "SyncBN" not in finding.treatment and "GN" in finding.treatment
     bn_det.freeze(model, ["1", "4"])
     assert small(model, 1).where == ("5",) and small(model, 1).value == 1
@@ -137,7 +137,7 @@ def test_a_step_of_several_batches(model):
     """Neither processes nor accumulation help; what is normalized over processes is as large."""
     step = Step(processes=8, batches=4)
     finding = small(model, 2, step=step)
-    assert "where a step of the optimizer has 32 such batches" in finding.why
+    assert "of 2 samples, where a step of the optimizer has 32 of these: " in finding.why
     assert finding.treatment.startswith("SyncBN, or ")
     assert small(model, 8, step=step) is None
     assert small(model, 8, step=step._replace(share=0.25)).value == 2
@@ -145,6 +145,9 @@ def test_a_step_of_several_batches(model):
     model[1] = nn.SyncBatchNorm(8)
     assert small(model[:5], 2, step=step) is None
     assert small(model, 2, step=step).where == ("5",)
+    finding = small(model[:5], 1, step=Step(processes=2, batches=3))
+    assert finding.where == ("1", "4") and finding.value == 2
+    assert "has 3 of these" in finding.why and not finding.treatment.startswith("SyncBN")
 
 
 @pytest.mark.parametrize(
