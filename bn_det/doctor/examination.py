@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import chain, takewhile, tee
 from typing import Any
 
@@ -26,7 +26,17 @@ from . import (
 from .blame import MOST_PARTS
 from .checkpoint import of_state
 from .evaluation import Score, try_treatments
-from .findings import IN_CODE, Recompute, Report, check_rules, count, make_report
+from .findings import (
+    IN_CODE,
+    Finding,
+    Recompute,
+    Report,
+    Shift,
+    Tried,
+    check_rules,
+    count,
+    make_report,
+)
 from .from_losses import has_frozen, num_passes
 from .from_passes import Seen
 from .from_training import Step
@@ -103,7 +113,6 @@ def examine(
     """
     check_positive("num_iters", num_iters)
     check_rules(rules)
-    told = Told(progress)
     if target is not None and batches is None:
         raise InputError("target: batches of a target are not accepted without batches of a source")
     if evaluate := evaluate or treat:
@@ -114,68 +123,121 @@ def examine(
     findings = [*from_file.findings_of(checkpoint, recompute), *from_model.findings_of(model)]
     if optimizer is not None:
         findings += from_training.of_optimizer(model, optimizer)
-    if not checkpoint.layers or batches is None:
-        findings = untried(findings, recompute)
     if not checkpoint.layers:
-        return make_report(findings, rules, "the model has no BatchNorm with population statistics")
+        healthy = "the model has no BatchNorm with population statistics"
+        return make_report(untried(findings, recompute), rules, healthy)
     if batches is None:
-        number = count(len(checkpoint.layers), "BatchNorm layer")
-        return make_report(findings, rules, f"nothing is wrong with the state of its {number}")
-    has_target = target is not None
-    held: list[Any] = []
-    rest = others(batches, held) if evaluate else batches
-    again: Iterable[Any] = ()
-    if evaluate and has_frozen(model):
-        rest, again = tee(rest)
-    price = _price(model, num_iters, evaluate, score, has_target)
+        healthy = f"nothing is wrong with the state of its {_layers(len(checkpoint.layers))}"
+        return make_report(untried(findings, recompute), rules, healthy)
+    told = Told(progress)
+    examination = _Examination(model, num_iters, call, group, told, recompute, findings)
+    images = _Images(batches, evaluate, evaluate and has_frozen(model))
+    price = _price(model, num_iters, evaluate, score, target is not None)
     told.line(str(price))
     try:
-        of_passes = told.passes(rest, price)
-        seen = from_passes.look(model, of_passes, num_iters, call, group, told.bars, has_target)
+        seen = examination.look(told.passes(images.rest, price), frozen=target is not None)
     except InputError as e:
         # Weights that are not finite give no statistics: what the state shows is the answer.
         if not any(of.severity == "error" for of in findings):
             raise
         report = make_report(untried(findings, recompute), rules, "")
         return report._replace(verdict=f"{report.verdict}; nothing was seen on images: {e}")
-    findings += from_passes.findings_of(seen, recompute)
-    findings += from_training.small_batches(seen.called, step or Step())
-    on_target = []
-    if has_target:
-        of_target = _look_at_target(model, target, num_iters, call, group, told.bars)
-        on_target = from_target.shifts(seen, of_target)
-        findings += from_target.findings_of(on_target, seen.frozen, recompute)
+    examination.of_passes(seen, step or Step())
+    on_target = [] if target is None else examination.on_target(seen, target)
     tried, in_evaluation = [], []
-    if not evaluate:
-        findings = untried(findings, recompute)
+    if evaluate:
+        tried, in_evaluation = examination.evaluated(seen, images, score, rules, treat)
     else:
-        # The passes take none where all layers are frozen.
-        deque(takewhile(lambda _: len(held) < num_iters // 2, rest), maxlen=0)
-        losses = Losses(model, call, held, told)
-        compared = from_losses.compare(losses, seen)
-        findings += from_losses.findings_of(compared, recompute)
-        in_evaluation = from_evaluation.shifts(compared.inputs)
-        findings += from_evaluation.findings_of(in_evaluation, compared.inputs, recompute)
-        if any(of.rule == "BN202" for of in findings):
-            # Statistics of each level may be what its batch is better for.
-            findings = [of for of in findings if of.rule != "BN303"]
-        findings = [of for of in findings if of.rule in rules]
-        passes = Passes(call, again, num_iters, told.bars)
-        findings, tried = try_treatments(
-            findings, seen, compared, losses, passes, score, recompute, treat
-        )
+        examination.findings = untried(examination.findings, recompute)
     healthy = _healthy(seen, len(checkpoint.layers))
-    report = make_report(findings, rules, healthy, seen.layers, tried)
+    report = make_report(examination.findings, rules, healthy, seen.layers, tried)
     return report._replace(in_evaluation=in_evaluation, on_target=on_target)
 
 
-def _look_at_target(
-    model: nn.Module, target: Iterable[Any], num_iters: int, *how: Any
-) -> from_passes.Seen:
-    try:
-        return from_passes.look(model, target, num_iters, *how, frozen=True)
-    except InputError as e:
-        raise InputError(f"target: {e}") from e
+class _Images:
+    """The batches of an examination.
+
+    Attributes:
+        rest: that are looked at.
+        again: the same once more, where they are asked to be held.
+    """
+
+    def __init__(self, batches: Iterable[Any], evaluate: bool, twice: bool) -> None:
+        self._held: list[Any] = []
+        self.rest: Iterator[Any] = others(batches, self._held) if evaluate else iter(batches)
+        self.again: Iterable[Any] = ()
+        if twice:
+            self.rest, self.again = tee(self.rest)
+
+    def held(self, number: int) -> list[Any]:
+        """So many of those apart; the passes take none where all layers are frozen."""
+        deque(takewhile(lambda _: len(self._held) < number, self.rest), maxlen=0)
+        return self._held
+
+
+class _Examination:
+    """The steps of an examination on images, which add to the findings."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_iters: int,
+        call: Callable[[nn.Module, Any], Any] | None,
+        group: Group,
+        told: Told,
+        recompute: Recompute,
+        findings: list[Finding],
+    ) -> None:
+        self.model, self.num_iters, self.call, self.group = model, num_iters, call, group
+        self.told, self.recompute, self.findings = told, recompute, findings
+
+    def look(self, batches: Iterable[Any], frozen: bool) -> Seen:
+        how = self.num_iters, self.call, self.group, self.told.bars
+        return from_passes.look(self.model, batches, *how, frozen)
+
+    def of_passes(self, seen: Seen, step: Step) -> None:
+        self.findings += from_passes.findings_of(seen, self.recompute)
+        self.findings += from_training.small_batches(seen.called, step)
+
+    def on_target(self, seen: Seen, target: Iterable[Any]) -> list[Shift]:
+        try:
+            of_target = self.look(target, frozen=True)
+        except InputError as e:
+            raise InputError(f"target: {e}") from e
+        shifts = from_target.shifts(seen, of_target)
+        self.findings += from_target.findings_of(shifts, seen.frozen, self.recompute)
+        return shifts
+
+    def evaluated(
+        self,
+        seen: Seen,
+        images: _Images,
+        score: Score | None,
+        rules: Collection[str],
+        keep: bool,
+    ) -> tuple[list[Tried], list[Shift]]:
+        """What treatments have brought, and how far statistics are off in evaluation mode.
+
+        Args:
+            keep: whether to leave the model with the treatment that helps most.
+        """
+        losses = Losses(self.model, self.call, images.held(self.num_iters // 2), self.told)
+        compared = from_losses.compare(losses, seen)
+        shifts = from_evaluation.shifts(compared.inputs)
+        found = [
+            *self.findings,
+            *from_losses.findings_of(compared, self.recompute),
+            *from_evaluation.findings_of(shifts, compared.inputs, self.recompute),
+        ]
+        if any(of.rule == "BN202" for of in found):
+            # Statistics of each level may be what its batch is better for.
+            found = [of for of in found if of.rule != "BN303"]
+        found = [of for of in found if of.rule in rules]
+        passes = Passes(self.call, images.again, self.num_iters, self.told.bars)
+        self.findings, tried = try_treatments(
+            found, seen, compared, losses, passes, score, self.recompute, keep
+        )
+        return tried, shifts
 
 
 def _check_values(model: nn.Module) -> None:
@@ -199,7 +261,8 @@ def _price(
     return price._replace(
         held=num_iters // 2,
         passes=num_passes(model),
-        more=2 * MOST_PARTS * moving + (len(KINDS) - 1) * (score is None),
+        # One of RoIs, which the model may not have.
+        more=1 + 2 * MOST_PARTS * moving + (len(KINDS) - 1) * (score is None),
         again=num_iters * has_frozen(model),
         has_score=score is not None,
     )
@@ -216,11 +279,14 @@ def _check_evaluation(batches: Iterable[Any] | None, num_iters: int, group: Grou
         raise InputError("evaluate: True is not accepted in several processes; call it in one")
 
 
+def _layers(number: int) -> str:
+    return count(number, "BatchNorm layer")
+
+
 def _healthy(seen: Seen, num_layers: int) -> str:
-    number = count(num_layers, "BatchNorm layer")
     if not seen.layers:
-        return f"nothing is wrong with the state of its {number}"
+        return f"nothing is wrong with the state of its {_layers(num_layers)}"
     return (
-        f"nothing is wrong with its {number}: the statistics of {len(seen.layers)}, which are not "
-        f"frozen, fit the weights, on {seen.num_batches} batches"
+        f"nothing is wrong with its {_layers(num_layers)}: the statistics of {len(seen.layers)}, "
+        f"which are not frozen, fit the weights, on {seen.num_batches} batches"
     )
