@@ -178,8 +178,8 @@ def of_levels(off: Mapping[str, tuple[float, float]], calls: Mapping[str, int]) 
     """
     names, share, error = furthest(off)
     why = (
-        f"{count(len(off), 'layer')} called for several levels ({names[0]} {calls[names[0]]} "
-        "times a pass), each normalized by its own batch, and at test time all by the same "
+        f"{count(len(off), 'layer')} called several times a pass ({names[0]} {calls[names[0]]} "
+        "times), each level normalized by its own batch, and at test time all by the same "
         f"statistics: {100 * share:.0f} % of {names[0]}'s variance lie between the levels"
     )
     treatment = (
