@@ -51,8 +51,10 @@ class Watch:
 
     def estimates(self) -> list[Estimate | None]:
         """Of each place; None where it was not used, or has seen what is not finite."""
+        if not self.places:
+            return []
         channels = [len(mean) for mean, _ in self.statistics]
-        device = self.statistics[0][0].device if self.statistics else None
+        device = self.statistics[0][0].device
         sums = Accumulator(channels, "mean_of_batch_variances", device)
         for seen in self.passes:
             finite = sums.add(seen.batches)
@@ -88,6 +90,8 @@ def detections(losses: Losses, trained: Watch) -> Watch | None:
     """
     model = losses.model
     watch = Watch(model, trained.places)
+    if not trained.places:
+        return None
     for batch, of_training in zip(losses.batches, trained.passes, strict=True):
         # What makes a loss of its output may well fail, after the model has run.
         with torch.no_grad(), put_back(model), suppress(Exception):

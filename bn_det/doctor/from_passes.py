@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from statistics import mode
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..layers import DomainBatchNorm2d
 from ..layers.comm import Group, process_group
 from ..layers.freeze import is_frozen
-from ..layers.moments import Moments
-from ..layers.sources import named_sources
 from ..population.estimate import Estimate
-from ..population.observation import Observed, Observer, PopulationLayer, population_layers
+from ..population.observation import PopulationLayer, population_layers
 from ..population.report import LayerReport
 from ..population.update import How, measure_statistics
+from .calls import CallObserver, SourceShare, of_each
 from .chance import FALSE_ALARMS, bound_of
 from .findings import COSTS, IN_CODE, Finding, Measures, Recompute, count, furthest
 from .losses import Values
 from .modes import in_mode
-from .shares import Share, between_sources, share_of, stacked
+from .shares import Share, share_of
 
 
 class Seen(NamedTuple):
@@ -62,124 +57,6 @@ class Seen(NamedTuple):
         }
 
 
-class SourceShare(NamedTuple):
-    """Attributes:
-    sources: their number.
-    share: of a layer's variance, what lies between them.
-    error: its standard error.
-    is_mixed: whether any batch was of several.
-    """
-
-    sources: int
-    share: float
-    error: float
-    is_mixed: bool
-
-
-class _CallObserver(Observer):
-    """Also keeps what layers see in each call, and of each source of images.
-
-    Attributes:
-        batches: of each layer that has several normalization batches a pass, these of each pass.
-        sources: of each layer, in each pass, what it sees of each source.
-    """
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args, thaw=False)
-        self.batches: dict[str, list[list[Moments]]] = {}
-        self.sources: dict[str, list[dict[int, list[Moments]]]] = {}
-
-    def run(self, inputs: Any, observed: Observed) -> None:
-        super().run(inputs, observed)
-        for layer, batches in zip(self.layers, observed.batches, strict=True):
-            if len(batches) > 1:
-                self.batches.setdefault(layer.name, []).append(batches)
-
-    def _install(self, *args: Any) -> None:
-        super()._install(*args)
-        for layer in self.layers:
-            if not isinstance(layer.owner, DomainBatchNorm2d):
-                passes = self.sources.setdefault(layer.name, [])
-                passes.append({})
-                layer.owner.register_forward_pre_hook(partial(_take_by_source, passes[-1]))
-
-    def levels(self) -> dict[str, list[list[Moments]]]:
-        """Of layers whose batches share statistics, and differ in what they are of: these batches.
-
-        Of each pass that has as many of them as is usual; two passes at least.
-        """
-        found = {}
-        for layer in self.layers:
-            passes = self.batches.get(layer.name, [])
-            if len(layer.domains) == 1:
-                # Not several normalization batches of one call, which differ by chance alone.
-                usual = (self._usual_calls or {}).get(layer.owner)
-            else:
-                usual = mode(map(len, passes)) if passes and _are_apart(layer.owner) else None
-            passes = [of for of in passes if len(of) == usual]
-            if len(passes) > 1:
-                found[layer.name] = passes
-        return found
-
-    def shares_of_sources(self) -> dict[str, SourceShare]:
-        """Of layers that have seen each of several sources in two passes at least."""
-        found = {}
-        for name, passes in self.sources.items():
-            numbers = Counter(source for of in passes for source in of)
-            known = sorted(source for source, number in numbers.items() if number > 1)
-            merged = [[Moments.merge(of[k]) if k in of else None for k in known] for of in passes]
-            seen = [of for of in merged if any(of)]
-            if len(known) > 1:
-                is_mixed = any(sum(m is not None for m in of) > 1 for of in seen)
-                found[name] = SourceShare(len(known), *between_sources(seen), is_mixed)
-        return found
-
-    def noise(self, of: LayerReport) -> float:
-        """By how much the mean of a normalization batch varies, in standard deviations."""
-        passes = self.batches.get(of.name, [])
-        if len(passes) < 2:
-            return of.mean_error * math.sqrt(of.num_batches)
-        fewest = min(map(len, passes))
-        counts, means, variances = stacked([batches[:fewest] for batches in passes])
-        unbiased = counts / (counts - 1).clamp(min=1)
-        var = (unbiased.unsqueeze(2) * variances).mean(0)
-        ratios = torch.where(var > 0, means.var(0) / var, 0.0)
-        return float(ratios.mean(1).max().sqrt())
-
-    def calls(self, name: str) -> int:
-        """The normalization batches that a layer has in a pass, at most."""
-        return max(map(len, self.batches.get(name, [])), default=1)
-
-    def parts_a_pass(self, layer: PopulationLayer) -> int:
-        """In how many parts, calls and domains, its samples come."""
-        calls = self._usual_calls[layer.owner] if self._usual_calls else 1
-        return max(calls, 1) * len(layer.domains)
-
-
-def _of_each(passes: Sequence[Sequence[Moments]]) -> list[tuple[Tensor, Tensor]]:
-    """Mean and variance of each of several batches a pass, over all passes."""
-    merged = [Moments.merge(of_one) for of_one in zip(*passes, strict=True)]
-    return [(of.mean.double(), of.var.double()) for of in merged]
-
-
-def _are_apart(owner: nn.Module) -> bool:
-    """Whether each domain of a layer is a normalization batch by itself, in training."""
-    return owner.statistics == "per_domain" and owner.ghost_size is None
-
-
-def _take_by_source(seen: dict[int, list[Moments]], _: nn.Module, inputs: tuple) -> None:
-    """For a layer whose samples are the images, of sources that are named."""
-    sources = named_sources()
-    known = sorted({source for source in sources if source is not None})
-    if not known or not torch.is_tensor(inputs[0]) or len(inputs[0]) != len(sources):
-        return
-    for source in known:
-        of_source = torch.tensor([k for k, s in enumerate(sources) if s == source])
-        x = inputs[0][of_source.to(inputs[0].device)]
-        if x.numel():
-            seen.setdefault(source, []).append(Moments.of(x))
-
-
 def look(
     model: nn.Module,
     batches: Iterable[Any],
@@ -200,7 +77,7 @@ def look(
     with in_mode(model, training=True):
         # Statistics of frozen ones are constants that the weights have been trained with.
         layers = population_layers(model, frozen)
-        observer = _CallObserver(partial(call, model) if call else model, model, layers)
+        observer = CallObserver(partial(call, model) if call else model, model, layers)
         # What an EMA estimates is the mean of the batches' variances.
         how = How(num_iters, "mean_of_batch_variances", 0.0, True, process_group(group))
         found, report = measure_statistics(observer, batches, how, progress)
@@ -218,7 +95,7 @@ def look(
         report.num_batches,
         [_measures(of, momenta[of.name], bound, observer, shares) for of in moving],
         shares,
-        {name: _of_each(passes) for name, passes in by_level.items()},
+        {name: of_each(passes) for name, passes in by_level.items()},
         observer.shares_of_sources(),
         {
             layer.name: estimate
@@ -231,7 +108,7 @@ def look(
 
 
 def _called(
-    of: LayerReport, layer: PopulationLayer, observer: _CallObserver
+    of: LayerReport, layer: PopulationLayer, observer: CallObserver
 ) -> tuple[nn.Module, float]:
     return layer.owner, of.num_samples / of.num_batches / observer.parts_a_pass(layer)
 
@@ -240,7 +117,7 @@ def _measures(
     of: LayerReport,
     momentum: float | None,
     bound: float,
-    observer: _CallObserver,
+    observer: CallObserver,
     shares: Mapping[str, Share],
 ) -> Measures:
     chances = [_chance(of, error, momentum) for error in (of.mean_error, of.var_error)]
@@ -316,8 +193,8 @@ def of_levels(off: Mapping[str, tuple[float, float]], calls: Mapping[str, int]) 
     """
     names, share, error = furthest(off)
     why = (
-        f"{count(len(off), 'layer')} called for several levels ({names[0]} {calls[names[0]]} "
-        "times a pass), each normalized by its own batch, and at test time all by the same "
+        f"{count(len(off), 'layer')} called several times a pass ({names[0]} {calls[names[0]]} "
+        "times), each level normalized by its own batch, and at test time all by the same "
         f"statistics: {100 * share:.0f} % of {names[0]}'s variance lie between the levels"
     )
     return Finding("BN202", "warning", names, share, why, IN_CODE.per_level, error)

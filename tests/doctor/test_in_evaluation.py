@@ -86,6 +86,10 @@ def test_a_healthy_model():
     report = examine(model, batches(), call=loss, evaluate=True)
     assert_same(report, model, batches())
     assert [of.rule for of in report.findings] == []
+    # An EMA's noise in the layers before it adds to that of a layer's own.
+    own = {of.name: of.var_chance for of in report.layers}
+    ratios = [of.var_chance / own[of.name] for of in report.in_evaluation]
+    assert ratios == sorted(ratios) and ratios[-1] > 2 * ratios[0]
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, bn_det.BatchNorm2d])
@@ -142,7 +146,9 @@ def of_crops(model, data=None):
 def test_proposals_of_test_time():
     torch.manual_seed(0)
     model = of_crops(TwoStages())
-    report = examine(model, bright_corners(), call=loss, evaluate=True)
+    report = examine(model.train(), bright_corners(), call=loss, evaluate=True)
+    assert model.training
+    model.eval()
     (finding,) = [of for of in report.findings if of.rule == "BN207"]
     assert finding.where == ("head.1",) and "--adabn" in finding.treatment
     assert "head.1 32 a batch and not the 8 " in finding.why

@@ -92,7 +92,9 @@ def test_levels_that_differ(kind, caplog):
     torch.manual_seed(0)
     trainer = still(MODELS[kind](), 96, Monitor(16)).train()
     (message,) = warnings_of(caplog)
-    assert message.startswith("BN202 at iteration 15: levels that differ share one set of statist")
+    assert message.startswith(
+        "BN202 at iteration 15: levels or sources that differ share one set of statist"
+    )
     assert "in norm: 1 layer called several times a pass (norm 3 times)" in message
     assert message.endswith("More: tools/doctor.py --explain BN202")
     model = MODELS["levels of torch"]()
