@@ -108,8 +108,8 @@ RULES = {
         "of the start's values",
         "(1 - m)^n for n batches counted, with torch's default m of 0.1, from 0.01 up.",
         "An EMA begins at mean 0 and variance 1 and forgets that by the momentum m of each batch.",
-        "The momentum is in no file: with m 0.01 as much is left after ten times as many batches. "
-        "Statistics that were recomputed may have no counter of theirs.",
+        "The momentum is in no file (a model has it): with m 0.01 as much is left after ten times "
+        "as many batches. Statistics that were recomputed may have no counter of theirs.",
         "tensorflow/models 4367, uber/ludwig 328",
     ),
     "BN107": Rule(
@@ -223,8 +223,9 @@ RULES = {
         "levels that share statistics",
         "levels that differ share one set of statistics",
         "of the variance between calls",
-        "Layers that are called several times a pass, such as those of a head that levels share: "
-        "the share of their variance that lies between the calls and not in them.",
+        "Layers that are called several times a pass, or with several levels that are normalized "
+        "each by itself: the share of their variance that lies between the calls, or the levels, "
+        "and not in them.",
         "In training each call is normalized by its own batch, at test time all by one EMA, which "
         "fits none (Wu & Johnson, Sec. 5.2).",
         "A layer that normalizes all levels together has one batch a pass, and is not meant.",
