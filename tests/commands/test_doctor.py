@@ -273,10 +273,11 @@ def test_what_cannot_be_examined_gets_one_line(args, words, broken, monkeypatch)
 
 
 @every_host
-def test_levels_get_statistics_of_their_own(host, tiny_shapes, tmp_path):
+def test_levels_get_statistics_of_their_own(host, tiny_shapes, tmp_path, caplog):
     """The written checkpoint is of the config with the KEY VALUE that the verdict names."""
     shared = *tiny_shapes, "MODEL.RETINANET.BN.POPULATION", "shared", "DATASETS.TEST", "()"
-    small = *shared, "SOLVER.IMS_PER_BATCH", "2"
+    size = "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MAX_SIZE_TRAIN", "64"
+    small = *shared, *size, "SOLVER.IMS_PER_BATCH", "2"
     model = build_model(host, make_cfg(host, BASE, *small))
     for name, buffer in model.named_buffers():
         if name.endswith("num_batches_tracked"):
@@ -294,15 +295,16 @@ def test_levels_get_statistics_of_their_own(host, tiny_shapes, tmp_path):
     command = [
         *("--host", host, "--num-iters", 12, "--config-file", BASE, "MODEL.DEVICE", "cpu"),
         *("OUTPUT_DIR", tmp_path / "run", "--format", "json", "--select", "BN202"),
+        *("--fail-on", "never"),
     ]
     weights = "MODEL.WEIGHTS", tmp_path / "model.pth"
     done = doctor(*command, *small, *weights, "--treat", tmp_path / "mended.pth")
-    assert done.returncode == 3, done.stderr
+    assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     needs = "; its config needs MODEL.RETINANET.BN.POPULATION per_domain from then on"
     assert found["verdict"].endswith(needs)
     assert [of["kept"] for of in found["tried"]] == [False, True], found["tried"]
-    assert "to look: 12 batches, a forward pass each; to evaluate: 6 batches more" in done.stderr
+    assert "to look: 12 batches, a forward pass each; to evaluate: 6 batches more" in caplog.text
     mended = torch.load(tmp_path / "mended.pth", weights_only=True)["model"]
     key = "MODEL.RETINANET.BN.POPULATION", "per_domain"
     build_model(host, make_cfg(host, BASE, *small, *key)).load_state_dict(mended)
