@@ -180,10 +180,8 @@ def write_mended(loaded: Loaded, report: Report, output: str) -> None:
         content = loaded.content(loaded.of.model.state_dict())
         save_with_table(content, report.as_dict(), output)
     else:
-        names = ", ".join(of.name for of in report.tried) or "nothing"
-        print(
-            f"--treat: {output} is not written: tried were {names}, and none of it mends anything"
-        )
+        tried = "; ".join(map(str, report.tried)) or "nothing"
+        print(f"--treat: {output} is not written: nothing mends it of what was tried: {tried}")
 
 
 def _refuse_unread(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

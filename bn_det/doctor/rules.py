@@ -109,8 +109,8 @@ RULES = {
         "of the start's values",
         "(1 - m)^n for n batches counted, with torch's default m of 0.1, from 0.01 up.",
         "An EMA begins at mean 0 and variance 1 and forgets that by the momentum m of each batch.",
-        "The momentum is in no file: with m 0.01 as much is left after ten times as many batches. "
-        "Statistics that were recomputed may have no counter of theirs.",
+        "The momentum is in no file (a model has it): with m 0.01 as much is left after ten times "
+        "as many batches. Statistics that were recomputed may have no counter of theirs.",
         "tensorflow/models 4367, uber/ludwig 328",
     ),
     "BN107": Rule(

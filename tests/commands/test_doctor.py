@@ -298,3 +298,41 @@ def test_what_cannot_be_examined_gets_one_line(args, words, broken, monkeypatch)
     done = doctor(*args)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: ") and words in done.stderr
+
+
+@every_host
+def test_levels_get_statistics_of_their_own(host, tiny_shapes, tmp_path, caplog):
+    """The written checkpoint is of the config with the KEY VALUE that the verdict names."""
+    shared = *tiny_shapes, "MODEL.RETINANET.BN.POPULATION", "shared", "DATASETS.TEST", "()"
+    size = "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MAX_SIZE_TRAIN", "64"
+    small = *shared, *size, "SOLVER.IMS_PER_BATCH", "2"
+    model = build_model(host, make_cfg(host, BASE, *small))
+    for name, buffer in model.named_buffers():
+        if name.endswith("num_batches_tracked"):
+            buffer += 1000
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # One level differs from the others, and what is normalized well is called background.
+            if name.endswith(("fpn_output4.norm.bias", "fpn.layer_blocks.1.1.bias")):
+                parameter += 6
+            if name.endswith(("cls_score.weight", "cls_logits.weight")):
+                parameter.fill_(-0.01)
+            if name.endswith(("cls_score.bias", "cls_logits.bias")):
+                parameter.zero_()
+    torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
+    command = [
+        *("--host", host, "--num-iters", 12, "--config-file", BASE, "MODEL.DEVICE", "cpu"),
+        *("OUTPUT_DIR", tmp_path / "run", "--format", "json", "--select", "BN202"),
+        *("--fail-on", "never"),
+    ]
+    weights = "MODEL.WEIGHTS", tmp_path / "model.pth"
+    done = doctor(*command, *small, *weights, "--treat", tmp_path / "mended.pth")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    needs = "; its config needs MODEL.RETINANET.BN.POPULATION per_domain from then on"
+    assert found["verdict"].endswith(needs)
+    assert [of["kept"] for of in found["tried"]] == [False, True], found["tried"]
+    assert "to look: 12 batches, a forward pass each; to evaluate: 6 batches more" in caplog.text
+    mended = torch.load(tmp_path / "mended.pth", weights_only=True)["model"]
+    key = "MODEL.RETINANET.BN.POPULATION", "per_domain"
+    build_model(host, make_cfg(host, BASE, *small, *key)).load_state_dict(mended)

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bn_det.doctor import RULES, Finding, html_page
-from bn_det.doctor.findings import Measures, make_report
+from bn_det.doctor.findings import Measures, Tried, make_report
 
 HOSTILE = "x<script>alert(1)</script>\"'&\0\ud800\u202e"
 VOID = {"meta", "br", "wbr", "rect", "line"}
@@ -117,19 +117,47 @@ def test_the_headline(severities, worst, said):
 
 def test_the_findings():
     findings = [
-        finding(standard_error=0.1, where=tuple("abcde"), gain=12.34),
-        finding("BN111", "note", (), treatment="other"),
+        finding(standard_error=0.1, where=tuple("abcde"), gain=12.34, measure="AP"),
+        finding("BN111", "note", (), treatment="other", untried="it may harm"),
         finding("BN202", "warning"),
     ]
     reader = Reader(page_of(findings))
     header, first, second, third = reader.texts("tr")
     assert header.replace("\n", "") == "RuleWhereHow muchGainWhy, and what mends it"
     assert first.startswith("error BN201stale statisticsabcand 2 morede2 ± 0.1 standard deviations")
-    assert "+12.3" in first and "What it cannot tell" + RULES["BN201"].limits in first
+    assert "+12.3 AP" in first and "What it cannot tell" + RULES["BN201"].limits in first
     assert second.startswith("warning BN202") and "Mended as above" in second
-    assert third.startswith("note BN111dead channelsthe file")
+    assert third.startswith("note BN111dead channelsthe file") and "Untried: it may harm." in third
     assert reader.texts("pre") == ["mend it", "mend it", "other"]
     assert "Gain" not in Reader(page_of([finding()])).texts("tr")[0]
+    of_loss = Reader(page_of([finding(gain=0.5, measure="loss")])).texts("tr")[1]
+    assert "-0.5 loss" in of_loss
+
+
+def test_an_untried_treatment_of_the_headline():
+    reader = Reader(page_of([finding(untried="it may harm")]))
+    assert reader.texts("h1") == ["statistics do not fit the weights, in norm (BN201)"]
+    assert reader.texts("header")[0].endswith("Untried: it may harm.mend it")
+
+
+def test_the_treatments():
+    tried = [
+        Tried("recomputed", ("BN201",), "AP", 20.4, 48.58, 28.18, None, True, False, ""),
+        Tried("per level", ("BN202",), "AP", 20.4, 50.0, 29.6, None, True, True, HOSTILE),
+    ]
+    report = make_report([finding(gain=28.18, measure="AP")], RULES, "well", (), tried)
+    reader = Reader(html_page(report, "model.pth"))
+    *_, first, second = reader.texts("tr")
+    assert first == "recomputed20.448.58+28.2 AP"
+    assert second == f"per level20.450+29.6 APKept. {HOSTILE}".replace("\0", "\ufffd").replace(
+        "\ud800", "\ufffd"
+    )
+    assert "TreatmentAP beforeAfterGain" in [
+        text.replace("\n", "") for text in reader.texts("thead")
+    ]
+    of_loss = tried[0]._replace(measure="loss", standard_error=0.25, gain=1.5)
+    page = html_page(make_report([finding()], RULES, "well", (), [of_loss]), "model.pth")
+    assert "-1.5 ± 0.2 loss" in Reader(page).texts("tr")[-1]
 
 
 def test_bars_are_as_long_as_values_are_large():

@@ -10,7 +10,7 @@ from bn_det.doctor.findings import make_report
 
 FINDINGS = [
     Finding("BN111", "note", ("a",), 3.0, "seen", "mend it"),
-    Finding("BN201", "error", ("b", "c"), 2.0, "seen", "mend it", 0.5, 12.0),
+    Finding("BN201", "error", ("b", "c"), 2.0, "seen", "mend it", 0.5, 12.0, "AP"),
     Finding("BN201", "warning", ("d",), math.inf, "seen", "mend it"),
     Finding("BN113", "warning", (), None, "seen", "mend it"),
 ]
@@ -46,7 +46,8 @@ def test_results():
     assert [of["level"] for of in results] == ["error", "warning", "warning", "note"]
     assert all(rules[of["ruleIndex"]] == of["ruleId"] for of in results)
     assert results[0]["message"]["text"] == "seen. Mend: mend it"
-    assert results[0]["properties"] == {"value": 2.0, "standardError": 0.5, "gain": 12.0}
+    properties = {"value": 2.0, "standardError": 0.5, "gain": 12.0, "gainMeasure": "AP"}
+    assert results[0]["properties"] == properties
     assert results[2]["properties"] == {}  # JSON has no infinity
     places = [[one.get("logicalLocations") for one in of["locations"]] for of in results]
     assert places == [
@@ -65,7 +66,7 @@ def test_results():
 def test_healthy():
     run = run_of([])
     assert run["results"] == run["tool"]["driver"]["rules"] == []
-    assert run["properties"] == {"verdict": "all is well"}
+    assert run["properties"] == {"verdict": "all is well", "tried": []}
 
 
 @pytest.mark.parametrize(
