@@ -12,6 +12,7 @@ from bn_det import BatchNorm2d, DomainBatchNorm2d, SourceBatchNorm2d, image_sour
 from bn_det.config.parts import LEVEL_PARTS, PARTS
 from bn_det.config.table import OTHER_WEIGHTS, head_comment
 from bn_det.data import CategoryBatches, builtin_sources
+from bn_det.doctor.from_training import of_optimizer
 from bn_det.errors import InputError
 from bn_det.layers.shuffle import is_shuffled
 from bn_det.training.agc import AdaptiveGradientClipping
@@ -85,6 +86,7 @@ def test_config(row, host, tiny_shapes, tmp_path, monkeypatch):
     cfg = make_cfg(host, CONFIGS / row.path, *options(row, host, tiny_shapes, tmp_path))
     trainer = make_trainer(host, cfg)
     check_schedule(row, trainer)
+    assert list(of_optimizer(trainer.model, trainer.optimizer)) == []
     check_hooks(row, trainer._hooks)
     images = check_step(row, trainer, parts_of(host, trainer.model), monkeypatch)
     check_inference(row, host, cfg, trainer.model, images)

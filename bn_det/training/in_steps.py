@@ -59,7 +59,8 @@ class SampleWatch:
         is_ours = isinstance(owner, DomainBatchNorm2d)
         sizes = owner.num_samples(x) if is_ours else [len(x)]
         most = max(sizes[k] for k in place.domains)
-        if owner.training:
+        # Extra images (virtual_batch) are in a normalization batch, too.
+        if owner.training and not getattr(owner, "_extensions", None):
             _, before = self.called.get(place.name, (owner, 0))
             self.called[place.name] = owner, max(before, most)
 

@@ -228,6 +228,32 @@ def test_a_config(host, tiny_shapes, tmp_path):
     assert not (tmp_path / "run" / "inference").exists()
 
 
+@every_host
+def test_how_a_config_trains(host, tiny_shapes, tmp_path):
+    """By the optimizer that the host makes of it, and in processes that are not started."""
+    small = *tiny_shapes, "MODEL.DEVICE", "cpu", "SOLVER.IMS_PER_BATCH", "4"
+    model = build_model(host, make_cfg(host, BASE, *small))
+    torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
+
+    def found(*args):
+        done = doctor(
+            *("--host", host, "--num-iters", 2, "--config-file", BASE, *small, "--select", "BN5"),
+            *("MODEL.WEIGHTS", tmp_path / "model.pth", "OUTPUT_DIR", tmp_path / "run"),
+            *("INPUT.MIN_SIZE_TRAIN", "(64,)", "--format", "json", *args),
+        )
+        assert done.returncode == 0, done.stderr
+        return {of["rule"]: of for of in json.loads(done.stdout)["findings"]}
+
+    # Whatever the batches are that are examined.
+    assert found("TEST.PRECISE_BN.IMS_PER_BATCH", 2) == {}
+    of_two = found("--num-gpus", 2, "SOLVER.ACCUMULATE", 3, "SOLVER.WEIGHT_DECAY_NORM", 1e-4)
+    assert of_two.keys() == {"BN501", "BN502"} and of_two["BN501"]["value"] == 1e-4
+    assert of_two["BN502"]["value"] == 2 and "has 6 of these" in of_two["BN502"]["why"]
+    more = "MODEL.WEIGHTS", tmp_path / "model.pth", "--num-gpus", 3
+    done = doctor("--host", host, "--config-file", BASE, *small, *more)
+    assert done.returncode == 1 and "SOLVER.IMS_PER_BATCH: 4 is not accepted" in done.stderr
+
+
 @pytest.mark.parametrize("flags", ["--list", "--explain BN101"])
 def test_in_front_of_what_reads_nothing(flags):
     """As head does, once it has what it wanted: of many lines and of few."""
@@ -265,6 +291,7 @@ def test_list_and_explain():
             ["model.pth", "--num-iters", "9"],
             "--num-iters: is not accepted with a file alone, which",
         ),
+        (["model.pth", "--num-gpus", "2"], "--num-gpus: is not accepted with a file alone, which"),
         (
             ["model.pth", "--model", "a:b", "--host", "torchvision"],
             "--host: is not accepted with --m",

@@ -109,3 +109,20 @@ def test_lazy_config(tiny_shapes, tmp_path):
     run_as_the_tool_does(lazy, evaluate=False)
     found = metrics(tmp_path)
     assert found.keys() == {1, 3} and found[3]["bn_monitor/noise"] > 0
+
+
+def test_beside_detectron2s_precise_bn(tiny_shapes, tmp_path, caplog):
+    """Which runs the model in training mode between steps, and is meant to."""
+    opts = (
+        "TEST.PRECISE_BN.ENABLED",
+        "True",
+        "TEST.PRECISE_BN.NUM_ITER",
+        "2",
+        "TEST.EVAL_PERIOD",
+        "2",
+    )
+    trainer = build(tiny_shapes, tmp_path / "run", Stock, *opts, "MODEL.RETINANET.NORM", "")
+    trainer.train()
+    layer = trainer.model.backbone.bottom_up.stem.conv1.norm
+    assert int(layer.num_batches_tracked) > 4
+    assert not [m for r in caplog.records if (m := r.getMessage()).startswith("BN503")]

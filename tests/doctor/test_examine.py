@@ -265,6 +265,9 @@ def test_evaluation_mode_that_is_undone(model):
     around = nn.ModuleDict({"part": model.eval(), "head": nn.BatchNorm2d(16).train()})
     assert around.training and of_modules(around)["BN402"].where == ("part.1", "part.4")
     assert of_modules(model.train()) == of_modules(model.eval()) == {}
+    whole = nn.Sequential(model, nn.BatchNorm2d(16)).train()
+    whole[0].eval()  # all of a part, down to the layers
+    assert of_modules(whole)["BN402"].where == ("0.1", "0.4")
 
 
 @pytest.mark.parametrize("momentum", [0.9, 0.99, 0.0])
