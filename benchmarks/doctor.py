@@ -22,6 +22,7 @@ their forward passes.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import logging
 import statistics
@@ -206,13 +207,13 @@ def _shown(figure: tuple[float | None, float, str]) -> str:
 
 
 def seconds_of_file(size_mb: float, rounds: int = 3) -> float:
-    """The fewest that it takes to examine a file of about that size, of a ResNet's layers."""
-    layer = {"weight": 512 * 512 * 9, "norm": 512}
-    number = max(1, round(size_mb * 1e6 / (4 * (layer["weight"] + 4 * layer["norm"]))))
+    """The fewest that it takes to examine a file of convolutions and norms of that size."""
+    channels = 256
+    number = round(size_mb * 1e6 / (4 * channels * (9 * channels + 4)))
     state: dict[str, torch.Tensor] = {}
     for k in range(number):
-        state[f"{k}.conv.weight"] = torch.randn(512, 512, 3, 3)
-        norm = nn.BatchNorm2d(512)
+        state[f"{k}.conv.weight"] = torch.randn(channels, channels, 3, 3)
+        norm = nn.BatchNorm2d(channels)
         for name, value in norm.state_dict().items():
             state[f"{k}.bn.{name}"] = value + (torch.rand_like(value) if value.dim() else 1000)
     with tempfile.TemporaryDirectory() as folder:
@@ -293,7 +294,9 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", choices=KINDS, default=list(KINDS), metavar="MODEL")
+    has_detectron2 = importlib.util.find_spec("detectron2") is not None
+    models = [name for name in KINDS if has_detectron2 or not name.startswith("d2")]
+    parser.add_argument("--models", nargs="+", choices=models, default=models, metavar="MODEL")
     faults = [HEALTHY, *FAULTS]
     parser.add_argument("--faults", nargs="+", choices=faults, default=faults, metavar="FAULT")
     parser.add_argument("--tuned", action="store_true", help="leave out what is held apart")
