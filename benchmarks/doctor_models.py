@@ -428,8 +428,7 @@ def ap(model: nn.Module, test: Sequence[Sample], detect: Detect) -> float:
 
     found: list[dict[str, Any]] = []
     with torch.no_grad():
-        detected = (of for part in _parts(test, 10) for of in detect(model, part))
-        for index, (boxes, scores, classes) in enumerate(detected):
+        for index, (boxes, scores, classes) in enumerate(_detected(model, test, detect)):
             for box, score, k in zip(boxes, scores.tolist(), classes.tolist(), strict=True):
                 if math.isfinite(score) and box.isfinite().all():
                     found.append(_record(index, box, k) | {"score": score})
@@ -453,6 +452,17 @@ def ap(model: nn.Module, test: Sequence[Sample], detect: Detect) -> float:
         evaluation.accumulate()
         evaluation.summarize()
     return 100 * max(float(evaluation.stats[0]), 0.0)
+
+
+def _detected(
+    model: nn.Module, test: Sequence[Sample], detect: Detect
+) -> Iterator[tuple[Tensor, ...]]:
+    nothing = torch.zeros(0, 4), torch.zeros(0), torch.zeros(0)
+    for part in _parts(test, 10):
+        try:
+            yield from list(detect(model, part))
+        except (AssertionError, FloatingPointError):  # how Detectron2 refuses boxes that are NaN
+            yield from [nothing] * len(part)
 
 
 def _record(image: int, box: Tensor, k: int) -> dict[str, Any]:
