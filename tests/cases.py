@@ -181,7 +181,12 @@ def run(
     return [*found, list(layer.buffers())]
 
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3}
+TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.float16: 5e-3,
+    torch.bfloat16: 4e-2,
+}
 """Of the largest value of a tensor, or of 1: ten times the error of the CPU's kernels and more."""
 
 

@@ -28,8 +28,11 @@ class OneDevice(TorchDispatchMode):
 def one_device() -> Iterator[None]:
     """A block in which the layers work on meta tensors, and no tensor of the CPU meets them."""
 
-    def batch_norm_update_stats(x: Tensor, mean: Tensor, var: Tensor, momentum: float):
-        return torch.empty_like(mean), torch.empty_like(var)
+    def batch_norm_update_stats(
+        x: Tensor, mean: Tensor | None, var: Tensor | None, momentum: float
+    ):
+        dtype = x.dtype if mean is None else mean.dtype
+        return tuple(torch.empty(2, x.shape[1], dtype=dtype, device=x.device))
 
     with torch.library._scoped_library("aten", "IMPL") as library:
         # torch has it for the CPU and for CUDA alone.

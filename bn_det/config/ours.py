@@ -15,6 +15,7 @@ from ..layers.ghost import GHOST_ORDERS
 from ..layers.meeting import TIMEOUT, TIMEOUTS, is_timeout
 from ..population.estimate import ESTIMATORS
 from ..training.agc import PREDICTORS
+from ..training.mixed_precision import DTYPES
 from ..training.monitor import PERIOD
 from .parts import LEVEL_PARTS, PARTS, SOURCE_PARTS
 from .rules import (
@@ -179,6 +180,13 @@ KEYS: dict[str, Key] = {
         between(1, 10_000),
         "batches of `IMS_PER_BATCH` images for a step of the optimizer and of the schedule, whose "
         "gradients add up; all numbers of iterations count steps",
+        TRAINER,
+    ),
+    "SOLVER.AMP.DTYPE": Key(
+        "float16",
+        one_of(*DTYPES),
+        "what training computes in with `SOLVER.AMP.ENABLED`, mixed precision, where autocast has "
+        "it do so; gradients of `float16` are scaled. Evaluation is in float32",
         TRAINER,
     ),
     "SOLVER.AGC.ENABLED": Key(False, _FLAG, "adaptive gradient clipping", TRAINER),

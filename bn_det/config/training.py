@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from yacs.config import CfgNode
 
@@ -160,6 +161,12 @@ def build_hooks(
     if solver.AVERAGE_BN_STATISTICS:
         ret.append(classes.average([cfg.TEST.EVAL_PERIOD, solver.CHECKPOINT_PERIOD]))
     return ret
+
+
+def mixed_precision_of(cfg: CfgNode) -> torch.dtype | None:
+    """What SOLVER.AMP has training compute in; None for float32 throughout."""
+    node = cfg.SOLVER.AMP
+    return getattr(torch, node.DTYPE) if node.ENABLED else None
 
 
 def clipping_of(cfg: CfgNode, model: nn.Module) -> AdaptiveGradientClipping:

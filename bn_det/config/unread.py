@@ -98,6 +98,8 @@ def _unread(cfg: CfgNode, typed: Collection[str]) -> Iterator[tuple[str, str, bo
         if not cfg.SOLVER.FREEZE_BN_MODULES:
             reason = "SOLVER.FREEZE_BN_ITER 0 and FREEZE_BN_MODULES []: no BN is frozen"
             yield "SOLVER.FREEZE_BN_AFFINE", reason, False
+    if not cfg.SOLVER.AMP.get("ENABLED"):
+        yield "SOLVER.AMP.DTYPE", "SOLVER.AMP.ENABLED False", False
     if not cfg.SOLVER.AGC.ENABLED:
         for key in cfg.SOLVER.AGC:
             yield f"SOLVER.AGC.{key}", "SOLVER.AGC.ENABLED False", False

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from detectron2.engine import AMPTrainer, SimpleTrainer
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..training.accumulate import accumulate
+from ..training.mixed_precision import autocast, grad_scaler
 
 
 class _Accumulates:
@@ -42,19 +44,32 @@ class AccumulatingTrainer(_Accumulates, SimpleTrainer):
 
 
 class AccumulatingAMPTrainer(_Accumulates, AMPTrainer):
-    """AMPTrainer whose step is of several batches; the scale is the same for all of them."""
+    """AMPTrainer whose step is of several batches; the scale is the same for all of them.
+
+    On any device, and for float16 alone with a scale.
+    """
+
+    def __init__(
+        self, model: nn.Module, data_loader: Any, optimizer: Optimizer, precision: torch.dtype
+    ) -> None:
+        self.device = next(model.parameters()).device
+        scaler = grad_scaler(self.device, precision)
+        super().__init__(model, data_loader, optimizer, grad_scaler=scaler, precision=precision)
 
     def run_step(self) -> None:
         batches, data_time = self.next_batches()
         self.optimizer.zero_grad()
-        losses = accumulate(self.model, batches, self._autocast(_losses_of), self._backward)
+        losses_of = autocast(self.device, self.precision)(_losses_of)
+        losses = accumulate(self.model, batches, losses_of, self._backward)
         self.after_backward()
         self._write_metrics(losses, data_time)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
-    def _autocast(self, function: Callable) -> Callable:
-        return torch.autocast("cuda", dtype=self.precision)(function)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # There is none of a run in float32, and that of one in bfloat16 is empty.
+        of_scaler = state_dict.get("grad_scaler") or self.grad_scaler.state_dict()
+        super().load_state_dict({**state_dict, "grad_scaler": of_scaler})
 
     def _backward(self, loss: Tensor) -> None:
         self.grad_scaler.scale(loss).backward()

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
 from detectron2.engine import AMPTrainer, HookBase
@@ -23,6 +22,7 @@ from ..errors import InputError
 from ..population.passes import surround_passes
 from ..population.snapshot import same_random_state
 from ..training import hooks, monitor, spikes
+from ..training.mixed_precision import autocast
 
 
 class _BeforeSaving:
@@ -51,7 +51,8 @@ def _context_of_training(self: HookBase) -> AbstractContextManager:
     # DefaultTrainer has the trainer with the loop's step inside.
     trainer = getattr(self.trainer, "_trainer", self.trainer)
     if isinstance(trainer, AMPTrainer):
-        return torch.autocast("cuda", dtype=trainer.precision)
+        device = next(trainer.model.parameters()).device
+        return autocast(device, trainer.precision)
     return nullcontext()
 
 

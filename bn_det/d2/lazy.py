@@ -175,7 +175,7 @@ class StepHooks:
     def __init__(self, hooks: Sequence[HookBase], model: nn.Module, max_iter: int) -> None:
         self.iter, self.max_iter, self.model = -1, max_iter, model
         self.hooks = list(hooks)
-        self._autocast: dict[str, Any] = {"enabled": False}
+        self._autocast: dict[str, Any] = {"device_type": "cpu", "enabled": False}
         for hook in self.hooks:
             hook.trainer = self
 
@@ -202,9 +202,11 @@ class StepHooks:
             return  # another pass in it, that of PreciseBN for example
         is_first = self.iter < 0
         self.iter = iteration
+        device = next(module.parameters()).device.type
         self._autocast = {
-            "enabled": torch.is_autocast_enabled("cuda"),
-            "dtype": torch.get_autocast_dtype("cuda"),
+            "device_type": device,
+            "enabled": torch.is_autocast_enabled(device),
+            "dtype": torch.get_autocast_dtype(device),
         }
         for hook in self.hooks:
             if is_first:
@@ -213,7 +215,7 @@ class StepHooks:
 
     def _after_step(self, *_: Any) -> None:
         # What runs the model runs it as the iteration has.
-        with torch.autocast("cuda", **self._autocast):
+        with torch.autocast(**self._autocast):
             for hook in self.hooks:
                 hook.after_step()
 

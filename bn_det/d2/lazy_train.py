@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog
-from detectron2.engine import AMPTrainer, SimpleTrainer, create_ddp_model, default_writers, hooks
+from detectron2.engine import SimpleTrainer, create_ddp_model, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -31,6 +31,7 @@ from ..config.ranges import RANGES, check_value
 from ..data.coco import check_names
 from ..errors import InputError, nearest
 from ..layers import name_layers
+from .accumulate import AccumulatingAMPTrainer
 from .engine import Checkpointer, EvaluatesOnSuccess, readable_datasets, set_up_group_and_log
 
 NODES = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
@@ -41,7 +42,7 @@ class _SimpleTrainer(EvaluatesOnSuccess, SimpleTrainer):
     pass
 
 
-class _AMPTrainer(EvaluatesOnSuccess, AMPTrainer):
+class _AMPTrainer(EvaluatesOnSuccess, AccumulatingAMPTrainer):
     pass
 
 
@@ -78,6 +79,8 @@ def setup(args: argparse.Namespace) -> DictConfig:
     check_value("train.output_dir", train.output_dir, RANGES["OUTPUT_DIR"])
     files = ("train.output_dir", train.output_dir), ("train.init_checkpoint", train.init_checkpoint)
     check_files(args, *files)
+    if "dtype" in train.amp:
+        check_value("train.amp.dtype", train.amp.dtype, RANGES["SOLVER.AMP.DTYPE"])
     train.device = usable_device("train.device", train.device)
     for split in ("train", "test"):
         names = _dataset_names(cfg, split)
@@ -183,7 +186,11 @@ def _train(args: argparse.Namespace, cfg: DictConfig, model: nn.Module) -> Mappi
     optimizer = instantiate(cfg.optimizer)
     on_cpu = {"device_ids": None} if torch.device(train.device).type == "cpu" else {}
     ddp_model = create_ddp_model(model, **train.ddp, **on_cpu)
-    trainer = (_AMPTrainer if train.amp.enabled else _SimpleTrainer)(ddp_model, loader, optimizer)
+    of_step = ddp_model, loader, optimizer
+    if train.amp.enabled:
+        trainer = _AMPTrainer(*of_step, getattr(torch, train.amp.get("dtype", "float16")))
+    else:
+        trainer = _SimpleTrainer(*of_step)
     checkpointer = Checkpointer(model, train.output_dir, trainer=trainer)
     results: dict[str, Any] = {}
 

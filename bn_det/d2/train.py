@@ -25,7 +25,12 @@ from ..commands.results import results_table, save_results
 from ..config.check import check_ims_per_batch, resolve_device
 from ..config.keys import add_bn_det_config
 from ..config.load import load_config
-from ..config.training import clipping_of, evaluated_by_batch, smallest_image
+from ..config.training import (
+    clipping_of,
+    evaluated_by_batch,
+    mixed_precision_of,
+    smallest_image,
+)
 from ..config.unread import HOOK_KEYS, TRAINER_KEYS
 from ..data.coco import check_names, check_tested_categories
 from ..layers import name_layers
@@ -64,12 +69,12 @@ class Trainer(EvaluatesOnSuccess, BNHooks, DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         on_cpu = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
-        kind = AccumulatingAMPTrainer if cfg.SOLVER.AMP.ENABLED else AccumulatingTrainer
-        self._trainer = kind(
-            create_ddp_model(model, broadcast_buffers=False, **on_cpu),
-            self.build_train_loader(cfg),
-            optimizer,
-        )
+        ddp_model = create_ddp_model(model, broadcast_buffers=False, **on_cpu)
+        of_step = ddp_model, self.build_train_loader(cfg), optimizer
+        if precision := mixed_precision_of(cfg):
+            self._trainer = AccumulatingAMPTrainer(*of_step, precision)
+        else:
+            self._trainer = AccumulatingTrainer(*of_step)
         self._trainer.num_batches = cfg.SOLVER.ACCUMULATE
         self.register_hooks(self.build_hooks())
 

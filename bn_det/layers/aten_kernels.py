@@ -14,19 +14,27 @@ from .pieces import Normalization, Stack
 def moments(xs: Sequence[Tensor]) -> Stack:
     """Of each piece, in float32 at least; zeros of an empty one."""
     means, variances = zip(*[_mean_var(x) for x in xs], strict=True)
-    return _counts(xs), torch.stack(means), torch.stack(variances)
+    mean, var = torch.stack([*means, *variances]).unflatten(0, (2, -1))
+    return _counts(xs), mean, var
 
 
 def merge(stack: Stack, sets: Sequence[Sequence[int]]) -> Stack:
     """Those of sets of the rows of a stack."""
     if all(len(rows) == 1 for rows in sets):
-        order = [row for (row,) in sets]
-        return stack if order == list(range(len(stack[0]))) else _selected(stack, order)
-    merged = [
-        merged_rows(*(stack if len(rows) == len(stack[0]) else _selected(stack, rows)))
-        for rows in sets
-    ]
-    return tuple(torch.stack(field) for field in zip(*merged, strict=True))
+        return _selected(stack, [row for (row,) in sets])
+    of_size: dict[int, list[int]] = {}
+    for k, rows in enumerate(sets):
+        of_size.setdefault(len(rows), []).append(k)
+    order, parts = [], []
+    for size, numbers in of_size.items():  # those of a size at once
+        rows = [sets[k][n] for n in range(size) for k in numbers]
+        part = tuple(t.unflatten(0, (size, -1)) for t in _selected(stack, rows))
+        parts.append(merged_rows(*part) if size > 1 else tuple(t[0] for t in part))
+        order += numbers
+    if len(parts) == 1:
+        return parts[0]
+    merged = tuple(torch.cat(field) for field in zip(*parts, strict=True))
+    return _selected(merged, [order.index(k) for k in range(len(sets))])
 
 
 def merged_rows(counts: Tensor, means: Tensor, variances: Tensor) -> Stack:
@@ -36,7 +44,8 @@ def merged_rows(counts: Tensor, means: Tensor, variances: Tensor) -> Stack:
     total = counts.sum(0)
     weights = (counts / total.clamp(min=1)).unsqueeze(-1)
     mean = (weights * means).sum(0)
-    var = (weights * (variances + (means - mean).square())).sum(0)
+    shift = means - mean
+    var = (weights * torch.addcmul(variances, shift, shift)).sum(0)
     return total, mean.to(dtype), var.to(dtype)
 
 
@@ -56,13 +65,31 @@ def backward_sums(
     """See :func:`bn_det.layers.kernels.backward_sums`."""
     dys = _before_relu(dys, xs, how)
     _, means, variances = (stack.unbind() for stack in how.batches)
-    of_batches = means[0].new_zeros(len(means), 2, len(means[0]))
-    of_affines = means[0].new_zeros(len(how.weights), 2, len(means[0]))
-    for dy, x, b, a in zip(dys, xs, how.batch_of, how.affine_of, strict=True):
-        pair = torch.stack(_sums(dy, x, means[b], variances[b], how.eps))
-        of_affines[a] += pair
-        of_batches[b] += pair if how.weights[a] is None else pair * how.weights[a]
-    return of_batches, of_affines
+    ones = torch.ones_like(means[0])
+    sums = [
+        of_piece
+        for dy, x, b in zip(dys, xs, how.batch_of, strict=True)
+        for of_piece in _sums(dy, x, means[b], variances[b], ones, how.eps)
+    ]
+    pairs = torch.stack(sums).unflatten(0, (-1, 2))
+    of_affines = _added_up(pairs, how.affine_of, len(how.weights))
+    if len(how.weights) > 1 and how.weights[0] is not None:
+        pairs = pairs * torch.stack([how.weights[a] for a in how.affine_of]).unsqueeze(1)
+    elif how.weights[0] is not None:
+        pairs = pairs * how.weights[0]
+    return _added_up(pairs, how.batch_of, len(means)), of_affines
+
+
+def _added_up(pairs: Tensor, numbers: Sequence[int], size: int) -> Tensor:
+    """The sum of the rows of each number; shape (size, *). Zeros where a number has none."""
+    if list(numbers) == list(range(size)):
+        return pairs
+    if size == 1:
+        return pairs.sum(0, keepdim=True)
+    sums = pairs.new_zeros(size, *pairs.shape[1:])
+    for pair, number in zip(pairs, numbers, strict=True):
+        sums[number].add_(pair)
+    return sums
 
 
 def backward_inputs(
@@ -70,11 +97,21 @@ def backward_inputs(
 ) -> list[Tensor]:
     """See :func:`bn_det.layers.kernels.backward_inputs`."""
     dys = _before_relu(dys, xs, how)
-    counts, means, variances = (stack.unbind() for stack in how.batches)
-    return [
-        _input(dy, x, means[b], variances[b], how.weights[a], sums[b], counts[b], how.eps)
-        for dy, x, b, a in zip(dys, xs, how.batch_of, how.affine_of, strict=True)
-    ]
+    counts, means, variances = how.batches
+    inv_std = (variances + how.eps).rsqrt()
+    share = -inv_std / counts.clamp(min=1).to(inv_std.dtype).unsqueeze(1)
+    of_z = (share.unsqueeze(1) * sums).unbind()  # an affine of it
+    of_dy = {
+        (b, a): inv_std[b] if how.weights[a] is None else inv_std[b] * how.weights[a]
+        for b, a in dict.fromkeys(zip(how.batch_of, how.affine_of, strict=True))
+    }
+    dxs = []
+    for dy, x, b, a in zip(dys, xs, how.batch_of, how.affine_of, strict=True):
+        # In two passes and one allocation: an affine function of z, and then of dy.
+        offset, slope = of_z[b]
+        dx = normalize_one(x, means[b], variances[b], slope, offset, how.eps)
+        dxs.append(dx.addcmul_(dy, of_dy[b, a].view(-1, *[1] * (x.dim() - 2))))
+    return dxs
 
 
 def _before_relu(
@@ -93,11 +130,18 @@ def _counts(xs: Sequence[Tensor]) -> Tensor:
     if xs[0].device.type == "cpu":
         return torch.tensor(sizes, dtype=torch.float64)
     # Without a copy, which another device would have to be waited for.
-    fills = [torch.full((), n, dtype=torch.float64, device=xs[0].device) for n in sizes]
-    return torch.stack(fills)
+    options = {"dtype": torch.float64, "device": xs[0].device}
+    if torch.compiler.is_compiling():  # where a size has no number yet
+        return torch.stack([torch.full((), n, **options) for n in sizes])
+    counts = torch.zeros(len(sizes), **options)
+    torch._foreach_add_(counts.unbind(), list(map(float, sizes)))  # one launch for all
+    return counts
 
 
 def _selected(stack: Stack, rows: Sequence[int]) -> Stack:
+    first, last = rows[0], rows[-1] + 1
+    if list(rows) == list(range(first, last)):
+        return stack if len(rows) == len(stack[0]) else tuple(field[first:last] for field in stack)
     return tuple(torch.stack([field[row] for row in rows]) for field in stack)
 
 
@@ -140,10 +184,10 @@ def _two_pass_mean_var(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def _fused_mean_var(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """One kernel (Welford's algorithm on CUDA, in every memory format)."""
-    # Without float32 buffers, half inputs would get half statistics.
-    buffers = torch.zeros(2, x.shape[1], dtype=dtype, device=x.device)
-    mean, var = torch.batch_norm_update_stats(x, buffers[0], buffers[1], 0.0)
-    return mean.to(dtype), var.to(dtype)
+    buffers = None, None
+    if dtype != x.dtype:  # without buffers of it, half inputs would get half statistics
+        buffers = torch.zeros(2, x.shape[1], dtype=dtype, device=x.device)
+    return torch.batch_norm_update_stats(x, *buffers, 0.0)
 
 
 def normalize_one(
@@ -185,7 +229,9 @@ def _affine_of_nothing(x: Tensor, weight: Tensor | None, bias: Tensor | None) ->
     return y if bias is None else y + bias.to(x.dtype).view(shape)
 
 
-def _sums(dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _sums(
+    dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, ones: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     if x.numel() == 0:
         return torch.zeros_like(mean), torch.zeros_like(mean)
     # In evaluation mode, gradients of weight and bias alone: the two sums in one vectorized pass.
@@ -194,7 +240,7 @@ def _sums(dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, eps: float) -> tuple
     _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
         dy,
         x,
-        torch.ones_like(mean),
+        ones,
         mean,
         var,
         nothing,
@@ -204,21 +250,3 @@ def _sums(dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, eps: float) -> tuple
         [False, True, True],
     )
     return grad_bias, grad_weight
-
-
-def _input(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    sums: Tensor,
-    count: Tensor,
-    eps: float,
-) -> Tensor:
-    """In two passes and one allocation: an affine function of z, and then of dy."""
-    inv_std = (var + eps).rsqrt()
-    offset, slope = -inv_std / count.clamp(min=1).to(inv_std.dtype) * sums
-    dx = normalize_one(x, mean, var, slope, offset, eps)
-    dy_scale = inv_std if weight is None else inv_std * weight
-    return dx.addcmul_(dy, dy_scale.view(-1, *[1] * (x.dim() - 2)))

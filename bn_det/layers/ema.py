@@ -6,7 +6,7 @@ moved by the momentum towards the mean and the unbiased variance of each normali
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -77,21 +77,37 @@ def update(batches: Moments, sizes: Sequence[int], seen: Sequence[Seen]) -> None
     if triton is not None:
         triton.update_emas(batches, sets, layers)
         return
-    for layer, rows in moving:
-        momentum = count_batch(layer)
-        mean, var = mean_statistics([batches.row(k) for k in rows])
-        layer.running_mean.mul_(1 - momentum).add_(mean * momentum)
-        layer.running_var.mul_(1 - momentum).add_(var * momentum)
+    unbiased = batches._replace(var=batches.unbiased_var)
+    while moving:  # a layer that sees a batch after the other moves as often
+        of_round = dict(reversed(moving))
+        moving = [pair for pair in moving if pair[1] is not of_round[pair[0]]]
+        _move(of_round, unbiased)
+
+
+def _move(rows_of: Mapping[_BatchNorm, Sequence[int]], unbiased: Moments) -> None:
+    """Each layer by its batches, all of them in few launches."""
+    buffers, statistics, momenta = [], [], []
+    for layer, rows in rows_of.items():
+        buffers += [layer.running_mean, layer.running_var]
+        statistics += _averaged([unbiased.row(k) for k in rows])
+        momenta += [count_batch(layer)] * 2
+    torch._foreach_mul_(buffers, [1 - momentum for momentum in momenta])
+    torch._foreach_add_(buffers, torch._foreach_mul(statistics, momenta))
 
 
 def mean_statistics(batches: Sequence[Moments]) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance, averaged over batches: not those of the batches merged."""
+    return _averaged([m._replace(var=m.unbiased_var) for m in batches])
+
+
+def _averaged(batches: Sequence[Moments]) -> tuple[Tensor, Tensor]:
+    """Mean and variance, weighted by the numbers of values."""
     if len(batches) == 1:
-        return batches[0].mean, batches[0].unbiased_var
+        return batches[0].mean, batches[0].var
     counts = torch.stack([m.count for m in batches])
     weights = (counts / counts.sum()).to(batches[0].mean.dtype).unsqueeze(1)
     means = torch.stack([m.mean for m in batches])
-    variances = torch.stack([m.unbiased_var for m in batches])
+    variances = torch.stack([m.var for m in batches])
     return (weights * means).sum(0), (weights * variances).sum(0)
 
 

@@ -74,7 +74,7 @@ class Moments(NamedTuple):
     def unbiased_var(self) -> Tensor:
         """Variance with Bessel's correction, what an EMA averages; zero for fewer than two."""
         correction = self.count / (self.count - 1).clamp(min=1)
-        return self.var * correction.to(self.var.dtype)
+        return self.var * correction.to(self.var.dtype).unsqueeze(-1)
 
 
 class Parts(NamedTuple):

@@ -121,6 +121,7 @@ _DEFAULTS = {
         "WARMUP_ITERS": 1000,
         "CHECKPOINT_PERIOD": 5000,
         "IMS_PER_BATCH": 16,
+        "AMP": {"ENABLED": False},
     },
     "TEST": {
         "EVAL_PERIOD": 0,

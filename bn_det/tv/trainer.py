@@ -22,6 +22,7 @@ from ..commands.checkpoint import Checkpointer
 from ..config.training import (
     build_hooks,
     evaluated_by_batch,
+    mixed_precision_of,
     precise_bn_of,
     smallest_image,
     source_of,
@@ -45,6 +46,7 @@ from ..layers import record_sources
 from ..layers.comm import all_gather, process_group, world
 from ..training.accumulate import accumulate
 from ..training.hooks import Hook, PreciseBN, VirtualBatch
+from ..training.mixed_precision import autocast, grad_scaler
 from .data import build_test_loader, build_train_loader, has_objects
 from .evaluation import evaluate, predict
 from .model import build_model
@@ -93,6 +95,9 @@ class Trainer:
             torch.manual_seed(self.seed + self.rank)
         self.optimizer = build_optimizer(cfg, self.model)
         self.scheduler = build_lr_scheduler(cfg, self.optimizer)
+        precision = cfg.MODEL.DEVICE, mixed_precision_of(cfg)
+        self._losses_of = autocast(*precision)(losses_of)
+        self.grad_scaler = grad_scaler(*precision)
         self.iter, self.max_iter = -1, cfg.SOLVER.MAX_ITER
         self.total_loss: float | None = None
         self.checkpointer = Checkpointer(
@@ -109,11 +114,11 @@ class Trainer:
             precise = PreciseBN(
                 model=self.model,
                 data_loader=_PreciseBatches(weakref.proxy(self)),
-                call=losses_of,
+                call=self._losses_of,
                 **precise_bn_of(self.cfg),
             )
         if self.cfg.SOLVER.VIRTUAL_IMAGES:
-            virtual = VirtualBatch(self.model, _ExtraBatches(weakref.proxy(self)), losses_of)
+            virtual = VirtualBatch(self.model, _ExtraBatches(weakref.proxy(self)), self._losses_of)
         return build_hooks(self.cfg, precise, virtual)
 
     def register_hooks(self, hooks: Iterable[Hook]) -> None:
@@ -135,6 +140,7 @@ class Trainer:
             "seed": self.seed,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
+            "grad_scaler": self.grad_scaler.state_dict(),
             "random_state": self._random_states(),
         }
 
@@ -143,6 +149,8 @@ class Trainer:
         self.seed = state["seed"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        if of_scaler := state.get("grad_scaler"):  # there is none of a run in float32
+            self.grad_scaler.load_state_dict(of_scaler)
         states = torch.atleast_2d(state["random_state"])
         if len(states) == self.num_ranks:
             torch.set_rng_state(states[self.rank].clone())  # it takes no view
@@ -251,19 +259,23 @@ class Trainer:
             FloatingPointError: a loss is not finite.
         """
         self.optimizer.zero_grad()
-        losses = accumulate(self._parallel, batches, losses_of)
+        losses = accumulate(self._parallel, batches, self._losses_of, self._backward)
         total = sum(losses.values())
         names = ["total_loss", *losses]
         values = torch.stack([total, *losses.values()])
         if not torch.isfinite(total):
             named = dict(zip(names, values.tolist(), strict=True))
             raise FloatingPointError(f"loss not finite at iteration {self.iter}: {named}")
-        self.optimizer.step()
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
         self.scheduler.step()
         if self.num_ranks > 1:
             dist.reduce(values, 0)
             values /= self.num_ranks
         return dict(zip(names, values.tolist(), strict=True))
+
+    def _backward(self, loss: Tensor) -> None:
+        self.grad_scaler.scale(loss).backward()
 
 
 def losses_of(model: nn.Module, batch: list) -> dict[str, Tensor]:

@@ -5,8 +5,10 @@ Whether a GPU computes the right values is in test_cuda.py.
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
-from cases import CASES, make_data, make_layer, run
+from bn_det.layers import kernels
+from cases import CASES, C, make_data, make_layer, run
 from devices import one_device
 
 READ_THERE = {"cumulative", "groups on the device", "RoI levels on the device"}
@@ -28,3 +30,40 @@ def test_two_devices_are_refused():
     x, y = torch.ones(3, device="meta"), torch.ones(3)
     with one_device(), pytest.raises(AssertionError, match="index_select"):
         x.index_select(0, y.long())
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x[0].item(),
+        lambda x: x.tolist(),
+        lambda x: bool(x[0]),
+        lambda x: x.cpu(),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+    ],
+)
+def test_reading_of_a_device_is_found(read):
+    """What would wait for a GPU raises there, and so does it in test_one_device."""
+    with one_device(), pytest.raises((RuntimeError, NotImplementedError)):
+        read(torch.ones(3, device="meta"))
+
+
+ON_THE_HOST = {"groups", "groups on the device", "levels, groups", "sources", "sources of levels"}
+ON_THE_HOST |= {"RoI levels", "RoI levels on the device", "RoI levels, shared", "cumulative"}
+"""Cases that read values, which fake tensors do not have on the CPU, either."""
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", sorted(set(CASES) - ON_THE_HOST))
+def test_fake_cuda(name, training):
+    """Forward, where a tensor says that it is of a GPU; autograd's backward pass needs a driver."""
+    case = CASES[name]
+    # Triton's kernels take no fake tensors.
+    with one_device(), FakeTensorMode(), kernels.implementation("aten"):
+        with torch.device("cuda"):
+            layer = case.make().train(training)
+            xs = [torch.empty(n, C, h, w, requires_grad=True) for n, h, w in case.sizes]
+        ys = case.call(layer, xs)
+        assert {t.device.type for t in (*ys, *layer.buffers())} == {"cuda"}
+        assert [y.shape for y in ys] == [x.shape for x in xs[: len(ys)]]

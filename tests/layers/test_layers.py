@@ -9,6 +9,7 @@ from torch import nn
 from bn_det import BatchNorm2d, DomainBatchNorm2d, forward_levels
 from bn_det.errors import InputError
 from bn_det.layers import BATCH_NORMS, norm_factory
+from cases import CASES, check_as_in_float64
 
 OTHERS = {"GN": partial(nn.GroupNorm, 2)}
 CHOICES = {"statistics": "shared", "population": "per_domain", "affine": "per_domain"}
@@ -59,3 +60,11 @@ def test_forward_levels_takes_a_convolution_with_a_norm_apart(activation):
     conv.norm, conv.activation = joint, activation
     found = forward_levels([conv], features)
     torch.testing.assert_close(found, [y.relu() if activation else y for y in expected])
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_is_as_float64(name, dtype):
+    """Statistics, and gradients of weights, to float32; outputs to a rounding."""
+    with torch.autocast("cpu", dtype):
+        check_as_in_float64(name, "cpu", dtype, torch.contiguous_format)
