@@ -171,7 +171,7 @@ def _tensors(content: Any) -> dict[str, Tensor]:
     state = {}
     for name, value in content.items():
         if getattr(getattr(value, "dtype", None), "kind", "") in tuple("fiu"):  # of NumPy
-            with suppress(TypeError):  # a type that torch has not
+            with suppress(TypeError, ValueError):  # a type or strides that torch has not
                 value = torch.as_tensor(value)
         if isinstance(name, str) and isinstance(value, Tensor):
             state[name] = value

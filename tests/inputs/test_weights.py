@@ -133,6 +133,50 @@ def arrays():
     return {"a": np.arange(6.0).reshape(2, 3), "b": np.float32(2), "c": np.array(["x"])}
 
 
+class Forged:
+    """A number whose dtype is set as a pickle can set it."""
+
+    def __init__(self, name, flags):
+        self.name, self.flags = name, flags
+
+    def __reduce__(self):
+        return np.float64(0).__reduce__()[0], (ForgedType(self.name, self.flags), b"A" * 8)
+
+
+class ForgedType(Forged):
+    def __reduce__(self):
+        return np.dtype, (self.name, False, True), (3, "|", None, None, None, -1, -1, self.flags)
+
+
+@pytest.mark.parametrize("name", ["O8", "V8", "f4,O"])
+def test_pickled_pointers(tmp_path, name):
+    """NumPy would take the bytes for the address of an object."""
+    path = tmp_path / "a.pkl"
+    path.write_bytes(pickle.dumps({"model": Forged(name, 0)}))
+    with pytest.raises(InputError, match="an array of type '.*'; use numbers or text"):
+        read_pickled_arrays(path)
+
+
+def test_pickled_flags(tmp_path):
+    """Of a type of numbers they are not taken over, as its values would be counted as objects."""
+    path = tmp_path / "a.pkl"
+    path.write_bytes(pickle.dumps({"model": Forged("f8", 63)}))
+    value = read_pickled_arrays(path)["model"]
+    assert value.dtype == np.float64 and not value.dtype.hasobject
+
+
+def test_pickled_layouts(tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 3, 4))
+    arrays = {"turned": x.transpose(2, 0, 1), "fortran": np.asfortranarray(x), "back": x[::-1]}
+    arrays |= {"big": x.astype(">f4"), "half": x.astype("f2"), "true": x > 0}
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        (tmp_path / "a.pkl").write_bytes(pickle.dumps(arrays, protocol))
+        found = read_pickled_arrays(tmp_path / "a.pkl")
+        for name, value in arrays.items():
+            assert np.array_equal(found[name], value), (protocol, name)
+
+
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_pickled_arrays(tmp_path, protocol):
     path = tmp_path / "a.pkl"
