@@ -141,7 +141,7 @@ def check_other_file(key: str, output: str | os.PathLike, inputs: Sequence[str],
     path = Path(output)
     read = [of for of in inputs if os.path.exists(of)]
     if path.is_dir() or any(path.exists() and path.samefile(of) for of in read):
-        raise InputError(f"{key}: {output!r} is not accepted; use another file than {flag}")
+        raise InputError(f"{key}: {str(output)!r} is not accepted; use another file than {flag}")
     check_writable(key, path.parent)
     check_replaceable(path)
 
@@ -154,7 +154,7 @@ def is_aside(path: Path) -> bool:
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write a text file, aside."""
     with write_aside(path) as aside:
-        Path(aside).write_text(text)
+        Path(aside).write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:

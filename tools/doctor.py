@@ -20,10 +20,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ctrl_c  # noqa: F401
@@ -137,8 +139,7 @@ def main() -> None:
         print(RULES[args.explain].explain(args.explain))
     else:
         _refuse_unread(parser, args)
-        if args.output is not None:
-            check_other_file("--output", args.output, [examined(args)], "what is examined")
+        check_report(args, examined(args), *filter(None, [args.config_file]))
         show(report_of(args), args)
 
 
@@ -155,11 +156,25 @@ def report_of(args: argparse.Namespace) -> Report:
             of.model, of.batches, args.num_iters, call=of.call, target=of.target,
             optimizer=of.optimizer, step=of.step, evaluate=args.evaluate, score=of.score,
             treat=args.treat is not None, rules=rules, recompute=loaded.recompute,
-            progress="tqdm" if sys.stderr.isatty() else "log",
+            progress="tqdm" if sys.stderr is not None and sys.stderr.isatty() else "log",
         )  # fmt: skip
         if args.treat is not None:
             write_mended(loaded, report, args.treat)
     return report
+
+
+def check_report(args: argparse.Namespace, *inputs: str) -> None:
+    """Raise InputError for an --output that is what is examined, or what --treat writes."""
+    if args.output is None:
+        return
+    check_other_file("--output", args.output, inputs, "what is examined")
+    if args.treat is not None:
+        treated = Path(args.treat)
+        if Path(args.output).resolve() in (
+            treated.resolve(),
+            treated.with_suffix(".json").resolve(),
+        ):
+            raise InputError(f"--output: {args.output!r} is not accepted; --treat writes that file")
 
 
 class Loaded(NamedTuple):
@@ -201,8 +216,19 @@ def by_config(args: argparse.Namespace) -> Loaded:
     config = f"--config-file {shlex.quote(args.config_file)}"
     adapt = f"{config} --adabn --dataset {shlex.quote(args.target or '')} --evaluate"
     recompute = Recompute.by_command(path, config, adapt, keys)
-    check_output(args.treat, [path], "MODEL.WEIGHTS", "--treat")
-    return Loaded(of, recompute, lambda state: {"model": state})
+    check_output(args.treat, [path, args.config_file], "MODEL.WEIGHTS", "--treat")
+    check_report(args, path)
+    return Loaded(of, recompute, beside_weights(path, of.model.state_dict()))
+
+
+def beside_weights(
+    path: str, own: Mapping[str, Tensor]
+) -> Callable[[dict[str, Tensor]], dict[str, Any]]:
+    """What keeps the rest of a checkpoint, where its weights have the names of the model's."""
+    stored = read_state(path) if os.path.isfile(path) else None
+    if stored is not None and stored.part == "model" and stored.state.keys() == own.keys():
+        return stored.with_state
+    return lambda state: {"model": state}
 
 
 def by_functions(args: argparse.Namespace) -> Loaded:

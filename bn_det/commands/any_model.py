@@ -6,7 +6,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -111,7 +111,22 @@ def _batches(flag: str, name: str, function: Callable[[], Any]) -> Iterable[Any]
     batches = _called(flag, function)
     if not isinstance(batches, Iterable):
         raise InputError(f"{flag}: {name} gave a {type(batches).__name__}, and no batches")
-    return batches
+    return _Batches(batches, f"{flag}: {name}")
+
+
+class _Batches:
+    """Batches; what a user's code raises that makes them is told as its own."""
+
+    def __init__(self, batches: Iterable[Any], where: str) -> None:
+        self.batches, self.where = batches, where
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self.batches
+        except InputError:
+            raise
+        except (Exception, SystemExit) as e:
+            raise InputError(f"{self.where}: {type(e).__name__}: {reason_of(e)}") from e
 
 
 def _call(function: Callable[[nn.Module, Any], Any] | None, model: nn.Module, batch: Any) -> Any:
@@ -120,7 +135,7 @@ def _call(function: Callable[[nn.Module, Any], Any] | None, model: nn.Module, ba
         return model(batch) if function is None else function(model, batch)
     except InputError:
         raise
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         how = "as model(batch); name a function(model, batch) by --call" * (function is None)
         raise InputError(
             f"--{'call' if function else 'model'}: the model cannot be called on a batch, a "
@@ -136,19 +151,20 @@ def _function(flag: str, name: str | None) -> Callable[..., Any] | None:
     module, colon, attribute = name.partition(":")
     if not colon or not attribute:
         raise InputError(f"--{flag}: {name!r} is not accepted; use MODULE:FUNCTION")
-    sys.path.insert(0, os.getcwd())
+    folder = os.getcwd()
+    sys.path.insert(0, folder)
     try:
         return getattr(importlib.import_module(module), attribute)
-    except Exception as e:  # of the module's own code, too
+    except (Exception, SystemExit) as e:  # of the module's own code, too
         raise InputError(f"--{flag}: {name!r} cannot be imported: {reason_of(e)}") from e
     finally:
-        sys.path.remove(os.getcwd())
+        sys.path.remove(folder)
 
 
 def _called(flag: str, function: Callable[[], Any]) -> Any:
     try:
         return function()
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise InputError(
             f"{flag}: it cannot be called without arguments: {type(e).__name__}: {reason_of(e)}"
         ) from e

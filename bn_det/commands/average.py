@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,13 +14,14 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..files import finite
 from ..layers.state_dicts import read_weights
 from ..population.averaged_weights import STATISTICS, averaged_state
 from ..population.progress import with_progress
 from ..population.unchanged import evaluated_losses
 from ..population.update import update_bn_stats
 from .checkpoint import check_output, save_with_table
-from .fitting import load_weights
+from .fitting import load_weights, refuse_types
 
 logger = logging.getLogger(__name__)
 
@@ -62,17 +64,23 @@ def run(args: argparse.Namespace, num_iter: int, host: Host) -> None:
     for choice in args.statistics:
         made[choice] = _with_statistics(host, states, choice, num_iter)
         losses[choice] = _loss(host, made[choice], choice)
-    best = min(made, key=losses.__getitem__)
+    best = min(
+        made, key=lambda choice: losses[choice] if math.isfinite(losses[choice]) else math.inf
+    )
+    if not math.isfinite(losses[best]):
+        raise InputError(f"--inputs: no average of {', '.join(args.inputs)} has a finite loss")
     rows = [[name, loss, "written" if name == best else ""] for name, loss in losses.items()]
     print(tabulate(rows, ["checkpoint, or statistics of the average", "loss", ""], tablefmt="pipe"))
     print(f"The average with statistics {best} is the best")
-    save_with_table({"model": made[best]}, {"losses": losses, "statistics": best}, args.output)
+    table = {"losses": finite(losses), "statistics": best}
+    save_with_table({"model": made[best]}, table, args.output)
 
 
 def _weights(path: str, model: nn.Module) -> dict[str, Tensor]:
     """A checkpoint's, all of which have to fit."""
     weights = {name: v for name, v in read_weights(path).items() if isinstance(v, Tensor)}
     try:
+        refuse_types(model, weights)
         load_weights(model, weights)
     except InputError as e:
         raise InputError(f"--inputs: {path}: {e}") from e

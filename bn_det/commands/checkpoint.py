@@ -228,6 +228,7 @@ def check_output(
     if path.suffix == ".json":
         raise InputError(f"{name}: {output!r} is not accepted; the table gets that name, use .pth")
     check_other_file(name, output, inputs, flag)
+    check_other_file(f"{name}, the table", path.with_suffix(".json"), inputs, flag)
 
 
 def save_with_table(content: dict[str, Any], table: dict[str, Any], output: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import io
 import logging
 import os
 import signal
@@ -173,6 +174,9 @@ def run(main: Callable[[], None]) -> None:
     """Call a command's main function; what its user can mend is shown without a traceback."""
     try:
         _check_arguments(sys.argv[1:])
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a terminal may know no more than ASCII
+                stream.reconfigure(errors="backslashreplace")
         main()
         sys.stdout.flush()
     except BrokenPipeError:

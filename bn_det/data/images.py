@@ -31,7 +31,9 @@ def readable_image(path: str | os.PathLike) -> Iterator[None]:
         raise InputError(f"{path}: there is no such image") from e
     except UnidentifiedImageError as e:
         raise InputError(f"{path}: is empty, or no image of a known format") from e
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
+    except (MemoryError, RecursionError):
+        raise
+    except Exception as e:  # what the decoders of Pillow raise is of many kinds
         reason = getattr(e, "strerror", None) or " ".join(str(e).split()) or type(e).__name__
         raise InputError(f"{path}: cannot be read as an image: {reason}") from e
 

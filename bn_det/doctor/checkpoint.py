@@ -88,8 +88,10 @@ class Stored(NamedTuple):
     part: str
 
     def with_state(self, state: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The content with other weights in their place."""
-        return {**self.content, self.part: dict(state)} if self.part else dict(state)
+        """The content with other weights in their place; what is beside them stays."""
+        old = self.content.get(self.part, {}) if self.part else self.content
+        new = {**{name: v for name, v in old.items() if name not in self.state}, **state}
+        return {**self.content, self.part: new} if self.part else new
 
 
 def read_state(path: str | os.PathLike, part: str | None = None) -> Stored:
