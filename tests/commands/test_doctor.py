@@ -1,6 +1,7 @@
 """tools/doctor.py as its users call it."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -138,6 +139,48 @@ def test_a_model_of_another_project(tmp_path, monkeypatch):
 def a_project():
     """The module, which the command has imported."""
     return sys.modules["a_project"]
+
+
+BROKEN_PROJECT = (
+    PROJECT
+    + """
+import sys
+
+def ends(*_):
+    sys.exit(0)
+
+def data():
+    yield {"image": torch.randn(4, 3, 5, 5)}
+    raise KeyError("image_id")
+"""
+)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--model", "b_project:ends"], "--model: it cannot be called without arguments: SystemEx"),
+        (["--call", "b_project:ends"], "--call: the model cannot be called on a batch"),
+        (["--data", "b_project:data"], "--data: b_project:data: KeyError: "),
+        (
+            ["--treat", "new.pth", "--output", "./new.json"],
+            "--output: './new.json' is not accepted",
+        ),
+        (
+            ["--treat", "weights.pth"],
+            "--treat, the table: 'weights.json' is not accepted; use anot",
+        ),
+    ],
+)
+def test_a_project_that_does_not_work(tmp_path, monkeypatch, flags, words):
+    (tmp_path / "b_project.py").write_text(BROKEN_PROJECT)
+    monkeypatch.chdir(tmp_path)
+    torch.save(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).state_dict(), "weights.json")
+    of = {"model": "b_project:make", "data": "b_project:batches", "call": "b_project:call"}
+    usual = [word for name, value in of.items() for word in (f"--{name}", value)]
+    done = doctor("weights.json", *usual, *flags)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(f"error: {words}")
+    assert {*os.listdir(tmp_path)} <= {"__pycache__", "b_project.py", "weights.json"}
 
 
 LOSSES = """
