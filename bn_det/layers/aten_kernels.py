@@ -97,21 +97,11 @@ def backward_inputs(
 ) -> list[Tensor]:
     """See :func:`bn_det.layers.kernels.backward_inputs`."""
     dys = _before_relu(dys, xs, how)
-    counts, means, variances = how.batches
-    inv_std = (variances + how.eps).rsqrt()
-    share = -inv_std / counts.clamp(min=1).to(inv_std.dtype).unsqueeze(1)
-    of_z = (share.unsqueeze(1) * sums).unbind()  # an affine of it
-    of_dy = {
-        (b, a): inv_std[b] if how.weights[a] is None else inv_std[b] * how.weights[a]
-        for b, a in dict.fromkeys(zip(how.batch_of, how.affine_of, strict=True))
-    }
-    dxs = []
-    for dy, x, b, a in zip(dys, xs, how.batch_of, how.affine_of, strict=True):
-        # In two passes and one allocation: an affine function of z, and then of dy.
-        offset, slope = of_z[b]
-        dx = normalize_one(x, means[b], variances[b], slope, offset, how.eps)
-        dxs.append(dx.addcmul_(dy, of_dy[b, a].view(-1, *[1] * (x.dim() - 2))))
-    return dxs
+    counts, means, variances = (stack.unbind() for stack in how.batches)
+    return [
+        _input(dy, x, means[b], variances[b], how.weights[a], sums[b], counts[b], how.eps)
+        for dy, x, b, a in zip(dys, xs, how.batch_of, how.affine_of, strict=True)
+    ]
 
 
 def _before_relu(
@@ -250,3 +240,21 @@ def _sums(
         [False, True, True],
     )
     return grad_bias, grad_weight
+
+
+def _input(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    sums: Tensor,
+    count: Tensor,
+    eps: float,
+) -> Tensor:
+    """In two passes and one allocation: an affine function of z, and then of dy."""
+    inv_std = (var + eps).rsqrt()
+    offset, slope = -inv_std / count.clamp(min=1).to(inv_std.dtype) * sums
+    dx = normalize_one(x, mean, var, slope, offset, eps)
+    dy_scale = inv_std if weight is None else inv_std * weight
+    return dx.addcmul_(dy, dy_scale.view(-1, *[1] * (x.dim() - 2)))

@@ -364,7 +364,7 @@ def test_a_detector_that_is_called_otherwise():
         ({"rules": None}, "rules: None is not accepted; use ids of rules, such as"),
         ({"rules": "BN201"}, "rules: 'BN201' is not accepted; use ids"),
         ({"progress": "bar"}, "progress: 'bar' is not accepted; use one of"),
-        ({"batches": []}, "data_loader: has 0 of 32 batches"),
+        ({"batches": []}, "data_loader: has ended after 0 of 32 batches"),
         ({"batches": batches(1)}, "batches: one is too few"),
         ({"call": lambda model, x: x}, "reaches none of its BatchNorm layers"),
     ],
