@@ -1,5 +1,7 @@
 """A small training loop that calls hooks as both hosts do, and models for it."""
 
+import logging
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,15 @@ from torch.utils.checkpoint import checkpoint
 
 from bn_det import BatchNorm2d, DomainBatchNorm2d, freeze
 from bn_det.training import accumulate
+
+
+def warned():
+    """What is warned of from now on in this process, as a list that grows."""
+    messages = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("bn_det").addHandler(handler)
+    return messages
 
 
 def make_batch(step, size=6):

@@ -13,7 +13,16 @@ from bn_det import BatchNorm2d, freeze
 from bn_det.training import Hook, Monitor
 from bn_det.training.hooks import FreezeBN, PreciseBN, VirtualBatch
 from ranks import run_ranks
-from training_loop import MODELS, Levels, Trainer, convolutions, hooks_of, make_batch, still
+from training_loop import (
+    MODELS,
+    Levels,
+    Trainer,
+    convolutions,
+    hooks_of,
+    make_batch,
+    still,
+    warned,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -246,10 +255,7 @@ def test_small_batches_that_are_a_choice(kind, told):
 
 def train_ranks(rank, kind):
     torch.manual_seed(0)
-    records = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: records.append(record.getMessage())
-    logging.getLogger("bn_det").addHandler(handler)
+    records = warned()
     model = DistributedDataParallel(MODELS[kind](), broadcast_buffers=False)
     trainer = Trainer(model, 8, Monitor(4))
     trainer.batch = lambda step: make_batch(2 * step + rank)[:2]

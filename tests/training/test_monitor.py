@@ -19,7 +19,7 @@ from bn_det.population.average import average_population_statistics
 from bn_det.training import Monitor
 from bn_det.training.hooks import FreezeBN, PreciseBN, VirtualBatch
 from ranks import run_ranks
-from training_loop import MODELS, Levels, Trainer, hooks_of, make_batch, still
+from training_loop import MODELS, Levels, Trainer, hooks_of, make_batch, still, warned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -262,10 +262,7 @@ def test_a_period_of_one():
 def train_ranks(rank, kind, with_monitor, gap=0.0, broken=False, max_iter=48):
     """A training in which each rank has batches, a layer of its own statistics, and a gap."""
     torch.manual_seed(0)
-    records = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: records.append(record.getMessage())
-    logging.getLogger("bn_det").addHandler(handler)
+    records = warned()
     model = DistributedDataParallel(MODELS[kind](), broadcast_buffers=False)
     if rank == 1 and broken:
         model.module[1].running_var[0] = math.inf
