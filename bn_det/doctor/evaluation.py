@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import InputError
 from ..population.snapshot import Snapshot
 from .findings import Finding, Recompute, Tried
 from .from_losses import Compared, Difference
@@ -71,7 +73,7 @@ class Trials:
             with in_mode(model, training=False), losses.told.bar("AP", 1 + len(treatments)) as step:
 
                 def scored() -> Tensor:
-                    value = torch.tensor([score(model)]).double()
+                    value = _number(score(model))
                     step()
                     return value
 
@@ -101,6 +103,19 @@ class Trials:
         """Whether a treatment helps, and more than recomputed statistics do."""
         is_more = self._difference(self.gains[number] - self.gains[0]).is_more
         return is_more and self._difference(self.gains[number]).is_more
+
+
+def _number(scored: Any) -> Tensor:
+    """Shape (1,).
+
+    Raises:
+        InputError: it is no number.
+    """
+    try:
+        return torch.tensor([float(scored)]).double()
+    except (TypeError, ValueError, RuntimeError) as e:
+        kind = type(scored).__name__
+        raise InputError(f"score: gives a {kind}; it has to give a number, in percent") from e
 
 
 def _treated(model: nn.Module, treatment: Treatment, measured: Callable[[], Tensor]) -> Tensor:

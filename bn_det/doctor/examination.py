@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
-from itertools import chain, takewhile, tee
+from collections.abc import Callable, Collection, Iterable, Mapping
+from itertools import chain
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..errors import InputError, check_positive
+from ..errors import InputError, check_positive, shown
 from ..layers.comm import Group, process_group
-from ..layers.kinds import unwrapped
+from ..layers.kinds import is_batch_norm, unwrapped
 from ..population.observation import population_layers
 from . import (
     from_evaluation,
@@ -24,7 +24,7 @@ from . import (
     from_training,
 )
 from .blame import MOST_PARTS
-from .checkpoint import of_state
+from .checkpoint import Checkpoint, of_state
 from .evaluation import Score, try_treatments
 from .findings import (
     IN_CODE,
@@ -40,7 +40,8 @@ from .findings import (
 from .from_losses import has_frozen, num_passes
 from .from_passes import Seen
 from .from_training import Step
-from .losses import Losses, others
+from .images import Images
+from .losses import Losses
 from .modes import in_mode
 from .prescriptions import KINDS, untried
 from .progress import Price, Told
@@ -84,8 +85,8 @@ def examine(
         batches: training batches, as the model takes them, two at least; None to look at its state
             alone.
         num_iters: the number of batches, at most; of each rank.
-        call: how the model is run on a batch, ``model(batch)`` by default. To evaluate, it gives a
-            loss, or a dict of losses.
+        call: how the model is run on a batch, ``model(batch)`` by default, in the mode that it is
+            in. To evaluate, it gives a loss, or a dict of losses.
         target: batches of the images that the model is to be used on, where they are of another
             domain; as many of them as of ``batches`` are run in the same way.
         optimizer: that is to train the model, of which the parameter groups are looked at.
@@ -107,10 +108,12 @@ def examine(
 
     Raises:
         InputError: an argument is not accepted; a layer has seen NaN or infinity; there are no
-            batches, or the model reaches none of its BatchNorm layers; the optimizer has none of
-            its parameters; to evaluate, it gives no loss, or there are several processes.
+            batches, or the model reaches none of its BatchNorm layers, or all batches are empty;
+            the optimizer has none of its parameters; to evaluate, it gives no loss, or there are
+            several processes.
         Exception: what the model raises.
     """
+    _check_types(model=model, batches=batches, target=target, step=step, call=call, score=score)
     check_positive("num_iters", num_iters)
     check_rules(rules)
     if target is not None and batches is None:
@@ -119,19 +122,21 @@ def examine(
         _check_evaluation(batches, num_iters, group)
     model = unwrapped(model)
     _check_values(model)
-    checkpoint = of_state(model.state_dict())._replace(momenta=from_model.momenta(model))
-    findings = [*from_file.findings_of(checkpoint, recompute), *from_model.findings_of(model)]
+    with torch.no_grad():
+        checkpoint = of_state(model.state_dict())._replace(momenta=from_model.momenta(model))
+        findings = [*from_file.findings_of(checkpoint, recompute), *from_model.findings_of(model)]
     if optimizer is not None:
         findings += from_training.of_optimizer(model, optimizer)
     if not checkpoint.layers:
         healthy = "the model has no BatchNorm with population statistics"
         return make_report(untried(findings, recompute), rules, healthy)
-    if batches is None:
-        healthy = f"nothing is wrong with the state of its {_layers(len(checkpoint.layers))}"
+    unknown = _unknown(model, checkpoint)
+    if batches is None or len(unknown) == len(checkpoint.layers):
+        healthy = _healthy_state(checkpoint) + _not_seen(unknown) * (batches is not None)
         return make_report(untried(findings, recompute), rules, healthy)
     told = Told(progress)
     examination = _Examination(model, num_iters, call, group, told, recompute, findings)
-    images = _Images(batches, evaluate, evaluate and has_frozen(model))
+    images = Images(batches, evaluate, evaluate and has_frozen(model))
     price = _price(model, num_iters, evaluate, score, target is not None)
     told.line(str(price))
     try:
@@ -149,30 +154,9 @@ def examine(
         tried, in_evaluation = examination.evaluated(seen, images, score, rules, treat)
     else:
         examination.findings = untried(examination.findings, recompute)
-    healthy = _healthy(seen, len(checkpoint.layers))
+    healthy = _healthy(seen, checkpoint) + _not_seen(unknown)
     report = make_report(examination.findings, rules, healthy, seen.layers, tried)
     return report._replace(in_evaluation=in_evaluation, on_target=on_target)
-
-
-class _Images:
-    """The batches of an examination.
-
-    Attributes:
-        rest: that are looked at.
-        again: the same once more, where they are asked to be held.
-    """
-
-    def __init__(self, batches: Iterable[Any], evaluate: bool, twice: bool) -> None:
-        self._held: list[Any] = []
-        self.rest: Iterator[Any] = others(batches, self._held) if evaluate else iter(batches)
-        self.again: Iterable[Any] = ()
-        if twice:
-            self.rest, self.again = tee(self.rest)
-
-    def held(self, number: int) -> list[Any]:
-        """So many of those apart; the passes take none where all layers are frozen."""
-        deque(takewhile(lambda _: len(self._held) < number, self.rest), maxlen=0)
-        return self._held
 
 
 class _Examination:
@@ -211,7 +195,7 @@ class _Examination:
     def evaluated(
         self,
         seen: Seen,
-        images: _Images,
+        images: Images,
         score: Score | None,
         rules: Collection[str],
         keep: bool,
@@ -240,6 +224,30 @@ class _Examination:
         return tried, shifts
 
 
+def _check_types(**given: Any) -> None:
+    for key, value in given.items():
+        fits, accepted = _TYPES[key]
+        if not fits(value) and (value is not None or key == "model"):
+            kind = type(value).__name__
+            raise InputError(f"{key}: what is given is of type {kind}; use {accepted}")
+
+
+def _is_iterable(value: object) -> bool:
+    return not isinstance(value, str) and any(hasattr(value, of) for of in _ITERATE)
+
+
+_ITERATE = ("__iter__", "__getitem__")
+_TYPES = {
+    "model": (lambda value: isinstance(value, nn.Module), "a torch.nn.Module"),
+    "batches": (_is_iterable, "a data loader, or a list of batches"),
+    "target": (_is_iterable, "a data loader, or a list of batches"),
+    "step": (lambda value: isinstance(value, Step), "a bn_det.doctor.Step"),
+    "call": (callable, "a function of the model and a batch"),
+    "score": (callable, "a function of the model"),
+}
+"""What arguments of examine are, and that in words."""
+
+
 def _check_values(model: nn.Module) -> None:
     tensors = chain(model.named_parameters(), model.named_buffers())
     empty = [name for name, tensor in tensors if tensor.device.type == "meta"]
@@ -248,6 +256,16 @@ def _check_values(model: nn.Module) -> None:
             f"model: {empty[0]} and {len(empty) - 1} more are on the meta device, where nothing "
             "has a value; load its weights (load_state_dict(..., assign=True))"
         )
+
+
+def _unknown(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+    """The classes of what has statistics and is no BatchNorm that is known, by name."""
+    modules = {shown(name): of for name, of in model.named_modules(remove_duplicate=False)}
+    return {
+        of.name: getattr(module, "original_name", type(module).__name__)
+        for of in checkpoint.layers
+        if not is_batch_norm(module := modules.get(of.name))
+    }
 
 
 def _price(
@@ -283,10 +301,31 @@ def _layers(number: int) -> str:
     return count(number, "BatchNorm layer")
 
 
-def _healthy(seen: Seen, num_layers: int) -> str:
+def _healthy(seen: Seen, checkpoint: Checkpoint) -> str:
     if not seen.layers:
-        return f"nothing is wrong with the state of its {_layers(num_layers)}"
+        return _healthy_state(checkpoint)
     return (
-        f"nothing is wrong with its {_layers(num_layers)}: the statistics of {len(seen.layers)}, "
-        f"which are not frozen, fit the weights, on {seen.num_batches} batches"
+        f"nothing is wrong with its {_layers(len(checkpoint.layers))}: the statistics of "
+        f"{len(seen.layers)}, which are not frozen, fit the weights, on {seen.num_batches} batches"
+    )
+
+
+def _healthy_state(checkpoint: Checkpoint) -> str:
+    return f"nothing is wrong with the state of its {_layers(len(checkpoint.layers))}"
+
+
+def _not_seen(unknown: Mapping[str, str]) -> str:
+    """What is to be said of layers that passes do not show.
+
+    Args:
+        unknown: their classes by name.
+    """
+    if not unknown:
+        return ""
+    (first, kind), *others = unknown.items()
+    also = f" and {len(others)} more" if others else ""
+    return (
+        f"; not seen on images: {first}{also}, of a class ({kind}) that is no BatchNorm of "
+        "torch's, nor derived from one (of a scripted, traced or exported model examine what it "
+        "was made from)"
     )

@@ -29,12 +29,13 @@ def findings_of(model: nn.Module) -> Iterator[Finding]:
 
 
 def momenta(model: nn.Module) -> dict[str, float | None]:
-    """Of what has an EMA, by name."""
-    return {
+    """Of what has an EMA, by name; 1 for what is no weight, as nothing can be told by it."""
+    every = {
         shown(name): module.momentum
         for name, module in model.named_modules()
         if isinstance(module, _NormBase)
     }
+    return {name: m if m is None or 0 <= m <= 1 else 1.0 for name, m in every.items()}
 
 
 def _finding(
@@ -87,8 +88,9 @@ def _momentum(layers: Sequence[LayerState]) -> Iterator[Finding]:
     of_emas = [of for of in layers if of.statistics in ("moving", "kept")]
     moving = [of for of in of_emas if of.momentum is not None]
     for found, what in (
-        ([of for of in moving if of.momentum >= _DECAY], "is it a decay, which is 1 - momentum?"),
+        ([of for of in moving if _DECAY <= of.momentum <= 1], "is it a decay, 1 - momentum?"),
         ([of for of in moving if of.momentum == 0], "the statistics never move"),
+        ([of for of in moving if not 0 <= of.momentum <= 1], "no weight of a mean, 0 to 1"),
     ):
         if found:
             yield _finding(

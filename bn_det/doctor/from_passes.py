@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from .calls import CallObserver, SourceShare, of_each
 from .chance import FALSE_ALARMS, bound_of
 from .findings import COSTS, IN_CODE, Finding, Measures, Recompute, count, furthest
 from .losses import Values
-from .modes import in_mode
+from .modes import as_called, in_mode
 from .shares import Share, share_of
 
 
@@ -77,10 +76,12 @@ def look(
     with in_mode(model, training=True):
         # Statistics of frozen ones are constants that the weights have been trained with.
         layers = population_layers(model, frozen)
-        observer = CallObserver(partial(call, model) if call else model, model, layers)
+        observer = CallObserver(as_called(model, call), model, layers)
         # What an EMA estimates is the mean of the batches' variances.
         how = How(num_iters, "mean_of_batch_variances", 0.0, True, process_group(group))
         found, report = measure_statistics(observer, batches, how, progress)
+        if layers and not report.layers:
+            raise InputError("batches: no batch has a value for any of the layers; all are empty")
         if report.layers and report.num_batches < 2:
             raise InputError("batches: one is too few to tell chance from a fault; use 8 or more")
     is_frozen_by = {layer.name: is_frozen(layer.owner) for layer in layers}
@@ -141,7 +142,9 @@ def _chance(of: LayerReport, error: float, momentum: float | None) -> float:
     size that the passes had. A mean of all batches is as precise as that of as many as the passes
     had, at least.
     """
-    m = 2 / (of.num_batches + 1) if momentum is None else min(float(momentum), 1.0)
+    m = 2 / (of.num_batches + 1)
+    if momentum is not None:
+        m = float(momentum) if 0 <= momentum <= 1 else 1.0
     of_batch = error * math.sqrt(of.num_batches)
     return math.hypot(of_batch * math.sqrt(m / (2 - m)), error)
 

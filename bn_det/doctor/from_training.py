@@ -51,7 +51,10 @@ def of_optimizer(model: nn.Module, optimizer: Optimizer) -> Iterator[Finding]:
     Raises:
         InputError: it has no parameter of the model.
     """
-    groups = optimizer.param_groups
+    groups = getattr(optimizer, "param_groups", None)
+    if groups is None:
+        kind = type(optimizer).__name__
+        raise InputError(f"optimizer: what is given is of type {kind}; use a torch.optim.Optimizer")
     times = Counter(id(p) for group in groups for p in group["params"])
     if not any(id(p) in times for p in model.parameters()):
         raise InputError(

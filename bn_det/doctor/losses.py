@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,8 @@ from ..layers.freeze import is_frozen, thaw
 from ..layers.kinds import batch_norms
 from ..population.observation import places_with_statistics
 from ..population.unchanged import evaluated_losses
+from .images import copied
+from .modes import as_called
 from .progress import SILENT, Advance, Told
 
 Values = dict[str, tuple[Tensor, Tensor]]
@@ -61,7 +63,7 @@ class Losses:
 
     def run(self, batch: Any) -> Any:
         """Call the model, as it is."""
-        return self.call(self.model, batch) if self.call else self.model(batch)
+        return as_called(self.model, self.call)(copied(batch))
 
     def by_batch(self, layers: Collection[nn.Module]) -> Tensor:
         """The same, where some layers normalize by their batch, as in training."""
@@ -104,21 +106,6 @@ class Losses:
                 return math.inf
         loss = total(outputs)
         return math.inf if math.isnan(loss) else loss
-
-
-def others(batches: Iterable[Any], held: list[Any]) -> Iterator[Any]:
-    """Batches but for each third one, which is put into ``held``, apart from the others.
-
-    Raises:
-        InputError: at their end, if fewer than two are held.
-    """
-    for k, batch in enumerate(batches):
-        if k % 3 == 2:
-            held.append(batch)
-        else:
-            yield batch
-    if len(held) < 2:
-        raise InputError("batches: there are too few to evaluate, which takes 6 at least")
 
 
 def total(outputs: Any) -> float:

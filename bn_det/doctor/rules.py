@@ -386,7 +386,7 @@ RULES = {
         "the momentum of another framework",
         "momentum is not torch's",
         "layers",
-        "A momentum of 0.5 and more, or of 0, in layers that training updates.",
+        "A momentum of 0.5 and more, of 0, or below, in layers that training updates.",
         "PyTorch's momentum is the weight of a new batch, 1 - that of Keras and TensorFlow: with "
         "0.9 the statistics are nearly those of the last batch, with 0 they never move.",
         "That somebody wants just this.",

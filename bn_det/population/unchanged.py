@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import InputError
-from ..layers.kinds import STATISTICS, batch_norms, is_batch_norm, unwrapped
+from ..layers.kinds import STATISTICS, is_batch_norm, unwrapped
 from .passes import surroundings
 from .snapshot import Snapshot, same_random_state
 
@@ -70,8 +70,9 @@ def evaluated_losses(model: nn.Module) -> Iterator[None]:
     model = unwrapped(model)
     with put_back(model):
         model.train()
-        for module in (*batch_norms(model), *filter(_is_random, model.modules())):
-            module.eval()
+        for module in model.modules():
+            if is_batch_norm(module) or _has_statistics(module) or _is_random(module):
+                module.eval()
         yield
 
 
@@ -84,6 +85,11 @@ def put_back(model: nn.Module) -> Iterator[None]:
         stack.enter_context(same_random_state({t.device for t in tensors}))
         stack.callback(Snapshot(model).restore)
         yield
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    """Whether a module has some, of whatever class it is, scripted ones among them."""
+    return any(name == "running_mean" for name, _ in module.named_buffers(recurse=False))
 
 
 def _is_random(module: nn.Module) -> bool:

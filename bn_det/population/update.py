@@ -362,7 +362,9 @@ def _why_none(model: nn.Module) -> str:
     """For a message: what is the matter with each BatchNorm that is not updated."""
     left = left_out(model, [])
     if not left:
-        return "the model has no BatchNorm"
+        others = [name for name in model.state_dict() if name.endswith("running_mean")]
+        also = f" of a class that is known; what has {others[0]} is none" if others else ""
+        return f"the model has no BatchNorm{also}"
     reasons = Counter(left.values())
     return "; ".join(f"{number} of {len(left)} layers {why}" for why, number in reasons.items())
 
