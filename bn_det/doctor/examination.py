@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 
 from ..errors import InputError, check_positive, shown
 from ..layers.comm import Group, process_group
+from ..layers.freeze import is_frozen
 from ..layers.kinds import is_batch_norm, unwrapped
-from ..population.observation import population_layers
+from ..population.observation import places_with_statistics, population_layers
 from . import (
     from_evaluation,
     from_file,
@@ -123,8 +124,11 @@ def examine(
     model = unwrapped(model)
     _check_values(model)
     with torch.no_grad():
-        checkpoint = of_state(model.state_dict())._replace(momenta=from_model.momenta(model))
-        findings = [*from_file.findings_of(checkpoint, recompute), *from_model.findings_of(model)]
+        checkpoint = _checkpoint(model)
+        findings = [
+            *from_file.findings_of(checkpoint, recompute),
+            *from_model.findings_of(model, recompute),
+        ]
     if optimizer is not None:
         findings += from_training.of_optimizer(model, optimizer)
     if not checkpoint.layers:
@@ -256,6 +260,15 @@ def _check_values(model: nn.Module) -> None:
             f"model: {empty[0]} and {len(empty) - 1} more are on the meta device, where nothing "
             "has a value; load its weights (load_state_dict(..., assign=True))"
         )
+
+
+def _checkpoint(model: nn.Module) -> Checkpoint:
+    """The state of a model, as a file has it; what is frozen has no counter that tells anything."""
+    found = of_state(model.state_dict())
+    places = places_with_statistics(model)
+    frozen = {shown(place.name) for place in places if is_frozen(place.owner)}
+    layers = [of._replace(batches=None) if of.name in frozen else of for of in found.layers]
+    return found._replace(layers=layers, momenta=from_model.momenta(model))
 
 
 def _unknown(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:

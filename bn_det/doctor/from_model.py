@@ -13,18 +13,22 @@ from ..errors import shown
 from ..layers.freeze import learns
 from ..layers.kinds import batch_norms, eps_of, unwrapped, why_lazy
 from ..layers.states import LayerState, states
-from .findings import Finding, count
+from .findings import Finding, Recompute, count
 
 _DECAY = 0.5
 """A momentum from which on it is rather the decay of another framework, of which 0.9 is usual."""
 
 
-def findings_of(model: nn.Module) -> Iterator[Finding]:
-    """By all rules of modules; the mode that the model is in counts."""
+def findings_of(model: nn.Module, recompute: Recompute) -> Iterator[Finding]:
+    """By all rules of modules; the mode that the model is in counts.
+
+    Args:
+        recompute: how its statistics are recomputed.
+    """
     layers = states(model).layers
     yield from _moving(model, layers)
     yield from _undone(layers)
-    yield from _momentum(layers)
+    yield from _momentum(layers, recompute)
     yield from _mixed(model, layers)
 
 
@@ -83,7 +87,7 @@ def _undone(layers: Sequence[LayerState]) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _momentum(layers: Sequence[LayerState]) -> Iterator[Finding]:
+def _momentum(layers: Sequence[LayerState], recompute: Recompute) -> Iterator[Finding]:
     """BN403."""
     of_emas = [of for of in layers if of.statistics in ("moving", "kept")]
     moving = [of for of in of_emas if of.momentum is not None]
@@ -95,7 +99,8 @@ def _momentum(layers: Sequence[LayerState]) -> Iterator[Finding]:
         if found:
             yield _finding(
                 "BN403", "warning", found, f"momentum {found[0].momentum:g}: {what}",
-                "momentum 0.1, torch's default, is the weight of a new batch (decay 0.9)",
+                "momentum 0.1, torch's default, is the weight of a new batch (decay 0.9): for what "
+                f"is trained on; what the statistics are now is mended by {recompute.usual}",
             )  # fmt: skip
 
 

@@ -277,6 +277,7 @@ def test_a_decay_for_a_momentum(momentum, model):
     found = of_modules(model)
     assert list(found) == ["BN403"] and f"momentum {momentum:g}" in found["BN403"].why
     assert found["BN403"].where == ("1", "4")
+    assert "mended by bn_det.update_bn_stats" in found["BN403"].treatment
 
 
 def test_mixed(model):
@@ -307,6 +308,19 @@ def test_models_of_which_no_layer_is_updated():
         assert "fit the weights" not in examine(model, batches()).verdict
     lazy = nn.Sequential(nn.Conv2d(3, 8, 3), nn.LazyBatchNorm2d())
     assert examine(lazy).verdict.startswith("the model has no BatchNorm")
+
+
+def test_folded_layers_that_are_frozen(model):
+    """Right as they are, and no layers that have not been trained, though they have counters."""
+    folded = nn.BatchNorm2d(16)
+    nn.init.uniform_(folded.weight)
+    model[4] = folded
+    assert "BN101" in rules(examine(model))
+    bn_det.freeze(model, "4")
+    assert rules(examine(model)) == []
+    assert [of.rule for of in examine(model).findings] == ["BN103"]
+    nn.init.ones_(folded.weight)
+    assert rules(examine(model)) == ["BN102"]
 
 
 def test_a_model_without_statistics_is_not_a_fused_file():
