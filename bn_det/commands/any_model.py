@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from ..doctor.evaluation import Score
 from ..doctor.from_training import Step
 from ..errors import InputError, reason_of
+from ..population.calling import called
 from .fitting import load_weights
 
 
@@ -23,7 +24,7 @@ class AnyModel(NamedTuple):
     """Attributes:
     model: with its weights.
     batches: as ``call`` takes them, or the model.
-    call: runs the model on a batch; None for ``model(batch)``.
+    call: runs the model on a batch; None for the model's own.
     score: AP of a model in evaluation mode, where there is a test set.
     target: batches of the images that it is to be used on, where these are named.
     optimizer: that trains it, where it is known.
@@ -132,7 +133,7 @@ class _Batches:
 def _call(function: Callable[[nn.Module, Any], Any] | None, model: nn.Module, batch: Any) -> Any:
     """Run the model on a batch; what its code raises is told as its own."""
     try:
-        return model(batch) if function is None else function(model, batch)
+        return called(model, function)(batch)
     except InputError:
         raise
     except (Exception, SystemExit) as e:

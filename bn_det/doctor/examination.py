@@ -86,8 +86,9 @@ def examine(
         batches: training batches, as the model takes them, two at least; None to look at its state
             alone.
         num_iters: the number of batches, at most; of each rank.
-        call: how the model is run on a batch, ``model(batch)`` by default, in the mode that it is
-            in. To evaluate, it gives a loss, or a dict of losses.
+        call: how the model is run on a batch, in the mode that it is in; ``model(batch)`` by
+            default, where a tuple is several arguments, if its forward method takes as many. To
+            evaluate, it gives a loss, or a dict of losses.
         target: batches of the images that the model is to be used on, where they are of another
             domain; as many of them as of ``batches`` are run in the same way.
         optimizer: that is to train the model, of which the parameter groups are looked at.

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import InputError
+from ..population.calling import called
 
 
 @contextmanager
@@ -33,8 +34,9 @@ def as_called(
     Raises:
         InputError: from what is returned, if a module is in another mode as the model is called.
     """
+    run_on = called(model, call)
     if call is None:
-        return model
+        return run_on
 
     def run(batch: Any) -> Any:
         modes = [(name, module, module.training) for name, module in model.named_modules()]
@@ -54,7 +56,7 @@ def as_called(
 
         hook = model.register_forward_pre_hook(check, prepend=True)
         try:
-            outputs = call(model, batch)
+            outputs = run_on(batch)
         finally:
             hook.remove()
         check()  # of a function that calls parts of the model alone

@@ -53,7 +53,7 @@ class Passes(NamedTuple):
     """How a model is run again on the batches of the passes.
 
     Attributes:
-        call: None for ``model(batch)``.
+        call: None for the model's own.
         batches: those batches.
     """
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -16,6 +15,7 @@ from ..layers.domain_batch_norm import state_holders
 from ..layers.folded import is_folded
 from ..layers.frameworks import with_statistics
 from ..layers.kinds import eps_of, key_of, lists_with_affine, selected, unwrapped, uses_in
+from .calling import called
 from .estimate import Estimate
 from .observation import Observer, PopulationLayer, places_of
 from .report import PopulationReport
@@ -73,7 +73,7 @@ def unfold(
         _refuse(layer, name, uses)
     places = places_of(model, folded)
     how = How(num_iters, "population_variance", 0.0, allow_short, process_group(group))
-    observer = Observer(partial(call, model) if call else model, model, places, by_batch=False)
+    observer = Observer(called(model, call), model, places, by_batch=False)
     found, report = measure_statistics(observer, data_loader, how, progress)
     _write(places, found)
     return report

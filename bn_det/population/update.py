@@ -7,7 +7,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from ..errors import InputError, check_positive, choose
 from ..layers.comm import Group, all_gather, process_group, report_disagreement
 from ..layers.folded import is_folded
 from ..layers.kinds import lists_with_affine, unwrapped
+from .calling import called
 from .estimate import ESTIMATORS, Accumulator, Estimate, estimates
 from .observation import Observed, Observer, PopulationLayer, left_out, population_layers
 from .passes import surroundings
@@ -83,7 +83,8 @@ def update_bn_stats(
             standard deviations and that of the variance relative to it, root mean square over
             channels. Batches, not values, are taken for independent. 0 to run all batches.
         allow_short: take a loader that ends early for complete.
-        call: how the model is run on a batch, ``model(batch)`` by default.
+        call: how the model is run on a batch, ``model(batch)`` by default; a tuple is several
+            arguments, if its forward method takes as many.
         group: the processes that have to call this, each with the same model.
         frozen: whether frozen layers (:func:`bn_det.freeze`, FrozenBatchNorm2d of either host) get
             new statistics, too. In the passes they normalize as if they were not frozen, by the
@@ -106,7 +107,7 @@ def update_bn_stats(
     if not layers:
         logger.warning("update_bn_stats has nothing to update: %s", _why_none(model))
     how = How(num_iters, estimator, tolerance, allow_short, process_group(group))
-    observer = Observer(partial(call, model) if call else model, model, layers)
+    observer = Observer(called(model, call), model, layers)
     error = None if initial else _why_folded(model, layers)
     found, report = measure_statistics(observer, data_loader, how, progress, error)
     _write(layers, found)

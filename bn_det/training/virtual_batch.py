@@ -17,6 +17,7 @@ from ..layers.ema import refuse_recomputation
 from ..layers.forward import Extension
 from ..layers.freeze import is_frozen
 from ..layers.kinds import batch_norms, unwrapped
+from ..population.calling import called
 from ..population.passes import surroundings
 
 
@@ -43,7 +44,8 @@ def virtual_batch(
             DistributedDataParallel or compiled one is run as the module in it. Over several
             processes every one has to take part.
         extra: a batch, as the model takes it.
-        call: how the model is run on a batch, ``model(batch)`` by default.
+        call: how the model is run on a batch, ``model(batch)`` by default; a tuple is several
+            arguments, if its forward method takes as many.
 
     Raises:
         InputError: the model has no such layer, or another kind of BatchNorm in training mode; a
@@ -120,7 +122,7 @@ def _run(model: nn.Module, extra: Any, call: Callable[[nn.Module, Any], Any] | N
     attributes = [(vars(m), dict(vars(m))) for m in model.modules()]
     try:
         with torch.no_grad(), surroundings(), no_population_update(model):
-            call(model, extra) if call else model(extra)
+            called(model, call)(extra)
     finally:
         for now, before in attributes:
             now.update(before)

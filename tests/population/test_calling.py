@@ -1,0 +1,87 @@
+"""A model is called on what its data loader gives."""
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from torchvision.models.detection import retinanet_resnet50_fpn_v2, ssdlite320_mobilenet_v3_large
+
+import bn_det
+from bn_det import BatchNorm2d, virtual_batch
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x, y=None):
+        return self.norm(x if y is None else x + y)
+
+
+def pairs(number=4):
+    generator = torch.Generator().manual_seed(0)
+    return [tuple(torch.randn(2, 2, 3, 4, 4, generator=generator)) for _ in range(number)]
+
+
+def test_a_tuple_is_the_arguments():
+    model, expected = Two(), Two()
+    bn_det.update_bn_stats(model, pairs(), 4)
+    bn_det.update_bn_stats(expected, [x + y for x, y in pairs()], 4)
+    assert torch.equal(model.norm.running_var, expected.norm.running_var)
+    assert (
+        bn_det.examine(model, pairs()).layers
+        == bn_det.examine(model, pairs(), call=lambda model, batch: model(*batch)).layers
+    )
+
+
+def test_a_tuple_that_is_one_argument():
+    """Of a forward method that takes no more, or one that is more than a tuple."""
+
+    class Sum(Two):
+        def forward(self, xs):
+            return super().forward(*xs)
+
+    model, expected = Sum(), Two()
+    bn_det.update_bn_stats(model, pairs(), 4)
+    bn_det.update_bn_stats(expected, pairs(), 4)
+    assert torch.equal(model.norm.running_var, expected.norm.running_var)
+
+
+def test_virtual_batch_takes_a_tuple():
+    (x, y), (extra, more), *_ = pairs()
+    found = []
+    for given in ((extra, more), extra + more):
+        model = Two()
+        bn_det.convert_batchnorm(model, BatchNorm2d)
+        with virtual_batch(model, given):
+            found.append(model(x, y))
+    assert torch.equal(*found)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have no notes")
+def test_what_is_said_where_it_takes_something_else():
+    """The model's own error, with how it was called."""
+    batches = [list(pair) for pair in pairs()]
+    with pytest.raises(AttributeError) as raised:
+        bn_det.update_bn_stats(nn.Sequential(nn.BatchNorm2d(3)), batches, 4)
+    (note,) = raised.value.__notes__
+    assert note.startswith("The model was called as model(batch), where a batch is a list of 2;")
+    with pytest.raises(AttributeError) as raised:
+        bn_det.update_bn_stats(nn.BatchNorm2d(3), [5], 1)
+    assert not hasattr(raised.value, "__notes__")
+
+
+@pytest.mark.parametrize("make", [retinanet_resnet50_fpn_v2, ssdlite320_mobilenet_v3_large])
+def test_detectors_of_torchvision(make):
+    """On batches as its reference training makes them."""
+    sample = torch.rand(3, 64, 64), {
+        "boxes": torch.tensor([[8.0, 8.0, 40.0, 40.0]]), "labels": torch.tensor([1]),
+    }  # fmt: skip
+    loader = DataLoader([sample] * 4, 2, collate_fn=lambda batch: tuple(zip(*batch, strict=True)))
+    sizes = {} if make is ssdlite320_mobilenet_v3_large else {"min_size": 64, "max_size": 64}
+    model = make(weights=None, weights_backbone=None, num_classes=2, **sizes).train()
+    report = bn_det.update_bn_stats(model, loader, 2)
+    assert report.num_batches == 2 and not report.unused
