@@ -31,7 +31,7 @@ _REACHES_OUT = 1
 """Pixels beyond the edge of an image that are more than rounding."""
 
 _LAST_ID = 2**63 - 1
-"""The highest id of an object that the evaluations hold."""
+"""The highest id that NumPy has among integers: by higher ones it takes one image for another."""
 
 FARTHEST = 10
 """How many times the longer side of its image a coordinate may be; masks take memory with it."""
@@ -95,6 +95,11 @@ def _by_id(
         entry_id = entry.get("id") if isinstance(entry, dict) else None
         if not isinstance(entry_id, (int, str)) or isinstance(entry_id, bool):
             raise InputError(f"{where}: {what} number {number} has no id (an integer)")
+        if accepted := _why_not_held(entry_id):
+            seen = _value(entry_id)
+            raise InputError(
+                f"{where}: {what} number {number}: id: {seen} is not accepted; use {accepted}"
+            )
         if entry_id in found:
             raise InputError(f"{where}: two of {what} have the id {_value(entry_id)}")
         if why := check(entry):
@@ -103,6 +108,14 @@ def _by_id(
     if len(kinds := {type(entry_id).__name__ for entry_id in found}) > 1:
         raise InputError(f"{where}: ids of {what} are of several types, {sorted(kinds)}; use int")
     return found
+
+
+def _why_not_held(entry_id: int | str) -> str:
+    """What to use instead of an id that an array of ids, as pycocotools makes, would not hold."""
+    if isinstance(entry_id, str):
+        return "text that does not end with a zero byte" * entry_id.endswith("\0")
+    is_held = ~_LAST_ID <= entry_id <= _LAST_ID
+    return "" if is_held else f"an integer of 64 bits, {~_LAST_ID} to {_LAST_ID}"
 
 
 def _check_image(image: dict) -> str:
@@ -249,7 +262,7 @@ def _why_no_flags(annotation: dict) -> str:
 
 def _why_not_compared(annotation: dict) -> str:
     number = annotation["id"]
-    if not isinstance(number, int) or not 1 <= number <= _LAST_ID:
+    if not isinstance(number, int) or number < 1:
         return (
             f"id: {_value(number)} is not accepted; use an integer, 1 to {_LAST_ID}: by others the "
             "evaluations cannot tell what is matched"
