@@ -21,7 +21,7 @@ from bn_det.data.annotations import FARTHEST, are_numbers, is_box
 from bn_det.data.coco import CocoDataset, CocoSource, builtin_sources, check_names, load_coco
 from bn_det.data.images import check_size, read_image
 from bn_det.errors import InputError, check_positive
-from bn_det.files import check_other_file, check_regular, parse_json, write_aside
+from bn_det.files import check_other_file, read_json, write_aside
 
 COLOURS = [(80, 80, 255), (80, 220, 80), (255, 140, 60), (60, 220, 255), (255, 80, 255)]
 """BGR, for the classes in turn."""
@@ -91,13 +91,14 @@ def draw_image(dataset: CocoDataset, record: dict, detections: list[dict], size:
 
 def load_detections(path: str) -> list[dict]:
     """Detections in COCO's result format."""
-    check_regular(path)
     try:
-        detections = parse_json(Path(path).read_bytes().decode())
+        detections = read_json(path)
         if not isinstance(detections, list):
             raise ValueError(f"it is a {type(detections).__name__}; use a list")
         for number, detection in enumerate(detections):
             check_detection(number, detection)
+    except InputError:
+        raise
     except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"--input: {path} is not a file of detections: {e}") from e
     return detections

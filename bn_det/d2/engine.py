@@ -24,7 +24,7 @@ from ..commands.launch import is_mendable
 from ..commands.output_folder import end_logs_that_fail
 from ..data.coco import without_objects
 from ..errors import InputError, one_line
-from ..files import write_text
+from ..files import read_text, write_text
 from ..layers.pickled_arrays import read_pickled_arrays
 
 
@@ -91,7 +91,7 @@ def set_up_group_and_log(args: argparse.Namespace, cfg: CfgNode, output_dir: str
 def _config_of_training(args: argparse.Namespace, cfg: CfgNode, path: Path) -> Iterator[None]:
     """Keep what resuming a training goes by, where Detectron2 replaces it with any command's."""
     is_kept = args.eval_only and path.is_file()
-    text = path.read_text() if is_kept else ""
+    text = read_text(path) if is_kept else ""
     if comm.is_main_process() and not is_kept and isinstance(cfg, CfgNode):
         # Detectron2 writes in place, where a full disk would cost what was there.
         write_text(path, cfg.dump())

@@ -10,12 +10,11 @@ import logging
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from operator import sub
-from pathlib import Path
 from types import NoneType
 from typing import Any
 
 from ..errors import InputError, is_text, shown
-from ..files import check_regular, parse_json
+from ..files import read_json
 from .images import MAX_PIXELS
 from .masks import is_segmentation, run_lengths
 
@@ -72,9 +71,10 @@ def read_annotations(
 
 
 def _parsed(where: str, json_file: str) -> dict[str, Any]:
-    check_regular(json_file)
     try:
-        content = parse_json(Path(json_file).read_bytes().decode())  # as pycocotools will
+        content = read_json(json_file)
+    except InputError:
+        raise
     except FileNotFoundError as e:
         raise InputError(f"{where}: there is no such file") from e
     except OSError as e:

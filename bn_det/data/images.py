@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import InputError
-from ..files import check_regular
+from ..files import check_regular, within_memory
 
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)
 """Of an image; of more Pillow makes an error."""
@@ -24,14 +24,15 @@ _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LA
 def readable_image(path: str | os.PathLike) -> Iterator[None]:
     """Name the file in an error that Pillow raises for it inside the block."""
     try:
-        yield
+        with within_memory(path):
+            yield
     except InputError:
         raise
     except FileNotFoundError as e:
         raise InputError(f"{path}: there is no such image") from e
     except UnidentifiedImageError as e:
         raise InputError(f"{path}: is empty, or no image of a known format") from e
-    except (MemoryError, RecursionError):
+    except RecursionError:
         raise
     except Exception as e:  # what the decoders of Pillow raise is of many kinds
         reason = getattr(e, "strerror", None) or " ".join(str(e).split()) or type(e).__name__

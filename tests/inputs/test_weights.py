@@ -209,6 +209,14 @@ def test_no_file_of_weights_runs_code(tmp_path, kind):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("name", ["a.pth", "a.pkl", "a.pyth", "a.safetensors", "a"])
+def test_zeros(host, name, tmp_path):
+    """Those of safetensors raise an error of their own."""
+    (tmp_path / name).write_bytes(bytes(100))
+    with pytest.raises(InputError, match=f"^{tmp_path}/{name}: cannot be loaded as a checkpoint: "):
+        checkpointer(host, torch.nn.Linear(2, 2)).load(str(tmp_path / name))
+
+
 def test_a_number(host, tmp_path):
     torch.save(3, tmp_path / "number.pth")
     with pytest.raises(InputError, match="number.pth: .*(has a int|is no state dict)"):
