@@ -81,6 +81,23 @@ def check_size(path: str, size: Sequence[int], record: Mapping[str, Any]) -> Non
         )
 
 
+def resized_size(height: int, width: int, shortest: int, longest: int) -> tuple[int, int]:
+    """Height and width, in pixels, of an image that is resized without another shape.
+
+    As on Detectron2, but that no side of a long and narrow image becomes 0 pixels.
+
+    Args:
+        shortest: what the shorter side becomes,
+        longest: unless the longer one would become more than this, which it then becomes.
+    """
+    low, high = sorted((height, width))
+    shorter, longer = float(shortest), shortest / low * high
+    if longer > longest:
+        shorter, longer = shorter * (longest / longer), longest
+    sizes = tuple(max(1, int(side + 0.5)) for side in (shorter, longer))
+    return sizes if height < width else sizes[::-1]
+
+
 def _check_kind(path: str | os.PathLike, image: Image.Image) -> None:
     if image.format == "EPS":
         raise InputError(
