@@ -165,7 +165,7 @@ class _Annotations:
 
     def __call__(self, annotations: Sequence[Any]) -> list[dict]:
         every = _by_id(self._where, "annotation", annotations, self._why_not)
-        elsewhere, empty, outside, reaching = [], [], [], []
+        elsewhere, empty, outside, reaching, large = [], [], [], [], []
         for of in every.values():
             box, image = of["bbox"], self._images.get(of["image_id"])
             if image is None:
@@ -176,10 +176,14 @@ class _Annotations:
                 outside.append(of)
             elif max(map(sub, box[2:], _seen(box, image))) > _REACHES_OUT:
                 reaching.append(of)
+            if self._for_evaluation and image and _is_larger(of["area"], image):
+                large.append(of)
         self._tell(elsewhere, "of images that the file does not have are left out")
         self._tell(empty, "with an empty box are left out")
         self._tell(outside, "with a box outside of their image are left out")
         self._tell(reaching, "with a box that reaches out of its image, where detections end")
+        what = "whose area, which sorts them into APs, APm and APl, is larger than their image"
+        self._tell(large, what)
         left = {of["id"] for of in (*elsewhere, *empty, *outside)}
         return [of for of in annotations if of["id"] not in left]
 
@@ -247,6 +251,12 @@ def _seen(box: Sequence[float], image: dict) -> tuple[float, float]:
         min(x + width, image["width"]) - max(x, 0),
         min(y + height, image["height"]) - max(y, 0),
     )
+
+
+def _is_larger(area: float, image: dict) -> bool:
+    """Whether an object would have more pixels than its image, by more than rounding."""
+    height, width = (image[key] + 2 * _REACHES_OUT for key in ("height", "width"))
+    return area > height * width
 
 
 def _why_no_flags(annotation: dict) -> str:

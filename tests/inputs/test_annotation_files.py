@@ -87,6 +87,9 @@ REFUSED = {
     "image of broken width": (changed("images", 0, width=7.5), "image 1: width: 7.5 .*1 or more"),
     "image of NaN width": (changed("images", 0, width=NAN), "image 1: width: nan .*1 or more"),
     "image of many pixels": (changed("images", 0, width=10**8), "image 1: height and width: more"),
+    "image of 10**12": (changed("images", 0, width=10**12), "image 1: height and width: more"),
+    "image of 1e200": (changed("images", 0, height=1e200), "image 1: height and width: more"),
+    "image of 10**400": (changed("images", 0, height=10**400), "image 1: height: 1000.* 1 or more"),
     "category twice": (twice("categories"), "two of category have the id 1"),
     "category without name": (changed("categories", 0, name=None), "category 1: name: None"),
     "half of a character": (
@@ -129,6 +132,8 @@ REFUSED = {
     "area is a string": (annotation(area="12"), "annotation 5: area: '12' .* a number of pixels"),
     "area is a list": (annotation(area=[12]), "annotation 5: area: .12. .* a number of pixels"),
     "NaN area": (annotation(area=NAN), "annotation 5: area: nan .* a number of pixels"),
+    "area of 1e308": (annotation(area=1e308), "annotation 5: area: 1e\\+308 .* 0 to 1e\\+10"),
+    "area of 10**40": (annotation(area=10**40), "annotation 5: area: 10000.* 0 to 1e\\+10"),
     "huge area": (annotation(area=1e30), "annotation 5: area: 1e\\+30 .* 0 to 1e\\+10"),
     "no box": (annotation(bbox=None), "annotation 5: bbox: None .* x, y, width and height"),
     "three numbers": (annotation(bbox=[1, 1, 4]), "annotation 5: bbox: .* x, y, width"),
@@ -136,11 +141,19 @@ REFUSED = {
     "NaN in a box": (annotation(bbox=[1, NAN, 4, 3]), "annotation 5: bbox: .*nan.* x, y, width"),
     "infinite box": (annotation(bbox=[1, 1, INF, 3]), "annotation 5: bbox: .*inf.* x, y, width"),
     "huge box": (annotation(bbox=[1, 1, 10**400, 3]), "annotation 5: bbox: "),
+    "box of 1e30": (annotation(bbox=[1, 1, 1e30, 3]), "annotation 5: bbox: .* far outside"),
+    "box at -1e30": (annotation(bbox=[-1e30, 1, 4, 3]), "annotation 5: bbox: .* far outside"),
+    "box of 1e308": (annotation(bbox=[1e308] * 4), "annotation 5: bbox: .* x, y, width and height"),
+    "crowd of 1e30": (annotation(bbox=[1, 1, 1e30, 3], iscrowd=1), "5: bbox: .* far outside"),
     "negative width": (annotation(bbox=[5, 1, -4, 3]), "annotation 5: bbox: .* 0 or more"),
     "box far away": (annotation(bbox=[1, 1, 4, 90]), "annotation 5: bbox: .* far outside"),
     "NaN in a polygon": (polygon(NAN, 4), "annotation 5: segmentation: a polygon .* finite"),
     "infinite polygon": (polygon(-INF, 4), "annotation 5: segmentation: a polygon .* finite"),
     "polygon far away": (polygon(1, 1e9), "annotation 5: segmentation: a polygon is far outside"),
+    "polygon at 1e300": (polygon(1, 1e300), "annotation 5: segmentation: a polygon is far outside"),
+    "polygon at -1e300": (polygon(1, -1e300), "5: segmentation: a polygon is far outside"),
+    "polygon at 1e308": (annotation(segmentation=[[1e308] * 6]), "5: segmentation: a polygon .* f"),
+    "polygon at 10**40": (polygon(1, 10**40), "5: segmentation: a polygon is far outside"),
     "a string in a polygon": (polygon("1", 4), "annotation 5: segmentation: a polygon .* finite"),
     "polygon is no list": (annotation(segmentation=[3]), "annotation 5: segmentation: a polygon"),
     "mask is a string": (annotation(segmentation="ab"), "segmentation: 'ab' .* use polygons or"),
@@ -283,6 +296,17 @@ def test_reaches_out(tmp_path, row, needs, caplog):
         "of which is 5"
     )
     assert sorted(dataset.coco.anns) == [5, 6, 7]
+
+
+@pytest.mark.parametrize("area, count", [(80, 0), (81, 1), (1e9, 1)])
+def test_an_area_larger_than_its_image(tmp_path, area, count, caplog):
+    """By rounding it may be: a pixel at each edge."""
+    content = annotation(area=area)(valid())
+    load(tmp_path, content)
+    assert not caplog.messages
+    load(tmp_path, content, for_evaluation=True)
+    words = "mine.json: annotations whose area, .* is larger than their image: 1, .* is 5$"
+    assert [bool(re.search(words, message)) for message in caplog.messages] == [True] * count
 
 
 @pytest.mark.parametrize("row", USED)
