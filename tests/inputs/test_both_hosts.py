@@ -91,7 +91,7 @@ def test_the_same_is_seen(row, tmp_path):
             torch.testing.assert_close(ours, theirs)
 
 
-def tested(host, cfg):
+def seen_in_test(host, cfg):
     """The pixels of a test set, by image."""
     if host == "detectron2":
         from bn_det.d2.datasets import build_test_loader
@@ -121,7 +121,7 @@ def test_the_same_is_seen_of_any_shape(size, tmp_path):
         cfg = cfg_of(host, entry, entry)
         cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (96,), 1333
         cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 64, 700
-        found.append((seen(host, cfg)[2], tested(host, cfg)[2]))
+        found.append((seen(host, cfg)[2], seen_in_test(host, cfg)[2]))
     (ours, tests), (theirs, theirs_tests) = found
     for a, b in (ours[0], theirs[0]), (tests, theirs_tests):  # Pillow rounds otherwise
         torch.testing.assert_close(a, b, atol=1, rtol=0)
