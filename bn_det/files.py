@@ -99,6 +99,42 @@ def check_regular(path: str | os.PathLike) -> None:
         raise InputError(f"{path}: is a pipe, a device or a socket; use a file")
 
 
+@contextmanager
+def within_memory(path: str | os.PathLike) -> Iterator[None]:
+    """Name the file that is read in the block where that takes more memory than there is.
+
+    Raises:
+        InputError: it does.
+    """
+    try:
+        yield
+    except MemoryError as e:
+        raise InputError(f"{path}: is too large to be read into memory; use another file") from e
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """The text of a file, in UTF-8.
+
+    Raises:
+        InputError: it is no file, but a pipe or the like, or larger than memory.
+        OSError, UnicodeDecodeError: it cannot be read, or has other bytes.
+    """
+    check_regular(path)
+    with within_memory(path):
+        return Path(path).read_bytes().decode()
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        InputError, OSError: as :func:`read_text`.
+        ValueError, RecursionError: as :func:`parse_json`.
+    """
+    with within_memory(path):
+        return parse_json(read_text(path))
+
+
 def parse_json(text: str | bytes) -> Any:
     """What a JSON file has.
 

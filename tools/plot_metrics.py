@@ -36,6 +36,8 @@ def read_metric(folder: str, metric: str) -> tuple[list[int], list[float]]:
         lines = read_metrics(folder)
         found = [(line["iteration"], line[metric]) for line in lines if metric in line]
         known = {name for line in lines for name in line}
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise InputError(f"{path}: is not the metrics.json of a run: {e}") from e
     if not found:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import ctrl_c  # noqa: F401
 import cv2
@@ -18,15 +19,17 @@ from bn_det.config.ranges import check_value
 from bn_det.config.rules import between
 from bn_det.data.annotations import FARTHEST, are_numbers, is_box
 from bn_det.data.coco import CocoDataset, CocoSource, builtin_sources, check_names, load_coco
-from bn_det.data.images import read_image
+from bn_det.data.images import check_size, read_image
 from bn_det.errors import InputError, check_positive
-from bn_det.files import check_regular, check_writable, parse_json, write_aside
+from bn_det.files import check_other_file, read_json, write_aside
 
 COLOURS = [(80, 80, 255), (80, 220, 80), (255, 140, 60), (60, 220, 255), (255, 80, 255)]
 """BGR, for the classes in turn."""
 
 WIDEST = 20_000
 """Pixels of the picture's longer side."""
+
+PICTURES = (".png", ".jpg", ".jpeg")
 
 EDGE = 2
 """Pixels around an image."""
@@ -71,8 +74,11 @@ def _draw_label(
 def draw_image(dataset: CocoDataset, record: dict, detections: list[dict], size: int) -> np.ndarray:
     """The truth above the detections of one image, each scaled into a square."""
     image = cv2.cvtColor(read_image(record["file_name"]), cv2.COLOR_RGB2BGR)
+    check_size(record["file_name"], image.shape[:2], record)
     scale = size / max(image.shape[:2])
-    image = cv2.resize(image, None, fx=scale, fy=scale)
+    # No side of a long and narrow image becomes 0 pixels.
+    height, width = (max(1, round(scale * side)) for side in image.shape[:2])
+    image = cv2.resize(image, (width, height))
     names = dict(zip(dataset.category_ids, dataset.category_names, strict=True))
     pictures = []
     for objects in (dataset.coco.imgToAnns[record["image_id"]], detections):
@@ -85,23 +91,38 @@ def draw_image(dataset: CocoDataset, record: dict, detections: list[dict], size:
 
 def load_detections(path: str) -> list[dict]:
     """Detections in COCO's result format."""
-    check_regular(path)
     try:
-        detections = parse_json(Path(path).read_text())
+        detections = read_json(path)
+        if not isinstance(detections, list):
+            raise ValueError(f"it is a {type(detections).__name__}; use a list")
         for number, detection in enumerate(detections):
-            if not {"image_id", "category_id", "bbox", "score"} <= set(detection):
-                raise ValueError(f"detection {number} lacks image_id, category_id, bbox or score")
-            box, score = detection["bbox"], detection["score"]
-            if not is_box(box) or min(box[2:]) < 0:
-                raise ValueError(f"bbox of detection {number} is no x, y, width and height: {box}")
-            if not are_numbers([score]) or not 0 <= score <= 1:
-                raise ValueError(f"score of detection {number} is no number from 0 to 1: {score!r}")
-            ids = detection["image_id"], detection["category_id"]
-            if not all(type(of) in (int, str) for of in ids):
-                raise ValueError(f"image_id or category_id of detection {number} is no id: {ids}")
-    except (OSError, ValueError, TypeError, RecursionError) as e:
+            check_detection(number, detection)
+    except InputError:
+        raise
+    except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"--input: {path} is not a file of detections: {e}") from e
     return detections
+
+
+def check_detection(number: int, detection: Any) -> None:
+    """Raise ValueError for what is none in COCO's result format."""
+    keys = {"image_id", "category_id", "bbox", "score"}
+    if not isinstance(detection, dict) or not keys <= set(detection):
+        raise ValueError(f"detection {number} lacks image_id, category_id, bbox or score")
+    box, score = detection["bbox"], detection["score"]
+    if not is_box(box) or min(box[2:]) < 0:
+        raise ValueError(
+            f"bbox of detection {number} is no x, y, width and height: {repr(box)[:60]}"
+        )
+    if not are_numbers([score]) or not 0 <= score <= 1:
+        raise ValueError(
+            f"score of detection {number} is no number from 0 to 1: {repr(score)[:60]}"
+        )
+    ids = detection["image_id"], detection["category_id"]
+    if not all(type(of) in (int, str) for of in ids):
+        raise ValueError(
+            f"image_id or category_id of detection {number} is no id: {repr(ids)[:60]}"
+        )
 
 
 def check_detections(path: str, detections: list[dict], dataset: CocoDataset) -> None:
@@ -145,10 +166,12 @@ def draw(args: argparse.Namespace) -> None:
             raise InputError(f"--json: there is no file {args.json}")
         sources[args.dataset] = CocoSource(args.json, args.images or str(Path(args.json).parent))
     check_names("--dataset", [args.dataset], sources)
-    dataset = load_coco(args.dataset, sources[args.dataset])
-    if not cv2.haveImageWriter(args.output):
-        raise InputError(f"--output: {args.output!r} is not accepted; use a .png or .jpg file")
-    check_writable("--output", Path(args.output).parent)
+    source = sources[args.dataset]
+    dataset = load_coco(args.dataset, source)
+    if Path(args.output).suffix.lower() not in PICTURES:
+        raise InputError(f"--output: {args.output!r} is not accepted; use {', '.join(PICTURES)}")
+    read = [args.input, source.json_file, *(record["file_name"] for record in dataset.records)]
+    check_other_file("--output", args.output, read, f"--input and the files of {args.dataset}")
     detections = load_detections(args.input)
     check_detections(args.input, detections, dataset)
     by_image: dict[int, list[dict]] = {}

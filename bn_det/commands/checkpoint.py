@@ -198,8 +198,9 @@ def check_files(
     key, path = weights
     if args.eval_only and not path:
         raise InputError(f"{key}: '' is not accepted; name a checkpoint")
-    # Detectron2 takes options after a question mark.
-    if path and "://" not in path and not os.path.isfile(path.split("?")[0]):
+    # Detectron2 takes options after a question mark, where no file has such a name.
+    is_there = any(os.path.isfile(of) for of in (path, path.split("?")[0]))
+    if path and "://" not in path and not is_there:
         raise InputError(f"{key}: there is no file {path}")
 
 

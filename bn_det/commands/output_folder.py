@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, path_of
-from ..files import check_regular, is_aside, try_lock
+from ..files import check_regular, is_aside, try_lock, within_memory
 from .launch import FULL, is_first
 
 
@@ -119,5 +119,9 @@ def _refuse_pipes(folder: Path) -> None:
 
 def _cut_line(path: Path) -> None:
     """Cut off a last line without an end, as a full disk leaves it: others would be added to it."""
-    if path.is_file() and not (content := path.read_bytes()).endswith(b"\n"):
+    if not path.is_file():
+        return
+    with within_memory(path):
+        content = path.read_bytes()
+    if not content.endswith(b"\n"):
         os.truncate(path, content.rfind(b"\n") + 1)

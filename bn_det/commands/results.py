@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 
 from ..doctor.evaluation import Score
 from ..errors import shown
-from ..files import check_regular, finite, parse_json, write_json
+from ..files import finite, parse_json, read_text, within_memory, write_json
 
 
 def results_table(results: Mapping[str, Mapping]) -> str:
@@ -71,10 +71,10 @@ def read_metrics(folder: str | Path) -> list[dict[str, float]]:
     """
     found: dict[int, dict[str, float]] = {}
     path = Path(folder) / "metrics.json"
-    check_regular(path)
-    for text in path.read_text().splitlines():
-        line = parse_json(text)
-        found.setdefault(line["iteration"], {}).update(line)
+    with within_memory(path):
+        for text in read_text(path).splitlines():
+            line = parse_json(text)
+            found.setdefault(line["iteration"], {}).update(line)
     return [found[iteration] for iteration in sorted(found)]
 
 

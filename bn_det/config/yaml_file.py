@@ -11,6 +11,7 @@ from http.client import HTTPException
 from typing import IO, Any
 
 from ..errors import InputError, shown
+from ..files import within_memory
 from .yaml_text import BROKEN, parse, piece
 
 MAX_BASES = 50
@@ -55,7 +56,8 @@ class _Files:
         return self.loaded[key]
 
     def _load(self, path: str, above: tuple[str, ...]) -> dict[str, Any]:
-        content = _read(path, self.open_file, above)
+        with within_memory(shown(path)):
+            content = _read(path, self.open_file, above)
         way = (*above, path)
         merged: dict[str, Any] = {}
         for base in _bases(content, path):

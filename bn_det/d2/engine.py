@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import torch
 import torch.distributed as dist
@@ -24,12 +25,35 @@ from ..commands.launch import is_mendable
 from ..commands.output_folder import end_logs_that_fail
 from ..data.coco import without_objects
 from ..errors import InputError, one_line
-from ..files import write_text
+from ..files import read_text, write_text
 from ..layers.pickled_arrays import read_pickled_arrays
+
+_HEURISTICS = "matching_heuristics=True"
+"""The option of Detectron2's that is written after the path of weights."""
 
 
 class _SafeCheckpointer(DetectionCheckpointer):
-    """Detectron2's, but that no file of weights runs code when it is read."""
+    """Detectron2's, but that no file of weights runs code when it is read, or is another's."""
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As Detectron2's, which takes any path for a URL with options after a question mark.
+
+        A file that is there is meant by its name as it is.
+        """
+        is_file = bool(path) and os.path.isfile(path)
+        _, mark, options = path.partition("?") if path and not is_file else ("", "", "")
+        if mark and options not in ("", _HEURISTICS):
+            raise InputError(
+                f"{path}: what follows the question mark is not accepted; use ?{_HEURISTICS} or "
+                "nothing, or the name of a file"
+            )
+        load = super(DetectionCheckpointer, self).load if is_file else super().load
+        try:
+            if is_file:
+                self._parsed_url_during_load = urlparse("")  # no options
+            return load(path, *args, **kwargs)
+        finally:
+            self._parsed_url_during_load = None
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         if filename.endswith(".pyth"):  # of pycls
@@ -91,7 +115,7 @@ def set_up_group_and_log(args: argparse.Namespace, cfg: CfgNode, output_dir: str
 def _config_of_training(args: argparse.Namespace, cfg: CfgNode, path: Path) -> Iterator[None]:
     """Keep what resuming a training goes by, where Detectron2 replaces it with any command's."""
     is_kept = args.eval_only and path.is_file()
-    text = path.read_text() if is_kept else ""
+    text = read_text(path) if is_kept else ""
     if comm.is_main_process() and not is_kept and isinstance(cfg, CfgNode):
         # Detectron2 writes in place, where a full disk would cost what was there.
         write_text(path, cfg.dump())

@@ -10,12 +10,11 @@ import logging
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from operator import sub
-from pathlib import Path
 from types import NoneType
 from typing import Any
 
 from ..errors import InputError, is_text, shown
-from ..files import check_regular, parse_json
+from ..files import read_json
 from .images import MAX_PIXELS
 from .masks import is_segmentation, run_lengths
 
@@ -31,7 +30,7 @@ _REACHES_OUT = 1
 """Pixels beyond the edge of an image that are more than rounding."""
 
 _LAST_ID = 2**63 - 1
-"""The highest id of an object that the evaluations hold."""
+"""The highest id that NumPy has among integers: by higher ones it takes one image for another."""
 
 FARTHEST = 10
 """How many times the longer side of its image a coordinate may be; masks take memory with it."""
@@ -72,9 +71,10 @@ def read_annotations(
 
 
 def _parsed(where: str, json_file: str) -> dict[str, Any]:
-    check_regular(json_file)
     try:
-        content = parse_json(Path(json_file).read_bytes().decode())  # as pycocotools will
+        content = read_json(json_file)
+    except InputError:
+        raise
     except FileNotFoundError as e:
         raise InputError(f"{where}: there is no such file") from e
     except OSError as e:
@@ -95,6 +95,11 @@ def _by_id(
         entry_id = entry.get("id") if isinstance(entry, dict) else None
         if not isinstance(entry_id, (int, str)) or isinstance(entry_id, bool):
             raise InputError(f"{where}: {what} number {number} has no id (an integer)")
+        if accepted := _why_not_held(entry_id):
+            seen = _value(entry_id)
+            raise InputError(
+                f"{where}: {what} number {number}: id: {seen} is not accepted; use {accepted}"
+            )
         if entry_id in found:
             raise InputError(f"{where}: two of {what} have the id {_value(entry_id)}")
         if why := check(entry):
@@ -103,6 +108,14 @@ def _by_id(
     if len(kinds := {type(entry_id).__name__ for entry_id in found}) > 1:
         raise InputError(f"{where}: ids of {what} are of several types, {sorted(kinds)}; use int")
     return found
+
+
+def _why_not_held(entry_id: int | str) -> str:
+    """What to use instead of an id that an array of ids, as pycocotools makes, would not hold."""
+    if isinstance(entry_id, str):
+        return "text that does not end with a zero byte" * entry_id.endswith("\0")
+    is_held = ~_LAST_ID <= entry_id <= _LAST_ID
+    return "" if is_held else f"an integer of 64 bits, {~_LAST_ID} to {_LAST_ID}"
 
 
 def _check_image(image: dict) -> str:
@@ -152,7 +165,7 @@ class _Annotations:
 
     def __call__(self, annotations: Sequence[Any]) -> list[dict]:
         every = _by_id(self._where, "annotation", annotations, self._why_not)
-        elsewhere, empty, outside, reaching = [], [], [], []
+        elsewhere, empty, outside, reaching, large = [], [], [], [], []
         for of in every.values():
             box, image = of["bbox"], self._images.get(of["image_id"])
             if image is None:
@@ -163,10 +176,14 @@ class _Annotations:
                 outside.append(of)
             elif max(map(sub, box[2:], _seen(box, image))) > _REACHES_OUT:
                 reaching.append(of)
+            if self._for_evaluation and image and _is_larger(of["area"], image):
+                large.append(of)
         self._tell(elsewhere, "of images that the file does not have are left out")
         self._tell(empty, "with an empty box are left out")
         self._tell(outside, "with a box outside of their image are left out")
         self._tell(reaching, "with a box that reaches out of its image, where detections end")
+        what = "whose area, which sorts them into APs, APm and APl, is larger than their image"
+        self._tell(large, what)
         left = {of["id"] for of in (*elsewhere, *empty, *outside)}
         return [of for of in annotations if of["id"] not in left]
 
@@ -236,6 +253,12 @@ def _seen(box: Sequence[float], image: dict) -> tuple[float, float]:
     )
 
 
+def _is_larger(area: float, image: dict) -> bool:
+    """Whether an object would have more pixels than its image, by more than rounding."""
+    height, width = (image[key] + 2 * _REACHES_OUT for key in ("height", "width"))
+    return area > height * width
+
+
 def _why_no_flags(annotation: dict) -> str:
     if (crowd := annotation.get("iscrowd", 0)) not in (0, 1):
         return f"iscrowd: {_value(crowd)} is not accepted; use 0 or 1"
@@ -249,7 +272,7 @@ def _why_no_flags(annotation: dict) -> str:
 
 def _why_not_compared(annotation: dict) -> str:
     number = annotation["id"]
-    if not isinstance(number, int) or not 1 <= number <= _LAST_ID:
+    if not isinstance(number, int) or number < 1:
         return (
             f"id: {_value(number)} is not accepted; use an integer, 1 to {_LAST_ID}: by others the "
             "evaluations cannot tell what is matched"

@@ -20,6 +20,7 @@ import cv2
 import numpy as np
 
 from ..errors import InputError
+from ..files import read_text
 
 FOLDER = "blood_cells"
 """Beside Detectron2's own data sets."""
@@ -128,7 +129,7 @@ def _make_split(published: Path, split: str, folder: Path) -> list[Made]:
 def _read_boxes(path: Path) -> list[tuple[int, np.ndarray]]:
     """Class and x0, y0, x1, y1 as shares of the image, of each line of a file of labels."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}") from e
     boxes = []

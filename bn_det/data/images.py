@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import InputError
-from ..files import check_regular
+from ..files import check_regular, within_memory
 
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)
 """Of an image; of more Pillow makes an error."""
@@ -24,14 +24,15 @@ _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LA
 def readable_image(path: str | os.PathLike) -> Iterator[None]:
     """Name the file in an error that Pillow raises for it inside the block."""
     try:
-        yield
+        with within_memory(path):
+            yield
     except InputError:
         raise
     except FileNotFoundError as e:
         raise InputError(f"{path}: there is no such image") from e
     except UnidentifiedImageError as e:
         raise InputError(f"{path}: is empty, or no image of a known format") from e
-    except (MemoryError, RecursionError):
+    except RecursionError:
         raise
     except Exception as e:  # what the decoders of Pillow raise is of many kinds
         reason = getattr(e, "strerror", None) or " ".join(str(e).split()) or type(e).__name__
@@ -78,6 +79,23 @@ def check_size(path: str, size: Sequence[int], record: Mapping[str, Any]) -> Non
             f"{path}: is {size[1]}x{size[0]} pixels, its annotation says "
             f"{record['width']}x{record['height']}"
         )
+
+
+def resized_size(height: int, width: int, shortest: int, longest: int) -> tuple[int, int]:
+    """Height and width, in pixels, of an image that is resized without another shape.
+
+    As on Detectron2, but that no side of a long and narrow image becomes 0 pixels.
+
+    Args:
+        shortest: what the shorter side becomes,
+        longest: unless the longer one would become more than this, which it then becomes.
+    """
+    low, high = sorted((height, width))
+    shorter, longer = float(shortest), shortest / low * high
+    if longer > longest:
+        shorter, longer = shorter * (longest / longer), longest
+    sizes = tuple(max(1, int(side + 0.5)) for side in (shorter, longer))
+    return sizes if height < width else sizes[::-1]
 
 
 def _check_kind(path: str | os.PathLike, image: Image.Image) -> None:

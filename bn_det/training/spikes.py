@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..files import write_json
+from ..files import read_text, write_json
 from ..layers.comm import world
 from ..layers.kinds import unwrapped
 from .hooks import Hook
@@ -121,7 +121,7 @@ class LossSpikes(Hook):
 def read_spikes(folder: Path) -> dict[str, Any]:
     """What is noted in a folder: the "largest", None where nothing is known, and the "spikes"."""
     path = folder / FILE
-    return json.loads(path.read_text()) if path.is_file() else {"largest": None, "spikes": []}
+    return json.loads(read_text(path)) if path.is_file() else {"largest": None, "spikes": []}
 
 
 def spike_text(spike: dict[str, Any]) -> str:

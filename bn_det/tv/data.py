@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 
 from ..data.category_batches import CategoryBatches
 from ..data.coco import CocoDataset, without_objects
-from ..data.images import check_size, read_image
+from ..data.images import check_size, read_image, resized_size
 from ..data.masks import decode_mask
 from ..layers.comm import share, world
 
@@ -25,11 +25,12 @@ Sample = tuple[Tensor, dict[str, Tensor], dict]
 
 
 class _ShortestSize(v2.RandomShortestSize):
-    """torchvision's, but that no side of a long and narrow image becomes 0 pixels."""
+    """torchvision's, but to the sizes of Detectron2, which are rounded to the nearest."""
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        height, width = super().make_params(flat_inputs)["size"]
-        return {"size": (max(1, height), max(1, width))}
+        shortest = self.min_size[int(torch.randint(len(self.min_size), ()))]
+        size = v2.functional.get_size(flat_inputs[0])  # of the image
+        return {"size": resized_size(*size, shortest, self.max_size)}
 
 
 class DetectionDataset(Dataset):

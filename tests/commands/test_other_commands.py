@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 
 from here import run_here
@@ -73,7 +74,12 @@ def test_visualize(tiny_shapes, tmp_path):
 def test_visualize_bad_input(tiny_shapes, tmp_path):
     whole = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.9}
     for detections, args, words in [
-        ([{"bbox": 1}], [], "is not a file of detections"),
+        ([{"bbox": 1}], [], "is not a file of detections: detection 0 lacks"),
+        ([list(whole)], [], "is not a file of detections: detection 0 lacks image_id"),
+        ({}, [], "d.json is not a file of detections: it is a dict; use a list"),
+        ("", [], "d.json is not a file of detections: it is a str; use a list"),
+        (None, [], "d.json is not a file of detections: it is a NoneType; use a list"),
+        ([{**whole, "bbox": [1] * 10**6}], [], "1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1"),
         ([{**whole, "bbox": [1, float("nan"), 2, 3]}], [], "bbox of detection 0 is no x, y, wi"),
         ([whole, {**whole, "bbox": [1, 2, 3]}], [], "bbox of detection 1 is no x, y, width and h"),
         ([{**whole, "bbox": [9, 9, -4, 3]}], [], "bbox of detection 0 is no x, y, width and hei"),
@@ -96,7 +102,7 @@ def test_visualize_bad_input(tiny_shapes, tmp_path):
         ([{**whole, "bbox": [1, 1, 1e300, 1]}], [], "detection 0: bbox: [1, 1, 1e+300, 1] is not"),
     ]:
         done = visualize(tiny_shapes, tmp_path, detections, *args)
-        assert done.returncode == 1 and words in done.stderr
+        assert done.returncode == 1 and words in done.stderr and len(done.stderr) < 500
     done = run_here(
         "tools/visualize_json_results.py",
         *("--input", "none.json", "--output", "a.png", "--dataset", "shapes_vall"),
@@ -118,6 +124,53 @@ def test_visualize_bad_input(tiny_shapes, tmp_path):
         )
         words = f"{tmp_path}/d.json: is a pipe" if twice is None else "'image_id' stands twice"
         assert done.returncode == 1 and words in done.stderr
+
+
+def of_size(tmp_path, width, height, said=None):
+    """A data set of one image, of which the annotations may say another height."""
+    cv2.imwrite(str(tmp_path / "b.png"), np.full((height, width, 3), 200, np.uint8))
+    image = {"id": 2, "file_name": "b.png", "height": said or height, "width": width}
+    content = {"images": [image], "categories": [{"id": 1, "name": "a"}], "annotations": []}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    return ["mine", str(tmp_path / "a.json"), str(tmp_path)]
+
+
+@pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000), (1, 1)], ids=str)
+def test_visualize_any_shape(tmp_path, size):
+    sets = ["", repr(["", of_size(tmp_path, *size)])]
+    detection = {"image_id": 2, "category_id": 1, "bbox": [0, 0, *size], "score": 0.9}
+    done = visualize(sets, tmp_path, [detection])
+    assert done.returncode == 0, done.stderr
+    picture = cv2.imread(str(tmp_path / "out" / "a.png"))
+    short = [max(1, round(256 * side / max(size))) for side in size]
+    upper = picture[2 : 2 + 256, 2 : 2 + 256]
+    assert (upper[: short[1], : short[0]] == 200).all()
+    assert (upper == 200).sum() == 3 * short[0] * short[1]
+
+
+def test_visualize_another_size(tmp_path):
+    """Boxes would be beside what they are of."""
+    sets = ["", repr(["", of_size(tmp_path, 30, 20, said=10)])]
+    done = visualize(sets, tmp_path, [])
+    assert done.stderr.endswith("b.png: is 30x20 pixels, its annotation says 30x10\n")
+
+
+@pytest.mark.parametrize("name", ["b.png", "B.PNG", "a.json", "d.json", "c.pbm", "c", "c.png.txt"])
+def test_visualize_output(tmp_path, name):
+    """Nothing that is read is written over, and what the suffix says is what is written."""
+    sets = ["", repr(["", of_size(tmp_path, 30, 20)])]
+    before = (tmp_path / "b.png").read_bytes()
+    done = visualize(sets, tmp_path, [], "--output", tmp_path / name)
+    words = "another file than --input and the files of mine"
+    if name == "B.PNG":
+        assert done.returncode == 0 and cv2.imread(str(tmp_path / name)).shape == (520, 260, 3)
+    else:
+        accepted = words if name == "b.png" else ".png, .jpg, .jpeg"
+        assert done.stderr.endswith(f"/{name}' is not accepted; use {accepted}\n")
+    assert (tmp_path / "b.png").read_bytes() == before
+    link = tmp_path / "link.png"
+    link.symlink_to("a.json")
+    assert words in visualize(sets, tmp_path, [], "--output", link).stderr
 
 
 def test_benchmark_of_joint_batch_norm():

@@ -87,6 +87,9 @@ REFUSED = {
     "image of broken width": (changed("images", 0, width=7.5), "image 1: width: 7.5 .*1 or more"),
     "image of NaN width": (changed("images", 0, width=NAN), "image 1: width: nan .*1 or more"),
     "image of many pixels": (changed("images", 0, width=10**8), "image 1: height and width: more"),
+    "image of 10**12": (changed("images", 0, width=10**12), "image 1: height and width: more"),
+    "image of 1e200": (changed("images", 0, height=1e200), "image 1: height and width: more"),
+    "image of 10**400": (changed("images", 0, height=10**400), "image 1: height: 1000.* 1 or more"),
     "category twice": (twice("categories"), "two of category have the id 1"),
     "category without name": (changed("categories", 0, name=None), "category 1: name: None"),
     "half of a character": (
@@ -109,12 +112,28 @@ REFUSED = {
         },
         "annotation 5: image_id: 2 is not accepted; use the id of an image, str",
     ),
+    "id of 65 bits": (changed("images", 1, id=2**63), f"image number 1: id: {2**63} .*"),
+    "negative id of 65 bits": (
+        changed("images", 1, id=-(2**63) - 1),
+        f"image number 1: id: -{2**63 + 1} is not .* 64 bits, -{2**63} to {2**63 - 1}",
+    ),
+    "category of a long id": (
+        changed("categories", 1, id=10**30),
+        f"category number 1: id: {10**30} is not accepted; use an integer of 64 bits",
+    ),
+    "annotation of a long id": (annotation(1, id=2**63), f"annotation number 1: id: {2**63} is no"),
+    "zero byte at the end": (
+        changed("categories", 1, id="a\0"),
+        r"category number 1: id: 'a.x00' is not accepted; use text that does not end with a zero",
+    ),
     "no image": (annotation(image_id=None), "annotation 5: image_id: None .* of an image, int"),
     "crowd of 2": (annotation(iscrowd=2), "annotation 5: iscrowd: 2 .* use 0 or 1"),
     "to be ignored": (annotation(ignore=1), "annotation 5: ignore: 1 is not .* use iscrowd 1, or"),
     "area is a string": (annotation(area="12"), "annotation 5: area: '12' .* a number of pixels"),
     "area is a list": (annotation(area=[12]), "annotation 5: area: .12. .* a number of pixels"),
     "NaN area": (annotation(area=NAN), "annotation 5: area: nan .* a number of pixels"),
+    "area of 1e308": (annotation(area=1e308), "annotation 5: area: 1e\\+308 .* 0 to 1e\\+10"),
+    "area of 10**40": (annotation(area=10**40), "annotation 5: area: 10000.* 0 to 1e\\+10"),
     "huge area": (annotation(area=1e30), "annotation 5: area: 1e\\+30 .* 0 to 1e\\+10"),
     "no box": (annotation(bbox=None), "annotation 5: bbox: None .* x, y, width and height"),
     "three numbers": (annotation(bbox=[1, 1, 4]), "annotation 5: bbox: .* x, y, width"),
@@ -122,11 +141,19 @@ REFUSED = {
     "NaN in a box": (annotation(bbox=[1, NAN, 4, 3]), "annotation 5: bbox: .*nan.* x, y, width"),
     "infinite box": (annotation(bbox=[1, 1, INF, 3]), "annotation 5: bbox: .*inf.* x, y, width"),
     "huge box": (annotation(bbox=[1, 1, 10**400, 3]), "annotation 5: bbox: "),
+    "box of 1e30": (annotation(bbox=[1, 1, 1e30, 3]), "annotation 5: bbox: .* far outside"),
+    "box at -1e30": (annotation(bbox=[-1e30, 1, 4, 3]), "annotation 5: bbox: .* far outside"),
+    "box of 1e308": (annotation(bbox=[1e308] * 4), "annotation 5: bbox: .* x, y, width and height"),
+    "crowd of 1e30": (annotation(bbox=[1, 1, 1e30, 3], iscrowd=1), "5: bbox: .* far outside"),
     "negative width": (annotation(bbox=[5, 1, -4, 3]), "annotation 5: bbox: .* 0 or more"),
     "box far away": (annotation(bbox=[1, 1, 4, 90]), "annotation 5: bbox: .* far outside"),
     "NaN in a polygon": (polygon(NAN, 4), "annotation 5: segmentation: a polygon .* finite"),
     "infinite polygon": (polygon(-INF, 4), "annotation 5: segmentation: a polygon .* finite"),
     "polygon far away": (polygon(1, 1e9), "annotation 5: segmentation: a polygon is far outside"),
+    "polygon at 1e300": (polygon(1, 1e300), "annotation 5: segmentation: a polygon is far outside"),
+    "polygon at -1e300": (polygon(1, -1e300), "5: segmentation: a polygon is far outside"),
+    "polygon at 1e308": (annotation(segmentation=[[1e308] * 6]), "5: segmentation: a polygon .* f"),
+    "polygon at 10**40": (polygon(1, 10**40), "5: segmentation: a polygon is far outside"),
     "a string in a polygon": (polygon("1", 4), "annotation 5: segmentation: a polygon .* finite"),
     "polygon is no list": (annotation(segmentation=[3]), "annotation 5: segmentation: a polygon"),
     "mask is a string": (annotation(segmentation="ab"), "segmentation: 'ab' .* use polygons or"),
@@ -146,7 +173,6 @@ REFUSED = {
 FOR_EVALUATION = {
     "id 0": (annotation(id=0), "annotation 0: id: 0 is not accepted; use an integer, 1 to 9223"),
     "negative id": (annotation(id=-3), "annotation -3: id: -3 is not accepted; use an integer, 1"),
-    "long id": (annotation(id=2**63), "id: 9223372036854775808 is not accepted; use an integer, 1"),
     "ids are strings": (
         lambda content: {
             **content,
@@ -272,6 +298,17 @@ def test_reaches_out(tmp_path, row, needs, caplog):
     assert sorted(dataset.coco.anns) == [5, 6, 7]
 
 
+@pytest.mark.parametrize("area, count", [(80, 0), (81, 1), (1e9, 1)])
+def test_an_area_larger_than_its_image(tmp_path, area, count, caplog):
+    """By rounding it may be: a pixel at each edge."""
+    content = annotation(area=area)(valid())
+    load(tmp_path, content)
+    assert not caplog.messages
+    load(tmp_path, content, for_evaluation=True)
+    words = "mine.json: annotations whose area, .* is larger than their image: 1, .* is 5$"
+    assert [bool(re.search(words, message)) for message in caplog.messages] == [True] * count
+
+
 @pytest.mark.parametrize("row", USED)
 def test_used(tmp_path, row):
     dataset = load(tmp_path, USED[row](valid()))
@@ -284,6 +321,26 @@ def test_sizes_that_are_floats(tmp_path):
     change = changed("images", 0, height=float(HEIGHT), width=float(WIDTH))
     record = load(tmp_path, change(valid())).records[0]
     assert repr((record["height"], record["width"])) == repr((HEIGHT, WIDTH))
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [(-(2**63), 2**63 - 1), (2**63 - 2, 2**63 - 1), ("a\0b", "a")],
+    ids=["signs", "near", "str"],
+)
+def test_ids_that_are_held(tmp_path, ids):
+    """pycocotools sorts ids as an array; of perfect detections none has another image or class."""
+    content, new = valid(), dict(zip((1, 2), ids, strict=True))
+    for image in content["images"]:
+        image["id"] = new[image["id"]]
+    for of in content["annotations"]:
+        of["image_id"] = new[of["image_id"]]
+    dataset = load(tmp_path, content, for_evaluation=True)
+    found = [{**a, "score": 0.9} for a in content["annotations"]]
+    evaluation = COCOeval(dataset.coco, dataset.coco.loadRes(found), "bbox")
+    evaluation.evaluate()
+    seen = [of["dtIds"] for of in evaluation.evalImgs if of and of["aRng"] == [0, 1e10]]
+    assert sum(map(len, seen)) == len(found)
 
 
 @pytest.mark.parametrize("number", [5, 0])

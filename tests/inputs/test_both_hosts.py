@@ -91,6 +91,43 @@ def test_the_same_is_seen(row, tmp_path):
             torch.testing.assert_close(ours, theirs)
 
 
+def seen_in_test(host, cfg):
+    """The pixels of a test set, by image."""
+    if host == "detectron2":
+        from bn_det.d2.datasets import build_test_loader
+
+        loader = build_test_loader(cfg, cfg.DATASETS.TEST[0])
+        return {sample["image_id"]: sample["image"].float() for (sample,) in loader}
+    from bn_det.tv.data import build_test_loader
+    from bn_det.tv.trainer import load_datasets
+
+    (dataset,) = load_datasets(cfg, "TEST")
+    return {record["image_id"]: image for ((image, _, record),) in build_test_loader(cfg, dataset)}
+
+
+@pytest.mark.skipif(not INSTALLED, reason="Detectron2 is not installed")
+@pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1), (1, 1), (5000, 30), (64, 43)], ids=str)
+def test_the_same_is_seen_of_any_shape(size, tmp_path):
+    content = {**valid(), "annotations": valid()["annotations"][:1]}
+    content["annotations"][0].update(bbox=[0, 0, *size], segmentation=None)
+    for image in content["images"]:
+        image["width"], image["height"] = size
+    entry = write(tmp_path, content)
+    for image in content["images"]:
+        noise = np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / image["file_name"])
+    found = []
+    for host in ("torchvision", "detectron2"):
+        cfg = cfg_of(host, entry, entry)
+        cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (96,), 1333
+        cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 64, 700
+        found.append((seen(host, cfg)[2], seen_in_test(host, cfg)[2]))
+    (ours, tests), (theirs, theirs_tests) = found
+    for a, b in (ours[0], theirs[0]), (tests, theirs_tests):  # Pillow rounds otherwise
+        torch.testing.assert_close(a, b, atol=1, rtol=0)
+    torch.testing.assert_close(ours[1:], theirs[1:])
+
+
 @every_host
 @pytest.mark.parametrize(
     "change",

@@ -109,21 +109,26 @@ def test_an_image(host, make, words, sets, tmp_path):
     assert any(str(path) in line for path in images) and words in line
 
 
+SHAPES = [(5000, 30), (30, 5000), (20_000, 1), (1, 20_000), (1, 1)]
+
+
 @every_host
-def test_long_and_narrow_images(host, sets, tmp_path):
-    """Scaled to the longest side that is accepted, their other side would be 0 pixels."""
+def test_images_of_any_shape(host, sets, tmp_path):
+    """Scaled to the longest side that is accepted, the other side of some would be 0 pixels."""
     opts, root = sets
     for part in ("train", "val"):
         file = root / f"tiny_{part}" / "a.json"
         content = json.loads(file.read_text())
         for image in content["images"]:
-            image["width"], image["height"] = size = (5000, 30) if image["id"] % 2 else (30, 5000)
+            image["width"], image["height"] = size = SHAPES[image["id"] % len(SHAPES)]
             Image.new("RGB", size).save(file.parent / "images" / image["file_name"])
         for annotation in content["annotations"]:
-            annotation["bbox"], annotation["area"] = [1, 1, 8, 8], 64
-            annotation["segmentation"] = [[1, 1, 9, 1, 9, 9, 1, 9]]
+            width, height = SHAPES[annotation["image_id"] % len(SHAPES)]
+            annotation["bbox"], annotation["area"] = [0, 0, width, height], width * height
+            annotation["segmentation"] = [[0, 0, width, 0, width, height, 0, height]]
         file.write_text(json.dumps(content))
-    done = train(host, [*opts, "SOLVER.MAX_ITER", "1"], tmp_path / "out")
+    sizes = ("INPUT.MAX_SIZE_TRAIN", "256", "INPUT.MAX_SIZE_TEST", "256")
+    done = train(host, [*opts, *sizes, "SOLVER.MAX_ITER", "3"], tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "Evaluation results for bbox" in done.stdout
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bn_det.data.images import check_image, read_image
+from bn_det.data.images import check_image, read_image, resized_size
 from bn_det.errors import InputError
 
 
@@ -77,6 +77,18 @@ def test_modes_of_8_bits(tmp_path, mode):
     check_image(tmp_path / "image")
     found = read_image(tmp_path / "image")
     assert np.array_equal(found, np.asarray(image.convert("RGB"))) and found.dtype == np.uint8
+
+
+def test_resized_sizes():
+    """Those of Detectron2, but that it comes to sides of 0 pixels."""
+    transforms = pytest.importorskip("detectron2.data.transforms", reason="no Detectron2")
+    theirs = transforms.ResizeShortestEdge.get_output_shape
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(1, 2000, (5_000, 4)).tolist()
+    sizes += [[1, 20_000, 64, 1333], [20_000, 1, 64, 1333], [1, 1, 1, 1], [3, 2, 5, 5]]
+    found = [resized_size(*of) for of in sizes]
+    assert found == [tuple(max(1, side) for side in theirs(*of)) for of in sizes]
+    assert resized_size(1, 20_000, 64, 1333) == (1, 1333)
 
 
 def test_upright_by_its_tag(tmp_path):

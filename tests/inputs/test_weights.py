@@ -1,14 +1,17 @@
 """Weights and what they get, where they are not those of the config's model: on both hosts."""
 
+import argparse
 import os
 import pickle
+import re
 import zipfile
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from bn_det.commands.checkpoint import check_output
+from bn_det.commands.checkpoint import check_files, check_output
 from bn_det.commands.fitting import refuse_broken_statistics
 from bn_det.errors import InputError
 from bn_det.files import write_aside
@@ -207,6 +210,58 @@ def test_no_file_of_weights_runs_code(tmp_path, kind):
     with pytest.raises(InputError, match=f"code.{kind}: cannot be loaded .*posix.system"):
         checkpointer("detectron2", torch.nn.Linear(2, 2)).load(str(path))
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.pkl", "a.pyth", "a.safetensors", "a"])
+def test_zeros(host, name, tmp_path):
+    """Those of safetensors raise an error of their own."""
+    (tmp_path / name).write_bytes(bytes(100))
+    with pytest.raises(InputError, match=f"^{tmp_path}/{name}: cannot be loaded as a checkpoint: "):
+        checkpointer(host, torch.nn.Linear(2, 2)).load(str(tmp_path / name))
+
+
+NAMES = ["x?y", "x?", "x#y", "x#", "x;", "x?matching_heuristics=True", "x%20y", "file:x", "h://x"]
+"""Of files, which an address would have another meaning by."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_is_meant_by_its_name(host, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "h:").mkdir()
+    torch.save({"model": nn.Linear(1, 1).state_dict()}, "x")
+    saved = nn.Linear(1, 1)
+    torch.save({"model": saved.state_dict()}, name)
+    check_files(argparse.Namespace(resume=False, eval_only=True), ("", ""), ("", name))
+    for path in (name, str(tmp_path / name)):
+        model = nn.Linear(1, 1)
+        checkpointer(host, model).load(path)
+        assert torch.equal(model.weight, saved.weight)
+
+
+@pytest.mark.parametrize("path", ["x?y", "x?matching_heuristics=False", "http://127.0.0.1:9/x?a=1"])
+def test_options_of_weights(path, tmp_path, monkeypatch):
+    """Those that Detectron2 knows are of its files alone; it takes others away from an address."""
+    pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+    monkeypatch.chdir(tmp_path)
+    model = nn.Linear(1, 1)
+    torch.save({"model": model.state_dict()}, "x")
+    loads = checkpointer("detectron2", model)
+    words = r": what follows the question mark is not accepted; use \?matching_heuristics=True or "
+    with pytest.raises(InputError, match=f"^{re.escape(path)}{words}"):
+        loads.load(path)
+    loads.load("x?matching_heuristics=True")  # the same one, as after any error
+
+
+ADDRESSES = ["http://", "http://[", "http://127.0.0.1:9/x", "catalog://", "catalog://a", "h://x"]
+
+
+@pytest.mark.parametrize("path", ADDRESSES)
+def test_addresses_that_lead_nowhere(host, path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
+    with pytest.raises(InputError, match=f"^{re.escape(path)}: cannot be loaded as a ch") as e:
+        checkpointer(host, nn.Linear(1, 1)).load(path)
+    assert "\n" not in str(e.value)
 
 
 def test_a_number(host, tmp_path):
