@@ -154,3 +154,17 @@ def test_a_third_is_held_apart(of_benchmarks):
     found = [cases.Case(m, f, k).is_held for m in kinds for f in faults for k in range(3)]
     # By chance: three standard deviations of a share of a third.
     assert abs(sum(found) / len(found) - 1 / 3) < 3 * (2 / 9 / len(found)) ** 0.5
+
+
+def test_a_thread(subject, of_benchmarks):
+    """Replayed: what the doctor leaves is as good as what was broken."""
+    threads = of_benchmarks("threads")
+    model = subject.make()
+    model.load_state_dict(subject.state)
+    before = subject.score(model.eval())
+    (thread,) = [of for of in threads.THREADS if of.fault == "averaged_without_buffers"]
+    found = threads.replay(thread, subject, before)
+    assert "(BN101)" in found.file_line and "broken.pth" in found.file_line
+    assert found.line.startswith("statistics, not weights: ") and "(BN101)" in found.line
+    # Four classes: what is broken is hardly better than a guess.
+    assert found.broken < before - 5 and found.after > before - 5
