@@ -97,11 +97,23 @@ def backward_inputs(
 ) -> list[Tensor]:
     """See :func:`bn_det.layers.kernels.backward_inputs`."""
     dys = _before_relu(dys, xs, how)
-    counts, means, variances = (stack.unbind() for stack in how.batches)
-    return [
-        _input(dy, x, means[b], variances[b], how.weights[a], sums[b], counts[b], how.eps)
-        for dy, x, b, a in zip(dys, xs, how.batch_of, how.affine_of, strict=True)
-    ]
+    counts, means, variances = how.batches
+    inv_std = (variances + how.eps).rsqrt()
+    share = -inv_std / counts.clamp(min=1).to(inv_std.dtype).unsqueeze(1)
+    # Unbound, not by index, of which Inductor makes other gradients (torch 2.14).
+    of_z = (share.unsqueeze(1) * sums).unbind()  # an affine of it
+    means, variances, inv_std = means.unbind(), variances.unbind(), inv_std.unbind()
+    of_dy = {
+        (b, a): inv_std[b] if how.weights[a] is None else inv_std[b] * how.weights[a]
+        for b, a in dict.fromkeys(zip(how.batch_of, how.affine_of, strict=True))
+    }
+    dxs = []
+    for dy, x, b, a in zip(dys, xs, how.batch_of, how.affine_of, strict=True):
+        # In two passes and one allocation: an affine function of z, and then of dy.
+        offset, slope = of_z[b].unbind()
+        dx = normalize_one(x, means[b], variances[b], slope, offset, how.eps)
+        dxs.append(dx.addcmul_(dy, of_dy[b, a].view(-1, *[1] * (x.dim() - 2))))
+    return dxs
 
 
 def _before_relu(
@@ -240,21 +252,3 @@ def _sums(
         [False, True, True],
     )
     return grad_bias, grad_weight
-
-
-def _input(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    sums: Tensor,
-    count: Tensor,
-    eps: float,
-) -> Tensor:
-    """In two passes and one allocation: an affine function of z, and then of dy."""
-    inv_std = (var + eps).rsqrt()
-    offset, slope = -inv_std / count.clamp(min=1).to(inv_std.dtype) * sums
-    dx = normalize_one(x, mean, var, slope, offset, eps)
-    dy_scale = inv_std if weight is None else inv_std * weight
-    return dx.addcmul_(dy, dy_scale.view(-1, *[1] * (x.dim() - 2)))
