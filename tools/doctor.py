@@ -40,8 +40,15 @@ from bn_det.commands.any_model import (
     made,
     refuse_unread,
 )
-from bn_det.commands.checkpoint import check_output, save_with_table
+from bn_det.commands.checkpoint import save_with_table
 from bn_det.commands.cli import add_config_arguments, import_host, run
+from bn_det.commands.outputs import (
+    Read,
+    check_output,
+    check_output_file,
+    read_of_config,
+    read_of_modules,
+)
 from bn_det.commands.recompute import parts_with_levels
 from bn_det.doctor import (
     RULES,
@@ -56,7 +63,7 @@ from bn_det.doctor.checkpoint import read_state
 from bn_det.doctor.findings import Recompute, selected
 from bn_det.doctor.from_file import OF_FILES
 from bn_det.errors import InputError, check_positive, nearest
-from bn_det.files import check_other_file, write_text
+from bn_det.files import write_text
 
 FOUND = 3
 
@@ -139,7 +146,7 @@ def main() -> None:
         print(RULES[args.explain].explain(args.explain))
     else:
         _refuse_unread(parser, args)
-        check_report(args, examined(args), *filter(None, [args.config_file]))
+        check_report(args, {"what is examined": [examined(args), args.config_file or ""]})
         show(report_of(args), args)
 
 
@@ -163,11 +170,11 @@ def report_of(args: argparse.Namespace) -> Report:
     return report
 
 
-def check_report(args: argparse.Namespace, *inputs: str) -> None:
-    """Raise InputError for an --output that is what is examined, or what --treat writes."""
+def check_report(args: argparse.Namespace, read: Read) -> None:
+    """Raise InputError for an --output that is what is read, or what --treat writes."""
     if args.output is None:
         return
-    check_other_file("--output", args.output, inputs, "what is examined")
+    check_output_file("--output", args.output, read)
     if args.treat is not None:
         treated = Path(args.treat)
         if Path(args.output).resolve() in (
@@ -175,6 +182,12 @@ def check_report(args: argparse.Namespace, *inputs: str) -> None:
             treated.with_suffix(".json").resolve(),
         ):
             raise InputError(f"--output: {args.output!r} is not accepted; --treat writes that file")
+
+
+def check_outputs(args: argparse.Namespace, read: Read) -> None:
+    """The same for all that is written, before any work."""
+    check_output(args.treat, read, "--treat")
+    check_report(args, read)
 
 
 class Loaded(NamedTuple):
@@ -210,14 +223,16 @@ def _refuse_unread(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
 
 
 def by_config(args: argparse.Namespace) -> Loaded:
-    of, cfg = import_host(args.host, "doctor").load(args)
+    host = import_host(args.host, "doctor")
+    cfg = host.setup(args)
     path = cfg.MODEL.WEIGHTS
+    read = read_of_config(cfg, args.config_file, host.known_sources(cfg), args.target)
+    check_outputs(args, {"MODEL.WEIGHTS": [path], **read})
+    of = host.load(args, cfg)
     keys = [f"MODEL.{part}.BN.POPULATION per_domain" for part in parts_with_levels(cfg)]
     config = f"--config-file {shlex.quote(args.config_file)}"
     adapt = f"{config} --adabn --dataset {shlex.quote(args.target or '')} --evaluate"
     recompute = Recompute.by_command(path, config, adapt, keys)
-    check_output(args.treat, [path, args.config_file], "MODEL.WEIGHTS", "--treat")
-    check_report(args, path)
     return Loaded(of, recompute, beside_weights(path, of.model.state_dict()))
 
 
@@ -234,11 +249,10 @@ def beside_weights(
 def by_functions(args: argparse.Namespace) -> Loaded:
     path = file_of(args)
     functions = functions_of(args)
-    check_output(args.treat, [path], "FILE", "--treat")
+    target = None if args.target is None else batches_of("--target", args.target)
+    check_outputs(args, {"FILE": [path], **read_of_modules()})
     stored = read_state(path, args.part)
-    of = made(functions, args, stored.state, path)
-    if args.target is not None:
-        of = of._replace(target=batches_of("--target", args.target))
+    of = made(functions, args, stored.state, path)._replace(target=target)
     named = {flag: getattr(args, flag) for flag in (*functions._fields, "part")}
     flags = [
         " ".join(f"--{flag} {shlex.quote(name)}" for flag, name in of_flags.items() if name)

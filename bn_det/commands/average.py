@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
+from yacs.config import CfgNode
 
+from ..data.coco import CocoSource
 from ..errors import InputError
 from ..files import finite
 from ..layers.state_dicts import read_weights
@@ -20,8 +22,9 @@ from ..population.averaged_weights import STATISTICS, averaged_state
 from ..population.progress import with_progress
 from ..population.unchanged import evaluated_losses
 from ..population.update import update_bn_stats
-from .checkpoint import check_output, save_with_table
+from .checkpoint import save_with_table
 from .fitting import load_weights, refuse_types
+from .outputs import check_output, read_of_config
 
 logger = logging.getLogger(__name__)
 
@@ -44,14 +47,19 @@ class Host(NamedTuple):
     losses_of: Callable[[nn.Module, Any], dict[str, Tensor]]
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raise InputError, before any work."""
+def check(args: argparse.Namespace, cfg: CfgNode, sources: Mapping[str, CocoSource]) -> None:
+    """Raise InputError, before any work.
+
+    Args:
+        sources: where data sets lie, by name.
+    """
     if len(args.inputs) < 2:
         raise InputError("--inputs: one checkpoint is not accepted; name two or more")
     for path in args.inputs:
         if not Path(path).is_file():
             raise InputError(f"--inputs: there is no file {path}")
-    check_output(args.output, args.inputs, "--inputs")
+    read = {"--inputs": args.inputs, **read_of_config(cfg, args.config_file, sources)}
+    check_output(args.output, read)
 
 
 def run(args: argparse.Namespace, num_iter: int, host: Host) -> None:

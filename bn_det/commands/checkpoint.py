@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from yacs.config import CfgNode
 
 from ..config.yaml_file import load_yaml
 from ..errors import LOAD_ERRORS, InputError, reason_of
-from ..files import check_other_file, write_aside, write_json, write_text
+from ..files import write_aside, write_json, write_text
 from ..layers.pickled_arrays import read_pickled_arrays
 from ..layers.state_dicts import READ_ERRORS, refuse_damaged, weights_of, why_unreadable
 from .fitting import (
@@ -208,27 +207,6 @@ def _check_last(path: str) -> None:
         name = file.read(1000).decode(errors="replace")
     if not name or not name.isprintable():
         raise InputError(f"--resume: {path}: {name!r} is not the name of a checkpoint beside it")
-
-
-def check_output(
-    output: str | None, inputs: Sequence[str], flag: str, name: str = "--output"
-) -> None:
-    """Raise InputError unless a command can write a checkpoint, another file than what it reads.
-
-    The folder is made.
-
-    Args:
-        output: None for nothing to write.
-        inputs: what it reads, by this flag.
-        name: the flag that the output is given by.
-    """
-    if output is None:
-        return
-    path = Path(output)
-    if path.suffix == ".json":
-        raise InputError(f"{name}: {output!r} is not accepted; the table gets that name, use .pth")
-    check_other_file(name, output, inputs, flag)
-    check_other_file(f"{name}, the table", path.with_suffix(".json"), inputs, flag)
 
 
 def save_with_table(content: dict[str, Any], table: dict[str, Any], output: str) -> None:

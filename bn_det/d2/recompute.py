@@ -13,7 +13,7 @@ from detectron2.utils import comm
 from ..commands.cli import start
 from ..commands.recompute import check, flags_as_opts, run, with_population
 from ..config.training import with_precise_bn_batches
-from .datasets import build_bn_loader, load_test_images, load_training
+from .datasets import build_bn_loader, known_sources, load_test_images, load_training
 from .mapper import Mapper
 from .train import Trainer, load_model, set_up_process, setup
 
@@ -22,7 +22,7 @@ def main(args: argparse.Namespace) -> None:
     """As tools/recompute_statistics.py says."""
     with flags_as_opts(args):
         cfg = setup(args)
-        check(args, cfg)
+        check(args, cfg, known_sources(cfg))
         start(_run, args, cfg)
 
 

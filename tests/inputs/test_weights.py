@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from bn_det.commands.checkpoint import check_output
 from bn_det.commands.fitting import refuse_broken_statistics
+from bn_det.commands.outputs import check_output
 from bn_det.errors import InputError
 from bn_det.files import write_aside
 from bn_det.layers.pickled_arrays import read_pickled_arrays
@@ -308,7 +308,7 @@ def test_what_is_no_file_is_not_replaced(kind, tmp_path):
     path = tmp_path / "out.pth"
     os.mkfifo(path) if kind == "pipe" else path.symlink_to("nothing")
     with pytest.raises(InputError, match=f"{path}: cannot be written: it is no file"):
-        check_output(str(path), [], "--weights")
+        check_output(str(path), {"--weights": []})
     with pytest.raises(InputError, match=f"{path}: cannot be written"), write_aside(path):
         pass
     assert path.is_symlink() or path.is_fifo()
