@@ -23,7 +23,7 @@ from ..population.progress import with_progress
 from ..population.unchanged import evaluated_losses
 from ..population.update import update_bn_stats
 from .checkpoint import save_with_table
-from .fitting import load_weights, refuse_types
+from .fitting import load_weights, refuse_failed, refuse_types
 from .outputs import check_output, read_of_config
 
 logger = logging.getLogger(__name__)
@@ -90,6 +90,7 @@ def _weights(path: str, model: nn.Module) -> dict[str, Tensor]:
     try:
         refuse_types(model, weights)
         load_weights(model, weights)
+        refuse_failed(model)
     except InputError as e:
         raise InputError(f"--inputs: {path}: {e}") from e
     return weights

@@ -12,14 +12,14 @@ from fvcore.common.checkpoint import Checkpointer as _Checkpointer
 from yacs.config import CfgNode
 
 from ..config.yaml_file import load_yaml
-from ..errors import LOAD_ERRORS, InputError, reason_of
+from ..errors import LOAD_ERRORS, InputError, reason_of, shown
 from ..files import write_aside, write_json, write_text
 from ..layers.pickled_arrays import read_pickled_arrays
 from ..layers.state_dicts import READ_ERRORS, refuse_damaged, weights_of, why_unreadable
 from .fitting import (
     refuse_broken_statistics,
+    refuse_failed,
     refuse_fused,
-    refuse_not_finite,
     refuse_others,
     refuse_rest,
     refuse_types,
@@ -36,6 +36,7 @@ class CheckpointerMixin:
       predictors (PREDICTORS), whose shape a fine-tuning on other classes changes.
     * With ``must_match``, which evaluation and resuming set, those too, weights that the checkpoint
       lacks, and those that the model has no place for: it would compute something else.
+    * Statistics that are not finite, or negative variances, are an error, but with ``is_mended``.
     * Otherwise a table says what begins anew and what is not used, by parts of the model; a part
       that the checkpoint has, and of which nothing fits, is an error.
     """
@@ -48,6 +49,9 @@ class CheckpointerMixin:
     )
 
     must_match = False
+
+    is_mended = False
+    """Whether the command is about broken statistics: it recomputes them, or finds them."""
 
     _is_resumed = False
 
@@ -107,12 +111,10 @@ class CheckpointerMixin:
         weights = set(checkpoint["model"])  # which fvcore takes out
         if not checkpoint.get("matching_heuristics"):
             refuse_others(self.model, weights)
-        parameters = {name for name, _ in self.model.named_parameters()}
-        of_parameters = [(n, v) for n, v in checkpoint["model"].items() if n in parameters]
-        refuse_not_finite(of_parameters, "the training had failed: use an earlier checkpoint")
         refuse_types(self.model, checkpoint["model"])
         incompatible = super()._load_model(checkpoint)
-        if not self.must_match:
+        refuse_failed(self.model)
+        if not self.is_mended:
             refuse_broken_statistics(self.model)
         if any(name.endswith("running_mean") for name in incompatible.missing_keys):
             refuse_fused(self.model, weights)
@@ -130,6 +132,11 @@ class CheckpointerMixin:
             new = {*incompatible.missing_keys, *(n for n, *_ in incompatible.incorrect_shapes)}
             tell_parts(self.logger, set(self.model.state_dict()), new, unused)
         return incompatible
+
+    def _log_incompatible_keys(self, incompatible: Any) -> None:
+        """As fvcore's, with escapes where a name out of the file would change the terminal."""
+        names = [shown(name) for name in incompatible.unexpected_keys]
+        super()._log_incompatible_keys(incompatible._replace(unexpected_keys=names))
 
 
 def _save(content: dict[str, Any], path: str | Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, shown
 from ..layers.state_dicts import State
 from ..layers.unfuse import fused_layers
 
@@ -60,6 +60,12 @@ def refuse_not_finite(named: Iterable[tuple[str, Tensor]], what: str) -> None:
     ]
     if broken:
         raise InputError(f"{broken[0]}: it and {len(broken) - 1} more have NaN or infinity; {what}")
+
+
+def refuse_failed(model: nn.Module) -> None:
+    """Raise InputError for a model with parameters of a checkpoint that have NaN or infinity."""
+    what = "the training had failed: use an earlier checkpoint"
+    refuse_not_finite(model.named_parameters(), what)
 
 
 def refuse_types(model: nn.Module, weights: Mapping[str, Any]) -> None:
@@ -114,11 +120,14 @@ def tell_parts(
         for names in (own, new, unused)
     )
     parts = sorted({*of_new, *of_unused})
-    rows = [[part, of_own[part] - of_new[part], of_new[part], of_unused[part]] for part in parts]
+    rows = [
+        [shown(part), of_own[part] - of_new[part], of_new[part], of_unused[part]] for part in parts
+    ]
     table = tabulate(rows, ["part", "loaded", "begin anew", "not used"])
     logger.warning("Weights of the checkpoint that do not fit the model:\n%s", table)
-    for part, loaded, _, num_unused in rows:
-        if of_own[part] and not loaded and num_unused:
+    for part in parts:
+        num_unused = of_unused[part]
+        if of_own[part] and of_own[part] == of_new[part] and num_unused:
             first = min(name for name in unused if _part(name) == part)
             raise InputError(
                 f"{part}: all of it would begin anew, though the checkpoint has {first} and "

@@ -27,7 +27,7 @@ def load(args: argparse.Namespace, cfg: CfgNode) -> AnyModel:
     """The checkpoint of a config, what it is trained with, and its AP."""
     step = step_of(cfg, world_size(args.num_gpus, args.num_machines))
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED)
-    model = load_model(cfg, resume=False)
+    model = load_model(cfg, resume=False, is_mended=True)
     cfg_of_passes = with_precise_bn_batches(cfg)
     target = None if args.target is None else _target_batches(cfg_of_passes, args.target)
     batches = train_batches(cfg_of_passes)

@@ -23,7 +23,6 @@ from torch import nn
 
 from ..commands.checkpoint import check_files
 from ..commands.cli import start_in
-from ..commands.fitting import refuse_broken_statistics
 from ..commands.launch import world_size
 from ..commands.results import results_table
 from ..config.check import usable_device
@@ -173,7 +172,6 @@ def _evaluate(args: argparse.Namespace, cfg: DictConfig, model: nn.Module) -> Ma
     checkpointer = Checkpointer(model, cfg.train.output_dir)
     checkpointer.must_match = True
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
-    refuse_broken_statistics(model)
     return _test(cfg, model)
 
 

@@ -28,7 +28,7 @@ def main(args: argparse.Namespace) -> None:
 
 def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
     set_up_process(args, cfg)
-    old = load_model(cfg, resume=False)
+    old = load_model(cfg, resume=False, is_mended=True)
     new = Trainer.build_model(with_population(cfg, args.population)) if args.population else old
     load = _test_batches if args.adabn else train_batches
     batches = load(with_precise_bn_batches(cfg))

@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 
 from ..commands.checkpoint import check_start
 from ..commands.cli import start
-from ..commands.fitting import refuse_broken_statistics
 from ..commands.launch import world_size
 from ..commands.results import results_table, save_results
 from ..config.check import check_ims_per_batch, resolve_device
@@ -162,15 +161,16 @@ def check_data(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> None:
         check_tested_categories(*categories)
 
 
-def load_model(cfg: CfgNode, resume: bool) -> nn.Module:
+def load_model(cfg: CfgNode, resume: bool, is_mended: bool = False) -> nn.Module:
     """The config's model with the weights of a checkpoint, all of which have to fit.
 
     Args:
         resume: whether they are the last ones of OUTPUT_DIR rather than MODEL.WEIGHTS.
+        is_mended: whether broken statistics are accepted (CheckpointerMixin).
     """
     model = Trainer.build_model(cfg)
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
-    checkpointer.must_match = True
+    checkpointer.must_match, checkpointer.is_mended = True, is_mended
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     return model
 
@@ -185,7 +185,6 @@ def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
     set_up_process(args, cfg)
     if args.eval_only:
         model = load_model(cfg, args.resume)
-        refuse_broken_statistics(model)
         results = Trainer.test(cfg, model)
     else:
         trainer = Trainer(cfg)

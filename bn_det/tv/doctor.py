@@ -33,7 +33,7 @@ def load(args: argparse.Namespace, cfg: CfgNode) -> AnyModel:
     step = step_of(cfg, world_size(args.num_gpus, args.num_machines))
     check_datasets(cfg, "TRAIN")
     torch.manual_seed(shared_seed(cfg))
-    model = load_model(cfg, resume=False)
+    model = load_model(cfg, resume=False, is_mended=True)
     cfg_of_passes = with_precise_bn_batches(cfg)
     target = None if args.target is None else _target_batches(cfg_of_passes, args.target)
     batches = train_batches(cfg_of_passes)

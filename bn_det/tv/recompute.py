@@ -41,7 +41,7 @@ def main(args: argparse.Namespace) -> None:
 def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
     start_log(args, cfg)
     torch.manual_seed(shared_seed(cfg))
-    old = load_model(cfg, resume=False)
+    old = load_model(cfg, resume=False, is_mended=True)
     new = build_model(with_population(cfg, args.population)) if args.population else old
     load, call = (_test_batches, _detect) if args.adabn else (train_batches, losses_of)
     batches = load(with_precise_bn_batches(cfg))

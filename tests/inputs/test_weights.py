@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from bn_det.commands.fitting import refuse_broken_statistics
 from bn_det.commands.outputs import check_output
 from bn_det.errors import InputError
 from bn_det.files import write_aside
 from bn_det.layers.pickled_arrays import read_pickled_arrays
+from here import run_here
 from hosts import build_model, make_cfg
 from reference import BASE
 
@@ -111,14 +111,47 @@ def test_statistics_that_are_not_finite(host, weights, tmp_path):
     names = torch.load(weights, weights_only=True)["model"]
     name = next(n for n in names if n.endswith("running_var"))
     torch.save(broken(weights, name, float("inf")), tmp_path / "inf.pth")
-    loads = checkpointer(host, model_of(host))
-    loads.must_match = True
-    loads.load(str(tmp_path / "inf.pth"))
-    with pytest.raises(InputError, match=f"{name}: it and 0 more have .*recompute_statistics.py"):
-        refuse_broken_statistics(loads.model)
-    loads.model.load_state_dict(broken(weights, name, -1.0)["model"])
-    with pytest.raises(InputError, match=f"{name}: it and 0 more have a negative variance; tools"):
-        refuse_broken_statistics(loads.model)
+    torch.save(broken(weights, name, -1.0), tmp_path / "negative.pth")
+    for file, words in (
+        ("inf.pth", "have NaN or infinity; .*recompute_statistics.py"),
+        ("negative.pth", "have a negative variance; tools/recompute"),
+    ):
+        for must_match in (True, False):
+            loads = checkpointer(host, model_of(host))
+            loads.must_match = must_match
+            with pytest.raises(InputError, match=f"{file}: {name}: it and 0 more {words}"):
+                loads.load(str(tmp_path / file))
+        loads = checkpointer(host, model_of(host))
+        loads.is_mended = True
+        loads.load(str(tmp_path / file))
+
+
+BROKEN = {"weight": float("nan"), "running_var": -1.0}
+COMMANDS = {
+    "train_net": (*BROKEN,),
+    "measure_loss": (*BROKEN,),
+    "recompute_statistics": ("weight",),
+    "average_checkpoints": ("weight",),
+}
+"""And the endings of names of which a broken value is refused."""
+
+
+@pytest.mark.parametrize("command, end", [(c, end) for c, ends in COMMANDS.items() for end in ends])
+def test_commands_name_the_file(host, weights, tiny_shapes, tmp_path, command, end):
+    name = next(n for n in torch.load(weights, weights_only=True)["model"] if n.endswith(end))
+    path = tmp_path / "broken.pth"
+    torch.save(broken(weights, name, BROKEN[end]), path)
+    given = {
+        "train_net": ("--eval-only", "MODEL.WEIGHTS", path),
+        "measure_loss": ("MODEL.WEIGHTS", path),
+        "recompute_statistics": ("--weights", path),
+        "average_checkpoints": ("--inputs", path, path, "--output", tmp_path / "new.pth"),
+    }[command]
+    opts = *tiny_shapes, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", tmp_path / "out"
+    config = "--host", host, "--config-file", BASE, *opts
+    done = run_here(f"tools/{command}.py", *config, *given)
+    assert done.returncode == 1
+    assert f"{path}: {name}: it and 0 more have " in done.stderr.splitlines()[-1]
 
 
 class Code:
@@ -243,8 +276,6 @@ def test_the_files_that_detectron2_takes(tmp_path, of):
 
 
 def test_the_table_does_not_take_the_checkpoints_name(host, weights, tmp_path):
-    from here import run_here
-
     args = ("--host", host, "--config-file", BASE, "--weights", str(weights))
     done = run_here("tools/recompute_statistics.py", *args, "--output", str(tmp_path / "new.json"))
     assert done.returncode == 1
