@@ -55,6 +55,11 @@ def shown(text: str) -> str:
     return text if text.isprintable() else repr(text)
 
 
+def escaped(text: str) -> str:
+    """A text with escapes in place of what would break a line, or change the terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def one_line(error: Exception) -> str:
     """The message alone, without the report that a data loader's process puts around it.
 
@@ -65,8 +70,7 @@ def one_line(error: Exception) -> str:
         text = f"{path_of(error)}: {error.strerror}"
     if "Original Traceback (most recent call last):" in text:
         text = text.rpartition(f"{type(error).__name__}: ")[2]
-    words = text.split()
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(words))
+    return escaped(" ".join(text.split()))
 
 
 def path_of(error: OSError) -> str:

@@ -12,7 +12,7 @@ from fvcore.common.checkpoint import Checkpointer as _Checkpointer
 from yacs.config import CfgNode
 
 from ..config.yaml_file import load_yaml
-from ..errors import LOAD_ERRORS, InputError, reason_of, shown
+from ..errors import LOAD_ERRORS, InputError, escaped, reason_of
 from ..files import write_aside, write_json, write_text
 from ..layers.pickled_arrays import read_pickled_arrays
 from ..layers.state_dicts import READ_ERRORS, refuse_damaged, weights_of, why_unreadable
@@ -100,6 +100,8 @@ class CheckpointerMixin:
             reason = why_unreadable(f, e)
             raise InputError(f"{f}: cannot be loaded as a checkpoint: {reason}") from e
         weights = weights_of(loaded, f)
+        for name in [name for name in weights if not name.isprintable()]:
+            weights[escaped(name)] = weights.pop(name)  # no model has it; it would reach the logs
         return loaded if "model" in loaded else {"model": weights}
 
     def _load_model(self, checkpoint: Any) -> Any:
@@ -132,11 +134,6 @@ class CheckpointerMixin:
             new = {*incompatible.missing_keys, *(n for n, *_ in incompatible.incorrect_shapes)}
             tell_parts(self.logger, set(self.model.state_dict()), new, unused)
         return incompatible
-
-    def _log_incompatible_keys(self, incompatible: Any) -> None:
-        """As fvcore's, with escapes where a name out of the file would change the terminal."""
-        names = [shown(name) for name in incompatible.unexpected_keys]
-        super()._log_incompatible_keys(incompatible._replace(unexpected_keys=names))
 
 
 def _save(content: dict[str, Any], path: str | Path) -> None:

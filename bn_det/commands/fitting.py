@@ -10,7 +10,7 @@ from typing import Any
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from ..errors import InputError, shown
+from ..errors import InputError
 from ..layers.state_dicts import State
 from ..layers.unfuse import fused_layers
 
@@ -120,14 +120,11 @@ def tell_parts(
         for names in (own, new, unused)
     )
     parts = sorted({*of_new, *of_unused})
-    rows = [
-        [shown(part), of_own[part] - of_new[part], of_new[part], of_unused[part]] for part in parts
-    ]
+    rows = [[part, of_own[part] - of_new[part], of_new[part], of_unused[part]] for part in parts]
     table = tabulate(rows, ["part", "loaded", "begin anew", "not used"])
     logger.warning("Weights of the checkpoint that do not fit the model:\n%s", table)
-    for part in parts:
-        num_unused = of_unused[part]
-        if of_own[part] and of_own[part] == of_new[part] and num_unused:
+    for part, loaded, _, num_unused in rows:
+        if of_own[part] and not loaded and num_unused:
             first = min(name for name in unused if _part(name) == part)
             raise InputError(
                 f"{part}: all of it would begin anew, though the checkpoint has {first} and "

@@ -80,6 +80,20 @@ def test_training_says_what_begins_anew(host, weights, caplog):
     assert int(rows[0].split()[-1]) > 0
 
 
+def test_names_that_would_change_the_terminal(host, weights, tmp_path, caplog):
+    """Escape codes, that are in no log, and ends of lines."""
+    state = torch.load(weights, weights_only=True)["model"]
+    odd = {f"{start}\x1b[31mred\nx": torch.zeros(1) for start in ("", "backbone.", "a.b.")}
+    torch.save({"model": {**state, **odd}}, tmp_path / "odd.pth")
+    loads = checkpointer(host, model_of(host))
+    with caplog.at_level("WARNING"):
+        loads.load(str(tmp_path / "odd.pth"))
+    (table,) = [m for m in caplog.messages if m.startswith("Weights of the checkpoint that do not")]
+    (unused,) = [m for m in caplog.messages if "not used by the model" in m]
+    for text in (table, unused):
+        assert "\x1b[31mred" not in text and r"\x1b[31mred\nx" in text
+
+
 def test_training_stops_where_a_whole_part_begins_anew(host, weights, tmp_path):
     state = torch.load(weights)["model"]
     renamed = {name.replace("backbone.", "backbone.old."): v for name, v in state.items()}
