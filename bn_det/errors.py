@@ -8,6 +8,9 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from numbers import Integral
 
+_LONGEST = 300
+"""Characters of a reason that is not ours."""
+
 
 class InputError(ValueError):
     """What a user gave cannot be used. It names the key, the value and what is accepted."""
@@ -60,6 +63,11 @@ def escaped(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def number(value: float, digits: str) -> str:
+    """A number of a table, in a format such as ".4f"; NaN by that name."""
+    return "NaN" if value != value else format(value, digits)
+
+
 def one_line(error: Exception) -> str:
     """The message alone, without the report that a data loader's process puts around it.
 
@@ -78,9 +86,14 @@ def path_of(error: OSError) -> str:
     return os.fsdecode(error.filename) if isinstance(error.filename, bytes) else str(error.filename)
 
 
-def reason_of(error: Exception) -> str:
-    """The first line of what somebody else's code raised, or what it is where it says nothing."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def reason_of(error: BaseException) -> str:
+    """What somebody else's code raised: the first line that says something, or else its type."""
+    try:
+        lines = map(str.strip, str(error).splitlines())
+    except Exception:  # of its own code
+        lines = iter(())
+    reason = next(filter(None, lines), type(error).__name__)
+    return reason if len(reason) <= _LONGEST else f"{reason[: _LONGEST - 4]} ..."
 
 
 LOAD_ERRORS = (

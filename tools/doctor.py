@@ -60,6 +60,7 @@ from bn_det.doctor import (
     sarif_log,
 )
 from bn_det.doctor.checkpoint import read_state
+from bn_det.doctor.examination import _LEAST_TO_EVALUATE
 from bn_det.doctor.findings import Recompute, selected
 from bn_det.doctor.from_file import OF_FILES
 from bn_det.errors import InputError, check_positive, nearest
@@ -136,6 +137,10 @@ def argument_parser() -> argparse.ArgumentParser:
 def main() -> None:
     parser = argument_parser()
     args = parser.parse_intermixed_args()
+    if args.list or args.explain is not None:
+        chosen = "list" if args.list else "explain"
+        rest = sorted(vars(args).keys() - {chosen})
+        refuse_unread(parser, args, rest, f"--{chosen}", "FILE | KEY VALUE")
     if args.list:
         print("\n\n".join(rule.explain(name) for name, rule in RULES.items()))
     elif args.explain is not None:
@@ -153,6 +158,12 @@ def main() -> None:
 def report_of(args: argparse.Namespace) -> Report:
     check_positive("--num-iters", args.num_iters)
     is_file = args.config_file is None and args.model is None
+    if (args.evaluate or args.treat is not None) and args.num_iters < _LEAST_TO_EVALUATE:
+        raise InputError(
+            f"--num-iters: {args.num_iters} is not accepted; to evaluate, use "
+            f"{_LEAST_TO_EVALUATE} or more"
+        )
+    _refuse_unseen(args, is_file)
     rules = selected(OF_FILES if is_file else RULES, args.select, args.ignore)
     if is_file:
         return examine_file(file_of(args), rules, args.part)
@@ -168,6 +179,33 @@ def report_of(args: argparse.Namespace) -> Report:
         if args.treat is not None:
             write_mended(loaded, report, args.treat)
     return report
+
+
+_EVALUATED = ("BN206", "BN207", *(rule for rule in RULES if rule.startswith("BN3")))
+_OF_TRAININGS = ("BN204", "BN503", "BN505")
+
+
+def _refuse_unseen(args: argparse.Namespace, is_file: bool) -> None:
+    """Raise InputError for a --select of nothing but rules that are not looked for so."""
+    unseen: dict[str, str] = {}
+    if is_file:
+        where = "on images: use --config-file, or --model and --data"
+        unseen = {rule: where for rule in RULES if rule not in OF_FILES}
+    else:
+        if not args.evaluate and args.treat is None:
+            unseen |= dict.fromkeys(_EVALUATED, "by losses: use --evaluate")
+        if args.target is None:
+            unseen["BN205"] = "on images of another domain: use --target"
+        if args.model is not None:
+            unseen |= dict.fromkeys(("BN501", "BN504"), "with an optimizer: use --config-file")
+        unseen["BN114"] = "of a file alone: use no --config-file and no --model"
+    unseen |= dict.fromkeys(_OF_TRAININGS, "in a training alone (TEST.BN_MONITOR)")
+    for name in args.select:
+        of_name = [rule for rule in RULES if name and rule.startswith(name)]
+        if of_name and unseen.keys() >= {*of_name}:
+            raise InputError(
+                f"--select: {name!r} is not accepted: {of_name[0]} is seen {unseen[of_name[0]]}"
+            )
 
 
 def check_report(args: argparse.Namespace, read: Read) -> None:

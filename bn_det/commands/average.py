@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from ..data.coco import CocoSource
-from ..errors import InputError
+from ..errors import InputError, number
 from ..files import finite
 from ..layers.state_dicts import read_weights
 from ..population.averaged_weights import STATISTICS, averaged_state
@@ -77,8 +77,12 @@ def run(args: argparse.Namespace, num_iter: int, host: Host) -> None:
     )
     if not math.isfinite(losses[best]):
         raise InputError(f"--inputs: no average of {', '.join(args.inputs)} has a finite loss")
-    rows = [[name, loss, "written" if name == best else ""] for name, loss in losses.items()]
-    print(tabulate(rows, ["checkpoint, or statistics of the average", "loss", ""], tablefmt="pipe"))
+    rows = [
+        [name, number(loss, ".6g"), "written" if name == best else ""]
+        for name, loss in losses.items()
+    ]
+    heads = ["checkpoint, or statistics of the average", "loss", ""]
+    print(tabulate(rows, heads, tablefmt="pipe", disable_numparse=True))
     print(f"The average with statistics {best} is the best")
     table = {"losses": finite(losses), "statistics": best}
     save_with_table({"model": made[best]}, table, args.output)
@@ -119,5 +123,8 @@ def _loss(host: Host, state: dict[str, Tensor], name: str) -> float:
     for batch in with_progress(batches, number, logger, f"Losses of {name}: %d/%d batches"):
         with evaluated_losses(host.model):
             torch.manual_seed(0)
-            total += float(sum(host.losses_of(host.model, batch).values()))
+            try:
+                total += float(sum(host.losses_of(host.model, batch).values()))
+            except FloatingPointError:  # what Detectron2 raises for proposals that are NaN
+                return math.nan
     return total / number

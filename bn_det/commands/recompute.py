@@ -22,7 +22,7 @@ from yacs.config import CfgNode
 from ..config.check import check_ims_per_batch
 from ..config.parts import LEVEL_PARTS, has_our_batch_norm
 from ..data.coco import CocoSource
-from ..errors import InputError, check_positive
+from ..errors import InputError, check_positive, reason_of
 from ..files import finite, write_json
 from ..layers import DomainBatchNorm2d
 from ..layers.comm import world
@@ -178,6 +178,17 @@ def recompute(
     return report
 
 
+def _before(evaluate: Callable[[nn.Module], dict], model: nn.Module) -> dict:
+    """The results of a model that may be too broken for them, which is what is to be mended."""
+    try:
+        return evaluate(model)
+    except FloatingPointError as e:
+        if world()[1] > 1:
+            raise  # the others wait for its detections
+        logger.warning("No results before: %s", reason_of(e))
+        return {"bbox": {"AP": math.nan}}
+
+
 def run(
     args: argparse.Namespace,
     cfg: CfgNode,
@@ -196,7 +207,7 @@ def run(
     old, new = models
     results = {}
     if args.evaluate:
-        results["before"] = evaluate(old.eval())
+        results["before"] = _before(evaluate, old.eval())
     if new is not old:
         transfer(old, new)
     report = recompute(new, batches, cfg, args.adabn, args.initial, call)

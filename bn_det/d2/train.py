@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..commands.checkpoint import check_start
-from ..commands.cli import start
+from ..commands.cli import names_weights, start
 from ..commands.launch import world_size
 from ..commands.results import results_table, save_results
 from ..config.check import check_ims_per_batch, resolve_device
@@ -43,7 +43,7 @@ from .datasets import (
     register_datasets,
 )
 from .default_trainer import BNHooks
-from .engine import Checkpointer, EvaluatesOnSuccess, set_up_group_and_log
+from .engine import Checkpointer, EvaluatesOnSuccess, finite_boxes, set_up_group_and_log
 from .mapper import Mapper
 
 
@@ -92,6 +92,12 @@ class Trainer(EvaluatesOnSuccess, BNHooks, DefaultTrainer):
             check_evaluation(self.cfg, self.model)
         super().train()
         return getattr(self, "_last_eval_results", {})
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
+        """As Detectron2's; FloatingPointError for boxes that are NaN or infinite."""
+        with finite_boxes():
+            return super().test(cfg, model, evaluators)
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -185,7 +191,8 @@ def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
     set_up_process(args, cfg)
     if args.eval_only:
         model = load_model(cfg, args.resume)
-        results = Trainer.test(cfg, model)
+        with names_weights(args):
+            results = Trainer.test(cfg, model)
     else:
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)

@@ -15,7 +15,7 @@ from ..layers.kinds import batch_norms
 from ..population.observation import population_layers
 from .blame import attribute, parts_of
 from .chance import bound_of, standard_error
-from .findings import Finding, Recompute
+from .findings import Finding, Recompute, value_of
 from .from_evaluation import Inputs, Watch, detections
 from .from_passes import Seen
 from .losses import Losses, Values, put, statistics_of
@@ -223,4 +223,4 @@ def _frozen(seen: Compared) -> Iterator[Finding]:
 
 
 def _mean(losses: Tensor) -> str:
-    return f"{float(losses.mean()):.4g}"
+    return value_of(float(losses.mean()))

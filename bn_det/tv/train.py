@@ -11,7 +11,7 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from ..commands.checkpoint import Checkpointer, check_start
-from ..commands.cli import start
+from ..commands.cli import names_weights, start
 from ..commands.launch import world_size
 from ..commands.output_folder import end_logs_that_fail
 from ..commands.results import results_table, save_results
@@ -36,7 +36,8 @@ def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
     start_log(args, cfg)
     if args.eval_only:
         model = load_model(cfg, args.resume)
-        results = test(cfg, model, load_datasets(cfg, "TEST"))
+        with names_weights(args):
+            results = test(cfg, model, load_datasets(cfg, "TEST"))
     else:
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)

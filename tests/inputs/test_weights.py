@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import resource
 import zipfile
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from bn_det.commands.outputs import check_output
+from bn_det.doctor import examine_file
 from bn_det.errors import InputError
 from bn_det.files import write_aside
 from bn_det.layers.pickled_arrays import read_pickled_arrays
@@ -346,6 +348,53 @@ def test_a_file_whose_content_has_changed(host, weights, tmp_path):
     path.write_bytes(content)
     with pytest.raises(InputError, match=f"changed.pth: .* damaged: {record.filename} in it"):
         checkpointer(host, model_of(host)).load(str(path))
+
+
+def compressed(whole, path):
+    with zipfile.ZipFile(whole) as a, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as b:
+        for record in a.infolist():
+            b.writestr(record.filename, a.read(record.filename))
+
+
+def test_a_file_that_says_it_holds_more_than_it_has(host, tmp_path):
+    """torch.load would take it: a thousand times its bytes."""
+    torch.save({"model": {"a": torch.zeros(10**6)}}, tmp_path / "whole.pth")
+    compressed(tmp_path / "whole.pth", tmp_path / "small.pth")
+    assert torch.load(tmp_path / "small.pth", weights_only=True)["model"]["a"].numel() == 10**6
+    words = r"small.pth: .*it has \d+ bytes, and is said to hold \d+; use a file as torch.save writ"
+    with pytest.raises(InputError, match=words):
+        checkpointer(host, torch.nn.Linear(2, 2)).load(str(tmp_path / "small.pth"))
+
+
+@pytest.mark.parametrize("must_match", [True, False])
+def test_shapes_of_few_bytes(host, weights, tmp_path, must_match):
+    """Views of one value: 4 TB, if anything were made of them."""
+    state = torch.load(weights, weights_only=True)["model"]
+    name = next(name for name in state if name.endswith("conv1.weight"))
+    state[name] = torch.zeros(1).expand(10**6, 10**6)
+    torch.save({"model": state}, tmp_path / "view.pth")
+    loads = checkpointer(host, model_of(host))
+    loads.must_match = must_match
+    with pytest.raises(InputError, match=f"view.pth: {name}: the checkpoint has shape .1000000, 1"):
+        loads.load(str(tmp_path / "view.pth"))
+
+
+def test_a_view_in_the_doctor(tmp_path):
+    statistics = {
+        f"bn.{name}": torch.zeros(1).expand(2**24) for name in ("running_mean", "running_var")
+    }
+    torch.save(statistics, tmp_path / "view.pth")
+    (finding,) = examine_file(tmp_path / "view.pth").findings
+    assert finding.rule == "BN113" and "has a running_mean of 16777216 values in 4 b" in finding.why
+
+
+def test_a_pickle_that_names_a_large_number(tmp_path):
+    """For its table of objects, of which the unpickler in C makes one as long."""
+    path = tmp_path / "a.pkl"
+    path.write_bytes(b"\x80\x04}r" + (2**26).to_bytes(4, "little") + b".")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert read_pickled_arrays(path) == {}
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 2**18  # kilobytes
 
 
 @pytest.mark.parametrize("kind", ["pipe", "link"])
