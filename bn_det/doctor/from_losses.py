@@ -184,7 +184,10 @@ def _costs(seen: Compared, recompute: Recompute) -> Iterator[Finding]:
     if ordered:
         worst = blamed[ordered[0]]
         shares = ", ".join(f"{part or 'the model'} {blamed[part]}" for part in ordered)
-        why = f"of the {cost.value:.3g} that statistics add to the loss: {shares}"
+        added = f"the {cost.value:.3g} that statistics add to the loss"
+        if not math.isfinite(cost.value):
+            added = "what the statistics add to a loss that is NaN or infinite by them"
+        why = f"of {added}: {shares}"
         yield Finding("BN302", "error", where, worst.value, why, recompute.usual, worst.error)
 
 
