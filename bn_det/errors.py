@@ -8,6 +8,9 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from numbers import Integral
 
+_LONGEST = 300
+"""Characters of a reason that is not ours."""
+
 
 class InputError(ValueError):
     """What a user gave cannot be used. It names the key, the value and what is accepted."""
@@ -55,6 +58,16 @@ def shown(text: str) -> str:
     return text if text.isprintable() else repr(text)
 
 
+def escaped(text: str) -> str:
+    """A text with escapes in place of what would break a line, or change the terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def number(value: float, digits: str) -> str:
+    """A number of a table, in a format such as ".4f"; NaN by that name."""
+    return "NaN" if value != value else format(value, digits)
+
+
 def one_line(error: Exception) -> str:
     """The message alone, without the report that a data loader's process puts around it.
 
@@ -65,8 +78,7 @@ def one_line(error: Exception) -> str:
         text = f"{path_of(error)}: {error.strerror}"
     if "Original Traceback (most recent call last):" in text:
         text = text.rpartition(f"{type(error).__name__}: ")[2]
-    words = text.split()
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(words))
+    return escaped(" ".join(text.split()))
 
 
 def path_of(error: OSError) -> str:
@@ -74,9 +86,14 @@ def path_of(error: OSError) -> str:
     return os.fsdecode(error.filename) if isinstance(error.filename, bytes) else str(error.filename)
 
 
-def reason_of(error: Exception) -> str:
-    """The first line of what somebody else's code raised, or what it is where it says nothing."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def reason_of(error: BaseException) -> str:
+    """What somebody else's code raised: the first line that says something, or else its type."""
+    try:
+        lines = map(str.strip, str(error).splitlines())
+    except Exception:  # of its own code
+        lines = iter(())
+    reason = next(filter(None, lines), type(error).__name__)
+    return reason if len(reason) <= _LONGEST else f"{reason[: _LONGEST - 4]} ..."
 
 
 LOAD_ERRORS = (

@@ -40,8 +40,15 @@ from bn_det.commands.any_model import (
     made,
     refuse_unread,
 )
-from bn_det.commands.checkpoint import check_output, save_with_table
+from bn_det.commands.checkpoint import save_with_table
 from bn_det.commands.cli import add_config_arguments, import_host, run
+from bn_det.commands.outputs import (
+    Read,
+    check_output,
+    check_output_file,
+    read_of_config,
+    read_of_modules,
+)
 from bn_det.commands.recompute import parts_with_levels
 from bn_det.doctor import (
     RULES,
@@ -53,10 +60,11 @@ from bn_det.doctor import (
     sarif_log,
 )
 from bn_det.doctor.checkpoint import read_state
+from bn_det.doctor.examination import LEAST_TO_EVALUATE
 from bn_det.doctor.findings import Recompute, selected
 from bn_det.doctor.from_file import OF_FILES
 from bn_det.errors import InputError, check_positive, nearest
-from bn_det.files import check_other_file, write_text
+from bn_det.files import write_text
 
 FOUND = 3
 
@@ -129,6 +137,10 @@ def argument_parser() -> argparse.ArgumentParser:
 def main() -> None:
     parser = argument_parser()
     args = parser.parse_intermixed_args()
+    if args.list or args.explain is not None:
+        chosen = "list" if args.list else "explain"
+        rest = sorted(vars(args).keys() - {chosen})
+        refuse_unread(parser, args, rest, f"--{chosen}", "FILE | KEY VALUE")
     if args.list:
         print("\n\n".join(rule.explain(name) for name, rule in RULES.items()))
     elif args.explain is not None:
@@ -139,13 +151,19 @@ def main() -> None:
         print(RULES[args.explain].explain(args.explain))
     else:
         _refuse_unread(parser, args)
-        check_report(args, examined(args), *filter(None, [args.config_file]))
+        check_report(args, {"what is examined": [examined(args), args.config_file or ""]})
         show(report_of(args), args)
 
 
 def report_of(args: argparse.Namespace) -> Report:
     check_positive("--num-iters", args.num_iters)
     is_file = args.config_file is None and args.model is None
+    if (args.evaluate or args.treat is not None) and args.num_iters < LEAST_TO_EVALUATE:
+        raise InputError(
+            f"--num-iters: {args.num_iters} is not accepted; to evaluate, use "
+            f"{LEAST_TO_EVALUATE} or more"
+        )
+    _refuse_unseen(args, is_file)
     rules = selected(OF_FILES if is_file else RULES, args.select, args.ignore)
     if is_file:
         return examine_file(file_of(args), rules, args.part)
@@ -163,11 +181,38 @@ def report_of(args: argparse.Namespace) -> Report:
     return report
 
 
-def check_report(args: argparse.Namespace, *inputs: str) -> None:
-    """Raise InputError for an --output that is what is examined, or what --treat writes."""
+_EVALUATED = ("BN206", "BN207", *(rule for rule in RULES if rule.startswith("BN3")))
+_OF_TRAININGS = ("BN204", "BN503", "BN505")
+
+
+def _refuse_unseen(args: argparse.Namespace, is_file: bool) -> None:
+    """Raise InputError for a --select of nothing but rules that are not looked for so."""
+    unseen: dict[str, str] = {}
+    if is_file:
+        where = "on images: use --config-file, or --model and --data"
+        unseen = {rule: where for rule in RULES if rule not in OF_FILES}
+    else:
+        if not args.evaluate and args.treat is None:
+            unseen |= dict.fromkeys(_EVALUATED, "by losses: use --evaluate")
+        if args.target is None:
+            unseen["BN205"] = "on images of another domain: use --target"
+        if args.model is not None:
+            unseen |= dict.fromkeys(("BN501", "BN504"), "with an optimizer: use --config-file")
+        unseen["BN114"] = "of a file alone: use no --config-file and no --model"
+    unseen |= dict.fromkeys(_OF_TRAININGS, "in a training alone (TEST.BN_MONITOR)")
+    for name in args.select:
+        of_name = [rule for rule in RULES if name and rule.startswith(name)]
+        if of_name and unseen.keys() >= {*of_name}:
+            raise InputError(
+                f"--select: {name!r} is not accepted: {of_name[0]} is seen {unseen[of_name[0]]}"
+            )
+
+
+def check_report(args: argparse.Namespace, read: Read) -> None:
+    """Raise InputError for an --output that is what is read, or what --treat writes."""
     if args.output is None:
         return
-    check_other_file("--output", args.output, inputs, "what is examined")
+    check_output_file("--output", args.output, read)
     if args.treat is not None:
         treated = Path(args.treat)
         if Path(args.output).resolve() in (
@@ -175,6 +220,12 @@ def check_report(args: argparse.Namespace, *inputs: str) -> None:
             treated.with_suffix(".json").resolve(),
         ):
             raise InputError(f"--output: {args.output!r} is not accepted; --treat writes that file")
+
+
+def check_outputs(args: argparse.Namespace, read: Read) -> None:
+    """The same for all that is written, before any work."""
+    check_output(args.treat, read, "--treat")
+    check_report(args, read)
 
 
 class Loaded(NamedTuple):
@@ -210,14 +261,16 @@ def _refuse_unread(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
 
 
 def by_config(args: argparse.Namespace) -> Loaded:
-    of, cfg = import_host(args.host, "doctor").load(args)
+    host = import_host(args.host, "doctor")
+    cfg = host.setup(args)
     path = cfg.MODEL.WEIGHTS
+    read = read_of_config(cfg, args.config_file, host.known_sources(cfg), args.target)
+    check_outputs(args, {"MODEL.WEIGHTS": [path], **read})
+    of = host.load(args, cfg)
     keys = [f"MODEL.{part}.BN.POPULATION per_domain" for part in parts_with_levels(cfg)]
     config = f"--config-file {shlex.quote(args.config_file)}"
     adapt = f"{config} --adabn --dataset {shlex.quote(args.target or '')} --evaluate"
     recompute = Recompute.by_command(path, config, adapt, keys)
-    check_output(args.treat, [path, args.config_file], "MODEL.WEIGHTS", "--treat")
-    check_report(args, path)
     return Loaded(of, recompute, beside_weights(path, of.model.state_dict()))
 
 
@@ -234,11 +287,10 @@ def beside_weights(
 def by_functions(args: argparse.Namespace) -> Loaded:
     path = file_of(args)
     functions = functions_of(args)
-    check_output(args.treat, [path], "FILE", "--treat")
+    target = None if args.target is None else batches_of("--target", args.target)
+    check_outputs(args, {"FILE": [path], **read_of_modules()})
     stored = read_state(path, args.part)
-    of = made(functions, args, stored.state, path)
-    if args.target is not None:
-        of = of._replace(target=batches_of("--target", args.target))
+    of = made(functions, args, stored.state, path)._replace(target=target)
     named = {flag: getattr(args, flag) for flag in (*functions._fields, "part")}
     flags = [
         " ".join(f"--{flag} {shlex.quote(name)}" for flag, name in of_flags.items() if name)

@@ -51,17 +51,22 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def refuse_unread(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, unread: Iterable[str], chosen: str
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    unread: Iterable[str],
+    chosen: str,
+    opts: str = "KEY VALUE",
 ) -> None:
     """Raise InputError for a flag that is set, and that what was chosen does not read.
 
     Args:
         unread: names of arguments.
         chosen: for the message, such as "--config-file".
+        opts: what the arguments without a flag are.
     """
     for name in unread:
         if getattr(args, name) != parser.get_default(name):
-            flag = "KEY VALUE" if name == "opts" else f"--{name.replace('_', '-')}"
+            flag = opts if name == "opts" else f"--{name.replace('_', '-')}"
             raise InputError(f"{flag}: is not accepted with {chosen}, which does not read it")
 
 

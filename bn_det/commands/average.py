@@ -5,23 +5,26 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
+from yacs.config import CfgNode
 
-from ..errors import InputError
+from ..data.coco import CocoSource
+from ..errors import InputError, number
 from ..files import finite
 from ..layers.state_dicts import read_weights
 from ..population.averaged_weights import STATISTICS, averaged_state
 from ..population.progress import with_progress
 from ..population.unchanged import evaluated_losses
 from ..population.update import update_bn_stats
-from .checkpoint import check_output, save_with_table
-from .fitting import load_weights, refuse_types
+from .checkpoint import save_with_table
+from .fitting import load_weights, refuse_failed, refuse_types
+from .outputs import check_output, read_of_config
 
 logger = logging.getLogger(__name__)
 
@@ -44,14 +47,19 @@ class Host(NamedTuple):
     losses_of: Callable[[nn.Module, Any], dict[str, Tensor]]
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raise InputError, before any work."""
+def check(args: argparse.Namespace, cfg: CfgNode, sources: Mapping[str, CocoSource]) -> None:
+    """Raise InputError, before any work.
+
+    Args:
+        sources: where data sets lie, by name.
+    """
     if len(args.inputs) < 2:
         raise InputError("--inputs: one checkpoint is not accepted; name two or more")
     for path in args.inputs:
         if not Path(path).is_file():
             raise InputError(f"--inputs: there is no file {path}")
-    check_output(args.output, args.inputs, "--inputs")
+    read = {"--inputs": args.inputs, **read_of_config(cfg, args.config_file, sources)}
+    check_output(args.output, read)
 
 
 def run(args: argparse.Namespace, num_iter: int, host: Host) -> None:
@@ -69,8 +77,12 @@ def run(args: argparse.Namespace, num_iter: int, host: Host) -> None:
     )
     if not math.isfinite(losses[best]):
         raise InputError(f"--inputs: no average of {', '.join(args.inputs)} has a finite loss")
-    rows = [[name, loss, "written" if name == best else ""] for name, loss in losses.items()]
-    print(tabulate(rows, ["checkpoint, or statistics of the average", "loss", ""], tablefmt="pipe"))
+    rows = [
+        [name, number(loss, ".6g"), "written" if name == best else ""]
+        for name, loss in losses.items()
+    ]
+    heads = ["checkpoint, or statistics of the average", "loss", ""]
+    print(tabulate(rows, heads, tablefmt="pipe", disable_numparse=True))
     print(f"The average with statistics {best} is the best")
     table = {"losses": finite(losses), "statistics": best}
     save_with_table({"model": made[best]}, table, args.output)
@@ -82,6 +94,7 @@ def _weights(path: str, model: nn.Module) -> dict[str, Tensor]:
     try:
         refuse_types(model, weights)
         load_weights(model, weights)
+        refuse_failed(model)
     except InputError as e:
         raise InputError(f"--inputs: {path}: {e}") from e
     return weights
@@ -110,5 +123,8 @@ def _loss(host: Host, state: dict[str, Tensor], name: str) -> float:
     for batch in with_progress(batches, number, logger, f"Losses of {name}: %d/%d batches"):
         with evaluated_losses(host.model):
             torch.manual_seed(0)
-            total += float(sum(host.losses_of(host.model, batch).values()))
+            try:
+                total += float(sum(host.losses_of(host.model, batch).values()))
+            except FloatingPointError:  # what Detectron2 raises for proposals that are NaN
+                return math.nan
     return total / number

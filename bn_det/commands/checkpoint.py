@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,14 @@ from fvcore.common.checkpoint import Checkpointer as _Checkpointer
 from yacs.config import CfgNode
 
 from ..config.yaml_file import load_yaml
-from ..errors import LOAD_ERRORS, InputError, reason_of
-from ..files import check_other_file, write_aside, write_json, write_text
+from ..errors import LOAD_ERRORS, InputError, escaped, reason_of
+from ..files import write_aside, write_json, write_text
 from ..layers.pickled_arrays import read_pickled_arrays
 from ..layers.state_dicts import READ_ERRORS, refuse_damaged, weights_of, why_unreadable
 from .fitting import (
     refuse_broken_statistics,
+    refuse_failed,
     refuse_fused,
-    refuse_not_finite,
     refuse_others,
     refuse_rest,
     refuse_types,
@@ -37,6 +36,7 @@ class CheckpointerMixin:
       predictors (PREDICTORS), whose shape a fine-tuning on other classes changes.
     * With ``must_match``, which evaluation and resuming set, those too, weights that the checkpoint
       lacks, and those that the model has no place for: it would compute something else.
+    * Statistics that are not finite, or negative variances, are an error, but with ``is_mended``.
     * Otherwise a table says what begins anew and what is not used, by parts of the model; a part
       that the checkpoint has, and of which nothing fits, is an error.
     """
@@ -49,6 +49,9 @@ class CheckpointerMixin:
     )
 
     must_match = False
+
+    is_mended = False
+    """Whether the command is about broken statistics: it recomputes them, or finds them."""
 
     _is_resumed = False
 
@@ -97,6 +100,8 @@ class CheckpointerMixin:
             reason = why_unreadable(f, e)
             raise InputError(f"{f}: cannot be loaded as a checkpoint: {reason}") from e
         weights = weights_of(loaded, f)
+        for name in [name for name in weights if not name.isprintable()]:
+            weights[escaped(name)] = weights.pop(name)  # no model has it; it would reach the logs
         return loaded if "model" in loaded else {"model": weights}
 
     def _load_model(self, checkpoint: Any) -> Any:
@@ -108,12 +113,10 @@ class CheckpointerMixin:
         weights = set(checkpoint["model"])  # which fvcore takes out
         if not checkpoint.get("matching_heuristics"):
             refuse_others(self.model, weights)
-        parameters = {name for name, _ in self.model.named_parameters()}
-        of_parameters = [(n, v) for n, v in checkpoint["model"].items() if n in parameters]
-        refuse_not_finite(of_parameters, "the training had failed: use an earlier checkpoint")
         refuse_types(self.model, checkpoint["model"])
         incompatible = super()._load_model(checkpoint)
-        if not self.must_match:
+        refuse_failed(self.model)
+        if not self.is_mended:
             refuse_broken_statistics(self.model)
         if any(name.endswith("running_mean") for name in incompatible.missing_keys):
             refuse_fused(self.model, weights)
@@ -209,27 +212,6 @@ def _check_last(path: str) -> None:
         name = file.read(1000).decode(errors="replace")
     if not name or not name.isprintable():
         raise InputError(f"--resume: {path}: {name!r} is not the name of a checkpoint beside it")
-
-
-def check_output(
-    output: str | None, inputs: Sequence[str], flag: str, name: str = "--output"
-) -> None:
-    """Raise InputError unless a command can write a checkpoint, another file than what it reads.
-
-    The folder is made.
-
-    Args:
-        output: None for nothing to write.
-        inputs: what it reads, by this flag.
-        name: the flag that the output is given by.
-    """
-    if output is None:
-        return
-    path = Path(output)
-    if path.suffix == ".json":
-        raise InputError(f"{name}: {output!r} is not accepted; the table gets that name, use .pth")
-    check_other_file(name, output, inputs, flag)
-    check_other_file(f"{name}, the table", path.with_suffix(".json"), inputs, flag)
 
 
 def save_with_table(content: dict[str, Any], table: dict[str, Any], output: str) -> None:

@@ -10,7 +10,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from yacs.config import CfgNode
 
-from ..errors import InputError, check_positive, is_text, one_line
+from ..errors import InputError, check_positive, is_text, one_line, reason_of
 from .launch import RankError, is_mendable, launch
 from .output_folder import used_by_one, written_in
 
@@ -114,11 +115,24 @@ def measure_command(
         level=logging.INFO, format="[%(asctime)s %(name)s]: %(message)s", datefmt="%m/%d %H:%M:%S"
     )
     torch.manual_seed(0)  # what is sampled
-    cfg, results = import_host(args.host, name).measure(args)
+    with names_weights(args):
+        cfg, results = import_host(args.host, name).measure(args)
     print(table(results))
     path = Path(cfg.OUTPUT_DIR) / f"{name}.json"
     save(results, path)
     print(f"Saved to {path}")
+
+
+@contextmanager
+def names_weights(args: argparse.Namespace) -> Iterator[None]:
+    """Name the checkpoint where a host finds that the model's outputs are NaN or infinite."""
+    try:
+        yield
+    except FloatingPointError as e:
+        options = dict(zip(args.opts[::2], args.opts[1::2], strict=False))
+        path = options.get("MODEL.WEIGHTS", f"of {args.config_file}")
+        where = "--resume" if args.resume else f"MODEL.WEIGHTS: {path}"
+        raise InputError(f"{where}: its outputs are NaN or infinite: {reason_of(e)}") from e
 
 
 def choose_host(requested: str) -> str:
@@ -183,7 +197,7 @@ def run(main: Callable[[], None]) -> None:
         # As other tools in front of head. Python would flush once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
-    except (InputError, OSError) as e:
+    except (InputError, FloatingPointError, OSError) as e:
         if not is_mendable(e):
             raise
         sys.exit(f"error: {one_line(e)}")

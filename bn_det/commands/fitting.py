@@ -62,6 +62,12 @@ def refuse_not_finite(named: Iterable[tuple[str, Tensor]], what: str) -> None:
         raise InputError(f"{broken[0]}: it and {len(broken) - 1} more have NaN or infinity; {what}")
 
 
+def refuse_failed(model: nn.Module) -> None:
+    """Raise InputError for a model with parameters of a checkpoint that have NaN or infinity."""
+    what = "the training had failed: use an earlier checkpoint"
+    refuse_not_finite(model.named_parameters(), what)
+
+
 def refuse_types(model: nn.Module, weights: Mapping[str, Any]) -> None:
     """Raise InputError for weights that are no real numbers where the model's are.
 

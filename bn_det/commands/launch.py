@@ -50,11 +50,14 @@ FULL = {
 
 
 def is_mendable(error: BaseException | None) -> bool:
-    """Whether a command's user can mend it; what the system refuses, if it says of which file."""
+    """Whether a command's user can mend it; what the system refuses, if it says of which file.
+
+    FloatingPointError is what a host raises for a model whose outputs are NaN or infinite.
+    """
     if isinstance(error, OSError):
         names_file = error.filename is not None or isinstance(error, FileNotFoundError)
         return names_file or error.errno in FULL
-    return isinstance(error, InputError)
+    return isinstance(error, (InputError, FloatingPointError))
 
 
 class RankError(RuntimeError):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from yacs.config import CfgNode
 
 from ..config.check import check_ims_per_batch
 from ..config.parts import LEVEL_PARTS, has_our_batch_norm
-from ..errors import InputError, check_positive
+from ..data.coco import CocoSource
+from ..errors import InputError, check_positive, reason_of
 from ..files import finite, write_json
 from ..layers import DomainBatchNorm2d
 from ..layers.comm import world
@@ -29,8 +30,9 @@ from ..layers.kinds import STATISTICS
 from ..population.progress import with_progress
 from ..population.report import PopulationReport
 from ..population.update import update_bn_stats
-from .checkpoint import check_output, save_with_table
+from .checkpoint import save_with_table
 from .launch import world_size
+from .outputs import check_output, read_of_config
 from .results import results_table
 
 logger = logging.getLogger(__name__)
@@ -80,13 +82,18 @@ def _split(args: argparse.Namespace) -> str:
     return "TEST" if args.adabn else "TRAIN"
 
 
-def check(args: argparse.Namespace, cfg: CfgNode) -> None:
-    """Raise InputError, before any work, for what the set-up of an evaluation does not look at."""
+def check(args: argparse.Namespace, cfg: CfgNode, sources: Mapping[str, CocoSource]) -> None:
+    """Raise InputError, before any work, for what the set-up of an evaluation does not look at.
+
+    Args:
+        sources: where data sets lie, by name.
+    """
     if not cfg.DATASETS[_split(args)]:
         raise InputError(f"DATASETS.{_split(args)}: () is not accepted; name a data set")
     check_ims_per_batch(cfg, world_size(args.num_gpus, args.num_machines))
     with_population(cfg, args.population)
-    check_output(args.output, [args.weights], "--weights")
+    read = {"--weights": [args.weights], **read_of_config(cfg, args.config_file, sources)}
+    check_output(args.output, read)
 
 
 def with_population(cfg: CfgNode, population: str | None) -> CfgNode:
@@ -171,6 +178,17 @@ def recompute(
     return report
 
 
+def _before(evaluate: Callable[[nn.Module], dict], model: nn.Module) -> dict:
+    """The results of a model that may be too broken for them, which is what is to be mended."""
+    try:
+        return evaluate(model)
+    except FloatingPointError as e:
+        if world()[1] > 1:
+            raise  # the others wait for its detections
+        logger.warning("No results before: %s", reason_of(e))
+        return {"bbox": {"AP": math.nan}}
+
+
 def run(
     args: argparse.Namespace,
     cfg: CfgNode,
@@ -189,7 +207,7 @@ def run(
     old, new = models
     results = {}
     if args.evaluate:
-        results["before"] = evaluate(old.eval())
+        results["before"] = _before(evaluate, old.eval())
     if new is not old:
         transfer(old, new)
     report = recompute(new, batches, cfg, args.adabn, args.initial, call)

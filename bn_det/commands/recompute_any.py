@@ -10,7 +10,9 @@ from ..errors import InputError
 from ..population.progress import with_progress
 from ..population.update import update_bn_stats
 from .any_model import functions_of, made
-from .checkpoint import check_output, save_with_table
+from .checkpoint import save_with_table
+from .fitting import refuse_failed
+from .outputs import check_output, read_of_modules
 
 logger = logging.getLogger(__name__)
 
@@ -22,12 +24,16 @@ def main(args: argparse.Namespace) -> None:
     """As tools/recompute_statistics.py says of --model."""
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s]: %(message)s", datefmt="%H:%M:%S")
     functions = functions_of(args)
-    check_output(args.output, [args.weights], "--weights")
+    check_output(args.output, {"--weights": [args.weights], **read_of_modules()})
     try:
         stored = read_state(args.weights, args.part)
     except InputError as e:
         raise InputError(e if str(e).startswith("--") else f"--weights: {e}") from e
     model, batches, call = made(functions, args, stored.state, f"--weights: {args.weights}")[:3]
+    try:
+        refuse_failed(model)
+    except InputError as e:
+        raise InputError(f"--weights: {args.weights}: {e}") from e
     number = _NUM_ITERS if args.num_iters is None else args.num_iters
     report = update_bn_stats(
         model.train(),

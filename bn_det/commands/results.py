@@ -24,6 +24,7 @@ def results_table(results: Mapping[str, Mapping]) -> str:
             there are several.
     """
     parts = []
+    is_whole = True
     for name, metrics in results.items():
         if any(isinstance(value, Mapping) for value in metrics.values()):
             parts += [f"Data set {name}", results_table(metrics)]
@@ -33,6 +34,9 @@ def results_table(results: Mapping[str, Mapping]) -> str:
         parts.append(f"Evaluation results for {name}:\n{_row_table(overall)}")
         if classes:
             parts.append(f"Per-category {name} AP:\n{_row_table(classes)}")
+        is_whole &= all(value == value for value in metrics.values())
+    if not is_whole:
+        parts.append("-: there is nothing to be found, or nothing was detected at all")
     return "\n".join(parts)
 
 
@@ -56,7 +60,10 @@ def score_of(cfg: CfgNode, test: Callable[[CfgNode, nn.Module], Mapping]) -> Sco
             aside.defrost()
             aside.OUTPUT_DIR = folder
             aside.freeze()
-            results = test(aside, model)
+            try:
+                results = test(aside, model)
+            except FloatingPointError:  # boxes that are no numbers, of which none is right
+                return 0.0
         of_sets = [results] if "bbox" in results else list(results.values())
         # Evaluators call it NaN where nothing is detected.
         return fmean(ap if (ap := of["bbox"]["AP"]) == ap else 0.0 for of in of_sets)
@@ -80,7 +87,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, float]]:
 
 def _row_table(metrics: Mapping[str, float]) -> str:
     return tabulate(
-        [list(metrics.values())],
+        [["-" if value != value else value for value in metrics.values()]],
         headers=[shown(name) for name in metrics],
         tablefmt="pipe",
         floatfmt=".3f",

@@ -35,6 +35,13 @@ def load_yaml(path: str, open_file: Callable[[str], IO[str]] = open) -> dict[str
     return _Files(open_file).load(path)
 
 
+def config_files(path: str, open_file: Callable[[str], IO[str]] = open) -> list[str]:
+    """The paths of a config file and of all that are its bases; as :func:`load_yaml`."""
+    files = _Files(open_file)
+    files.load(path)
+    return list(files.loaded)
+
+
 class _Files:
     """The files of one load. Each is read once, of however many files it is a base.
 

@@ -9,15 +9,15 @@ from detectron2.config import CfgNode
 from ..commands.average import Host, check, run
 from ..commands.cli import start
 from ..config.training import with_precise_bn_batches
-from .datasets import build_bn_loader, load_test_images, load_training
+from .datasets import build_bn_loader, known_sources, load_test_images, load_training
 from .leakage import annotated_loader
 from .train import Trainer, set_up_process, setup
 
 
 def main(args: argparse.Namespace) -> None:
     """As tools/average_checkpoints.py says."""
-    check(args)
     cfg = setup(args)
+    check(args, cfg, known_sources(cfg))
     args.eval_only = True  # no training, from here on
     start(_run, args, cfg)
 

@@ -65,6 +65,16 @@ def register_datasets(cfg: CfgNode) -> None:
         DatasetCatalog.register(name, partial(_load_with_source, load, source))
 
 
+def known_sources(cfg: CfgNode) -> dict[str, CocoSource]:
+    """Where the data sets lie that a config can name, as far as Detectron2's catalog says so."""
+    known = {}
+    for name in DatasetCatalog.list():
+        metadata = MetadataCatalog.get(name)
+        if metadata.get("json_file"):
+            known[name] = CocoSource(metadata.json_file, metadata.get("image_root", ""))
+    return known
+
+
 def check_files(cfg: CfgNode, split: str) -> dict[str, list[str]]:
     """Look at the annotation files of DATASETS.TRAIN or DATASETS.TEST, before anything is begun.
 

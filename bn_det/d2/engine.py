@@ -133,6 +133,17 @@ def _in_a_line(record: logging.LogRecord) -> bool:
 
 
 @contextmanager
+def finite_boxes() -> Iterator[None]:
+    """Turn what Detectron2 asserts of boxes in evaluation into what it raises of proposals."""
+    try:
+        yield
+    except AssertionError as e:
+        if "infinite or NaN" not in str(e):
+            raise
+        raise FloatingPointError("the model detects boxes that are NaN or infinite") from e
+
+
+@contextmanager
 def readable_datasets(key: str, names: Sequence[str]) -> Iterator[None]:
     """Turn what Detectron2's loaders raise for a missing or broken file into an InputError."""
     try:

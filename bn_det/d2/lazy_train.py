@@ -23,7 +23,6 @@ from torch import nn
 
 from ..commands.checkpoint import check_files
 from ..commands.cli import start_in
-from ..commands.fitting import refuse_broken_statistics
 from ..commands.launch import world_size
 from ..commands.results import results_table
 from ..config.check import usable_device
@@ -32,7 +31,13 @@ from ..data.coco import check_names
 from ..errors import InputError, nearest
 from ..layers import name_layers
 from .accumulate import AccumulatingAMPTrainer
-from .engine import Checkpointer, EvaluatesOnSuccess, readable_datasets, set_up_group_and_log
+from .engine import (
+    Checkpointer,
+    EvaluatesOnSuccess,
+    finite_boxes,
+    readable_datasets,
+    set_up_group_and_log,
+)
 
 NODES = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 """What a file has to have."""
@@ -173,7 +178,6 @@ def _evaluate(args: argparse.Namespace, cfg: DictConfig, model: nn.Module) -> Ma
     checkpointer = Checkpointer(model, cfg.train.output_dir)
     checkpointer.must_match = True
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
-    refuse_broken_statistics(model)
     return _test(cfg, model)
 
 
@@ -227,7 +231,8 @@ def _test(cfg: DictConfig, model: nn.Module) -> Mapping[str, Any]:
         return {}
     with readable_datasets("dataloader.test", _dataset_names(cfg, "test")):
         loader, evaluator = instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
-    results = inference_on_dataset(model, loader, evaluator)
+    with finite_boxes():
+        results = inference_on_dataset(model, loader, evaluator)
     if comm.is_main_process():
         print_csv_format(results)
     return results

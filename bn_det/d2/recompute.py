@@ -13,7 +13,7 @@ from detectron2.utils import comm
 from ..commands.cli import start
 from ..commands.recompute import check, flags_as_opts, run, with_population
 from ..config.training import with_precise_bn_batches
-from .datasets import build_bn_loader, load_test_images, load_training
+from .datasets import build_bn_loader, known_sources, load_test_images, load_training
 from .mapper import Mapper
 from .train import Trainer, load_model, set_up_process, setup
 
@@ -22,13 +22,13 @@ def main(args: argparse.Namespace) -> None:
     """As tools/recompute_statistics.py says."""
     with flags_as_opts(args):
         cfg = setup(args)
-        check(args, cfg)
+        check(args, cfg, known_sources(cfg))
         start(_run, args, cfg)
 
 
 def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
     set_up_process(args, cfg)
-    old = load_model(cfg, resume=False)
+    old = load_model(cfg, resume=False, is_mended=True)
     new = Trainer.build_model(with_population(cfg, args.population)) if args.population else old
     load = _test_batches if args.adabn else train_batches
     batches = load(with_precise_bn_batches(cfg))

@@ -18,8 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..commands.checkpoint import check_start
-from ..commands.cli import start
-from ..commands.fitting import refuse_broken_statistics
+from ..commands.cli import names_weights, start
 from ..commands.launch import world_size
 from ..commands.results import results_table, save_results
 from ..config.check import check_ims_per_batch, resolve_device
@@ -44,7 +43,7 @@ from .datasets import (
     register_datasets,
 )
 from .default_trainer import BNHooks
-from .engine import Checkpointer, EvaluatesOnSuccess, set_up_group_and_log
+from .engine import Checkpointer, EvaluatesOnSuccess, finite_boxes, set_up_group_and_log
 from .mapper import Mapper
 
 
@@ -93,6 +92,12 @@ class Trainer(EvaluatesOnSuccess, BNHooks, DefaultTrainer):
             check_evaluation(self.cfg, self.model)
         super().train()
         return getattr(self, "_last_eval_results", {})
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
+        """As Detectron2's; FloatingPointError for boxes that are NaN or infinite."""
+        with finite_boxes():
+            return super().test(cfg, model, evaluators)
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -162,15 +167,16 @@ def check_data(cfg: CfgNode, splits: Sequence[str] = ("TRAIN", "TEST")) -> None:
         check_tested_categories(*categories)
 
 
-def load_model(cfg: CfgNode, resume: bool) -> nn.Module:
+def load_model(cfg: CfgNode, resume: bool, is_mended: bool = False) -> nn.Module:
     """The config's model with the weights of a checkpoint, all of which have to fit.
 
     Args:
         resume: whether they are the last ones of OUTPUT_DIR rather than MODEL.WEIGHTS.
+        is_mended: whether broken statistics are accepted (CheckpointerMixin).
     """
     model = Trainer.build_model(cfg)
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
-    checkpointer.must_match = True
+    checkpointer.must_match, checkpointer.is_mended = True, is_mended
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     return model
 
@@ -185,8 +191,8 @@ def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
     set_up_process(args, cfg)
     if args.eval_only:
         model = load_model(cfg, args.resume)
-        refuse_broken_statistics(model)
-        results = Trainer.test(cfg, model)
+        with names_weights(args):
+            results = Trainer.test(cfg, model)
     else:
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)

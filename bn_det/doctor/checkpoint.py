@@ -211,6 +211,8 @@ def _why_no_layer(of: Mapping[str, Tensor]) -> str:
     for name, t in of.items():
         if kind := why_not_dense(t):
             return f"has a {kind} {name}"
+        if t.numel() * t.element_size() > (there := t.untyped_storage().nbytes()):
+            return f"has a {name} of {t.numel()} values in {there} bytes"
         if name != _COUNTER and t.dtype not in _DTYPES:
             return f"has a {name} of {str(t.dtype).removeprefix('torch.')}"
     counter = of.get(_COUNTER)

@@ -49,7 +49,7 @@ from .progress import Price, Told
 from .rules import RULES
 from .treatments import Passes
 
-_LEAST_TO_EVALUATE = 5
+LEAST_TO_EVALUATE = 5
 """Batches, beside which two are held apart."""
 
 
@@ -303,9 +303,9 @@ def _price(
 def _check_evaluation(batches: Iterable[Any] | None, num_iters: int, group: Group) -> None:
     if batches is None:
         raise InputError("evaluate: True is not accepted without batches")
-    if num_iters < _LEAST_TO_EVALUATE:
+    if num_iters < LEAST_TO_EVALUATE:
         raise InputError(
-            f"num_iters: {num_iters} is not accepted; to evaluate, use {_LEAST_TO_EVALUATE} or more"
+            f"num_iters: {num_iters} is not accepted; to evaluate, use {LEAST_TO_EVALUATE} or more"
         )
     if process_group(group) is not None:
         raise InputError("evaluate: True is not accepted in several processes; call it in one")

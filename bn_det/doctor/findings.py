@@ -208,11 +208,19 @@ class Tried(NamedTuple):
     needs: str
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.measure} {self.before:.4g} before, {self.after:.4g} after"
+        before, after = value_of(self.before), value_of(self.after)
+        return f"{self.name}: {self.measure} {before} before, {after} after"
+
+
+def value_of(measured: float) -> str:
+    """A loss or an AP in few digits; a loss that is NaN is taken for an infinite one, as worst."""
+    return f"{measured:.4g}" if math.isfinite(measured) else "NaN or infinite"
 
 
 def signed(gain: float, measure: str) -> str:
     """A gain with its unit, as what is measured changes: the loss falls where it is better."""
+    if not math.isfinite(gain):
+        return f"a finite {measure}" if gain > 0 else f"no finite {measure}"
     return f"{gain if measure == 'AP' else -gain:+.3g} {measure}"
 
 
@@ -277,7 +285,7 @@ class Report(NamedTuple):
             return []
         heads = ["tried", f"{self.tried[0].measure} before", "after", "", ""]
         rows = [
-            [of.name, f"{of.before:.4g}", f"{of.after:.4g}", gained(of), "kept" * of.kept]
+            [of.name, value_of(of.before), value_of(of.after), gained(of), "kept" * of.kept]
             for of in self.tried
         ]
         table = tabulate(rows, heads, tablefmt="pipe", disable_numparse=True)
@@ -287,7 +295,7 @@ class Report(NamedTuple):
 def gained(of: Tried) -> str:
     """What a treatment has brought, with its standard error and unit."""
     gain = signed(of.gain, of.measure)
-    if of.standard_error is None:
+    if of.standard_error is None or not math.isfinite(of.gain):
         return gain
     return f"{gain.removesuffix(of.measure)}± {of.standard_error:.1g} {of.measure}"
 
@@ -298,6 +306,8 @@ def how_much(of: Finding) -> str:
         return ""
     error = "" if of.standard_error is None else f" ± {of.standard_error:.1g}"
     unit = RULES[of.rule].unit
+    if not math.isfinite(of.value):  # infinite: of a loss that is, or is NaN
+        return f"{value_of(of.value)} {unit}"
     return f"{of.value:.3g}{error} {unit.removesuffix('s') if of.value == 1 else unit}"
 
 

@@ -182,13 +182,14 @@ def of_channels(checkpoint: Checkpoint, recompute: Recompute) -> Iterator[Findin
     for rule, (severity, of_layer, what, treatment) in _OF_CHANNELS.items():
         numbers = {}
         for layer in checkpoint.layers:
-            channels = of_layer(layer).nonzero().flatten().tolist()
-            if channels:
-                numbers[layer.name] = channels
+            channels = of_layer(layer).nonzero().flatten()
+            if len(channels):
+                numbers[layer.name] = len(channels), channels[:5].tolist()
         if numbers:
             first = next(iter(numbers))
-            some = ", ".join(map(str, numbers[first][:5])) + ", ..." * (len(numbers[first]) > 5)
-            total = sum(map(len, numbers.values()))
+            number, shown_ones = numbers[first]
+            some = ", ".join(map(str, shown_ones)) + ", ..." * (number > 5)
+            total = sum(number for number, _ in numbers.values())
             places = f"{count(total, 'channel')} in {count(len(numbers), 'layer')}"
             why = f"{places} {what}; {first}: channel {some}"
             yield Finding(rule, severity, tuple(numbers), total, why, treatment or recompute.usual)

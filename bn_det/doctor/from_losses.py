@@ -15,7 +15,7 @@ from ..layers.kinds import batch_norms
 from ..population.observation import population_layers
 from .blame import attribute, parts_of
 from .chance import bound_of, standard_error
-from .findings import Finding, Recompute
+from .findings import Finding, Recompute, value_of
 from .from_evaluation import Inputs, Watch, detections
 from .from_passes import Seen
 from .losses import Losses, Values, put, statistics_of
@@ -184,7 +184,10 @@ def _costs(seen: Compared, recompute: Recompute) -> Iterator[Finding]:
     if ordered:
         worst = blamed[ordered[0]]
         shares = ", ".join(f"{part or 'the model'} {blamed[part]}" for part in ordered)
-        why = f"of the {cost.value:.3g} that statistics add to the loss: {shares}"
+        added = f"the {cost.value:.3g} that statistics add to the loss"
+        if not math.isfinite(cost.value):
+            added = "what the statistics add to a loss that is NaN or infinite by them"
+        why = f"of {added}: {shares}"
         yield Finding("BN302", "error", where, worst.value, why, recompute.usual, worst.error)
 
 
@@ -223,4 +226,4 @@ def _frozen(seen: Compared) -> Iterator[Finding]:
 
 
 def _mean(losses: Tensor) -> str:
-    return f"{float(losses.mean()):.4g}"
+    return value_of(float(losses.mean()))

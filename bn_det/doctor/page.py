@@ -6,7 +6,17 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from itertools import chain
 
-from .findings import SEVERITIES, Finding, Report, Tried, count, gained, how_much, signed
+from .findings import (
+    SEVERITIES,
+    Finding,
+    Report,
+    Tried,
+    count,
+    gained,
+    how_much,
+    signed,
+    value_of,
+)
 from .pictures import pictures
 from .rules import RULES
 
@@ -150,7 +160,7 @@ def _treatments(tried: Sequence[Tried]) -> Iterator[str]:
         yield "</tr></thead>\n<tbody>"
         for of in tried:
             kept = f"<b>Kept.</b> {escape(of.needs)}" if of.kept else escape(of.needs)
-            cells = escape(of.name), f"{of.before:.4g}", f"{of.after:.4g}", gained(of), kept
+            cells = escape(of.name), value_of(of.before), value_of(of.after), gained(of), kept
             yield f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
         yield "</tbody>\n</table>"
 

@@ -20,7 +20,9 @@ _ACCEPTED = {
 """What pickles of NumPy's arrays are made of, by the modules of old and new versions."""
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    """Python's own: the one in C makes a table as long as the largest number that a file names."""
+
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(file, encoding="latin1")  # many were written by Python 2
 

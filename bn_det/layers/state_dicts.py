@@ -78,12 +78,20 @@ def why_unreadable(path: str | os.PathLike, error: Exception) -> str:
 def refuse_damaged(path: str | os.PathLike) -> None:
     """Raise InputError for a file of torch.save whose content is not what was written.
 
-    It has a checksum of each tensor, at which torch.load does not look.
+    It has a checksum of each tensor, at which torch.load does not look; nor does it refuse what is
+    compressed, or lies at the same place many times, and would fill the memory.
     """
     if not zipfile.is_zipfile(path):
         return
     try:
         with zipfile.ZipFile(path) as file:
+            claimed = sum(record.file_size for record in file.infolist())
+            there = os.path.getsize(path)
+            if claimed > there:  # torch.save compresses nothing
+                raise InputError(
+                    f"{path}: cannot be loaded as a checkpoint: it has {there} bytes, and is said "
+                    f"to hold {claimed}; use a file as torch.save writes it"
+                )
             record = file.testzip()
     except (zipfile.BadZipFile, EOFError, NotImplementedError, zlib.error):
         return  # of which the loader says what it is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from itertools import pairwise
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..errors import number
 from ..layers import BatchNorm2d
 from ..layers.batch_norm import STATISTICS
 from ..layers.blocks import evaluated_with
@@ -31,6 +33,13 @@ class Estimate(NamedTuple):
     value: float
     low: float
     high: float
+
+    def text(self, digits: str) -> str:
+        """For a table, with the interval where there is one."""
+        value = number(self.value, digits)
+        if not math.isfinite(self.value):
+            return value
+        return f"{value} [{number(self.low, digits)}, {number(self.high, digits)}]"
 
 
 @torch.no_grad()
@@ -75,7 +84,8 @@ def _estimates(
 
     rows = np.stack(list(counts.values()))  # statistics x batches x k
     names = [*counts, *(f"{b} - {a}" for a, b in pairwise(counts))]
-    estimates = np.stack([values(rows, axis=1), *_interval(rows, values)], axis=-1).tolist()
+    with np.errstate(invalid="ignore"):  # of losses that are infinite
+        estimates = np.stack([values(rows, axis=1), *_interval(rows, values)], axis=-1).tolist()
     return {
         name: [Estimate(*estimate) for estimate in of_name]
         for name, of_name in zip(names, estimates, strict=True)
@@ -92,7 +102,8 @@ def _interval(rows: np.ndarray, values: Callable[..., np.ndarray]) -> np.ndarray
     with warnings.catch_warnings():
         # Of an interval of its own, which a resample without a metric makes NaN.
         warnings.simplefilter("ignore", DegenerateDataWarning)
+        warnings.simplefilter("ignore", RuntimeWarning)  # where no resample has one
         # By a hundred resamples at a time: thousands of batches would take a gigabyte.
         found = bootstrap((rows,), values, n_resamples=NUM_RESAMPLES, batch=100, axis=1,
                           method="percentile", rng=0)  # fmt: skip
-    return np.nanpercentile(found.bootstrap_distribution, [2.5, 97.5], axis=-1)
+        return np.nanpercentile(found.bootstrap_distribution, [2.5, 97.5], axis=-1)

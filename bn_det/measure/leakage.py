@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from ..errors import choose
-from ..files import write_json
+from ..files import finite, write_json
 from .bootstrap import Estimate, by_statistics
 
 METRICS = ("foreground accuracy", "accuracy", "loss")
@@ -79,19 +79,18 @@ def measure_leakage(
 def leakage_table(results: dict[str, dict[str, Estimate]]) -> str:
     """For the terminal."""
     rows = [
-        [name, *(f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" for e in estimates.values())]
-        for name, estimates in results.items()
+        [name, *(e.text(".3f") for e in estimates.values())] for name, estimates in results.items()
     ]
-    table = tabulate(rows, headers=["statistics", *METRICS], tablefmt="pipe")
+    table = tabulate(rows, ["statistics", *METRICS], tablefmt="pipe", disable_numparse=True)
     if "batch" not in results:
         table += "\nThe head has no batch statistics: nothing can leak by them."
     return table
 
 
 def save_leakage(results: dict[str, dict[str, Estimate]], path: Path) -> None:
-    """As JSON, each estimate with its value, low and high."""
+    """As JSON, each estimate with its value, low and high; null for what is not finite."""
     content = {s: {m: e._asdict() for m, e in of_s.items()} for s, of_s in results.items()}
-    write_json(path, content)
+    write_json(path, finite(content))
 
 
 def _count(logits: Tensor, batch: RoIBatch) -> list[float]:

@@ -19,7 +19,7 @@ from yacs.config import CfgNode
 
 from ..config.parts import DENSE
 from ..errors import choose
-from ..files import write_json
+from ..files import finite, write_json
 from .bootstrap import Estimate, by_statistics
 
 
@@ -71,10 +71,10 @@ def _mean_loss(sums: np.ndarray) -> np.ndarray:
 
 def loss_table(results: dict[str, Estimate]) -> str:
     """For the terminal."""
-    rows = [[name, f"{e.value:.4f} [{e.low:.4f}, {e.high:.4f}]"] for name, e in results.items()]
-    return tabulate(rows, headers=["statistics", "loss"], tablefmt="pipe")
+    rows = [[name, e.text(".4f")] for name, e in results.items()]
+    return tabulate(rows, ["statistics", "loss"], tablefmt="pipe", disable_numparse=True)
 
 
 def save_loss(results: dict[str, Estimate], path: Path) -> None:
-    """As JSON, each estimate with its value, low and high."""
-    write_json(path, {s: e._asdict() for s, e in results.items()})
+    """As JSON, each estimate with its value, low and high; null for what is not finite."""
+    write_json(path, finite({s: e._asdict() for s, e in results.items()}))

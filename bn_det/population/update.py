@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..errors import InputError, check_positive, choose
+from ..errors import InputError, check_positive, choose, reason_of
 from ..layers.comm import Group, all_gather, process_group, report_disagreement
 from ..layers.folded import is_folded
 from ..layers.kinds import lists_with_affine, unwrapped
@@ -254,8 +254,10 @@ class _Run:
         try:
             self.observer.run(batch, observed)
         except Exception as e:
+            if isinstance(e, FloatingPointError):  # Detectron2's, of proposals
+                e = InputError(f"batch {self.num_batches}: {reason_of(e)}")
             if self.group is not None and self.observer.in_step:
-                raise  # the others are in the midst of a pass, where nothing of ours reaches them
+                raise e  # the others are in the midst of a pass, where nothing of ours reaches them
             self.error = e
         finally:
             self.snapshot.restore_attributes()

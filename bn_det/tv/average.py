@@ -14,13 +14,20 @@ from ..config.training import with_precise_bn_batches
 from .data import build_test_loader, build_train_loader
 from .model import build_model
 from .train import setup, start_log
-from .trainer import check_datasets, load_annotated, load_datasets, losses_of, shared_seed
+from .trainer import (
+    check_datasets,
+    known_sources,
+    load_annotated,
+    load_datasets,
+    losses_of,
+    shared_seed,
+)
 
 
 def main(args: argparse.Namespace) -> None:
     """As tools/average_checkpoints.py says."""
-    check(args)
     cfg = setup(args)
+    check(args, cfg, known_sources(cfg))
     check_datasets(cfg, "TRAIN")
     args.eval_only = True  # no training, from here on
     start(_run, args, cfg)

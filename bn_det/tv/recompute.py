@@ -18,14 +18,21 @@ from ..layers.comm import world
 from .data import build_test_loader, build_train_loader
 from .model import build_model
 from .train import load_model, setup, start_log
-from .trainer import check_datasets, load_datasets, losses_of, shared_seed, test
+from .trainer import (
+    check_datasets,
+    known_sources,
+    load_datasets,
+    losses_of,
+    shared_seed,
+    test,
+)
 
 
 def main(args: argparse.Namespace) -> None:
     """As tools/recompute_statistics.py says."""
     with flags_as_opts(args):
         cfg = setup(args)
-        check(args, cfg)
+        check(args, cfg, known_sources(cfg))
         if not args.adabn:
             check_datasets(cfg, "TRAIN")
         start(_run, args, cfg)
@@ -34,7 +41,7 @@ def main(args: argparse.Namespace) -> None:
 def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
     start_log(args, cfg)
     torch.manual_seed(shared_seed(cfg))
-    old = load_model(cfg, resume=False)
+    old = load_model(cfg, resume=False, is_mended=True)
     new = build_model(with_population(cfg, args.population)) if args.population else old
     load, call = (_test_batches, _detect) if args.adabn else (train_batches, losses_of)
     batches = load(with_precise_bn_batches(cfg))

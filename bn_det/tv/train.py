@@ -11,8 +11,7 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from ..commands.checkpoint import Checkpointer, check_start
-from ..commands.cli import start
-from ..commands.fitting import refuse_broken_statistics
+from ..commands.cli import names_weights, start
 from ..commands.launch import world_size
 from ..commands.output_folder import end_logs_that_fail
 from ..commands.results import results_table, save_results
@@ -37,8 +36,8 @@ def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
     start_log(args, cfg)
     if args.eval_only:
         model = load_model(cfg, args.resume)
-        refuse_broken_statistics(model)
-        results = test(cfg, model, load_datasets(cfg, "TEST"))
+        with names_weights(args):
+            results = test(cfg, model, load_datasets(cfg, "TEST"))
     else:
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)
@@ -48,15 +47,16 @@ def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
         save_results(results, cfg.OUTPUT_DIR)
 
 
-def load_model(cfg: CfgNode, resume: bool) -> nn.Module:
+def load_model(cfg: CfgNode, resume: bool, is_mended: bool = False) -> nn.Module:
     """The config's model with the weights of a checkpoint, all of which have to fit.
 
     Args:
         resume: whether they are the last ones of OUTPUT_DIR rather than MODEL.WEIGHTS.
+        is_mended: whether broken statistics are accepted (CheckpointerMixin).
     """
     model = build_model(cfg)
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
-    checkpointer.must_match = True
+    checkpointer.must_match, checkpointer.is_mended = True, is_mended
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     return model
 

@@ -32,6 +32,7 @@ from ..config.training import (
 )
 from ..data.coco import (
     CocoDataset,
+    CocoSource,
     builtin_sources,
     check_categories,
     check_names,
@@ -333,9 +334,14 @@ def _parallel(model: nn.Module) -> DistributedDataParallel:
         return DistributedDataParallel(model, broadcast_buffers=False)
 
 
+def known_sources(cfg: CfgNode) -> dict[str, CocoSource]:
+    """Where the data sets lie that a config can name."""
+    return {**builtin_sources(), **registered_sources(cfg)}
+
+
 def check_datasets(cfg: CfgNode, split: str) -> None:
     """Check that the data sets of DATASETS.TRAIN or DATASETS.TEST are there; generate ours."""
-    known = {**builtin_sources(), **registered_sources(cfg)}
+    known = known_sources(cfg)
     check_names("DATASETS.SOURCES", source_of(cfg), known)
     check_names(f"DATASETS.{split}", cfg.DATASETS[split], known)
     for name in cfg.DATASETS[split]:
@@ -344,7 +350,7 @@ def check_datasets(cfg: CfgNode, split: str) -> None:
 
 def load_datasets(cfg: CfgNode, split: str) -> list[CocoDataset]:
     """The data sets of DATASETS.TRAIN or DATASETS.TEST, checked against the model's classes."""
-    known = {**builtin_sources(), **registered_sources(cfg)}
+    known = known_sources(cfg)
     key = f"DATASETS.{split}"
     names = cfg.DATASETS[split]
     check_names(key, names, known)

@@ -6,7 +6,7 @@ from torch import nn
 
 from bn_det.commands.checkpoint import Checkpointer
 from bn_det.commands.results import results_table
-from bn_det.errors import InputError, choose, nearest
+from bn_det.errors import InputError, choose, nearest, reason_of
 from bn_det.files import write_aside
 
 
@@ -65,8 +65,30 @@ def test_results_table():
     metrics = {"bbox": {"AP": 21.5, "AP50": float("nan"), "AP-star": 3.25}}
     lines = results_table(metrics).splitlines()
     assert lines[0] == "Evaluation results for bbox:"
-    assert [c.strip() for c in lines[3].strip("|").split("|")] == ["21.500", "nan"]
+    assert [c.strip() for c in lines[3].strip("|").split("|")] == ["21.500", "-"]
     assert lines[4] == "Per-category bbox AP:"
     assert [c.strip() for c in lines[7].strip("|").split("|")] == ["3.250"]
+    assert lines[-1] == "-: there is nothing to be found, or nothing was detected at all"
+    assert not results_table({"bbox": {"AP": 1.0}}).splitlines()[-1].startswith("-:")
     several = results_table({"a": metrics, "b": metrics})
     assert several.count("Evaluation results for bbox") == 2 and "Data set b" in several
+
+
+class Odd(ValueError):
+    def __str__(self):
+        raise RuntimeError
+
+
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (ValueError("\n\n  foo\nbar"), "foo"),
+        (ValueError("\n \n"), "ValueError"),
+        (ValueError(), "ValueError"),
+        (Odd(), "Odd"),
+        (KeyError("\n"), r"'\n'"),
+        (ValueError("x" * 10**6), "x" * 296 + " ..."),
+    ],
+)
+def test_reasons_of_others(error, reason):
+    assert reason_of(error) == reason

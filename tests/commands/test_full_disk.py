@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from bn_det.commands.checkpoint import Checkpointer, check_output
+from bn_det.commands.checkpoint import Checkpointer
 from bn_det.commands.output_folder import used_by_one, written_in
+from bn_det.commands.outputs import check_output
 from bn_det.errors import InputError
 from bn_det.files import write_text
 from here import run_here
@@ -101,8 +102,8 @@ def test_a_line_without_an_end_is_cut_off(tmp_path):
 def test_output_is_tried_before_the_work(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=f"^--output: {tmp_path}/file cannot be written to: "):
-        check_output(str(tmp_path / "file" / "a.pth"), [], "--weights")
-    check_output(str(tmp_path / "new" / "a.pth"), [], "--weights")
+        check_output(str(tmp_path / "file" / "a.pth"), {"--weights": []})
+    check_output(str(tmp_path / "new" / "a.pth"), {"--weights": []})
     assert list((tmp_path / "new").iterdir()) == []
 
 

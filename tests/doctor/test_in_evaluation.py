@@ -202,7 +202,8 @@ def test_proposals_of_a_detector(host, tiny_shapes, tmp_path, one_thread):
         config_file=BASE, opts=[*small, *weights], target="tiny_val",
         eval_only=True, resume=False, num_gpus=1, num_machines=1,
     )  # fmt: skip
-    of, _ = import_host(host, "doctor").load(args)
+    doctor = import_host(host, "doctor")
+    of = doctor.load(args, doctor.setup(args))
     losses = Losses(of.model, of.call, list(islice(of.batches, 2)))
     trained = Watch(of.model, population_layers(of.model.train()))
     losses.of(trained)

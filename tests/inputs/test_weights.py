@@ -4,6 +4,7 @@ import argparse
 import os
 import pickle
 import re
+import resource
 import zipfile
 
 import numpy as np
@@ -11,11 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from bn_det.commands.checkpoint import check_files, check_output
-from bn_det.commands.fitting import refuse_broken_statistics
+from bn_det.commands.checkpoint import check_files
+from bn_det.commands.outputs import check_output
+from bn_det.doctor import examine_file
 from bn_det.errors import InputError
 from bn_det.files import write_aside
 from bn_det.layers.pickled_arrays import read_pickled_arrays
+from here import run_here
 from hosts import build_model, make_cfg
 from reference import BASE
 
@@ -83,6 +86,20 @@ def test_training_says_what_begins_anew(host, weights, caplog):
     assert int(rows[0].split()[-1]) > 0
 
 
+def test_names_that_would_change_the_terminal(host, weights, tmp_path, caplog):
+    """Escape codes, that are in no log, and ends of lines."""
+    state = torch.load(weights, weights_only=True)["model"]
+    odd = {f"{start}\x1b[31mred\nx": torch.zeros(1) for start in ("", "backbone.", "a.b.")}
+    torch.save({"model": {**state, **odd}}, tmp_path / "odd.pth")
+    loads = checkpointer(host, model_of(host))
+    with caplog.at_level("WARNING"):
+        loads.load(str(tmp_path / "odd.pth"))
+    (table,) = [m for m in caplog.messages if m.startswith("Weights of the checkpoint that do not")]
+    (unused,) = [m for m in caplog.messages if "not used by the model" in m]
+    for text in (table, unused):
+        assert "\x1b[31mred" not in text and r"\x1b[31mred\nx" in text
+
+
 def test_training_stops_where_a_whole_part_begins_anew(host, weights, tmp_path):
     state = torch.load(weights)["model"]
     renamed = {name.replace("backbone.", "backbone.old."): v for name, v in state.items()}
@@ -114,14 +131,47 @@ def test_statistics_that_are_not_finite(host, weights, tmp_path):
     names = torch.load(weights, weights_only=True)["model"]
     name = next(n for n in names if n.endswith("running_var"))
     torch.save(broken(weights, name, float("inf")), tmp_path / "inf.pth")
-    loads = checkpointer(host, model_of(host))
-    loads.must_match = True
-    loads.load(str(tmp_path / "inf.pth"))
-    with pytest.raises(InputError, match=f"{name}: it and 0 more have .*recompute_statistics.py"):
-        refuse_broken_statistics(loads.model)
-    loads.model.load_state_dict(broken(weights, name, -1.0)["model"])
-    with pytest.raises(InputError, match=f"{name}: it and 0 more have a negative variance; tools"):
-        refuse_broken_statistics(loads.model)
+    torch.save(broken(weights, name, -1.0), tmp_path / "negative.pth")
+    for file, words in (
+        ("inf.pth", "have NaN or infinity; .*recompute_statistics.py"),
+        ("negative.pth", "have a negative variance; tools/recompute"),
+    ):
+        for must_match in (True, False):
+            loads = checkpointer(host, model_of(host))
+            loads.must_match = must_match
+            with pytest.raises(InputError, match=f"{file}: {name}: it and 0 more {words}"):
+                loads.load(str(tmp_path / file))
+        loads = checkpointer(host, model_of(host))
+        loads.is_mended = True
+        loads.load(str(tmp_path / file))
+
+
+BROKEN = {"weight": float("nan"), "running_var": -1.0}
+COMMANDS = {
+    "train_net": (*BROKEN,),
+    "measure_loss": (*BROKEN,),
+    "recompute_statistics": ("weight",),
+    "average_checkpoints": ("weight",),
+}
+"""And the endings of names of which a broken value is refused."""
+
+
+@pytest.mark.parametrize("command, end", [(c, end) for c, ends in COMMANDS.items() for end in ends])
+def test_commands_name_the_file(host, weights, tiny_shapes, tmp_path, command, end):
+    name = next(n for n in torch.load(weights, weights_only=True)["model"] if n.endswith(end))
+    path = tmp_path / "broken.pth"
+    torch.save(broken(weights, name, BROKEN[end]), path)
+    given = {
+        "train_net": ("--eval-only", "MODEL.WEIGHTS", path),
+        "measure_loss": ("MODEL.WEIGHTS", path),
+        "recompute_statistics": ("--weights", path),
+        "average_checkpoints": ("--inputs", path, path, "--output", tmp_path / "new.pth"),
+    }[command]
+    opts = *tiny_shapes, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", tmp_path / "out"
+    config = "--host", host, "--config-file", BASE, *opts
+    done = run_here(f"tools/{command}.py", *config, *given)
+    assert done.returncode == 1
+    assert f"{path}: {name}: it and 0 more have " in done.stderr.splitlines()[-1]
 
 
 class Code:
@@ -298,8 +348,6 @@ def test_the_files_that_detectron2_takes(tmp_path, of):
 
 
 def test_the_table_does_not_take_the_checkpoints_name(host, weights, tmp_path):
-    from here import run_here
-
     args = ("--host", host, "--config-file", BASE, "--weights", str(weights))
     done = run_here("tools/recompute_statistics.py", *args, "--output", str(tmp_path / "new.json"))
     assert done.returncode == 1
@@ -358,12 +406,59 @@ def test_a_file_whose_content_has_changed(host, weights, tmp_path):
         checkpointer(host, model_of(host)).load(str(path))
 
 
+def compressed(whole, path):
+    with zipfile.ZipFile(whole) as a, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as b:
+        for record in a.infolist():
+            b.writestr(record.filename, a.read(record.filename))
+
+
+def test_a_file_that_says_it_holds_more_than_it_has(host, tmp_path):
+    """torch.load would take it: a thousand times its bytes."""
+    torch.save({"model": {"a": torch.zeros(10**6)}}, tmp_path / "whole.pth")
+    compressed(tmp_path / "whole.pth", tmp_path / "small.pth")
+    assert torch.load(tmp_path / "small.pth", weights_only=True)["model"]["a"].numel() == 10**6
+    words = r"small.pth: .*it has \d+ bytes, and is said to hold \d+; use a file as torch.save writ"
+    with pytest.raises(InputError, match=words):
+        checkpointer(host, torch.nn.Linear(2, 2)).load(str(tmp_path / "small.pth"))
+
+
+@pytest.mark.parametrize("must_match", [True, False])
+def test_shapes_of_few_bytes(host, weights, tmp_path, must_match):
+    """Views of one value: 4 TB, if anything were made of them."""
+    state = torch.load(weights, weights_only=True)["model"]
+    name = next(name for name in state if name.endswith("conv1.weight"))
+    state[name] = torch.zeros(1).expand(10**6, 10**6)
+    torch.save({"model": state}, tmp_path / "view.pth")
+    loads = checkpointer(host, model_of(host))
+    loads.must_match = must_match
+    with pytest.raises(InputError, match=f"view.pth: {name}: the checkpoint has shape .1000000, 1"):
+        loads.load(str(tmp_path / "view.pth"))
+
+
+def test_a_view_in_the_doctor(tmp_path):
+    statistics = {
+        f"bn.{name}": torch.zeros(1).expand(2**24) for name in ("running_mean", "running_var")
+    }
+    torch.save(statistics, tmp_path / "view.pth")
+    (finding,) = examine_file(tmp_path / "view.pth").findings
+    assert finding.rule == "BN113" and "has a running_mean of 16777216 values in 4 b" in finding.why
+
+
+def test_a_pickle_that_names_a_large_number(tmp_path):
+    """For its table of objects, of which the unpickler in C makes one as long."""
+    path = tmp_path / "a.pkl"
+    path.write_bytes(b"\x80\x04}r" + (2**26).to_bytes(4, "little") + b".")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert read_pickled_arrays(path) == {}
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 2**18  # kilobytes
+
+
 @pytest.mark.parametrize("kind", ["pipe", "link"])
 def test_what_is_no_file_is_not_replaced(kind, tmp_path):
     path = tmp_path / "out.pth"
     os.mkfifo(path) if kind == "pipe" else path.symlink_to("nothing")
     with pytest.raises(InputError, match=f"{path}: cannot be written: it is no file"):
-        check_output(str(path), [], "--weights")
+        check_output(str(path), {"--weights": []})
     with pytest.raises(InputError, match=f"{path}: cannot be written"), write_aside(path):
         pass
     assert path.is_symlink() or path.is_fifo()
