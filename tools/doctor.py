@@ -68,6 +68,14 @@ from bn_det.files import write_text
 
 FOUND = 3
 
+SUFFIXES = {
+    "table": (".txt", ".md"),
+    "json": (".json",),
+    "html": (".html", ".htm"),
+    "sarif": (".sarif", ".json"),
+}
+"""Of reports, by their format: no file of another name is taken for an old one, and replaced."""
+
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -213,6 +221,12 @@ def check_report(args: argparse.Namespace, read: Read) -> None:
     if args.output is None:
         return
     check_output_file("--output", args.output, read)
+    suffixes = SUFFIXES[args.format]
+    if os.path.exists(args.output) and Path(args.output).suffix.lower() not in suffixes:
+        raise InputError(
+            f"--output: {args.output!r} is not accepted: it is there, and its name is of no report "
+            f"of --format {args.format}; use another, or one in {' or '.join(suffixes)}"
+        )
     if args.treat is not None:
         treated = Path(args.treat)
         if Path(args.output).resolve() in (
@@ -302,8 +316,8 @@ def by_functions(args: argparse.Namespace) -> Loaded:
 def file_of(args: argparse.Namespace) -> str:
     if len(args.opts) != 1:
         raise InputError(
-            f"FILE: {args.opts!r} is not accepted; name one checkpoint, or use --config-file, "
-            "--list or --explain"
+            f"FILE: {len(args.opts)} names are not accepted; name one checkpoint, or use "
+            "--config-file, --list or --explain"
         )
     return args.opts[0]
 

@@ -45,7 +45,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     for flag, what in (
         ("model", "makes the model, without a config"),
         ("data", "gives its batches"),
-        ("call", "takes the model and a batch, and calls it; by default model(batch)"),
+        (
+            "call",
+            "takes the model and a batch, and calls it; by default model(batch), "
+            "or model(*batch) with a tuple of as many arguments as it takes",
+        ),
     ):
         parser.add_argument(f"--{flag}", metavar="MODULE:FUNCTION", help=f"a function that {what}")
 

@@ -217,6 +217,7 @@ def _check_last(path: str) -> None:
 def save_with_table(content: dict[str, Any], table: dict[str, Any], output: str) -> None:
     """Write a checkpoint, and beside it a table as JSON."""
     path = Path(output)
+    was_there = ", in place of what was there," if path.exists() else ","
     _save(content, path)
     write_json(path.with_suffix(".json"), table)
-    print(f"Saved to {path}, and the table to {path.with_suffix('.json')}")
+    print(f"Saved to {path}{was_there} and the table to {path.with_suffix('.json')}")

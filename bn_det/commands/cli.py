@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -186,6 +187,8 @@ def _check_arguments(arguments: Sequence[str]) -> None:
 
 def run(main: Callable[[], None]) -> None:
     """Call a command's main function; what its user can mend is shown without a traceback."""
+    # Of what the hosts import, above the lines that are for the user.
+    warnings.filterwarnings("ignore", "`torch.jit.script", FutureWarning)
     try:
         _check_arguments(sys.argv[1:])
         for stream in (sys.stdout, sys.stderr):

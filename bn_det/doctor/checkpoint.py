@@ -119,7 +119,9 @@ def _parts(path: str | os.PathLike, content: Any) -> dict[str, dict[str, Tensor]
 def _chosen(parts: Mapping[str, Mapping[str, Tensor]], part: str | None) -> str:
     """The part that was asked for, or else the first of those with the most statistics."""
     if part is not None and part not in parts:
-        raise InputError(f"--part: {part!r} is not accepted; use one of {sorted(parts)}")
+        known = sorted(filter(None, parts))
+        use = f"use one of {known}, or none" if known else "it has weights outside of any: use none"
+        raise InputError(f"--part: {part!r} is not accepted; {use}")
     if part is not None:
         return part
     return max(parts, key=lambda name: sum(map(_is_statistics, parts[name])))

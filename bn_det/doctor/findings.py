@@ -45,8 +45,12 @@ class Finding(NamedTuple):
 
     @property
     def prescription(self) -> str:
-        """The treatment, with a word if it was not tried."""
-        return f"untried: {self.treatment}" if self.untried else self.treatment
+        """The treatment, with a word if it was not tried, or does not help."""
+        if self.untried:
+            return f"untried: {self.treatment}"
+        if self.gain is not None and self.gain <= 0:
+            return f"tried, and no help here: {self.treatment}"
+        return self.treatment
 
     @property
     def place(self) -> str:

@@ -415,7 +415,7 @@ RULES = {
         "pytorch/pytorch 1402, ultralytics/yolov3 469, ultralytics/yolov5 4104",
     ),
     "BN502": Rule(
-        "a normalization batch that is smaller than the SGD batch",
+        "a normalization batch of one or two samples",
         "normalization batches are of one or two samples",
         "samples",
         "Layers that normalize by 2 samples or fewer (images; RoIs in a RoI head) at a time, by "

@@ -72,7 +72,8 @@ def why_unreadable(path: str | os.PathLike, error: Exception) -> str:
         reason = "it is a text file"
     else:
         reason = "it is incomplete, or of another format"
-    return f"{reason}; use a file of tensors and plain data, as torch.save writes it"
+    accepted = "a file of tensors and plain data, as of torch.save(model.state_dict(), FILE)"
+    return f"{reason}; use {accepted}"
 
 
 def refuse_damaged(path: str | os.PathLike) -> None:

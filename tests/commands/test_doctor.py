@@ -316,7 +316,7 @@ def test_list_and_explain():
 @pytest.mark.parametrize(
     "args, words",
     [
-        ([], "FILE: [] is not accepted; name one checkpoint"),
+        ([], "FILE: 0 names are not accepted; name one checkpoint"),
         (["model.pth", "other.pth"], "FILE: ['model.pth', 'other.pth'] is not accepted"),
         (["model.pth", "--model", "a:b"], "--data: is needed with --model"),
         (
@@ -381,11 +381,13 @@ def test_list_and_explain():
         (["model.pth", "--output", "x" * 300], "--output: 'xxx"),
         (["model.pth", "--output", "x" * 300], ": File name too long; use another name"),
         (["model.pth", "--output", "x" * 251], ": File name too long; use another name"),
-        (["nowhere.pth", "--output", "model.pth"], "nowhere.pth: there is no such file"),
+        (["nowhere.pth", "--output", "page.txt"], "nowhere.pth: there is no such file"),
+        (["model.pth", "--output", "code.py"], "'code.py' is not accepted: it is there"),
     ],
 )
 def test_what_cannot_be_examined_gets_one_line(args, words, broken, monkeypatch):
     monkeypatch.chdir(broken.parent)
+    (broken.parent / "code.py").touch()
     done = doctor(*args)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: ") and words in done.stderr
