@@ -317,7 +317,7 @@ def test_list_and_explain():
     "args, words",
     [
         ([], "FILE: 0 names are not accepted; name one checkpoint"),
-        (["model.pth", "other.pth"], "FILE: ['model.pth', 'other.pth'] is not accepted"),
+        (["model.pth", "other.pth"], "FILE: 2 names are not accepted"),
         (["model.pth", "--model", "a:b"], "--data: is needed with --model"),
         (
             ["--config-file", "c.yaml", "--model", "a:b"],
