@@ -201,6 +201,7 @@ def test_what_harms_is_not_kept(model, kind):
     report = examine(model, batches(48), call=loss, treat=True, score=score)
     assert [(of.gain, of.helps, of.kept) for of in report.tried] == [(-10.0, False, False)] * 2
     assert "but this does not help: " in report.verdict
+    assert "mend: tried, and no help here: " in str(report)
     assert_as_it_was(model, before, layers)
 
 
