@@ -38,6 +38,7 @@ from bn_det.commands.any_model import (
     batches_of,
     functions_of,
     made,
+    own_folder,
     refuse_unread,
 )
 from bn_det.commands.checkpoint import save_with_table
@@ -174,8 +175,11 @@ def report_of(args: argparse.Namespace) -> Report:
     _refuse_unseen(args, is_file)
     rules = selected(OF_FILES if is_file else RULES, args.select, args.ignore)
     if is_file:
-        return examine_file(file_of(args), rules, args.part)
-    with redirect_stdout(sys.stderr):  # whatever is said on the way; a program reads the other
+        path = file_of(args)
+        check_name(args)
+        return examine_file(path, rules, args.part)
+    # Whatever is said on the way; a program reads the other.
+    with redirect_stdout(sys.stderr), own_folder():
         loaded = by_config(args) if args.config_file else by_functions(args)
         of = loaded.of
         report = examine(
@@ -184,7 +188,8 @@ def report_of(args: argparse.Namespace) -> Report:
             treat=args.treat is not None, rules=rules, recompute=loaded.recompute,
             progress="tqdm" if sys.stderr is not None and sys.stderr.isatty() else "log",
         )  # fmt: skip
-        if args.treat is not None:
+    if args.treat is not None:
+        with redirect_stdout(sys.stderr):
             write_mended(loaded, report, args.treat)
     return report
 
@@ -221,12 +226,6 @@ def check_report(args: argparse.Namespace, read: Read) -> None:
     if args.output is None:
         return
     check_output_file("--output", args.output, read)
-    suffixes = SUFFIXES[args.format]
-    if os.path.exists(args.output) and Path(args.output).suffix.lower() not in suffixes:
-        raise InputError(
-            f"--output: {args.output!r} is not accepted: it is there, and its name is of no report "
-            f"of --format {args.format}; use another, or one in {' or '.join(suffixes)}"
-        )
     if args.treat is not None:
         treated = Path(args.treat)
         if Path(args.output).resolve() in (
@@ -236,10 +235,22 @@ def check_report(args: argparse.Namespace, read: Read) -> None:
             raise InputError(f"--output: {args.output!r} is not accepted; --treat writes that file")
 
 
+def check_name(args: argparse.Namespace) -> None:
+    """Raise InputError for an --output that is there, and no report by its name."""
+    suffixes = SUFFIXES[args.format]
+    is_there = args.output is not None and os.path.exists(args.output)
+    if is_there and Path(args.output).suffix.lower() not in suffixes:
+        raise InputError(
+            f"--output: {args.output!r} is not accepted: it is there, and its name is of no report "
+            f"of --format {args.format}; use another, or one in {' or '.join(suffixes)}"
+        )
+
+
 def check_outputs(args: argparse.Namespace, read: Read) -> None:
     """The same for all that is written, before any work."""
     check_output(args.treat, read, "--treat")
     check_report(args, read)
+    check_name(args)
 
 
 class Loaded(NamedTuple):
@@ -261,7 +272,9 @@ def write_mended(loaded: Loaded, report: Report, output: str) -> None:
         save_with_table(content, report.as_dict(), output)
     else:
         tried = "; ".join(map(str, report.tried)) or "nothing"
-        print(f"--treat: {output} is not written: nothing mends it of what was tried: {tried}")
+        print(
+            f"--treat: {output} is not written: nothing is sure to help of what was tried: {tried}"
+        )
 
 
 def _refuse_unread(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -300,7 +313,8 @@ def beside_weights(
 
 def by_functions(args: argparse.Namespace) -> Loaded:
     path = file_of(args)
-    functions = functions_of(args)
+    with own_folder():
+        functions = functions_of(args)
     target = None if args.target is None else batches_of("--target", args.target)
     check_outputs(args, {"FILE": [path], **read_of_modules()})
     stored = read_state(path, args.part)

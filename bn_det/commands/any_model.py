@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 from ..doctor.evaluation import Score
 from ..doctor.from_training import Step
 from ..errors import InputError, reason_of
+from ..layers.kinds import refuse_meta
 from ..population.calling import called
 from .fitting import load_weights
 
@@ -74,6 +76,16 @@ def refuse_unread(
             raise InputError(f"{flag}: is not accepted with {chosen}, which does not read it")
 
 
+@contextmanager
+def own_folder() -> Iterator[None]:
+    """The working folder after the block is that before it, whatever users' code in it changes."""
+    folder = os.getcwd()
+    try:
+        yield
+    finally:
+        os.chdir(folder)
+
+
 class Functions(NamedTuple):
     """What the flags name, imported and not yet called."""
 
@@ -104,6 +116,7 @@ def made(
     model = _called("--model", functions.model)
     if not isinstance(model, nn.Module):
         raise InputError(f"--model: {args.model} gave a {type(model).__name__}, and no module")
+    refuse_meta("--model", model)
     try:
         load_weights(model, weights, of_config=False)
     except InputError as e:

@@ -193,6 +193,7 @@ def check_files(
             raise InputError(
                 f"--resume: {key} {folder} has nothing to resume (no file last_checkpoint)"
             )
+        _refuse_unnamed(key, Path(folder))
         print(f"--resume: {key} {folder} has no checkpoint yet; the training begins anew")
         args.resume = False
     if args.resume:
@@ -205,6 +206,17 @@ def check_files(
     is_there = any(os.path.isfile(of) for of in (path, path.split("?")[0]))
     if path and "://" not in path and not is_there:
         raise InputError(f"{key}: there is no file {path}")
+
+
+def _refuse_unnamed(key: str, folder: Path) -> None:
+    """Raise InputError for checkpoints that no file last_checkpoint names: which is of this run?"""
+    found = sorted(path.name for path in folder.glob("model_*.pth"))
+    if found or os.path.lexists(folder / "last_checkpoint"):
+        raise InputError(
+            f"--resume: {key} {folder} has {', '.join(found[-2:]) or 'a last_checkpoint'}, and no "
+            "file last_checkpoint that names the last; write that name into one, or use another "
+            "folder"
+        )
 
 
 def _check_last(path: str) -> None:

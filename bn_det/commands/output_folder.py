@@ -108,7 +108,32 @@ def used_by_one(key: str, folder: str | os.PathLike, machine_rank: int = 0) -> I
                     path.unlink(missing_ok=True)
             _cut_line(folder / "metrics.json")
             lock.write(f"process {os.getpid()} of {socket.gethostname()}".encode())
-        yield
+        _held.add(os.path.realpath(folder))
+        try:
+            yield
+        finally:
+            _held.discard(os.path.realpath(folder))
+
+
+_held: set[str] = set()
+"""Folders that this process has, by their real paths."""
+
+
+def refuse_in_use(key: str, folder: Path) -> None:
+    """Raise InputError for a folder that another process has for a run (:func:`used_by_one`)."""
+    # To close a file gives back the lock on it that the process has.
+    if os.path.realpath(folder) in _held:
+        return
+    try:
+        lock = open(folder / ".lock", "rb+")  # noqa: SIM115
+    except OSError:  # no run has been there, or none that can be seen
+        return
+    with lock, suppress(OSError):
+        if not try_lock(lock):
+            owner = lock.read().decode(errors="replace") or "another run"
+            raise InputError(
+                f"{key}: {folder} is in use by {owner}; wait for it, or use another folder"
+            )
 
 
 def _refuse_pipes(folder: Path) -> None:

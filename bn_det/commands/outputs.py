@@ -14,7 +14,8 @@ from yacs.config import CfgNode
 from ..config.yaml_file import config_files
 from ..data.coco import CocoSource
 from ..errors import InputError
-from ..files import check_other_file
+from ..files import check_other_file, check_regular
+from .output_folder import refuse_in_use
 
 Read = Mapping[str, Sequence[str]]
 """Files, and folders of images, by what they are in messages."""
@@ -97,4 +98,6 @@ def check_output(output: str | None, read: Read, name: str = "--output") -> None
     if path.suffix == ".json":
         raise InputError(f"{name}: {output!r} is not accepted; the table gets that name, use .pth")
     check_output_file(name, output, read)
+    check_regular(path)
+    refuse_in_use(name, path.parent)
     check_output_file(f"{name}, the table", path.with_suffix(".json"), read)

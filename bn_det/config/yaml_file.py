@@ -11,7 +11,7 @@ from http.client import HTTPException
 from typing import IO, Any
 
 from ..errors import InputError, shown
-from ..files import within_memory
+from ..files import check_regular, within_memory
 from .yaml_text import BROKEN, parse, piece
 
 MAX_BASES = 50
@@ -63,6 +63,8 @@ class _Files:
         return self.loaded[key]
 
     def _load(self, path: str, above: tuple[str, ...]) -> dict[str, Any]:
+        if not _is_url(path):
+            check_regular(path)
         with within_memory(shown(path)):
             content = _read(path, self.open_file, above)
         way = (*above, path)

@@ -116,6 +116,7 @@ class _Check:
             names = [self._name(name, prefix) for name, _ in node.value]
             if len(above) == 1 and node.tag != f"{_YAML}map":
                 raise self._error("", f"the tag {_tag_of(node)} is not accepted for a whole file")
+            self._refuse_twice(node, prefix)
             if node.flow_style:
                 self._cut_values(node, prefix)
             for name, (_, value) in zip(names, node.value, strict=True):
@@ -163,6 +164,17 @@ class _Check:
                 )
             if isinstance(value, dict):  # what is in a list is none of yacs' keys
                 self.names(value, f"{prefix}{piece(name)}.")
+
+    def _refuse_twice(self, node: MappingNode, prefix: str) -> None:
+        """Raise InputError for a key that is there twice, of which the last would be taken."""
+        lines: dict[tuple[str, str], int] = {}
+        for name, _ in node.value:
+            line = name.start_mark.line + 1
+            if (first := lines.setdefault((name.tag, name.value), line)) != line:
+                raise self._error(
+                    f"{prefix}{piece(name.value)}",
+                    f"is there twice, in lines {first} and {line}; use one",
+                )
 
     def _name(self, node: Node, prefix: str) -> str:
         """A key, for messages."""

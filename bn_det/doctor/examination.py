@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from itertools import chain
 from typing import Any
 
 import torch
@@ -13,7 +12,8 @@ from torch.optim import Optimizer
 from ..errors import InputError, check_positive, shown
 from ..layers.comm import Group, process_group
 from ..layers.freeze import is_frozen
-from ..layers.kinds import is_batch_norm, unwrapped
+from ..layers.kinds import is_batch_norm, refuse_meta, unwrapped
+from ..population.calling import is_iterable
 from ..population.observation import places_with_statistics, population_layers
 from . import (
     from_evaluation,
@@ -123,7 +123,7 @@ def examine(
     if evaluate := evaluate or treat:
         _check_evaluation(batches, num_iters, group)
     model = unwrapped(model)
-    _check_values(model)
+    refuse_meta("model", model)
     with torch.no_grad():
         checkpoint = _checkpoint(model)
         findings = [
@@ -237,30 +237,15 @@ def _check_types(**given: Any) -> None:
             raise InputError(f"{key}: what is given is of type {kind}; use {accepted}")
 
 
-def _is_iterable(value: object) -> bool:
-    return not isinstance(value, str) and any(hasattr(value, of) for of in _ITERATE)
-
-
-_ITERATE = ("__iter__", "__getitem__")
 _TYPES = {
     "model": (lambda value: isinstance(value, nn.Module), "a torch.nn.Module"),
-    "batches": (_is_iterable, "a data loader, or a list of batches"),
-    "target": (_is_iterable, "a data loader, or a list of batches"),
+    "batches": (is_iterable, "a data loader, or a list of batches"),
+    "target": (is_iterable, "a data loader, or a list of batches"),
     "step": (lambda value: isinstance(value, Step), "a bn_det.doctor.Step"),
     "call": (callable, "a function of the model and a batch"),
     "score": (callable, "a function of the model"),
 }
 """What arguments of examine are, and that in words."""
-
-
-def _check_values(model: nn.Module) -> None:
-    tensors = chain(model.named_parameters(), model.named_buffers())
-    empty = [name for name, tensor in tensors if tensor.device.type == "meta"]
-    if empty:
-        raise InputError(
-            f"model: {empty[0]} and {len(empty) - 1} more are on the meta device, where nothing "
-            "has a value; load its weights (load_state_dict(..., assign=True))"
-        )
 
 
 def _checkpoint(model: nn.Module) -> Checkpoint:

@@ -361,6 +361,8 @@ def _verdict(first: Finding, tried: Sequence[Tried]) -> str:
     best = max((of for of in tried if of.helps), key=lambda of: (of.kept, of.gain), default=None)
     if own is None:
         return f"{said}; {first.prescription}; statistics are not it: {tried[0]}"
+    if best is None and own.gain > 0:
+        return f"{said}; too few batches to tell whether this helps (--num-iters, num_iters): {own}"
     if best is None:
         return f"{said}; but this does not help: {own}"
     needs = f"; {best.needs}" if best.needs else ""

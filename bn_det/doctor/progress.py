@@ -22,6 +22,9 @@ Advance = Callable[[], Any]
 
 WAYS = (None, "tqdm", "log")
 
+_LONGEST = 10**9
+"""Seconds that are told."""
+
 
 class Price(NamedTuple):
     """Of an examination, before it begins.
@@ -72,7 +75,7 @@ class Price(NamedTuple):
 
 
 def _duration(seconds: float) -> str:
-    return str(timedelta(seconds=max(round(seconds), 1)))
+    return str(timedelta(seconds=min(max(round(seconds), 1), _LONGEST)))
 
 
 class Told:

@@ -54,6 +54,21 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def refuse_meta(what: str, model: nn.Module) -> None:
+    """Raise InputError for a model of which something has no value.
+
+    Args:
+        what: begins the message.
+    """
+    tensors = chain(model.named_parameters(), model.named_buffers())
+    empty = [name for name, tensor in tensors if tensor.device.type == "meta"]
+    if empty:
+        raise InputError(
+            f"{what}: {empty[0]} and {len(empty) - 1} more are on the meta device, where nothing "
+            "has a value; load its weights (load_state_dict(..., assign=True))"
+        )
+
+
 def is_batch_norm(module: nn.Module | None) -> bool:
     """Whether a module is a BatchNorm: torch's, ours, frozen by either host, or of a kind of it."""
     return isinstance(module, (_BatchNorm, FrozenBatchNorm)) or is_host_frozen(module)
@@ -137,7 +152,8 @@ def selected(
     layers = batch_norms(model)
     if modules is None:
         return layers
-    if isinstance(modules, nn.Module) or not (modules and all(isinstance(m, str) for m in modules)):
+    are_names = isinstance(modules, Iterable) and not isinstance(modules, nn.Module)
+    if not (are_names and modules and all(isinstance(m, str) for m in modules)):
         raise InputError(
             f"{what}: modules: {shown_type(modules)} is not accepted; use names of modules or "
             "patterns of them, or None for all; a module itself is the first argument"

@@ -21,6 +21,13 @@ def called(model: nn.Module, call: Call | None) -> Callable[[Any], Any]:
     return partial(call or _call, model)
 
 
+def is_iterable(batches: object) -> bool:
+    """Whether it can be a data loader: not a text, whose characters would be batches."""
+    return not isinstance(batches, str) and any(
+        hasattr(batches, of) for of in ("__iter__", "__getitem__")
+    )
+
+
 def _call(model: nn.Module, batch: Any) -> Any:
     args = batch if _are_arguments(model, batch) else (batch,)
     try:

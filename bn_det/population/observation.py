@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..layers.batch import Batch
 from ..layers.batch_norm import BatchNorm2d
@@ -85,6 +86,8 @@ def _why_left(layer: nn.Module) -> str:
         return "without population statistics"
     if not layer.training:
         return "in evaluation mode (call train() before)"
+    if _are_computed(layer):
+        return "with statistics that are parametrized"
     return "with statistics that are off (track_running_stats False)"
 
 
@@ -120,13 +123,18 @@ def places_with_statistics(model: nn.Module) -> list[PopulationLayer]:
 
 def _is_updated(layer: PopulationLayer, frozen: bool) -> bool:
     module = layer.module
-    if is_l1(module) or why_lazy(layer.owner):
+    if is_l1(module) or why_lazy(layer.owner) or _are_computed(module):
         return False
     if is_frozen(layer.owner):
         return frozen and not (is_host_frozen(module) and what_else(module))
     if not (layer.owner.training and module.training):
         return False
     return module.track_running_stats and module.running_mean is not None
+
+
+def _are_computed(module: nn.Module) -> bool:
+    """Whether statistics are parametrized: what would be written to is another tensor each time."""
+    return is_parametrized(module, "running_mean") or is_parametrized(module, "running_var")
 
 
 class Observed(NamedTuple):

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ..errors import InputError, check_positive, choose, reason_of
 from ..layers.comm import Group, all_gather, process_group, report_disagreement
 from ..layers.folded import is_folded
-from ..layers.kinds import lists_with_affine, unwrapped
-from .calling import called
+from ..layers.kinds import key_of, lists_with_affine, refuse_meta, unwrapped
+from .calling import called, is_iterable
 from .estimate import ESTIMATORS, Accumulator, Estimate, estimates
 from .observation import Observed, Observer, PopulationLayer, left_out, population_layers
 from .passes import surroundings
@@ -101,9 +101,11 @@ def update_bn_stats(
         ShortLoaderError: the loader has ended early; an InputError and an AssertionError.
         RuntimeError: another rank failed.
     """
-    _check_arguments(num_iters, progress, estimator, tolerance)
+    _check_arguments(data_loader, num_iters, progress, estimator, tolerance)
     model = unwrapped(model)
+    refuse_meta("update_bn_stats", model)
     layers = population_layers(model, frozen)
+    _refuse_shared(layers)
     if not layers:
         logger.warning("update_bn_stats has nothing to update: %s", _why_none(model))
     how = How(num_iters, estimator, tolerance, allow_short, process_group(group))
@@ -325,10 +327,16 @@ class _Run:
 
 
 def _check_arguments(
-    num_iters: int, progress: str | None, estimator: str, tolerance: float
+    data_loader: Any, num_iters: int, progress: str | None, estimator: str, tolerance: float
 ) -> None:
+    if not is_iterable(data_loader):
+        raise InputError(
+            f"data_loader: what is given is of type {type(data_loader).__name__}; use a data "
+            "loader, or a list of batches"
+        )
     check_positive("num_iters", num_iters)
-    if not tolerance >= 0:
+    is_number = isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool)
+    if not is_number or not tolerance >= 0:
         raise InputError(f"tolerance: {tolerance!r} is not accepted; use 0 (for none) or more")
     choose("progress", progress, [None, "tqdm"])
     choose("estimator", estimator, ESTIMATORS)
@@ -385,6 +393,19 @@ def _why_folded(model: nn.Module, layers: Sequence[PopulationLayer]) -> InputErr
         "change the model (bn_det.unfold keeps its function); or they have never been updated, "
         "then say initial=True"
     )
+
+
+def _refuse_shared(layers: Sequence[PopulationLayer]) -> None:
+    """Raise InputError for statistics that two layers have, and see other values for."""
+    first: dict[int, PopulationLayer] = {}
+    for layer in layers:
+        for buffer in (layer.module.running_mean, layer.module.running_var):
+            other = first.setdefault(key_of(buffer), layer)
+            if other.module is not layer.module:
+                raise InputError(
+                    f"update_bn_stats: {other.name!r} and {layer.name!r} hold their statistics in "
+                    "the same tensor, and see other values each; give each its own"
+                )
 
 
 def _broken_parameter(model: nn.Module) -> str:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bn_det.commands.output_folder import used_by_one
+from bn_det.commands.outputs import check_output
 from bn_det.errors import InputError
 from here import ROOT, run_here
 from hosts import every_host
@@ -115,3 +116,26 @@ def test_two_at_once(host, opts, tmp_path):
     assert "is in use by process" in outputs[codes.index(1)][1].splitlines()[-1]
     assert torch.load(tmp_path / "out" / "model_final.pth", weights_only=True)["model"]
     assert not list((tmp_path / "out").rglob("*.tmp"))
+
+
+def test_no_output_into_the_folder_of_another_run(other, tmp_path):
+    with pytest.raises(InputError, match=rf"^--output: .*/out is in use by process {other.pid} of"):
+        check_output(str(tmp_path / "out" / "model_final.pth"), {})
+
+
+def test_output_into_the_folder_of_the_command(tmp_path):
+    """Which still has it then."""
+    folder = tmp_path / "out"
+    with used_by_one("OUTPUT_DIR", folder):
+        check_output(str(folder / "new.pth"), {})
+        done = subprocess.run(
+            [sys.executable, "-c", HOLD, str(folder)],
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1 and f"is in use by process {os.getpid()} of" in done.stderr
+    check_output(str(folder / "new.pth"), {})
+
+
+def test_no_output_into_a_device():
+    with pytest.raises(InputError, match="^/dev/zero: is a pipe, a device or a socket"):
+        check_output("/dev/zero", {})

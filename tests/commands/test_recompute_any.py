@@ -12,6 +12,7 @@ from bn_det import fuse, update_bn_stats
 from here import run_here
 
 PROJECT = """
+import os
 import torch
 from torch import nn
 
@@ -30,6 +31,14 @@ def call(model, batch):
 
 def takes_one(argument):
     pass
+
+def elsewhere():
+    os.chdir("elsewhere")
+    return make()
+
+def on_no_device():
+    with torch.device("meta"):
+        return make()
 """
 
 
@@ -114,3 +123,32 @@ def test_bad_input(project, args, words):
     assert done.returncode == 1
     assert re.search(words, done.stderr), done.stderr
     torch.testing.assert_close(torch.load("old.pth", weights_only=True), before, rtol=0, atol=0)
+
+
+def test_a_function_that_changes_the_folder(project, tmp_path):
+    """Files are those of the folder in which the command began."""
+    (tmp_path / "elsewhere").mkdir()
+    torch.save(project.state_dict(), "elsewhere/old.pth")
+    before = (tmp_path / "elsewhere" / "old.pth").read_bytes()
+    flags = ["other_project:elsewhere" if of == "other_project:make" else of for of in FLAGS]
+    flags[-1] = "elsewhere/old.pth"
+    done = run(*flags, "--output", "old.pth")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "old.pth").is_file()
+    for script, *args in (
+        ("tools/doctor.py", "--output", "page.txt"),
+        ("tools/doctor.py", "--treat", "treated.pth", "--num-iters", "5"),
+    ):
+        done = run_here(script, "elsewhere/old.pth", *flags[:-2], *args)
+        assert "Traceback" not in done.stderr, done.stderr
+    assert (tmp_path / "page.txt").is_file()
+    assert (tmp_path / "elsewhere" / "old.pth").read_bytes() == before
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["old.pth"]
+
+
+def test_a_model_without_values(project):
+    torch.save(project.state_dict(), "old.pth")
+    flags = ["other_project:on_no_device" if of == "other_project:make" else of for of in FLAGS]
+    done = run(*flags)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: --model: 0.weight and 6 more are on the meta device")

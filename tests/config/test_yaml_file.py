@@ -488,3 +488,21 @@ def test_a_long_chain_of_bases(write):
     assert found == f"{start}accepted; the first is n1199.yaml"
     assert load_yaml(path.replace("1199", "50")) == {"A": 3}
     assert refused(path.replace("1199", "51")).startswith("n1.yaml: ")
+
+
+def test_a_key_that_is_there_twice(write):
+    """PyYAML takes the last, without a word."""
+    path = write(a="SOLVER:\n  MAX_ITER: 6\nMODEL: {}\nSOLVER:\n  BASE_LR: 0.1\n")
+    with pytest.raises(InputError, match="SOLVER: is there twice, in lines 1 and 4; use one"):
+        load_yaml(path)
+    path = write(b="SOLVER:\n  MAX_ITER: 6\n  'MAX_ITER': 7\n")
+    with pytest.raises(InputError, match="SOLVER.MAX_ITER: is there twice, in lines 2 and 3"):
+        load_yaml(path)
+
+
+def test_a_base_that_is_a_pipe(write, tmp_path):
+    """It would be waited for."""
+    os.mkfifo(tmp_path / "pipe")
+    path = write(a="_BASE_: pipe\n")
+    with pytest.raises(InputError, match="pipe: is a pipe, a device or a socket; use a file"):
+        load_yaml(path)

@@ -8,7 +8,9 @@ from torch import nn
 
 import bn_det
 from bn_det import examine
-from bn_det.doctor.prescriptions import FROZEN
+from bn_det.doctor import RULES
+from bn_det.doctor.findings import Finding, Tried, make_report
+from bn_det.doctor.prescriptions import FROZEN, RECOMPUTED
 from bn_det.errors import InputError
 
 
@@ -229,3 +231,18 @@ def test_tensors_of_inference_mode():
         for x in batches(60, seed=2):
             model((x - 2) / 3)
     assert "fit the weights" in examine(model, batches(), call=loss).verdict
+
+
+@pytest.mark.parametrize(
+    ("gain", "words"),
+    [(3.2, "too few batches to tell whether this helps"), (-3.2, "but this does not help")],
+)
+def test_what_chance_may_explain_is_not_called_useless(gain, words):
+    finding = Finding("BN201", "error", ("a",), 1.0, "why", "a treatment")
+    tried = Tried(RECOMPUTED.name, ("BN201",), "loss", 3.5, 3.5 - gain, gain, 0.1, False, False, "")
+    report = make_report([finding], RULES, "healthy", tried=[tried])
+    assert f", in a (BN201); {words}" in report.verdict
+
+
+def test_any_number_of_batches(model):
+    assert "fit the weights" in examine(model, batches(), 10**30, call=loss, progress="log").verdict

@@ -485,3 +485,17 @@ def test_pickled_arrays_on_both_hosts(host, weights, tmp_path):
     torch.nn.init.zeros_(next(model.parameters()))
     checkpointer(host, model).load(str(path))
     assert all(torch.equal(v, state[name]) for name, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_checkpoints_that_nothing_names(is_folder, tmp_path):
+    """It is not known which is of this run; a training would write over them."""
+    (tmp_path / "config.yaml").write_text("VERSION: 2\n")
+    args = argparse.Namespace(resume=True, eval_only=False)
+    files = ("OUTPUT_DIR", str(tmp_path)), ("MODEL.WEIGHTS", "")
+    check_files(args, *files)  # a run that was killed before its first checkpoint
+    assert not args.resume
+    (tmp_path / "last_checkpoint").mkdir() if is_folder else (tmp_path / "model_final.pth").touch()
+    args.resume = True
+    with pytest.raises(InputError, match="and no file last_checkpoint that names the last; write"):
+        check_files(args, *files)

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from torchvision.ops import FrozenBatchNorm2d
 
 from bn_det import (
@@ -191,3 +192,47 @@ def test_after_a_conversion():
     x = torch.randn(6, 3, 4, dtype=torch.float64)
     update_bn_stats(net, [x], 1)
     torch.testing.assert_close(net[0].running_mean, x.mean((0, 2)))
+
+
+def test_statistics_that_two_layers_share():
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3)).double()
+    net[1].running_var = net[0].running_var
+    before = copy.deepcopy(net.state_dict())
+    words = "update_bn_stats: '0' and '1' hold their statistics in the same tensor"
+    with pytest.raises(InputError, match=words):
+        update_bn_stats(net, make_batches(), 4)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    net = nn.Sequential(net[0], net[0])  # one layer, called twice
+    assert update_bn_stats(net, make_batches(), 4).layers
+
+
+def test_statistics_that_are_parametrized():
+    class Doubled(nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3)).double()
+    parametrize.register_parametrization(net[1], "running_var", Doubled())
+    before = net[1].running_mean.clone()
+    report = update_bn_stats(net, make_batches(), 4)
+    assert [of.name for of in report.layers] == ["0"]
+    assert report.left == {"1": "with statistics that are parametrized"}
+    assert torch.equal(net[1].running_mean, before)
+
+
+@pytest.mark.parametrize("loader", [None, 5, "abc"])
+def test_what_is_no_data_loader(loader):
+    kind = type(loader).__name__
+    with pytest.raises(InputError, match=f"^data_loader: what is given is of type {kind}; use a"):
+        update_bn_stats(make_net(nn.BatchNorm2d), loader, 4)
+
+
+@pytest.mark.parametrize("tolerance", ["x", None, True])
+def test_what_is_no_tolerance(tolerance):
+    with pytest.raises(InputError, match="^tolerance: .* is not accepted; use 0"):
+        update_bn_stats(make_net(nn.BatchNorm2d), make_batches(), 4, tolerance=tolerance)
+
+
+def test_a_model_without_values():
+    with pytest.raises(InputError, match="^update_bn_stats: weight and 4 more are on the meta"):
+        update_bn_stats(nn.BatchNorm2d(3, device="meta"), make_batches(), 4)
