@@ -188,14 +188,15 @@ def check_files(
 ) -> None:
     """As :func:`check_start`, from the keys and the values of the folder and the weights."""
     key, folder = output
-    if args.resume and not os.path.isfile(os.path.join(folder, "last_checkpoint")):
+    last = os.path.join(folder, "last_checkpoint")
+    if args.resume and not os.path.isfile(last):
+        if os.path.lexists(last):
+            raise InputError(f"--resume: {last} is no file; it names the last checkpoint")
         if args.eval_only or not os.path.isfile(os.path.join(folder, _CONFIG)):
             raise InputError(
                 f"--resume: {key} {folder} has nothing to resume (no file last_checkpoint)"
             )
-        _refuse_unnamed(key, Path(folder))
-        print(f"--resume: {key} {folder} has no checkpoint yet; the training begins anew")
-        args.resume = False
+        args.resume = _has_unnamed(key, Path(folder))
     if args.resume:
         _check_last(os.path.join(folder, "last_checkpoint"))
         return
@@ -208,15 +209,31 @@ def check_files(
         raise InputError(f"{key}: there is no file {path}")
 
 
-def _refuse_unnamed(key: str, folder: Path) -> None:
-    """Raise InputError for checkpoints that no file last_checkpoint names: which is of this run?"""
-    found = sorted(path.name for path in folder.glob("model_*.pth"))
-    if found or os.path.lexists(folder / "last_checkpoint"):
+def _has_unnamed(key: str, folder: Path) -> bool:
+    """Whether a run was killed after its first checkpoint, and before that was named the last.
+
+    It is now. A run that has none begins anew.
+
+    Raises:
+        InputError: there are some of an earlier run, over which it would write.
+    """
+    found = sorted(folder.glob("model_*.pth"), key=_time_of)
+    if not found:
+        print(f"--resume: {key} {folder} has no checkpoint yet; the training begins anew")
+        return False
+    if _time_of(found[0]) < _time_of(folder / _CONFIG):
         raise InputError(
-            f"--resume: {key} {folder} has {', '.join(found[-2:]) or 'a last_checkpoint'}, and no "
+            f"--resume: {key} {folder} has {found[0].name}, which is older than the run, and no "
             "file last_checkpoint that names the last; write that name into one, or use another "
             "folder"
         )
+    write_text(folder / "last_checkpoint", found[-1].name)
+    print(f"--resume: {key} {folder} has no last_checkpoint; {found[-1].name} is the newest")
+    return True
+
+
+def _time_of(path: Path) -> int:
+    return path.stat().st_mtime_ns
 
 
 def _check_last(path: str) -> None:

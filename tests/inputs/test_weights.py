@@ -487,15 +487,30 @@ def test_pickled_arrays_on_both_hosts(host, weights, tmp_path):
     assert all(torch.equal(v, state[name]) for name, v in model.state_dict().items())
 
 
-@pytest.mark.parametrize("is_folder", [False, True])
-def test_checkpoints_that_nothing_names(is_folder, tmp_path):
-    """It is not known which is of this run; a training would write over them."""
-    (tmp_path / "config.yaml").write_text("VERSION: 2\n")
-    args = argparse.Namespace(resume=True, eval_only=False)
+def test_checkpoints_that_nothing_names(tmp_path):
+    """Those that are newer than the run are its own; over others it would write."""
+    config = tmp_path / "config.yaml"
+    config.write_text("VERSION: 2\n")
     files = ("OUTPUT_DIR", str(tmp_path)), ("MODEL.WEIGHTS", "")
-    check_files(args, *files)  # a run that was killed before its first checkpoint
-    assert not args.resume
-    (tmp_path / "last_checkpoint").mkdir() if is_folder else (tmp_path / "model_final.pth").touch()
-    args.resume = True
-    with pytest.raises(InputError, match="and no file last_checkpoint that names the last; write"):
+
+    def resumes():
+        args = argparse.Namespace(resume=True, eval_only=False)
         check_files(args, *files)
+        return args.resume
+
+    last = tmp_path / "last_checkpoint"
+    assert not resumes() and not last.exists()  # it was killed before its first one
+    for name, seconds in (("model_0000009.pth", 30), ("model_0000004.pth", 20)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (seconds, seconds))
+    os.utime(config, (25, 25))
+    words = r"model_0000004.pth, which is older than the run, and no file last_checkpoint"
+    with pytest.raises(InputError, match=words):
+        resumes()
+    assert not last.exists()
+    os.utime(config, (10, 10))
+    assert resumes() and last.read_text() == "model_0000009.pth"
+    last.unlink()
+    last.mkdir()
+    with pytest.raises(InputError, match="last_checkpoint is no file; it names the last"):
+        resumes()
