@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import InputError, check_positive, choose, reason_of
 from ..layers.comm import Group, all_gather, process_group, report_disagreement
 from ..layers.folded import is_folded
-from ..layers.kinds import key_of, lists_with_affine, refuse_meta, unwrapped
+from ..layers.kinds import lists_with_affine, refuse_meta, unwrapped
 from .calling import called, is_iterable
 from .estimate import ESTIMATORS, Accumulator, Estimate, estimates
 from .observation import Observed, Observer, PopulationLayer, left_out, population_layers
@@ -400,7 +400,8 @@ def _refuse_shared(layers: Sequence[PopulationLayer]) -> None:
     first: dict[int, PopulationLayer] = {}
     for layer in layers:
         for buffer in (layer.module.running_mean, layer.module.running_var):
-            other = first.setdefault(key_of(buffer), layer)
+            # Not its storage, in which all of a file's tensors may lie.
+            other = first.setdefault(buffer.data_ptr() or id(buffer), layer)
             if other.module is not layer.module:
                 raise InputError(
                     f"update_bn_stats: {other.name!r} and {layer.name!r} hold their statistics in "

@@ -202,8 +202,11 @@ def test_statistics_that_two_layers_share():
     with pytest.raises(InputError, match=words):
         update_bn_stats(net, make_batches(), 4)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
-    net = nn.Sequential(net[0], net[0])  # one layer, called twice
-    assert update_bn_stats(net, make_batches(), 4).layers
+    twice = nn.Sequential(net[0], net[0])
+    assert update_bn_stats(twice, make_batches(), 4).layers
+    beside = torch.zeros(2, 3).double()  # in one storage, as of a file's tensors
+    net[1].running_mean, net[1].running_var = beside[0], beside[1]
+    assert len(update_bn_stats(net, make_batches(), 4).layers) == 2
 
 
 def test_statistics_that_are_parametrized():
