@@ -50,7 +50,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         (
             "call",
             "takes the model and a batch, and calls it; by default model(batch), "
-            "or model(*batch) with a tuple of as many arguments as it takes",
+            "or model(*batch) with a tuple of as many arguments as it needs, "
+            "such as (images, targets)",
         ),
     ):
         parser.add_argument(f"--{flag}", metavar="MODULE:FUNCTION", help=f"a function that {what}")

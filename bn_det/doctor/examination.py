@@ -87,8 +87,9 @@ def examine(
             alone.
         num_iters: the number of batches, at most; of each rank.
         call: how the model is run on a batch, in the mode that it is in; ``model(batch)`` by
-            default, where a tuple is several arguments, if its forward method takes as many. To
-            evaluate, it gives a loss, or a dict of losses.
+            default, where a tuple may be several arguments
+            (:func:`bn_det.population.calling.called`). To evaluate, it gives a loss, or a dict of
+            losses.
         target: batches of the images that the model is to be used on, where they are of another
             domain; as many of them as of ``batches`` are run in the same way.
         optimizer: that is to train the model, of which the parameter groups are looked at.

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 Call = Callable[[nn.Module, Any], Any]
@@ -15,8 +16,10 @@ Call = Callable[[nn.Module, Any], Any]
 def called(model: nn.Module, call: Call | None) -> Callable[[Any], Any]:
     """A function of a batch: the one that is given, or the model's.
 
-    By default a model is called as ``model(batch)``, and with a tuple as ``model(*batch)``, if its
-    forward method takes as many arguments: (images, targets) of a detector of torchvision.
+    By default a model is called as ``model(batch)``. A tuple is several arguments where the forward
+    method needs as many; also where it takes as many and not all of them are tensors, as (images,
+    targets) of a detector of torchvision: a tuple of tensors may as well be one argument, such as
+    the levels of a pyramid.
     """
     return partial(call or _call, model)
 
@@ -45,8 +48,14 @@ def _call(model: nn.Module, batch: Any) -> Any:
 def _are_arguments(model: nn.Module, batch: Any) -> bool:
     if not isinstance(batch, tuple) or hasattr(batch, "_fields") or len(batch) < 2:
         return False
+    forward = inspect.signature(model.forward)
+    takes_one = _binds(forward, (batch,)) and all(map(torch.is_tensor, batch))
+    return _binds(forward, batch) and not takes_one
+
+
+def _binds(forward: inspect.Signature, args: tuple) -> bool:
     try:
-        inspect.signature(model.forward).bind(*batch)
-    except (TypeError, ValueError):
+        forward.bind(*args)
+    except TypeError:
         return False
     return True

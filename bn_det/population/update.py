@@ -83,8 +83,8 @@ def update_bn_stats(
             standard deviations and that of the variance relative to it, root mean square over
             channels. Batches, not values, are taken for independent. 0 to run all batches.
         allow_short: take a loader that ends early for complete.
-        call: how the model is run on a batch, ``model(batch)`` by default; a tuple is several
-            arguments, if its forward method takes as many.
+        call: how the model is run on a batch, ``model(batch)`` by default; a tuple may be several
+            arguments (:func:`bn_det.population.calling.called`).
         group: the processes that have to call this, each with the same model.
         frozen: whether frozen layers (:func:`bn_det.freeze`, FrozenBatchNorm2d of either host) get
             new statistics, too. In the passes they normalize as if they were not frozen, by the

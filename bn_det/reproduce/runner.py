@@ -25,9 +25,7 @@ LOG = "reproduce.log"
 BEGUN = "command.json"
 DONE = "done.json"
 
-_DIVERGED = re.compile(
-    r"(?:FloatingPointError: .*?|Loss became infinite or NaN at )iteration[= ](\d+)"
-)
+_DIVERGED = re.compile(r"(?:loss not finite at |Loss became infinite or NaN at )iteration[= ](\d+)")
 """What either host says of a loss that is not finite, and when."""
 
 

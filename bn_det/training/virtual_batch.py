@@ -44,8 +44,8 @@ def virtual_batch(
             DistributedDataParallel or compiled one is run as the module in it. Over several
             processes every one has to take part.
         extra: a batch, as the model takes it.
-        call: how the model is run on a batch, ``model(batch)`` by default; a tuple is several
-            arguments, if its forward method takes as many.
+        call: how the model is run on a batch, ``model(batch)`` by default; a tuple may be several
+            arguments (:func:`bn_det.population.calling.called`).
 
     Raises:
         InputError: the model has no such layer, or another kind of BatchNorm in training mode; a

@@ -52,7 +52,7 @@ def last_table(done):
     """The lines from the results table on, which ends the output."""
     lines = done.stdout.strip().splitlines()
     first = len(lines) - 1 - lines[::-1].index("Evaluation results for bbox:")
-    assert all(line.startswith(("|", "Per-category")) for line in lines[first + 1 :])
+    assert all(line.startswith(("|", "Per-category", "-: ")) for line in lines[first + 1 :])
     return lines[first:]
 
 

@@ -66,7 +66,7 @@ def plain(value):
         return {k: plain(v) for k, v in value.items()}
     if isinstance(value, (int, float, str, type(None))):
         return value
-    name = type(value).__name__
+    name = type(value).__name__.replace("_ShortestEdge", "ResizeShortestEdge")
     if isinstance(value, Calls):  # which have a name once the training begins
         return name
     if isinstance(value, (torch.Tensor, nn.Module, FunctionType, MethodType, partial)):
@@ -183,6 +183,7 @@ def of_loader(loader):
 
 
 def of_mapper(dataset):
+    """That of a YAML config also takes images that are long and narrow."""
     return plain(vars(dataset._map_func._obj))
 
 

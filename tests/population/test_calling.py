@@ -17,8 +17,8 @@ class Two(nn.Module):
         super().__init__()
         self.norm = nn.BatchNorm2d(3)
 
-    def forward(self, x, y=None):
-        return self.norm(x if y is None else x + y)
+    def forward(self, x, y):
+        return self.norm(x + y)
 
 
 def pairs(number=4):
@@ -27,24 +27,29 @@ def pairs(number=4):
 
 
 def test_a_tuple_is_the_arguments():
-    model, expected = Two(), Two()
+    model, expected = Two(), nn.BatchNorm2d(3)
     bn_det.update_bn_stats(model, pairs(), 4)
     bn_det.update_bn_stats(expected, [x + y for x, y in pairs()], 4)
-    assert torch.equal(model.norm.running_var, expected.norm.running_var)
+    assert torch.equal(model.norm.running_var, expected.running_var)
     assert (
         bn_det.examine(model, pairs()).layers
         == bn_det.examine(model, pairs(), call=lambda model, batch: model(*batch)).layers
     )
 
 
-def test_a_tuple_that_is_one_argument():
-    """Of a forward method that takes no more, or one that is more than a tuple."""
+@pytest.mark.parametrize("more", [(), (None,)])
+def test_a_tuple_that_is_one_argument(more):
+    """Of a forward method that takes no more, or needs no more and may mean the tensors of it."""
 
     class Sum(Two):
-        def forward(self, xs):
+        def forward(self, xs, y=None):
             return super().forward(*xs)
 
-    model, expected = Sum(), Two()
+    class One(Sum):
+        def forward(self, xs):
+            return super().forward(xs)
+
+    model, expected = Sum() if more else One(), Two()
     bn_det.update_bn_stats(model, pairs(), 4)
     bn_det.update_bn_stats(expected, pairs(), 4)
     assert torch.equal(model.norm.running_var, expected.norm.running_var)
@@ -53,10 +58,10 @@ def test_a_tuple_that_is_one_argument():
 def test_virtual_batch_takes_a_tuple():
     (x, y), (extra, more), *_ = pairs()
     found = []
-    for given in ((extra, more), extra + more):
+    for call in (None, lambda model, batch: model(*batch)):
         model = Two()
         bn_det.convert_batchnorm(model, BatchNorm2d)
-        with virtual_batch(model, given):
+        with virtual_batch(model, (extra, more), call):
             found.append(model(x, y))
     assert torch.equal(*found)
 
