@@ -35,7 +35,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from doctor_cases import DRAWS, HEALTHY, Case, Examined, examined, fingerprint
+from doctor_cases import (
+    DRAWS,
+    HEALTHY,
+    Case,
+    Examined,
+    examined,
+    fingerprint,
+    score_of_healthy,
+)
 from doctor_faults import FAULTS
 from doctor_models import BATCH, KINDS, Healthy, healthy
 from tabulate import tabulate
@@ -93,12 +101,6 @@ def results_of(args: argparse.Namespace) -> list[Examined]:
             minutes = (time.monotonic() - start) / 60 / (number + 1) * (len(todo) - number - 1)
             logger.info("%s; about %.0f min left", line_of(of), minutes)
     return [known[case] for case in wanted if case in known]
-
-
-def score_of_healthy(subject: Healthy) -> float:
-    model = subject.make()
-    model.load_state_dict(subject.state)
-    return subject.score(model.eval())
 
 
 def line_of(of: Examined) -> str:

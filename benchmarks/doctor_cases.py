@@ -16,7 +16,7 @@ from torch import nn
 
 import bn_det.doctor
 from bn_det import examine
-from bn_det.doctor import examine_file
+from bn_det.doctor import Report, examine_file
 from bn_det.errors import InputError, one_line
 
 HEALTHY = "healthy"
@@ -118,6 +118,31 @@ def scored(subject: Healthy, model: nn.Module) -> float:
             module.training = mode
 
 
+def score_of_healthy(subject: Healthy) -> float:
+    model = subject.make()
+    model.load_state_dict(subject.state)
+    return subject.score(model.eval())
+
+
+def report_of_file(plant: Plant) -> Report:
+    """What the doctor says of the checkpoint alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "broken.pth"
+        torch.save({"model": plant.state}, path)
+        report = examine_file(path)
+        return report._replace(verdict=report.verdict.replace(str(path), path.name))
+
+
+def loaded(subject: Healthy, plant: Plant) -> nn.Module:
+    """A model with the fault, in training mode."""
+    model = subject.make()
+    model.load_state_dict(plant.state, strict=False)
+    model.train()
+    for change in plant.after:
+        change(model)
+    return model
+
+
 def examined(case: Case, subject: Healthy, before: float) -> Examined:
     """What is found in a case.
 
@@ -133,15 +158,8 @@ def examined(case: Case, subject: Healthy, before: float) -> Examined:
         )
     except DoesNotApplyError:
         return Examined(case, False)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.pth"
-        torch.save({"model": plant.state}, path)
-        findings = list(examine_file(path).findings)
-    model = subject.make()
-    model.load_state_dict(plant.state, strict=False)
-    model.train()
-    for change in plant.after:
-        change(model)
+    findings = list(report_of_file(plant).findings)
+    model = loaded(subject, plant)
     now = before if is_healthy else scored(subject, model)
     treat = not is_healthy and FAULTS[case.fault].of_statistics and before - now >= COSTS
     error = ""

@@ -14,20 +14,24 @@ import argparse
 import json
 import logging
 import sys
-import tempfile
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from doctor_cases import NUM_ITERS, first_known, scored
+from doctor_cases import (
+    NUM_ITERS,
+    first_known,
+    loaded,
+    report_of_file,
+    score_of_healthy,
+    scored,
+)
 from doctor_faults import DoesNotApplyError, planted
 from doctor_models import KINDS, Healthy, healthy
 from tabulate import tabulate
 
 from bn_det import examine
 from bn_det.commands.cli import run
-from bn_det.doctor import examine_file
 from bn_det.files import finite
 
 logger = logging.getLogger("doctor")
@@ -88,19 +92,18 @@ class Replayed(NamedTuple):
 
 def replay(thread: Thread, subject: Healthy, before: float) -> Replayed:
     plant = planted(thread.fault, thread.strength, subject, SEED)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "broken.pth"
-        torch.save({"model": plant.state}, path)
-        of_file = examine_file(path).verdict.replace(str(path), path.name)
-    model = subject.make()
-    model.load_state_dict(plant.state, strict=False)
-    model.train()
-    for change in plant.after:
-        change(model)
+    of_file = report_of_file(plant).verdict
+    model = loaded(subject, plant)
     broken = scored(subject, model)
     batches, score = subject.kind.batches(SEED), first_known(broken, subject.score)
     report = examine(model, batches, NUM_ITERS, call=subject.kind.call, treat=True, score=score)
     return Replayed(thread, of_file, report.verdict, before, broken, scored(subject, model))
+
+
+def as_dict(of: Replayed) -> dict[str, Any]:
+    """For JSON."""
+    values = of._asdict()
+    return finite({**values.pop("thread")._asdict(), **values})
 
 
 def table(found: list[Replayed]) -> str:
@@ -128,9 +131,7 @@ def main() -> None:
     found: list[Replayed] = []
     with redirect_stdout(sys.stderr):  # whatever is said on the way
         subject = healthy(args.model, Path(args.runs), None)
-        model = subject.make()
-        model.load_state_dict(subject.state)
-        before = scored(subject, model)
+        before = score_of_healthy(subject)
         for number, thread in enumerate(THREADS):
             try:
                 found.append(replay(thread, subject, before))
@@ -138,10 +139,7 @@ def main() -> None:
             except DoesNotApplyError:
                 told = f"{thread.name}: {args.model} has nothing that could have it"
             logger.info("%d of %d: %s", number + 1, len(THREADS), told)
-    as_dicts: list[dict[str, Any]] = [{**of._asdict(), **of.thread._asdict()} for of in found]
-    for of in as_dicts:
-        del of["thread"]
-    print(json.dumps([finite(of) for of in as_dicts]) if args.json else table(found))
+    print(json.dumps([as_dict(of) for of in found]) if args.json else table(found))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,11 @@ def choose(key: str, value: object, accepted: Iterable[object]) -> None:
         raise InputError(f"{key}: {value!r} is not accepted; use one of {accepted}")
 
 
+def of_other_type(key: str, value: object, accepted: str) -> InputError:
+    """The error for an argument of another type than is accepted, which is in words."""
+    return InputError(f"{key}: what is given is of type {type(value).__name__}; use {accepted}")
+
+
 def check_positive(key: str, number: int) -> None:
     """Raise InputError unless a number of things is an integer, and 1 or more."""
     is_integer = isinstance(number, Integral) and not isinstance(number, bool)

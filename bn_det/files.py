@@ -34,6 +34,11 @@ def try_lock(file: IO) -> bool:
     return True
 
 
+def aside_of(path: str | os.PathLike) -> str:
+    """The file that is written first, of which each of several runs has its own."""
+    return f"{os.fspath(path)}.{os.getpid()}.tmp"
+
+
 @contextmanager
 def write_aside(path: str | os.PathLike) -> Iterator[str]:
     """A path to write to instead, which replaces the real one once the block is done.
@@ -44,7 +49,7 @@ def write_aside(path: str | os.PathLike) -> Iterator[str]:
         InputError: it cannot be written.
     """
     check_replaceable(path)
-    aside = f"{os.fspath(path)}.{os.getpid()}.tmp"  # of several runs each has its own
+    aside = aside_of(path)
     try:
         yield aside
         os.replace(aside, path)

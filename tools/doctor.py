@@ -42,7 +42,7 @@ from bn_det.commands.any_model import (
     refuse_unread,
 )
 from bn_det.commands.checkpoint import save_with_table
-from bn_det.commands.cli import add_config_arguments, import_host, run
+from bn_det.commands.cli import add_config_arguments, import_host, run, weights_option
 from bn_det.commands.outputs import (
     Read,
     check_output,
@@ -340,8 +340,7 @@ def examined(args: argparse.Namespace) -> str:
     """The checkpoint; or the config that names it, where no option does."""
     if args.config_file is None:
         return file_of(args)
-    options = dict(zip(args.opts[::2], args.opts[1::2], strict=False))
-    return options.get("MODEL.WEIGHTS", args.config_file)
+    return weights_option(args, args.config_file)
 
 
 def formatted(report: Report, args: argparse.Namespace) -> str:

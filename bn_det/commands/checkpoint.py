@@ -15,7 +15,7 @@ from ..config.yaml_file import load_yaml
 from ..errors import LOAD_ERRORS, InputError, escaped, reason_of
 from ..files import write_aside, write_json, write_text
 from ..layers.pickled_arrays import read_pickled_arrays
-from ..layers.state_dicts import READ_ERRORS, refuse_damaged, weights_of, why_unreadable
+from ..layers.state_dicts import refuse_damaged, weights_of, why_unreadable
 from .fitting import (
     refuse_broken_statistics,
     refuse_failed,
@@ -96,7 +96,7 @@ class CheckpointerMixin:
         refuse_damaged(f)
         try:
             loaded = super()._load_file(f)
-        except READ_ERRORS as e:
+        except Exception as e:  # what loaders raise is of many kinds
             reason = why_unreadable(f, e)
             raise InputError(f"{f}: cannot be loaded as a checkpoint: {reason}") from e
         weights = weights_of(loaded, f)
@@ -198,7 +198,7 @@ def check_files(
             )
         args.resume = _has_unnamed(key, Path(folder))
     if args.resume:
-        _check_last(os.path.join(folder, "last_checkpoint"))
+        _check_last(last)
         return
     key, path = weights
     if args.eval_only and not path:

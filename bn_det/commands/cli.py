@@ -124,14 +124,18 @@ def measure_command(
     print(f"Saved to {path}")
 
 
+def weights_option(args: argparse.Namespace, default: str) -> str:
+    """MODEL.WEIGHTS of the KEY VALUE pairs of a command, which may be odd in number."""
+    return dict(zip(args.opts[::2], args.opts[1::2], strict=False)).get("MODEL.WEIGHTS", default)
+
+
 @contextmanager
 def names_weights(args: argparse.Namespace) -> Iterator[None]:
     """Name the checkpoint where a host finds that the model's outputs are NaN or infinite."""
     try:
         yield
     except FloatingPointError as e:
-        options = dict(zip(args.opts[::2], args.opts[1::2], strict=False))
-        path = options.get("MODEL.WEIGHTS", f"of {args.config_file}")
+        path = weights_option(args, f"of {args.config_file}")
         where = "--resume" if args.resume else f"MODEL.WEIGHTS: {path}"
         raise InputError(f"{where}: its outputs are NaN or infinite: {reason_of(e)}") from e
 

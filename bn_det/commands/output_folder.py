@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..errors import InputError, path_of
 from ..files import check_regular, is_aside, try_lock, within_memory
@@ -96,12 +96,7 @@ def used_by_one(key: str, folder: str | os.PathLike, machine_rank: int = 0) -> I
         raise InputError(f"{key}: {folder} cannot be written to: {e.strerror}") from e
     with lock:
         with suppress(OSError):  # where files cannot be locked
-            if not try_lock(lock):
-                lock.seek(0)
-                raise InputError(
-                    f"{key}: {folder} is in use by {lock.read().decode() or 'another run'}; wait "
-                    "for it, or use another folder"
-                )
+            _refuse_locked(key, folder, lock)
             lock.truncate(0)
             for path in (*folder.glob("*.tmp"), *folder.glob("inference/*.tmp")):
                 if is_aside(path):
@@ -129,11 +124,17 @@ def refuse_in_use(key: str, folder: Path) -> None:
     except OSError:  # no run has been there, or none that can be seen
         return
     with lock, suppress(OSError):
-        if not try_lock(lock):
-            owner = lock.read().decode(errors="replace") or "another run"
-            raise InputError(
-                f"{key}: {folder} is in use by {owner}; wait for it, or use another folder"
-            )
+        _refuse_locked(key, folder, lock)
+
+
+def _refuse_locked(key: str, folder: Path, lock: IO[bytes]) -> None:
+    """Lock a folder's file; InputError where another process has."""
+    if not try_lock(lock):
+        lock.seek(0)
+        owner = lock.read().decode(errors="replace") or "another run"
+        raise InputError(
+            f"{key}: {folder} is in use by {owner}; wait for it, or use another folder"
+        )
 
 
 def _refuse_pipes(folder: Path) -> None:

@@ -14,7 +14,7 @@ from yacs.config import CfgNode
 from ..config.yaml_file import config_files
 from ..data.coco import CocoSource
 from ..errors import InputError
-from ..files import check_other_file, check_regular
+from ..files import aside_of, check_other_file, check_regular
 from .output_folder import refuse_in_use
 
 Read = Mapping[str, Sequence[str]]
@@ -58,7 +58,7 @@ def check_output_file(flag: str, output: str | os.PathLike, read: Read) -> None:
         for what, files in read.items():
             check_other_file(flag, output, [_as_file(file, output) for file in files], what)
         with suppress(FileNotFoundError):
-            os.lstat(f"{output}.{os.getpid()}.tmp")  # as it is called while it is written
+            os.lstat(aside_of(output))
     except (OSError, ValueError) as e:
         if isinstance(e, InputError):
             raise

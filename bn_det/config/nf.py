@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from yacs.config import CfgNode
 
 from ..errors import LOAD_ERRORS, InputError, check_rate, nearest, reason_of
-from ..layers.state_dicts import READ_ERRORS, why_unreadable
+from ..layers.state_dicts import why_unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +209,7 @@ def _load(net: nn.Module, path: str, name: str, key: str) -> None:
     failed = f"{key}: {path} cannot be loaded as the weights of {name}"
     try:
         state = load_state_dict(path, weights_only=True)
-    except READ_ERRORS as e:
+    except Exception as e:  # what loaders raise is of many kinds
         raise InputError(f"{failed}: {why_unreadable(path, e)}") from e
     try:
         state = {k: v for k, v in state.items() if not k.startswith("head.")}

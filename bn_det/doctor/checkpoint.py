@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from ..errors import InputError, reason_of, shown
 from ..layers.pickled_arrays import read_pickled_arrays
-from ..layers.state_dicts import READ_ERRORS, read_checkpoint, why_not_dense, why_unreadable
+from ..layers.state_dicts import read_checkpoint, why_not_dense, why_unreadable
 
 STATISTICS = ("running_mean", "running_var")
 _PARTS = ("", "model", "state_dict", "model_state", "ema", "model_ema", "state_dict_ema")
@@ -151,7 +151,7 @@ def _content(path: str) -> Any:
             return read_pickled_arrays(path)
         except InputError as e:
             raise InputError(f"{path}: {e}") from e
-        except READ_ERRORS as e:
+        except Exception as e:  # what loaders raise is of many kinds
             raise InputError(f"{path}: cannot be loaded: {why_unreadable(path, e)}") from e
     return read_checkpoint(path)
 

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..errors import InputError, check_positive, shown
+from ..errors import InputError, check_positive, of_other_type, shown
 from ..layers.comm import Group, process_group
 from ..layers.freeze import is_frozen
 from ..layers.kinds import is_batch_norm, refuse_meta, unwrapped
-from ..population.calling import is_iterable
+from ..population.calling import ITERABLE, is_iterable
 from ..population.observation import places_with_statistics, population_layers
 from . import (
     from_evaluation,
@@ -234,14 +234,13 @@ def _check_types(**given: Any) -> None:
     for key, value in given.items():
         fits, accepted = _TYPES[key]
         if not fits(value) and (value is not None or key == "model"):
-            kind = type(value).__name__
-            raise InputError(f"{key}: what is given is of type {kind}; use {accepted}")
+            raise of_other_type(key, value, accepted)
 
 
 _TYPES = {
     "model": (lambda value: isinstance(value, nn.Module), "a torch.nn.Module"),
-    "batches": (is_iterable, "a data loader, or a list of batches"),
-    "target": (is_iterable, "a data loader, or a list of batches"),
+    "batches": (is_iterable, ITERABLE),
+    "target": (is_iterable, ITERABLE),
     "step": (lambda value: isinstance(value, Step), "a bn_det.doctor.Step"),
     "call": (callable, "a function of the model and a batch"),
     "score": (callable, "a function of the model"),

@@ -34,12 +34,16 @@ def findings_of(model: nn.Module, recompute: Recompute) -> Iterator[Finding]:
 
 def momenta(model: nn.Module) -> dict[str, float | None]:
     """Of what has an EMA, by name; 1 for what is no weight, as nothing can be told by it."""
-    every = {
-        shown(name): module.momentum
+    return {
+        shown(name): as_weight(module.momentum)
         for name, module in model.named_modules()
         if isinstance(module, _NormBase)
     }
-    return {name: m if m is None or 0 <= m <= 1 else 1.0 for name, m in every.items()}
+
+
+def as_weight(momentum: float | None) -> float | None:
+    """The weight of a new batch in an EMA; 1 for what is none."""
+    return momentum if momentum is None or 0 <= momentum <= 1 else 1.0
 
 
 def _finding(

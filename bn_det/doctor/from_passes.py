@@ -18,6 +18,7 @@ from ..population.update import How, measure_statistics
 from .calls import CallObserver, SourceShare, of_each
 from .chance import FALSE_ALARMS, bound_of
 from .findings import COSTS, IN_CODE, Finding, Measures, Recompute, count, furthest
+from .from_model import as_weight
 from .losses import Values
 from .modes import as_called, in_mode
 from .shares import Share, share_of
@@ -85,7 +86,7 @@ def look(
         if report.layers and report.num_batches < 2:
             raise InputError("batches: one is too few to tell chance from a fault; use 8 or more")
     is_frozen_by = {layer.name: is_frozen(layer.owner) for layer in layers}
-    momenta = {layer.name: getattr(layer.module, "momentum", None) for layer in layers}
+    momenta = {of.name: as_weight(getattr(of.module, "momentum", None)) for of in layers}
     moving = [of for of in report.layers if not is_frozen_by[of.name]]
     fewest = min((of.num_batches for of in moving), default=0)
     bound = bound_of(fewest, 2 * max(len(moving), 1))
@@ -142,9 +143,7 @@ def _chance(of: LayerReport, error: float, momentum: float | None) -> float:
     size that the passes had. A mean of all batches is as precise as that of as many as the passes
     had, at least.
     """
-    m = 2 / (of.num_batches + 1)
-    if momentum is not None:
-        m = float(momentum) if 0 <= momentum <= 1 else 1.0
+    m = 2 / (of.num_batches + 1) if momentum is None else float(momentum)
     of_batch = error * math.sqrt(of.num_batches)
     return math.hypot(of_batch * math.sqrt(m / (2 - m)), error)
 

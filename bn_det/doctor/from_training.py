@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..errors import InputError
+from ..errors import InputError, of_other_type
 from ..layers.freeze import affine_of, is_frozen, learns
 from ..layers.kinds import batch_norms
 from .findings import Finding, count
@@ -53,8 +53,7 @@ def of_optimizer(model: nn.Module, optimizer: Optimizer) -> Iterator[Finding]:
     """
     groups = getattr(optimizer, "param_groups", None)
     if groups is None:
-        kind = type(optimizer).__name__
-        raise InputError(f"optimizer: what is given is of type {kind}; use a torch.optim.Optimizer")
+        raise of_other_type("optimizer", optimizer, "a torch.optim.Optimizer")
     times = Counter(id(p) for group in groups for p in group["params"])
     if not any(id(p) in times for p in model.parameters()):
         raise InputError(

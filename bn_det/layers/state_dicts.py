@@ -33,9 +33,6 @@ _BROKEN = (
 )
 """What loaders raise for content that is no checkpoint, or not all of one."""
 
-READ_ERRORS = Exception
-"""What loaders raise for whatever file; that of safetensors has an error of its own."""
-
 
 def read_checkpoint(path: str | os.PathLike) -> Any:
     """What ``torch.load`` reads of a file: tensors and plain data only, on the CPU.
@@ -47,7 +44,7 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
         refuse_damaged(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except READ_ERRORS as e:
+    except Exception as e:  # what loaders raise is of many kinds
         reason = why_unreadable(path, e)
         raise InputError(f"{path}: cannot be loaded as a checkpoint: {reason}") from e
 

@@ -24,6 +24,9 @@ def called(model: nn.Module, call: Call | None) -> Callable[[Any], Any]:
     return partial(call or _call, model)
 
 
+ITERABLE = "a data loader, or a list of batches"
+
+
 def is_iterable(batches: object) -> bool:
     """Whether it can be a data loader: not a text, whose characters would be batches."""
     return not isinstance(batches, str) and any(

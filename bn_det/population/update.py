@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..errors import InputError, check_positive, choose, reason_of
+from ..errors import InputError, check_positive, choose, of_other_type, reason_of
 from ..layers.comm import Group, all_gather, process_group, report_disagreement
 from ..layers.folded import is_folded
 from ..layers.kinds import lists_with_affine, refuse_meta, unwrapped
-from .calling import called, is_iterable
+from .calling import ITERABLE, called, is_iterable
 from .estimate import ESTIMATORS, Accumulator, Estimate, estimates
 from .observation import Observed, Observer, PopulationLayer, left_out, population_layers
 from .passes import surroundings
@@ -330,10 +330,7 @@ def _check_arguments(
     data_loader: Any, num_iters: int, progress: str | None, estimator: str, tolerance: float
 ) -> None:
     if not is_iterable(data_loader):
-        raise InputError(
-            f"data_loader: what is given is of type {type(data_loader).__name__}; use a data "
-            "loader, or a list of batches"
-        )
+        raise of_other_type("data_loader", data_loader, ITERABLE)
     check_positive("num_iters", num_iters)
     is_number = isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool)
     if not is_number or not tolerance >= 0:
