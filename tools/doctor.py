@@ -315,7 +315,7 @@ def by_functions(args: argparse.Namespace) -> Loaded:
     path = file_of(args)
     with own_folder():
         functions = functions_of(args)
-    target = None if args.target is None else batches_of("--target", args.target)
+        target = None if args.target is None else batches_of("--target", args.target)
     check_outputs(args, {"FILE": [path], **read_of_modules()})
     stored = read_state(path, args.part)
     of = made(functions, args, stored.state, path)._replace(target=target)

@@ -36,6 +36,10 @@ def elsewhere():
     os.chdir("elsewhere")
     return make()
 
+def batches_elsewhere():
+    os.chdir("elsewhere")
+    return batches()
+
 def on_no_device():
     with torch.device("meta"):
         return make()
@@ -142,6 +146,9 @@ def test_a_function_that_changes_the_folder(project, tmp_path):
         done = run_here(script, "elsewhere/old.pth", *flags[:-2], *args)
         assert "Traceback" not in done.stderr, done.stderr
     assert (tmp_path / "page.txt").is_file()
+    target = "--target", "other_project:batches_elsewhere", "--output", "of_target.txt"
+    done = run_here("tools/doctor.py", "elsewhere/old.pth", *FLAGS[:-2], *target)
+    assert (tmp_path / "of_target.txt").is_file(), done.stderr
     assert (tmp_path / "elsewhere" / "old.pth").read_bytes() == before
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["old.pth"]
 
