@@ -184,8 +184,9 @@ def report_of(args: argparse.Namespace) -> Report:
         of = loaded.of
         report = examine(
             of.model, of.batches, args.num_iters, call=of.call, target=of.target,
-            optimizer=of.optimizer, step=of.step, evaluate=args.evaluate, score=of.score,
-            treat=args.treat is not None, rules=rules, recompute=loaded.recompute,
+            target_score=of.target_score, optimizer=of.optimizer, step=of.step,
+            evaluate=args.evaluate, score=of.score, treat=args.treat is not None, rules=rules,
+            recompute=loaded.recompute,
             progress="tqdm" if sys.stderr is not None and sys.stderr.isatty() else "log",
         )  # fmt: skip
     if args.treat is not None:
