@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 here = Path(__file__).parent
-version = re.search(r'__version__ = "(.+)"', (here / "bn_det/__init__.py").read_text())[1]
+version = re.search(r'__version__ = "(.+)"', (here / "bn_det/version.py").read_text())[1]
 
 setup(
     name="bn_det",
@@ -16,6 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["bn_det", "bn_det.*"]),
+    entry_points={"console_scripts": ["bn-det = bn_det.cli.main:main"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.4",

@@ -85,6 +85,8 @@ def add_process_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure_command(
+    prog: str,
+    arguments: Sequence[str],
     name: str,
     table: Callable[[Any], str],
     save: Callable[[Any, Path], None],
@@ -96,12 +98,15 @@ def measure_command(
     """The main function of a command that measures a checkpoint by either statistics.
 
     Args:
+        prog: what usage lines call it.
+        arguments: of the command line.
         name: of what is measured: the host's module, and the JSON file in OUTPUT_DIR.
         table, save: for the results, on the terminal and in the file.
         description, epilog: of the command's help.
         images: the help of --images-per-batch.
     """
     parser = argparse.ArgumentParser(
+        prog=prog,
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -110,7 +115,7 @@ def measure_command(
     add_config_arguments(parser)
     # What the set-up that evaluation shares asks for.
     parser.set_defaults(eval_only=True, resume=False, num_gpus=1, num_machines=1)
-    args = parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args(arguments)
     check_positive("--images-per-batch", args.images_per_batch)
     logging.basicConfig(
         level=logging.INFO, format="[%(asctime)s %(name)s]: %(message)s", datefmt="%m/%d %H:%M:%S"
