@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from ..commands.cli import add_host_argument
 from ..errors import nearest
 from ..reproduce.main import DEFAULT_SEEDS, reproduce, times
 from ..reproduce.registry import EXPERIMENTS
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def experiment(name: str) -> str:
@@ -33,7 +30,7 @@ def argument_parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
         description=__doc__,
-        epilog=times(ROOT),
+        epilog=times(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -97,4 +94,4 @@ def argument_parser(prog: str) -> argparse.ArgumentParser:
 
 def main(prog: str, arguments: Sequence[str]) -> None:
     # Options may stand before and after EXPERIMENT.
-    reproduce(argument_parser(prog).parse_intermixed_args(arguments), ROOT)
+    reproduce(argument_parser(prog).parse_intermixed_args(arguments))

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from yacs.config import CfgNode
 
+from ..config.packaged import find_config
 from ..errors import InputError, check_positive, is_text, one_line, reason_of
 from .launch import RankError, is_mendable, launch
 from .output_folder import used_by_one, written_in
@@ -49,7 +50,11 @@ def add_config_arguments(
         opts: what the help calls these pairs, and says of them.
     """
     parser.add_argument(
-        "--config-file", required=required, metavar="FILE", help="such as configs/quick_start.yaml"
+        "--config-file",
+        required=required,
+        type=find_config,
+        metavar="FILE",
+        help="such as configs/quick_start.yaml: a file here, or else the one of the package",
     )
     add_host_argument(parser)
     parser.add_argument(
@@ -167,7 +172,7 @@ def import_host(requested: str, module: str) -> ModuleType:
 
 
 def start(fn: Callable[..., None], args: argparse.Namespace, cfg: CfgNode) -> None:
-    """Call ``fn(args, cfg)`` in as many processes as the flags of ``tools/train_net.py`` say.
+    """Call ``fn(args, cfg)`` in as many processes as the flags of ``bn-det train`` say.
 
     No other run is in the config's OUTPUT_DIR meanwhile.
     """

@@ -332,7 +332,7 @@ def test_what_the_torchvision_host_refuses(monkeypatch, options):
     assert "MODEL.KEYPOINT_ON" in found and "torchvision host does not know" in found
     lazy = str(ROOT / "configs" / "ways" / "GN.py")
     found = fails(monkeypatch, "torchvision", "train.max_iter=3", config=lazy)
-    assert f"{lazy} is not accepted: LazyConfig files are for tools/train_net.py on Det" in found
+    assert f"{lazy} is not accepted: LazyConfig files are for bn-det train on Det" in found
     found = message(*options, "MODEL.WEIGHTS", "detectron2://ImageNetPretrained/MSRA/R-50.pkl")
     assert "MODEL.WEIGHTS: 'detectron2://" in found and "cannot be resolved" in found
 

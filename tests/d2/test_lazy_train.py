@@ -162,7 +162,7 @@ def test_overrides_of_either_kind(monkeypatch):
         monkeypatch, yaml, "train.max_iter=3"
     )
     message = fails(monkeypatch, GN, "--host", "torchvision")
-    assert "LazyConfig files are for tools/train_net.py on Detectron2; use the .yaml" in message
+    assert "LazyConfig files are for bn-det train on Detectron2; use the .yaml" in message
 
 
 def test_what_can_be_overridden():

@@ -1,0 +1,92 @@
+"""Which command is meant, and what one gets without what a command needs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bn_det.cli.main import COMMANDS, TOOLS
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*args, code=""):
+    """``bn-det`` in a process that first runs some code."""
+    start = f"import sys; sys.argv[:] = {['bn-det', *args]!r}\n"
+    end = "from bn_det.cli.main import main; main()\n"
+    return subprocess.run(
+        [sys.executable, "-c", f"{start}{code}\n{end}"], capture_output=True, text=True, timeout=120
+    )
+
+
+def blocked(*modules):
+    """Code after which modules are not installed."""
+    return f"sys.modules.update(dict.fromkeys({modules!r}))"
+
+
+def test_help_imports_no_torch():
+    for args in ((), ("-h",), ("--help",), ("--version",)):
+        done = run(*args, code=blocked("torch", *TOOLS))
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("bn_det " if args == ("--version",) else "usage: bn-det ")
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("docter", "'docter' is no command of bn-det; nearest names: ['doctor']"),
+        ("zzz", "known names: ['average', 'doctor',"),
+        ("--verison", "'--verison' is no command of bn-det; "),
+    ],
+)
+def test_an_unknown_command(name, words):
+    done = run(name, "--help", code=blocked("torch"))
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and words in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["train", "doctor", "plot", "prepare-blood-cells"])
+def test_only_torch_is_installed(name):
+    """One line names all that is missing, whatever of it would be imported first."""
+    done = run(name, "--help", code=blocked(*TOOLS))
+    needed = ", ".join(TOOLS.values())
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"error: bn-det {name} needs {needed}, not installed here; use "
+        "pip install 'bn_det[tools]'\n",
+    )
+
+
+def test_one_package_is_missing_later():
+    """That which the host alone imports, when the command has begun."""
+    args = ("train", "--host", "torchvision", "--config-file", "quick_start.yaml")
+    done = run(*args, code=blocked("torchvision"))
+    assert done.stderr == (
+        "error: bn-det train needs torchvision, not installed here; use "
+        "pip install 'bn_det[tools]'\n"
+    )
+
+
+def test_another_module_that_is_missing_is_a_fault_of_ours():
+    done = run("train", code=blocked("bn_det.commands.launch"))
+    assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+def test_the_extra_is_what_the_command_asks_for():
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    (extra,) = (
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "TOOLS"
+    )
+    assert sorted(name.partition(">")[0] for name in extra) == sorted(TOOLS.values())
+
+
+def test_every_command_has_a_file_and_a_script():
+    files = {path.stem for path in (ROOT / "bn_det" / "cli").glob("*.py")}
+    assert {name.replace("-", "_") for name in COMMANDS} == files - {"__init__", "main", "ctrl_c"}
+    scripts = [path.read_text() for path in (ROOT / "tools").glob("*.py")]
+    for name in COMMANDS:
+        assert sum(f'script("{name}")' in text for text in scripts) == 1, name
