@@ -71,25 +71,15 @@ def start(name: str, prog: str, arguments: Sequence[str]) -> None:
         name: of COMMANDS.
         prog: what usage lines call it.
     """
-    try:
-        command = import_module(f".{name.replace('-', '_')}", __package__)
-        run = import_module("..commands.cli", __package__).run
-        run(lambda: command.main(prog, arguments))
-    except ModuleNotFoundError as e:
-        if e.name is None or e.name.split(".")[0] not in TOOLS:
-            raise
-        missing = [package for module, package in TOOLS.items() if not is_installed(module)]
+    # Before torch, which by itself warns of a NumPy that is missing.
+    if missing := [package for module, package in TOOLS.items() if find_spec(module) is None]:
         sys.exit(
             f"error: {prog} needs {', '.join(missing)}, not installed here; use "
             "pip install 'bn_det[tools]'"
         )
-
-
-def is_installed(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ValueError:  # it is None in sys.modules, which is how imports are blocked
-        return False
+    command = import_module(f".{name.replace('-', '_')}", __package__)
+    run = import_module("..commands.cli", __package__).run
+    run(lambda: command.main(prog, arguments))
 
 
 def help_text() -> str:

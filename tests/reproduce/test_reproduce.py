@@ -114,8 +114,9 @@ def setting(tmp_path):
 
 
 @pytest.mark.parametrize("data", ["shapes", "coco"])
-def test_plans(tmp_path, data):
+def test_plans(tmp_path, monkeypatch, data):
     """Names stand for one command each, and what a step needs or reads comes before it."""
+    monkeypatch.chdir(tmp_path)  # where the configs are the packaged ones
     setting = Setting(data, "torchvision", tmp_path / "runs")
     names = [n for n in NAMES if data == "shapes" or n not in SHAPES_ONLY]
     steps = {}
