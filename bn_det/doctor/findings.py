@@ -83,7 +83,7 @@ class Recompute(NamedTuple):
     def by_command(
         cls, weights: str | os.PathLike, model: str, adapt: str = "", keys: Sequence[str] = ()
     ) -> Recompute:
-        """By tools/recompute_statistics.py.
+        """By bn-det recompute.
 
         Args:
             model: the flags that say what the model and its images are.
@@ -91,7 +91,7 @@ class Recompute(NamedTuple):
             keys: KEY VALUE of a config whose levels then have statistics of their own.
         """
         path = shlex.quote(os.fspath(weights))
-        start = f"python tools/recompute_statistics.py --weights {path} --output"
+        start = f"bn-det recompute --weights {path} --output"
         per_level, needs = IN_CODE.per_level, IN_CODE.needs
         if keys:
             per_level = f"{start} mended.pth --population per_domain {model}"

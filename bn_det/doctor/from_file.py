@@ -65,7 +65,7 @@ def examine_file(
     also = f"; the file has weights under {others}, too: --part" if others else ""
     healthy = (
         f"nothing is wrong with what the file says of its {number} BatchNorm layers; whether their "
-        "statistics fit the weights is seen on images: doctor.py with --config-file, or with "
+        "statistics fit the weights is seen on images: bn-det doctor with --config-file, or with "
         f"--model and --data, or bn_det.examine(model, batches){also}"
     )
     return make_report(findings, wanted, healthy if number else "the file has no BatchNorm" + also)

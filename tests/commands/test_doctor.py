@@ -129,9 +129,10 @@ def test_a_model_of_another_project(tmp_path, monkeypatch):
     (finding,) = found["findings"]
     assert finding["where"] == ["1"] and [of["name"] for of in found["on_target"]] == ["1"]
     # The command that it names adapts to the target.
-    command = finding["treatment"].removeprefix("python ").partition(" takes ")[0]
-    script, *arguments = shlex.split(command)
-    done = run_here(script, *arguments)
+    command = finding["treatment"].partition(" takes ")[0]
+    program, name, *arguments = shlex.split(command)
+    assert (program, name) == ("bn-det", "recompute")
+    done = run_here("tools/recompute_statistics.py", *arguments)
     assert done.returncode == 0, done.stderr
     adapted = torch.load("adapted.pth", weights_only=True)["state_dict"]["1.running_mean"]
     images = torch.cat([batch["image"] for batch in a_project().dark()])
