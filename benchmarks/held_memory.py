@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from bn_det import freeze, thaw, tune
+from bn_det.commands.cli import run
+from bn_det.errors import check_positive
 from timing import seconds
 
 WARM_UP = 3
@@ -91,6 +93,13 @@ def main() -> None:
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     args = parser.parse_args()
+    for flag in ("rounds", "batch"):
+        check_positive(f"--{flag}", getattr(args, flag))
+    for flag in ("size", "step_size"):
+        for value in getattr(args, flag):
+            check_positive(f"--{flag.replace('_', '-')}", value)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: 'cuda' is not accepted: torch sees no GPU here; use cpu")
     models = {name: model.to(args.device).train() for name, model in make_models().items()}
     images, of_step = (
         torch.randn(args.batch, 3, *size, device=args.device)
@@ -110,4 +119,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -198,7 +198,8 @@ def normalize_one(
     """(x - mean) / sqrt(var + eps) * weight + bias, differentiable in x, weight and bias."""
     if x.numel() == 0:  # for which ATen's backward would end the process
         return _affine_of_nothing(x, weight, bias)
-    if torch.is_grad_enabled() and x.requires_grad and not _learns(weight, bias):
+    holds_less = torch.is_grad_enabled() and x.requires_grad and not _learns(weight, bias)
+    if holds_less and not torch.jit.is_tracing():  # a trace is the same with and without gradients
         return _scale_and_shift(x, mean, var, weight, bias, eps)
     return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
@@ -214,7 +215,8 @@ def _scale_and_shift(
 
     ``F.batch_norm`` holds x, whatever it is that needs a gradient.
     """
-    scale = (var + eps).rsqrt()
+    # In float32 at least, as F.batch_norm does it whatever the type of the statistics is.
+    scale = (var.to(torch.promote_types(var.dtype, torch.float32)) + eps).rsqrt()
     scale = scale if weight is None else scale * weight
     shift = -mean * scale if bias is None else bias - mean * scale
     shape = (1, -1) + (1,) * (x.dim() - 2)

@@ -74,7 +74,7 @@ def update(batches: Moments, sizes: Sequence[int], seen: Sequence[Seen]) -> None
         return
     layers, sets = zip(*moving, strict=True)
     triton = kernels.one_launch([layer.running_mean for layer in layers], len(batches.mean))
-    if triton is not None:
+    if triton is not None and all(map(_is_dense, layers)):
         triton.update_emas(batches, sets, layers)
         return
     unbiased = batches._replace(var=batches.unbiased_var)
@@ -82,6 +82,11 @@ def update(batches: Moments, sizes: Sequence[int], seen: Sequence[Seen]) -> None
         of_round = dict(reversed(moving))
         moving = [pair for pair in moving if pair[1] is not of_round[pair[0]]]
         _move(of_round, unbiased)
+
+
+def _is_dense(layer: _BatchNorm) -> bool:
+    """Whether the statistics of a layer are all that lies in their memory, one after the other."""
+    return layer.running_mean.is_contiguous() and layer.running_var.is_contiguous()
 
 
 def _move(rows_of: Mapping[_BatchNorm, Sequence[int]], unbiased: Moments) -> None:

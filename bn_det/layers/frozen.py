@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _NormBase
 
 from .kernels import normalize_one
+
+fx.wrap("normalize_one")  # by which torch.fx traces a model that is frozen, as it does torch's own
 
 
 class FrozenBatchNorm(_NormBase):
@@ -36,7 +38,8 @@ class FrozenBatchNorm(_NormBase):
 
     def forward(self, x: Tensor, groups: Tensor | None = None) -> Tensor:
         del groups  # of ours in training; it has no batch
-        self._check_input_dim(x)
+        if not isinstance(x, fx.Proxy):
+            self._check_input_dim(x)
         statistics = self.running_mean, self.running_var
         return normalize_one(x, *statistics, self.weight, self.bias, self.eps)
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import InputError
@@ -25,6 +26,7 @@ from .kinds import (
     evaluates_by_batch,
     is_batch_norm,
     key_of,
+    refuse_meta,
     unwrapped,
     uses_in,
     what_else,
@@ -82,14 +84,15 @@ def fuse(model: nn.Module, check: Callable[[nn.Module], Any] | None = None) -> F
             left, too. It is called with copies of the model.
 
     Raises:
-        InputError: the model is in training mode; ``check`` does not call what it is given, or
-            returns no tensors, or others for the same model.
+        InputError: the model is in training mode, or on the meta device; ``check`` does not call
+            what it is given, or returns no tensors, or others for the same model.
     """
     if isinstance(model, DistributedDataParallel):
         raise InputError("fuse: a DistributedDataParallel is not accepted; use its module")
     model = unwrapped(model)
     if model.training:
         raise InputError("fuse: not accepted for a model in training mode; call eval() first")
+    refuse_meta("fuse", model)
     untune(model)
     return _fuse(model, _why_changed(model, check) if check else {})
 
@@ -256,6 +259,8 @@ def _why_not(module: nn.Module, uses: Counter[int]) -> str:
     own = module._parameters.values() if isinstance(module, _CONVOLUTIONS) else ()
     if any(p is not None and uses[key_of(p)] > 1 for p in own):
         return "weight or bias of its convolution are another module's, too"
+    if any(map(is_lazy, module._parameters.values())):
+        return "it or its convolution has no weight yet; call the model once"
     if module._forward_hooks or module._forward_pre_hooks:
         return "it or its convolution has hooks"
     if "forward" in vars(module):
@@ -301,6 +306,8 @@ def _what_else_of_convolution(pair: Pair) -> str:
         return ""  # it takes no tensor; forward_levels has it convolve, and nothing else
     pads = conv.padding if isinstance(conv.padding, tuple) else (0, 0)
     sizes = zip(conv.dilation, conv.kernel_size, pads, strict=True)
+    if not all(p.isfinite().all() for p in (conv.weight, conv.bias) if p is not None):
+        return "the weight or bias of its convolution is NaN or infinite"
     size = [2 + d * (k - 1) + p for d, k, p in sizes]  # more than a reflection may pad
     x = torch.randn(2, conv.in_channels, *size, generator=torch.Generator().manual_seed(0))
     x = x.to(conv.weight)

@@ -132,7 +132,8 @@ class _JointBatchNormBackward(torch.autograd.Function):
     def backward(ctx: FunctionCtx, *grads: Tensor):
         raise RuntimeError(
             "second derivatives of batch normalization are not implemented for statistics that are "
-            "shared between tensors or processes, and for channels_last inputs on a CPU"
+            "shared between tensors or processes, for lists of tensors by Triton's kernels (on a "
+            "GPU), and for channels_last inputs on a CPU"
         )
 
 

@@ -102,9 +102,9 @@ def uses_in(model: nn.Module) -> Counter[int]:
 
 
 def key_of(held: nn.Module | Tensor) -> int:
-    """The same for all that is one module, or one tensor's memory."""
+    """The same for all that is one module, or one tensor's memory, by where this begins."""
     if isinstance(held, Tensor) and not is_lazy(held) and held.device.type != "meta":
-        return held.untyped_storage().data_ptr() or id(held)
+        return held.data_ptr() or id(held)
     return id(held)
 
 

@@ -53,7 +53,8 @@ def forward_levels(
     steps = list(_steps(layers))
     while steps:
         step, *steps = steps
-        if steps and _has_relu(step, steps[0]) and one_launch(features) is not None:
+        has_relu = features and steps and _has_relu(step, steps[0])
+        if has_relu and one_launch(features) is not None:
             features = step.call(features, relu=True)
             steps = steps[1:]
         elif isinstance(step.call, _FOR_LISTS):

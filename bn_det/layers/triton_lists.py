@@ -30,7 +30,7 @@ class Grid(NamedTuple):
         tiles: that each program goes through.
         size: numbers of rows and of blocks of channels.
         num_channels: C.
-        channels_last: whether the first piece is, and so all will be.
+        channels_last: whether the first piece that is either is, and so all will be.
     """
 
     firsts: tuple[int, ...]
@@ -49,8 +49,16 @@ class Grid(NamedTuple):
 
     def pieces_of(self, xs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The pieces in the memory format that they have in common here."""
-        wanted = torch.channels_last if self.channels_last else torch.contiguous_format
-        return tuple([x.contiguous(memory_format=wanted) for x in xs])
+        return tuple([x.contiguous(memory_format=self.memory_format) for x in xs])
+
+    def as_given(self, xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
+        """What has been made of pieces, in the memory format that each of these had."""
+        formats = [_memory_format(x) or self.memory_format for x in xs]
+        return [y.contiguous(memory_format=of) for y, of in zip(ys, formats, strict=True)]
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
 
 _PROGRAMS = 2112
@@ -67,14 +75,20 @@ _CHANNELS = 128
 
 
 def grid_of(xs: Sequence[Tensor]) -> Grid:
-    """How programs share the pieces; in the memory format of the first."""
-    first = xs[0]
-    channels_last = (
-        first.dim() == 4
-        and not first.is_contiguous()
-        and first.is_contiguous(memory_format=torch.channels_last)
-    )
+    """How programs share the pieces; in the memory format of the first that has one alone."""
+    formats = (_memory_format(x) for x in xs)
+    channels_last = next(filter(None, formats), None) is torch.channels_last
     return _grid(tuple([x.shape for x in xs]), channels_last)
+
+
+def _memory_format(x: Tensor) -> torch.memory_format | None:
+    """That of a tensor; None where it has both, or neither."""
+    is_contiguous = x.is_contiguous()
+    if x.dim() != 4:
+        return torch.contiguous_format if is_contiguous else None
+    if is_contiguous == x.is_contiguous(memory_format=torch.channels_last):
+        return None
+    return torch.contiguous_format if is_contiguous else torch.channels_last
 
 
 @lru_cache(maxsize=4096)
@@ -231,7 +245,7 @@ def _merge_into(
 
 def normalize(xs: Sequence[Tensor], how: Normalization, grid: Grid) -> list[Tensor]:
     """See :func:`bn_det.layers.kernels.normalize`."""
-    xs = grid.pieces_of(xs)
+    given, xs = xs, grid.pieces_of(xs)
     ys = [torch.empty_like(x) for x in xs]
     of = _Arguments.of(xs, how, grid)
     _launch(
@@ -247,7 +261,7 @@ def normalize(xs: Sequence[Tensor], how: Normalization, grid: Grid) -> list[Tens
         *of.numbers,
         kind=of.kind,
     )
-    return ys
+    return grid.as_given(given, ys)
 
 
 def backward_sums(
@@ -301,7 +315,7 @@ def backward_inputs(
     dys: Sequence[Tensor], xs: Sequence[Tensor], how: Normalization, sums: Tensor, grid: Grid
 ) -> list[Tensor]:
     """See :func:`bn_det.layers.kernels.backward_inputs`."""
-    xs, dys = grid.pieces_of(xs), grid.pieces_of(dys)
+    given, xs, dys = xs, grid.pieces_of(xs), grid.pieces_of(dys)
     dxs = [torch.empty_like(x) for x in xs]
     of = _Arguments.of(xs, how, grid)
     _launch(
@@ -319,7 +333,7 @@ def backward_inputs(
         *of.numbers,
         kind=of.kind,
     )
-    return dxs
+    return grid.as_given(given, dxs)
 
 
 class _Arguments(NamedTuple):
@@ -342,8 +356,8 @@ class _Arguments(NamedTuple):
     def of(cls, xs: Sequence[Tensor], how: Normalization, grid: Grid) -> _Arguments:
         nothing = (how.batches[1],)
         has = how.weights[0] is not None, how.biases[0] is not None
-        weights = tuple(how.weights) if has[0] else nothing
-        biases = tuple(how.biases) if has[1] else nothing
+        weights = tuple([w.contiguous() for w in how.weights]) if has[0] else nothing
+        biases = tuple([b.contiguous() for b in how.biases]) if has[1] else nothing
         pieces = *grid.pieces, _coded(how.batch_of), _coded(how.affine_of)
         constants = how.eps, *has, how.relu, *grid.constants
         numbers = grid.num_channels, grid.tiles, *constants

@@ -8,7 +8,7 @@ from torch import nn
 
 from .freeze import is_frozen
 from .fuse import foldable
-from .kinds import batch_norms, unwrapped
+from .kinds import batch_norms, refuse_meta, unwrapped
 from .tuned import tune_pair, untune
 
 
@@ -49,8 +49,12 @@ def tune(model: nn.Module) -> TuneReport:
     Args:
         model: with layers that are frozen (:func:`bn_det.freeze`, FrozenBatchNorm2d of either
             host). Its mode does not matter. Layers that are frozen later need another call.
+
+    Raises:
+        InputError: the model is on the meta device.
     """
     model = unwrapped(model)
+    refuse_meta("tune", model)
     untune(model)
     names = batch_norms(model)
     moving = [name for layer, name in names.items() if not is_frozen(layer)]

@@ -65,7 +65,11 @@ class TunedConv(_Tuned):
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """What it computes with another weight and bias."""
-        return _with(self, super().forward, x, weight=weight, bias=bias)
+        return _beside(self, weight, bias).compute(x)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """By what it has itself."""
+        return super().forward(x)
 
 
 class TunedConvWithNorm(_Tuned):
@@ -77,7 +81,12 @@ class TunedConvWithNorm(_Tuned):
             return super().forward(x)
         holders = state_holders(norm)[0]
         weight, bias = _folded(self, *holders, eps_of(norm))
-        return _with(self, super().forward, x, weight=weight, bias=bias, norm=None)
+        return _beside(self, weight, bias).without_norm(x)
+
+    def without_norm(self, x: Tensor) -> Tensor:
+        """By what it has itself, but for the BatchNorm."""
+        vars(self)["norm"] = None
+        return super().forward(x)
 
 
 class TunedConvWithNormOfLevels(TunedConv):
@@ -178,7 +187,7 @@ def folds(conv: nn.Module, norm: nn.Module, x: Tensor) -> bool:
 
 def _num_outputs(conv: nn.Module, x: Tensor) -> int:
     """About as many values as a convolution puts out."""
-    inputs, stride = len(x) * x.shape[2] * x.shape[3], math.prod(conv.stride)
+    inputs, stride = x.shape[0] * x.shape[2] * x.shape[3], math.prod(conv.stride)
     positions = inputs * stride if conv.transposed else inputs // stride
     return positions * conv.out_channels
 
@@ -205,18 +214,16 @@ def _folded(
     return derived, shift.to(conv.weight.dtype)
 
 
-def _with(conv: nn.Module, forward: Any, x: Tensor, **instead: Any) -> Tensor:
-    """A forward method of a convolution, where some of its attributes are others.
+def _beside(conv: nn.Module, weight: Tensor, bias: Tensor) -> Any:
+    """A convolution of the same class and attributes with another weight and bias.
 
-    They are in front of the parameters and children of these names, which stay in their places.
+    The convolution itself stays as it is at each moment, as other threads may call it.
     """
-    own = vars(conv)
-    own.update(instead)
-    try:
-        return forward(x)
-    finally:
-        for name in instead:
-            del own[name]
+    other = object.__new__(type(conv))
+    vars(other).update(vars(conv))
+    # In front of parameters and children of these names, which both have.
+    vars(other).update(weight=weight, bias=bias)
+    return other
 
 
 def tune_pair(conv: nn.Module, norm: nn.Module) -> None:

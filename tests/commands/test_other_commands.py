@@ -11,6 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from here import run_here
 from hosts import every_host
@@ -220,6 +221,22 @@ def test_benchmark_of_held_memory():
     assert set(result) == {*names.split()} and min(result.values()) > 0
     assert max(result["tune_mib"], result["freeze_mib"]) <= result["frozen_bn_mib"]
     assert result["bn_mib"] > 1.9 * result["frozen_bn_mib"]
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--rounds", "0"], "--rounds: 0 is not accepted"),
+        (["--batch", "-1"], "--batch: -1 is not accepted"),
+        (["--step-size", "0", "8"], "--step-size: 0 is not accepted"),
+        (["--device", "cuda"], "torch sees no GPU here"),
+    ],
+)
+def test_benchmark_of_held_memory_refuses(flags, words):
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = run_here("benchmarks/held_memory.py", *flags)
+    assert done.returncode and words in done.stderr
 
 
 def test_benchmark_of_inference():

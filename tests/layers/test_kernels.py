@@ -3,6 +3,7 @@
 Triton's are run by its interpreter, on the CPU, in a process of their own.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from kernel_cases import EPS, SHAPES, by_autograd, make_case, statistics
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bn_det import forward_levels
+from bn_det import DomainBatchNorm2d, forward_levels
 from bn_det.layers import ema, kernels
 from bn_det.layers.moments import Moments
 from cases import CASES, check_as_in_float64, domain_layer
@@ -148,6 +149,50 @@ def test_normalize_and_backward(name, dtype, memory_format, affine, relu):
         scale = max(1.0, dweight.abs().max().item(), dbias.abs().max().item())
         assert_near(sums[k, 0] / scale, dbias / scale, rounding(dtype))
         assert_near(sums[k, 1] / scale, dweight / scale, rounding(dtype))
+
+
+def test_parameters_and_statistics_with_strides():
+    """Views of others' memory, as a row of a table or one value for all channels."""
+    torch.manual_seed(0)
+    xs = [torch.randn(2, 6, 4, 4), torch.randn(2, 6, 3, 1)]
+    choices = dict.fromkeys(("statistics", "population", "affine"), "shared")
+    layers = [DomainBatchNorm2d(6, 2, **choices) for _ in range(2)]
+    plain, strided = layers
+    nn.init.normal_(plain.weight)
+    strided.weight = nn.Parameter(torch.stack([plain.weight.detach(), torch.ones(6)], 1)[:, 0])
+    strided.bias = nn.Parameter(torch.zeros(1).expand(6))
+    strided.running_mean, strided.running_var = torch.stack(
+        [plain.running_mean, plain.running_var], 1
+    ).unbind(1)
+    found = []
+    for layer in layers:
+        leaves = [x.clone().requires_grad_() for x in xs]
+        ys = layer(leaves)
+        sum(y.pow(3).sum() for y in ys).backward()
+        grads = [of.grad for of in (*leaves, layer.weight, layer.bias)]
+        found.append([*ys, *grads, layer.running_mean, layer.running_var])
+    for a, b in zip(*found, strict=True):
+        assert_near(a, b.detach().double(), torch.float32)
+
+
+def test_outputs_have_the_memory_format_of_inputs():
+    formats = torch.contiguous_format, torch.channels_last
+    for first, second in itertools.product(formats, repeat=2):
+        for size in ((0, 6, 5, 5), (2, 6, 1, 1), (2, 6, 5, 4)):
+            xs = [torch.randn(*size), torch.randn(2, 6, 3, 3), torch.randn(2, 6, 4, 2)]
+            of = first, second, second
+            xs = [x.to(memory_format=f) for x, f in zip(xs, of, strict=True)]
+            leaves = [x.detach().requires_grad_() for x in xs]
+            ys = DomainBatchNorm2d(6, 3, statistics="shared")(leaves)
+            grads = torch.autograd.grad(sum(y.pow(3).sum() for y in ys), leaves)
+            for y, dx, f in zip(ys, grads, of, strict=True):
+                assert y.is_contiguous(memory_format=f) and dx.is_contiguous(memory_format=f)
+
+
+def test_no_levels():
+    for layers in ([DomainBatchNorm2d(4, 3)], [DomainBatchNorm2d(4, 3), nn.ReLU()]):
+        with pytest.raises(ValueError, match="takes one tensor for each of its 3 domains"):
+            forward_levels(layers, [])
 
 
 def test_gradients_in_another_memory_format():

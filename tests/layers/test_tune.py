@@ -3,6 +3,7 @@
 import copy
 import io
 import re
+import threading
 from functools import partial
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import parametrize
+from torch.nn.utils import parameters_to_vector, parametrize, vector_to_parameters
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet18
 from torchvision.ops import FrozenBatchNorm2d
@@ -33,6 +34,7 @@ from bn_det import (
     unfuse,
     update_bn_stats,
 )
+from bn_det.errors import InputError
 from bn_det.layers.tuned import Deferred, TunedConv, TunedNorm
 from kinds import ConvNormReLU, fill
 from ranks import run_ranks
@@ -551,6 +553,52 @@ class WithActivation(nn.BatchNorm2d):
         return super().forward(x).relu()
 
 
+@pytest.mark.parametrize("name", ["sequential", "inside"])
+def test_in_threads(name):
+    """Nothing of a call is to be seen by another one."""
+    (_, model), x = make(name), images()
+    expected, wrong = model(x), []
+
+    def work():
+        for _ in range(20):
+            try:
+                wrong.append(not torch.equal(model(x), expected))
+            except Exception as e:
+                wrong.append(e)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == [False] * 80
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_for_any_number_of_images(strict):
+    model, x = make("sequential")[1].eval(), images(num=3)
+    sizes = ({0: torch.export.Dim("num", min=2, max=64)},)
+    exported = torch.export.export(model, (x,), dynamic_shapes=sizes, strict=strict).module()
+    for num in (3, 7):
+        x = images(num=num)
+        torch.testing.assert_close(exported(x), model(x), atol=1e-12, rtol=1e-12)
+
+
+def test_parameters_of_one_storage():
+    model = freeze(nn.Sequential(nn.Conv2d(C, C, 3), nn.BatchNorm2d(C)))
+    parameters = [*model.parameters()]
+    vector_to_parameters(parameters_to_vector(parameters), parameters)
+    assert tune(model) == (["1"], {})
+
+
+def test_on_the_meta_device():
+    with torch.device("meta"):
+        model = freeze(nn.Sequential(nn.Conv2d(C, C, 3), nn.BatchNorm2d(C)))
+    for function, name in ((tune, "tune"), (fuse, "fuse")):
+        with pytest.raises(InputError, match=rf"^{name}: 0.weight and \d+ more are on the meta"):
+            function(model.eval())
+
+
 def test_reasons():
     shared, hooked = nn.Conv2d(C, C, 1), nn.Conv2d(C, C, 1)
     hooked.register_forward_hook(lambda *_: None)
@@ -568,15 +616,19 @@ def test_reasons():
         "groups": (nn.ConvTranspose2d(C, C, 1, groups=2), nn.BatchNorm2d(C)),
         "standardized": (standardized, nn.BatchNorm2d(C)),
         "alone": (nn.BatchNorm2d(C),),
+        "lazy": (nn.LazyConv2d(C, 1), nn.BatchNorm2d(C)),
+        "nan": (nn.Conv2d(C, C, 1), nn.BatchNorm2d(C)),
         "fits": (nn.Conv2d(C, C, 1), nn.BatchNorm2d(C)),
     }
     model = nn.ModuleDict({name: nn.Sequential(*of) for name, of in pairs.items()})
+    nn.init.constant_(model["nan"][0].weight, float("nan"))
     freeze(model, [name for name in pairs if name not in ("moving", "evaluating", "again")])
     words = {
         "moving.1": "not frozen; call freeze", "evaluating.1": "not frozen; call freeze",
         "source.1": "source of each image", "levels.1": "level of each RoI",
         "activation.1": "does not only normalize", "places.1": "several places", "hook.1": "hooks",
         "groups.1": "has groups", "standardized.1": "bake_weight_norms", "alone.0": "not certain",
+        "lazy.1": "no weight yet; call the model once", "nan.1": "convolution is NaN or infinite",
     }  # fmt: skip
     types = [type(m) for m in model.modules()]
     report = tune(model)
