@@ -28,8 +28,11 @@ READMES = {
 }
 """Files outside of docs/ that are pages of the site, and their places there."""
 
+KEYS = "configs/README.md#keys"
+"""A part of one of them that is a page by itself, ``keys.md``."""
+
 _LINK = re.compile(r"(!?)\[([^]]*)\]\(([^)\s]+)\)")
-_CODE = re.compile(r"^```.*?^```[^\S\n]*$|^    .*$", re.DOTALL | re.MULTILINE)
+_CODE = re.compile(r"^```.*?^```[^\S\n]*$|^    [^\n]*$", re.DOTALL | re.MULTILINE)
 
 
 def rules_page() -> str:
@@ -57,7 +60,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for source, name in READMES.items():
         content = (ROOT / source).read_text(encoding="utf-8")
         if source == "configs/README.md":  # its keys are a page by themselves
-            content = content.partition("\n## Keys\n")[0].replace("(#keys)", "(../docs/keys.md)")
+            content = content.partition("\n## Keys\n")[0].replace("(#keys)", "(README.md#keys)")
         files.append(File.generated(config, name, content=content))
     return files
 
@@ -88,6 +91,8 @@ def _in_site(link: re.Match[str], source: str, place: str) -> str:
     if ":" in target or not path:
         return link[0]
     path = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
+    if f"{path}#{anchor}" == KEYS:
+        path, anchor = "docs/keys.md", ""
     if path in READMES:
         path = f"docs/{READMES[path]}"
     if not path.startswith("docs/"):
