@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import posixpath
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,10 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the rules and the keys of this tree, whatever else is installed
-
 from bn_det.config.key_table import key_table
-from bn_det.doctor import RULES
+from bn_det.doctor import RULES, Rule
+
+ROOT = Path(__file__).resolve().parents[1]
 
 READMES = {
     "README.md": "index.md",
@@ -38,12 +36,13 @@ _CODE = re.compile(r"^```.*?^```[^\S\n]*$|^    [^\n]*$", re.DOTALL | re.MULTILIN
 def rules_page() -> str:
     """Every rule of the doctor, with a heading that is its id."""
     rows = "".join(f"| [{id}](#{id.lower()}) | {rule.name} |\n" for id, rule in RULES.items())
-    rules = "\n".join(
-        f"## {id}\n\n**{rule.name[0].upper()}{rule.name[1:]}** (a finding's number: {rule.unit})\n\n"
-        + "".join(f"{head}\n:   {text}\n\n" for head, text in rule.parts.items() if text)
-        for id, rule in RULES.items()
-    )
+    rules = "\n".join(_rule(id, rule) for id, rule in RULES.items())
     return f"| rule | what it finds |\n| --- | --- |\n{rows}\n{rules}"
+
+
+def _rule(id: str, rule: Rule) -> str:
+    parts = "".join(f"{head}\n:   {text}\n\n" for head, text in rule.parts.items() if text)
+    return f"## {id}\n\n*{rule.name}*; a finding's number: {rule.unit}.\n\n{parts}"
 
 
 def keys_page() -> str:
