@@ -47,7 +47,7 @@ def _rule(id: str, rule: Rule) -> str:
 
 def keys_page() -> str:
     """The table of our keys, without its heading, which the page has."""
-    return key_table().partition("\n")[2].replace("(../README.md)", "(components.md)")
+    return key_table().partition("\n")[2]
 
 
 GENERATED: dict[str, Callable[[], str]] = {"rules": rules_page, "keys": keys_page}
@@ -60,8 +60,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         content = (ROOT / source).read_text(encoding="utf-8")
         if source == "configs/README.md":  # its keys are a page by themselves
             content = content.partition("\n## Keys\n")[0].replace("(#keys)", "(README.md#keys)")
+            content = f"---\nhide: [toc]\n---\n{content}"
         files.append(File.generated(config, name, content=content))
     return files
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Leave Sphinx's roles out of docstrings, such as ``:class:``."""
+    return re.sub(r":(?:class|func|meth|mod):(?=<code>)", "", html)
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
@@ -95,6 +101,6 @@ def _in_site(link: re.Match[str], source: str, place: str) -> str:
     if path in READMES:
         path = f"docs/{READMES[path]}"
     if not path.startswith("docs/"):
-        return f"{text}" if "/" in text or "`" in text else f"{text} (`{path}`)"
+        return text
     relative = posixpath.relpath(path, f"docs/{posixpath.dirname(place)}")
     return f"{mark}[{text}]({relative}{'#' if anchor else ''}{anchor})"
