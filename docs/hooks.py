@@ -98,6 +98,8 @@ def _in_site(link: re.Match[str], source: str, place: str) -> str:
     path = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
     if f"{path}#{anchor}" == KEYS:
         path, anchor = "docs/keys.md", ""
+    if f"{path}/README.md" in READMES:
+        path = f"{path}/README.md"
     if path in READMES:
         path = f"docs/{READMES[path]}"
     if not path.startswith("docs/"):
