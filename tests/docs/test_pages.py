@@ -205,7 +205,13 @@ def test_every_public_name_is_in_the_api():
 
 def test_five_terms_are_explained_where_a_newcomer_meets_them():
     readme = " ".join(prose(ROOT / "README.md").split())
-    for said in ("`running_mean` and `running_var`, which normalize at test time", "(a leak)"):
+    for said in (
+        "population statistics (`running_mean` and `running_var`, which normalize at test time)",
+        "another domain, a set of images with statistics of its own",
+        "hosts, the libraries that build the detector",
+        "a part (a piece of the detector with a norm of its own)",
+        "reads its neighbours in the batch (a leak)",
+    ):
         assert said in readme
     glossary = anchors(DOCS / "glossary.md")
     assert glossary >= {"population-statistics", "domain", "host", "part", "leak"}
