@@ -2,7 +2,7 @@
 
 Rooms stand on floors: a file imports from its own room and from lower floors, never from a higher
 one. No files import each other in a circle. Nothing but a host imports detectron2 or torchvision,
-and the hosts, which share the top floor, never import each other. Imports inside functions count.
+and the hosts, which share a floor, never import each other. Imports inside functions count.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 FLOORS = (
-    ("errors",),
+    ("errors", "version"),
     ("files",),
     ("layers",),
     ("population",),
@@ -27,7 +27,8 @@ FLOORS = (
     ("measure",),
     ("reproduce",),
     ("d2", "tv"),
-    ("__init__",),  # the package's own face
+    ("cli",),
+    ("__init__", "__main__"),  # the package's own face, and ``python -m``
 )
 """Rooms and single files from the ground up; those of one floor do not import each other."""
 

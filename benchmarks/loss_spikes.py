@@ -35,7 +35,6 @@ from bn_det.reproduce.runner import Runner
 from bn_det.reproduce.steps import Setting
 from bn_det.training.spikes import FACTOR, read_spikes
 
-ROOT = Path(__file__).parents[1]
 OPTS = (
     *("DATASETS.TEST", "()", "TEST.EVAL_PERIOD", "0", "TEST.PRECISE_BN.ENABLED", "False"),
     *("SOLVER.CHECKPOINT_PERIOD", "1000000"),
@@ -73,7 +72,7 @@ def measure_group(
     """Of the trainings of one host, number of threads and rate."""
     folder = Path(args.runs) / host / f"threads_{threads}-rate_{rate or 'config'}"
     own = () if rate is None else ("SOLVER.BASE_LR", str(rate))
-    setting = Setting("shapes", host, folder, ROOT, opts=(*args.opts, *own, *OPTS))
+    setting = Setting("shapes", host, folder, opts=(*args.opts, *own, *OPTS))
     steps = {
         (step.name.removesuffix(f"-seed{seed}"), seed): step
         for seed in args.seeds

@@ -1,15 +1,11 @@
 """Shared by all tests. Its presence puts this folder on sys.path, for reference.py."""
 
 import os
-import sys
 
 import pytest
 import torch
 
-from here import ROOT, same_loggers
-
-# Last, for what the commands have in common, which Python finds beside the one that it runs.
-sys.path.append(str(ROOT / "tools"))
+from here import same_loggers
 
 # Workers, and the commands that their tests run, share the cores; the models are small.
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))

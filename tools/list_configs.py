@@ -9,8 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import ctrl_c  # noqa: F401
-
+import bn_det.cli.ctrl_c  # noqa: F401
 from bn_det.commands.cli import run
 from bn_det.config.key_table import key_table
 from bn_det.config.table import config_table

@@ -1,31 +1,7 @@
 #!/usr/bin/env python
-"""Measure a RetinaNet's or FCOS's loss with population statistics, and with those of each batch.
+"""bn-det loss, from a clone."""
 
-On the test set's images, as they are for testing, with a checkpoint's weights; for the loss on the
-training set name it in DATASETS.TEST. See bn_det/measure/loss.py. The results go to the terminal
-and to OUTPUT_DIR. A loss is for each positive anchor (on torchvision, for each image).
-"""
-
-from __future__ import annotations
-
-import ctrl_c  # noqa: F401
-
-from bn_det.commands.cli import measure_command, run
-from bn_det.measure.loss import loss_table, save_loss
-
-
-def main() -> None:
-    measure_command(
-        "loss",
-        loss_table,
-        save_loss,
-        description=__doc__,
-        epilog="Example: measure_loss.py --config-file configs/quick_start.yaml "
-        "--images-per-batch 8 MODEL.WEIGHTS output/quick_start/model_final.pth",
-        images="images whose statistics are those of a batch: as many as were normalized together "
-        "in training",
-    )
-
+from bn_det.cli.main import script
 
 if __name__ == "__main__":
-    run(main)
+    script("loss")

@@ -1,46 +1,7 @@
 #!/usr/bin/env python
-"""Make the data sets of blood cells from four laboratories, of a clone of a public data set.
+"""bn-det prepare-blood-cells, from a clone."""
 
-    git clone https://github.com/lugan113/TXL-PBC_Dataset
-    python tools/prepare_blood_cells.py TXL-PBC_Dataset
-
-Configs then name them blood_cells_LABORATORY_train and _val; the laboratories are bccd, bcd, pbc
-and raabin.
-"""
-
-from __future__ import annotations
-
-import argparse
-from pathlib import Path
-
-import ctrl_c  # noqa: F401
-from tabulate import tabulate
-
-from bn_det.commands.cli import run
-from bn_det.data.blood_cells import FOLDER, Made, prepare_blood_cells
-from bn_det.data.coco import datasets_root
-
-
-def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("clone", metavar="CLONE", help="folder of the clone, with TXL_PBC in it")
-    parser.add_argument(
-        "--output",
-        metavar="DIR",
-        help=f"folder to make; by default $DETECTRON2_DATASETS/{FOLDER}, where configs look for it",
-    )
-    return parser
-
-
-def main() -> None:
-    args = argument_parser().parse_args()
-    folder = Path(args.output) if args.output else datasets_root() / FOLDER
-    made = prepare_blood_cells(Path(args.clone), folder)
-    print(tabulate(made, headers=Made._fields, tablefmt="pipe"))
-    print(f"Saved to {folder}")
-
+from bn_det.cli.main import script
 
 if __name__ == "__main__":
-    run(main)
+    script("prepare-blood-cells")

@@ -1,41 +1,7 @@
 #!/usr/bin/env python
-"""Train and evaluate a detector from a config file.
+"""bn-det train, from a clone."""
 
-The flags are those of Detectron2's tools/train_net.py, and --host.
-"""
-
-from __future__ import annotations
-
-import argparse
-
-import ctrl_c  # noqa: F401
-
-from bn_det.commands.cli import add_config_arguments, add_process_arguments, import_host, run
-
-
-def argument_parser() -> argparse.ArgumentParser:
-    """Detectron2's flags, which are known without it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="Example: train_net.py --config-file configs/quick_start.yaml SOLVER.BASE_LR 0.01\n"
-        "With Detectron2 also LazyConfig files, and KEY=VALUE at the end: train_net.py "
-        "--config-file configs/ways/GN.py optimizer.lr=0.005\n"
-        "To load such a file (.py) is to run its code: take care whose it is.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR"
-    )
-    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS")
-    add_process_arguments(parser)
-    add_config_arguments(parser)
-    return parser
-
-
-def main() -> None:
-    args = argument_parser().parse_intermixed_args()
-    import_host(args.host, "train").main(args)
-
+from bn_det.cli.main import script
 
 if __name__ == "__main__":
-    run(main)
+    script("train")

@@ -29,6 +29,7 @@ class AnyModel(NamedTuple):
     call: runs the model on a batch; None for the model's own.
     score: AP of a model in evaluation mode, where there is a test set.
     target: batches of the images that it is to be used on, where these are named.
+    target_score: AP on these, where they have labels.
     optimizer: that trains it, where it is known.
     step: what a step of it is of.
     """
@@ -38,6 +39,7 @@ class AnyModel(NamedTuple):
     call: Callable[[nn.Module, Any], Any] | None
     score: Score | None = None
     target: Iterable[Any] | None = None
+    target_score: Score | None = None
     optimizer: Optimizer | None = None
     step: Step = Step()
 

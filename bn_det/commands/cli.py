@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from yacs.config import CfgNode
 
+from ..config.packaged import find_config
 from ..errors import InputError, check_positive, is_text, one_line, reason_of
 from .launch import RankError, is_mendable, launch
 from .output_folder import used_by_one, written_in
@@ -49,7 +50,11 @@ def add_config_arguments(
         opts: what the help calls these pairs, and says of them.
     """
     parser.add_argument(
-        "--config-file", required=required, metavar="FILE", help="such as configs/quick_start.yaml"
+        "--config-file",
+        required=required,
+        type=find_config,
+        metavar="FILE",
+        help="such as configs/quick_start.yaml: a file here, or else the one of the package",
     )
     add_host_argument(parser)
     parser.add_argument(
@@ -85,6 +90,8 @@ def add_process_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure_command(
+    prog: str,
+    arguments: Sequence[str],
     name: str,
     table: Callable[[Any], str],
     save: Callable[[Any, Path], None],
@@ -96,12 +103,15 @@ def measure_command(
     """The main function of a command that measures a checkpoint by either statistics.
 
     Args:
+        prog: what usage lines call it.
+        arguments: of the command line.
         name: of what is measured: the host's module, and the JSON file in OUTPUT_DIR.
         table, save: for the results, on the terminal and in the file.
         description, epilog: of the command's help.
         images: the help of --images-per-batch.
     """
     parser = argparse.ArgumentParser(
+        prog=prog,
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -110,7 +120,7 @@ def measure_command(
     add_config_arguments(parser)
     # What the set-up that evaluation shares asks for.
     parser.set_defaults(eval_only=True, resume=False, num_gpus=1, num_machines=1)
-    args = parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args(arguments)
     check_positive("--images-per-batch", args.images_per_batch)
     logging.basicConfig(
         level=logging.INFO, format="[%(asctime)s %(name)s]: %(message)s", datefmt="%m/%d %H:%M:%S"
@@ -162,7 +172,7 @@ def import_host(requested: str, module: str) -> ModuleType:
 
 
 def start(fn: Callable[..., None], args: argparse.Namespace, cfg: CfgNode) -> None:
-    """Call ``fn(args, cfg)`` in as many processes as the flags of ``tools/train_net.py`` say.
+    """Call ``fn(args, cfg)`` in as many processes as the flags of ``bn-det train`` say.
 
     No other run is in the config's OUTPUT_DIR meanwhile.
     """

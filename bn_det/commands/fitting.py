@@ -86,7 +86,7 @@ def refuse_broken_statistics(model: nn.Module) -> None:
 
     They are not finite, or a variance is negative.
     """
-    mends = "tools/recompute_statistics.py measures statistics anew"
+    mends = "bn-det recompute measures statistics anew"
     refuse_not_finite(model.named_buffers(), mends)
     negative = [
         name

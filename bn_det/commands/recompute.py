@@ -50,7 +50,7 @@ def check_numbers(args: argparse.Namespace) -> None:
 
 @contextmanager
 def flags_as_opts(args: argparse.Namespace) -> Iterator[None]:
-    """Have the flags of tools/recompute_statistics.py be KEY VALUE pairs, too.
+    """Have the flags of bn-det recompute be KEY VALUE pairs, too.
 
     An error that is about such a key names the flag, as the key is not what the user gave.
     """

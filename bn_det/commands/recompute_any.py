@@ -24,7 +24,7 @@ _NUM_ITERS = 200
 
 
 def main(args: argparse.Namespace) -> None:
-    """As tools/recompute_statistics.py says of --model."""
+    """As bn-det recompute says of --model."""
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s]: %(message)s", datefmt="%H:%M:%S")
     with own_folder():
         functions = functions_of(args)

@@ -13,6 +13,7 @@ from ..errors import InputError, shown
 from .arithmetic import MAX_BITS
 from .check import check_values
 from .keys import check_keys, leaves
+from .packaged import find_config, no_config
 from .ranges import RANGES
 from .rules import ANY
 from .unread import check_read
@@ -50,10 +51,11 @@ def _merge_file(cfg: CfgNode, config_file: str, host: str) -> None:
     if config_file.endswith(".py"):
         raise InputError(
             f"--config-file: {shown(config_file)} is not accepted: LazyConfig files are for "
-            "tools/train_net.py on Detectron2; use the .yaml twin"
+            "bn-det train on Detectron2; use the .yaml twin"
         )
+    config_file = find_config(config_file)
     if not os.path.isfile(config_file):
-        raise InputError(f"--config-file: there is no file {shown(config_file)}")
+        raise InputError(f"--config-file: {no_config(config_file)}")
     try:
         content = load_yaml(config_file, type(cfg)._open_cfg)
     except InputError as e:

@@ -150,7 +150,7 @@ def _timm() -> ModuleType:
     except ImportError as e:
         raise InputError(
             "MODEL.BACKBONE.NAME: normalizer-free backbones need timm, which is not installed; "
-            "pip install -e '.[nf]'"
+            "pip install 'bn_det[nf]'"
         ) from e
     return timm
 

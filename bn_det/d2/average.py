@@ -15,7 +15,7 @@ from .train import Trainer, set_up_process, setup
 
 
 def main(args: argparse.Namespace) -> None:
-    """As tools/average_checkpoints.py says."""
+    """As bn-det average says."""
     cfg = setup(args)
     check(args, cfg, known_sources(cfg))
     args.eval_only = True  # no training, from here on

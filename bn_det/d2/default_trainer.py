@@ -100,7 +100,7 @@ def _check_keys_of_trainer(cfg: CfgNode) -> None:
         if key not in getattr(trainer, "reads_keys", ()):
             needs = "put bn_det.d2.BNHooks before DefaultTrainer in its bases"
             if key in TRAINER_KEYS:
-                needs = "use bn_det.d2.train.Trainer (tools/train_net.py)"
+                needs = "use bn_det.d2.train.Trainer (bn-det train)"
             raise InputError(
                 f"{key}: {attrgetter(key)(cfg)!r} does nothing in {type(trainer).__name__}, a "
                 f"DefaultTrainer: {needs}, or leave the key at its default"

@@ -26,6 +26,7 @@ from ..commands.cli import start_in
 from ..commands.launch import world_size
 from ..commands.results import results_table
 from ..config.check import usable_device
+from ..config.packaged import no_config
 from ..config.ranges import RANGES, check_value
 from ..data.coco import check_names
 from ..errors import InputError, nearest
@@ -52,7 +53,7 @@ class _AMPTrainer(EvaluatesOnSuccess, AccumulatingAMPTrainer):
 
 
 def main(args: argparse.Namespace) -> None:
-    """Train and evaluate, or only evaluate, as the flags of ``tools/train_net.py`` say."""
+    """Train and evaluate, or only evaluate, as the flags of ``bn-det train`` say."""
     loaded = _Loaded(args)
     train = loaded.cfg.train
     start_in(("train.output_dir", train.output_dir), _run, (args, loaded), args, train.device)
@@ -110,7 +111,7 @@ def load_lazy_config(path: str, overrides: list[str]) -> DictConfig:
             accepted.
     """
     if not os.path.isfile(path):
-        raise InputError(f"--config-file: there is no file {path}")
+        raise InputError(f"--config-file: {no_config(path)}")
     builtin_import = builtins.__import__
     try:
         cfg = LazyConfig.load(path)

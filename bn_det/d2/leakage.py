@@ -24,7 +24,7 @@ from .train import load_model, setup
 
 
 def measure(args: argparse.Namespace) -> tuple[CfgNode, dict[str, dict[str, Estimate]]]:
-    """Measure the checkpoint of a config on DATASETS.TEST, as tools/measure_leakage.py says."""
+    """Measure the checkpoint of a config on DATASETS.TEST, as bn-det leakage says."""
     cfg = setup(args)
     check_writable("OUTPUT_DIR", cfg.OUTPUT_DIR)
     check_architecture(cfg)

@@ -19,7 +19,7 @@ from .train import Trainer, load_model, set_up_process, setup
 
 
 def main(args: argparse.Namespace) -> None:
-    """As tools/recompute_statistics.py says."""
+    """As bn-det recompute says."""
     with flags_as_opts(args):
         cfg = setup(args)
         check(args, cfg, known_sources(cfg))

@@ -132,7 +132,7 @@ def check_evaluation(cfg: CfgNode, model: nn.Module) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Train and evaluate, or only evaluate, as the flags of ``tools/train_net.py`` say."""
+    """Train and evaluate, or only evaluate, as the flags of ``bn-det train`` say."""
     if args.config_file.endswith(".py"):
         from .lazy_train import main as lazy_main  # which builds on this module
 

@@ -191,7 +191,7 @@ def prepare(name: str, source: CocoSource) -> None:
             generate_shapes(datasets_root() / variant.name, variant=variant)
     if not Path(source.json_file).is_file():
         made = source == _blood_cells_sources().get(name)
-        hint = "; tools/prepare_blood_cells.py makes it of a public data set" * made
+        hint = "; bn-det prepare-blood-cells makes it of a public data set" * made
         raise InputError(f"{name}: there is no annotation file {source.json_file}{hint}")
 
 

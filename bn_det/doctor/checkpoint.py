@@ -45,7 +45,7 @@ class Checkpoint(NamedTuple):
     others: further parts that have statistics.
     layers: in the order of the file.
     broken: keys that make no layer, and what is wrong with each.
-    num_convs, num_with_bias: weights of convolutions, and how many of these have a bias.
+    convs: convolutions by name, and whether each has a bias.
     momenta: of layers by name, where these are of a model.
     """
 
@@ -53,8 +53,7 @@ class Checkpoint(NamedTuple):
     others: list[str]
     layers: list[Layer]
     broken: dict[str, str]
-    num_convs: int
-    num_with_bias: int
+    convs: dict[str, bool]
     momenta: Mapping[str, float | None] = {}
 
 
@@ -135,9 +134,13 @@ def of_state(state: Mapping[str, Tensor]) -> Checkpoint:
     """What a state dict has."""
     layers, broken = _layers(state)
     weights = {n: t for n, t in state.items() if n.endswith("weight") and not is_lazy(t)}
-    convs = [name for name, t in weights.items() if not t.is_nested and t.dim() in (4, 5)]
-    biases = sum(name.removesuffix("weight") + "bias" in state for name in convs)
-    return Checkpoint("", [], layers, broken, len(convs), biases)
+    convs = [n.removesuffix(".weight") for n, t in weights.items() if _is_of_conv(t)]
+    has_bias = {name: f"{name}.bias" in state for name in convs}
+    return Checkpoint("", [], layers, broken, has_bias)
+
+
+def _is_of_conv(weight: Tensor) -> bool:
+    return not weight.is_nested and weight.dim() in (4, 5)
 
 
 def _content(path: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,13 @@ from ..population.snapshot import Snapshot
 from .findings import Finding, Recompute, Tried
 from .from_losses import Compared, Difference
 from .from_passes import Seen
-from .losses import Losses
+from .losses import Losses, Values, put
 from .modes import in_mode
-from .prescriptions import RECOMPUTED, Kind, kinds_of
+from .prescriptions import ADAPTED, RECOMPUTED, Kind, kinds_of
+from .progress import Told
 from .treatments import Passes, Treatment, put_back, treatments
 
+T = TypeVar("T")
 Score = Callable[[nn.Module], float]
 """Of a model in evaluation mode, such as its AP: higher is better."""
 
@@ -42,6 +44,38 @@ def try_treatments(
     tried = trials.tried(findings, recompute)
     told = with_gains(findings, trials, tried, failed, recompute)
     return told, keep_best(losses.model, tried, of_findings) if keep else tried
+
+
+def try_on_target(
+    findings: Sequence[Finding], model: nn.Module, statistics: Values, score: Score, told: Told
+) -> tuple[list[Finding], list[Tried]]:
+    """Findings with what the target's own statistics (AdaBN) have brought on its images, and that.
+
+    The model is left as it was: what it is for is for its user to say.
+
+    Args:
+        statistics: of the target's images, of layers that are not frozen.
+        score: on the target.
+    """
+    if not statistics or not any(of.rule in ADAPTED.rules for of in findings):
+        return [*findings], []
+    treatment = Treatment(ADAPTED, lambda model: put(model, statistics), stays=False)
+    with in_mode(model, training=False), told.bar("AP on the target", 2) as step:
+
+        def scored() -> float:
+            value = float(_number(score(model)))
+            step()
+            return value
+
+        before, after = scored(), _treated(model, treatment, scored)
+    gain = after - before
+    found = [
+        of._replace(gain=gain, measure="AP", untried="") if of.rule in ADAPTED.rules else of
+        for of in findings
+    ]
+    of_kind = ADAPTED.name, ADAPTED.rules, "AP"
+    tried = Tried(*of_kind, before, after, gain, None, gain > 0, False, "", on_target=True)
+    return found, [tried]
 
 
 class Trials:
@@ -118,7 +152,7 @@ def _number(scored: Any) -> Tensor:
         raise InputError(f"score: gives a {kind}; it has to give a number, in percent") from e
 
 
-def _treated(model: nn.Module, treatment: Treatment, measured: Callable[[], Tensor]) -> Tensor:
+def _treated(model: nn.Module, treatment: Treatment, measured: Callable[[], T]) -> T:
     with put_back(model):
         treatment.apply(model)
         return measured()

@@ -26,7 +26,7 @@ from . import (
 )
 from .blame import MOST_PARTS
 from .checkpoint import Checkpoint, of_state
-from .evaluation import Score, try_treatments
+from .evaluation import Score, try_on_target, try_treatments
 from .findings import (
     IN_CODE,
     Finding,
@@ -64,6 +64,7 @@ def examine(
     step: Step | None = None,
     evaluate: bool = False,
     score: Score | None = None,
+    target_score: Score | None = None,
     treat: bool = False,
     rules: Collection[str] = tuple(RULES),
     group: Group = "world",
@@ -97,6 +98,8 @@ def examine(
         evaluate: whether to compare losses; in one process.
         score: of a model in evaluation mode, in percent, such as its AP: higher is better.
             Treatments are judged by it; by the loss without it.
+        target_score: the same on the target's images, where these have labels. With ``evaluate``
+            the target's statistics (AdaBN) are judged by it, on the images that they are of.
         treat: whether to leave the model with the treatment that helps most, if something is wrong
             that it is to mend, and the loss falls by more than chance explains, or the score rises.
             It includes ``evaluate``.
@@ -116,11 +119,14 @@ def examine(
             several processes.
         Exception: what the model raises.
     """
-    _check_types(model=model, batches=batches, target=target, step=step, call=call, score=score)
+    given = {"model": model, "batches": batches, "target": target, "step": step, "call": call}
+    _check_types(**given, score=score, target_score=target_score)
     check_positive("num_iters", num_iters)
     check_rules(rules)
     if target is not None and batches is None:
         raise InputError("target: batches of a target are not accepted without batches of a source")
+    if target_score is not None and target is None:
+        raise InputError("target_score: it is not accepted without target")
     if evaluate := evaluate or treat:
         _check_evaluation(batches, num_iters, group)
     model = unwrapped(model)
@@ -144,6 +150,7 @@ def examine(
     examination = _Examination(model, num_iters, call, group, told, recompute, findings)
     images = Images(batches, evaluate, evaluate and has_frozen(model))
     price = _price(model, num_iters, evaluate, score, target is not None)
+    price = price._replace(has_target_score=evaluate and target_score is not None)
     told.line(str(price))
     try:
         seen = examination.look(told.passes(images.rest, price), frozen=target is not None)
@@ -154,10 +161,15 @@ def examine(
         report = make_report(untried(findings, recompute), rules, "")
         return report._replace(verdict=f"{report.verdict}; nothing was seen on images: {e}")
     examination.of_passes(seen, step or Step())
-    on_target = [] if target is None else examination.on_target(seen, target)
+    of_target, on_target = None, []
+    if target is not None:
+        of_target = examination.of_target(target)
+        on_target = examination.on_target(seen, of_target)
     tried, in_evaluation = [], []
     if evaluate:
         tried, in_evaluation = examination.evaluated(seen, images, score, rules, treat)
+        if of_target is not None and target_score is not None:
+            tried += examination.adapted(of_target, target_score)
     else:
         examination.findings = untried(examination.findings, recompute)
     healthy = _healthy(seen, checkpoint) + _not_seen(unknown)
@@ -189,11 +201,13 @@ class _Examination:
         self.findings += from_passes.findings_of(seen, self.recompute)
         self.findings += from_training.small_batches(seen.called, step)
 
-    def on_target(self, seen: Seen, target: Iterable[Any]) -> list[Shift]:
+    def of_target(self, target: Iterable[Any]) -> Seen:
         try:
-            of_target = self.look(target, frozen=True)
+            return self.look(target, frozen=True)
         except InputError as e:
             raise InputError(f"target: {e}") from e
+
+    def on_target(self, seen: Seen, of_target: Seen) -> list[Shift]:
         shifts = from_target.shifts(seen, of_target)
         self.findings += from_target.findings_of(shifts, seen.frozen, self.recompute)
         return shifts
@@ -229,6 +243,13 @@ class _Examination:
         )
         return tried, shifts
 
+    def adapted(self, of_target: Seen, score: Score) -> list[Tried]:
+        """What the target's statistics have brought there."""
+        self.findings, tried = try_on_target(
+            self.findings, self.model, of_target.statistics, score, self.told
+        )
+        return tried
+
 
 def _check_types(**given: Any) -> None:
     for key, value in given.items():
@@ -244,6 +265,7 @@ _TYPES = {
     "step": (lambda value: isinstance(value, Step), "a bn_det.doctor.Step"),
     "call": (callable, "a function of the model and a batch"),
     "score": (callable, "a function of the model"),
+    "target_score": (callable, "a function of the model"),
 }
 """What arguments of examine are, and that in words."""
 

@@ -83,7 +83,7 @@ class Recompute(NamedTuple):
     def by_command(
         cls, weights: str | os.PathLike, model: str, adapt: str = "", keys: Sequence[str] = ()
     ) -> Recompute:
-        """By tools/recompute_statistics.py.
+        """By bn-det recompute.
 
         Args:
             model: the flags that say what the model and its images are.
@@ -91,7 +91,7 @@ class Recompute(NamedTuple):
             keys: KEY VALUE of a config whose levels then have statistics of their own.
         """
         path = shlex.quote(os.fspath(weights))
-        start = f"python tools/recompute_statistics.py --weights {path} --output"
+        start = f"bn-det recompute --weights {path} --output"
         per_level, needs = IN_CODE.per_level, IN_CODE.needs
         if keys:
             per_level = f"{start} mended.pth --population per_domain {model}"
@@ -198,6 +198,7 @@ class Tried(NamedTuple):
         helps: whether it is better, and by more than chance where that is known.
         kept: whether the model has been left with it.
         needs: what a checkpoint with it needs beside it, if anything.
+        on_target: whether it is of the target's images, and not of the source's.
     """
 
     name: str
@@ -210,6 +211,7 @@ class Tried(NamedTuple):
     helps: bool
     kept: bool
     needs: str
+    on_target: bool = False
 
     def __str__(self) -> str:
         before, after = value_of(self.before), value_of(self.after)
@@ -358,7 +360,9 @@ def _verdict(first: Finding, tried: Sequence[Tried]) -> str:
     if not tried:
         return f"{said}; {first.prescription}"
     own = next((of for of in tried if first.rule in of.rules), None)
-    best = max((of for of in tried if of.helps), key=lambda of: (of.kept, of.gain), default=None)
+    # What was won on other images is not compared.
+    helping = [of for of in tried if of.helps and of.on_target == (own or tried[0]).on_target]
+    best = max(helping, key=lambda of: (of.kept, of.gain), default=None)
     if own is None:
         return f"{said}; {first.prescription}; statistics are not it: {tried[0]}"
     if best is None and own.gain > 0:

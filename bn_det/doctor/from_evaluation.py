@@ -201,7 +201,7 @@ def proposals(seen: Inputs) -> Iterator[Finding]:
         f"by {shift:.3g} (standard deviations of the mean, or relative to the variance)"
     )
     treatment = (
-        "untried: tools/recompute_statistics.py --adabn --dataset TRAINING_SET takes statistics of "
+        "untried: bn-det recompute --adabn --dataset TRAINING_SET takes statistics of "
         "the proposals of test time; or a norm without population statistics in that head (GN)"
     )
     severity = "warning" if shift >= COSTS else "note"

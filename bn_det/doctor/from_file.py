@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ EPS = 1e-5, 1e-3
 
 _LEAST_LEFT = 0.01
 _MANY_WITH_BIAS = 0.9
+_MANY_MIXED = 0.5
 _OF_USUAL = 0.1
 
 _ANY = (
@@ -63,7 +65,7 @@ def examine_file(
     also = f"; the file has weights under {others}, too: --part" if others else ""
     healthy = (
         f"nothing is wrong with what the file says of its {number} BatchNorm layers; whether their "
-        "statistics fit the weights is seen on images: doctor.py with --config-file, or with "
+        "statistics fit the weights is seen on images: bn-det doctor with --config-file, or with "
         f"--model and --data, or bn_det.examine(model, batches){also}"
     )
     return make_report(findings, wanted, healthy if number else "the file has no BatchNorm" + also)
@@ -306,14 +308,42 @@ def missing_keys(checkpoint: Checkpoint, recompute: Recompute) -> Iterator[Findi
 
 def fused_file(checkpoint: Checkpoint) -> Iterator[Finding]:
     """BN114; of a model it is known what it has."""
-    number, with_bias = checkpoint.num_convs, checkpoint.num_with_bias
-    if checkpoint.broken or checkpoint.layers or number < 2:
+    convs, number = checkpoint.convs, len(checkpoint.layers)
+    if checkpoint.broken or len(convs) < 2:
         return
-    if with_bias >= _MANY_WITH_BIAS * number:
+    with_bias = [name for name, has_bias in convs.items() if has_bias]
+    least, most = _MANY_WITH_BIAS * len(convs), (1 - _MANY_WITH_BIAS) * len(convs)
+    if len(with_bias) >= least and number <= most:
         why = (
-            f"it has no statistics, and {with_bias} of {number} convolutions have a bias: if "
-            "the model has BatchNorm, this is its fused file"
+            f"it has {f'{number} BatchNorm' if number else 'no statistics'}, and {len(with_bias)} "
+            f"of {len(convs)} convolutions have a bias: if the model has BatchNorm, this is its "
+            "fused file"
         )
-        treatment = "fuse the model, too, before it is loaded (bn_det.fuse), or load the "
-        treatment += "unfused file"
-        yield Finding("BN114", "warning", (), with_bias, why, treatment)
+    elif with_bias := _fused_beside_others(convs) if number else []:
+        why = (
+            f"{count(len(with_bias), 'convolution')} have a bias, and others of the same name in "
+            f"other blocks have BatchNorm in its place, first {with_bias[0]}: fused in part"
+        )
+    else:
+        return
+    treatment = "fuse the model, too, before it is loaded (bn_det.fuse), or load the unfused file"
+    yield Finding("BN114", "warning", (), len(with_bias), why, treatment)
+
+
+def _fused_beside_others(convs: Mapping[str, bool]) -> list[str]:
+    """Those with a bias in places where others have none, in a file where that is usual.
+
+    A place is the name but for the numbers of the blocks that it is in. That a few places have both
+    is seen in unfused models, too.
+    """
+    places: dict[str, list[str]] = {}
+    for name in convs:
+        block, dot, own = name.rpartition(".")
+        places.setdefault(re.sub(r"\d+", "#", block) + dot + own, []).append(name)
+    with_norm = [
+        names for names in places.values() if len(names) > 1 and not all(map(convs.get, names))
+    ]
+    mixed = [names for names in with_norm if any(map(convs.get, names))]
+    if len(mixed) < _MANY_MIXED * len(with_norm):
+        return []
+    return [name for names in mixed for name in names if convs[name]]

@@ -202,7 +202,7 @@ def _by_batch(seen: Compared) -> Iterator[Finding]:
         )
         treatment = (
             "in training, not in the file: a larger normalization batch (SyncBN), FrozenBN for "
-            "the last part (SOLVER.FREEZE_BN_ITER), or shuffled RoIs; tools/measure_leakage.py "
+            "the last part (SOLVER.FREEZE_BN_ITER), or shuffled RoIs; bn-det leakage "
             "tells whether a RoI head leaks"
         )
         yield Finding("BN303", "note", (), off.value, why, treatment, off.error)

@@ -59,8 +59,5 @@ def findings_of(
     )
     if held := len(frozen & off.keys()):
         why += f"; {held} of them are frozen"
-    treatment = (
-        f"untried: {recompute.adapt} takes the target's statistics (AdaBN); score both before use, "
-        "as it may harm: on another laboratory's blood cells AP fell from 20.7 to 12.3"
-    )
+    treatment = f"{recompute.adapt} takes the target's statistics (AdaBN)"
     yield Finding("BN205", "warning", names, shift, why, treatment, error)

@@ -37,6 +37,7 @@ class Price(NamedTuple):
         again: passes of the first batches that may come to that.
         has_score: whether a score (AP) is taken once, and again for each treatment.
         target: batches of the target, in one forward pass each.
+        has_target_score: whether a score is taken twice on the target.
     """
 
     batches: int
@@ -46,6 +47,7 @@ class Price(NamedTuple):
     again: int = 0
     has_score: bool = False
     target: int = 0
+    has_target_score: bool = False
 
     def __str__(self) -> str:
         """In a line."""
@@ -61,6 +63,8 @@ class Price(NamedTuple):
             )
         if self.has_score:
             depths.append("AP: once, and once for each treatment that is tried")
+        if self.has_target_score:
+            depths.append("AP on the target: twice, if it is of another domain")
         return f"{'; '.join(depths)} (fewer batches, num_iters or --num-iters, cost less)"
 
     def time(self, of_one: float) -> str:
@@ -70,7 +74,7 @@ class Price(NamedTuple):
         words = f"about {_duration(least * of_one)}"
         if most > least:
             words += f", and {_duration(most * of_one)} at most"
-        rest = ", beside AP" if self.has_score else ""
+        rest = ", beside AP" if self.has_score or self.has_target_score else ""
         return f"the first batch took {of_one:.2g} s: {words}{rest}"
 
 

@@ -184,13 +184,15 @@ RULES = {
         "Cadene/pretrained-models 5, pytorch/pytorch 37823",
     ),
     "BN114": Rule(
-        "no BatchNorm in the file",
-        "there is no BatchNorm in the file",
+        "a fused file",
+        "the file is a fused one",
         "convolutions with a bias",
-        "No statistics anywhere, and convolutions that nearly all have a bias.",
+        "At most one BatchNorm to ten convolutions, of which nine in ten have a bias; or some with "
+        "a bias where those of the same name in other blocks have BatchNorm, in half of such "
+        "places.",
         "If the model has BatchNorm, this is its fused file: loaded without being strict, the "
         "model keeps new BatchNorms and gives wrong boxes.",
-        "A network that never had any looks the same.",
+        "A network that never had any, or few, looks the same.",
         "open-mmlab/mmdetection 2924, ultralytics/yolov5 4034",
     ),
     "BN115": Rule(

@@ -1,1 +1,1 @@
-"""The paper's experiments, run by one command and reported: see tools/reproduce.py."""
+"""The paper's experiments, run by one command and reported: see bn-det reproduce."""

@@ -33,7 +33,7 @@ def check_arguments(args: argparse.Namespace, names: Sequence[str]) -> None:
     if "normalizer-free" in names and importlib.util.find_spec("timm") is None:
         raise InputError(
             "EXPERIMENT: 'normalizer-free' needs timm's nets, which are not installed; use "
-            "pip install -e '.[nf]'"
+            "pip install 'bn_det[nf]'"
         )
     for key in ("SEED", "OUTPUT_DIR"):
         if key in args.opts[::2]:

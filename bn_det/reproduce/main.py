@@ -1,4 +1,4 @@
-"""What tools/reproduce.py does."""
+"""What bn-det reproduce does."""
 
 from __future__ import annotations
 
@@ -38,19 +38,18 @@ DEFAULT_SEEDS = 3
 """One is a hint, and two have an interval of 13 standard deviations."""
 
 
-def reproduce(args: argparse.Namespace, root: Path) -> None:
+def reproduce(args: argparse.Namespace) -> None:
     """Run experiments and report them.
 
     Args:
         args: of the command.
-        root: the folder with ``tools`` and ``configs``.
 
     Raises:
         InputError: something is not accepted, or is missing.
     """
     names = _names(args)
     check_arguments(args, names)
-    setting = _setting(args, root)
+    setting = _setting(args)
     check_host(setting)
     seeds = range(1, args.seeds + 1)
     steps = plan(names, setting, seeds)
@@ -110,9 +109,9 @@ def estimate(steps: Iterable[Step], jobs: int) -> timedelta:
     return timedelta(seconds=round(seconds))
 
 
-def times(root: Path) -> str:
+def times() -> str:
     """For the command's help: about how long each experiment takes on shapes."""
-    setting = Setting("shapes", "detectron2", Path("runs"), root)
+    setting = Setting("shapes", "detectron2", Path("runs"))
     named = {**{name: [name] for name in EXPERIMENTS}, "all": list(EXPERIMENTS)}
     seeds = (DEFAULT_SEEDS, 1)
     rows = [
@@ -137,10 +136,10 @@ def _names(args: argparse.Namespace) -> list[str]:
     return [name for name in EXPERIMENTS if args.data == "shapes" or name not in SHAPES_ONLY]
 
 
-def _setting(args: argparse.Namespace, root: Path) -> Setting:
+def _setting(args: argparse.Namespace) -> Setting:
     host = choose_host(args.host)
     runs = Path(args.runs or f"output/reproduce/runs-{args.data}-{host}")
-    return Setting(args.data, host, runs, root, args.num_gpus or NUM_GPUS, tuple(args.opts))
+    return Setting(args.data, host, runs, args.num_gpus or NUM_GPUS, tuple(args.opts))
 
 
 @contextmanager

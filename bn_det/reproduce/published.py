@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 from ..config.keys import leaves
+from ..config.packaged import find_config
 from ..config.yaml_file import load_yaml
 
 NUM_GPUS = 8
@@ -60,7 +61,7 @@ def _values(file: str) -> dict[str, Any]:
 
 def file_values(file: str) -> dict[str, Any]:
     """What a config file and its bases set, by key."""
-    return dict(sorted(leaves(load_yaml(file))))
+    return dict(sorted(leaves(load_yaml(find_config(file)))))
 
 
 def _decoded(value: Any) -> Any:

@@ -164,10 +164,9 @@ class Runner:
         environment = dict(os.environ)
         share = max(1, len(os.sched_getaffinity(0)) // max(1, self.jobs // step.processes))
         environment.setdefault("OMP_NUM_THREADS", str(share))
-        tool, *arguments = step.command
         with open(folder / LOG, "a" if resume else "w") as log:
             return subprocess.Popen(
-                [sys.executable, tool, *resume, *arguments],
+                [sys.executable, *step.command, *resume],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,

@@ -16,6 +16,8 @@ T = TypeVar("T")
 
 CHECKPOINT = "model_final.pth"
 
+_BN_DET = ("-m", "bn_det")
+
 
 class Step(NamedTuple):
     """A command of ours, whose results lie in a folder.
@@ -23,7 +25,7 @@ class Step(NamedTuple):
     Attributes:
         name: of the folder, below that of all runs; "train/NAME" for a training, and for a
             measurement of its checkpoint below that. Steps of the same name are the same.
-        command: the tool, and its arguments.
+        command: arguments of Python, with which it runs a command of ours.
         seconds: about how long it takes on two CPU cores; of one process, beside another one. 0
             if it is not known, as on COCO.
         needs: names of the steps that have to be done before.
@@ -38,7 +40,7 @@ class Step(NamedTuple):
 
     @property
     def is_training(self) -> bool:
-        return self.command[0].endswith("train_net.py") and "--eval-only" not in self.command
+        return self.command[2:3] == ("train",) and "--eval-only" not in self.command
 
 
 def training_of(name: str) -> str:
@@ -53,7 +55,6 @@ class Setting(NamedTuple):
         data: "coco" or "shapes".
         host: "detectron2" or "torchvision".
         runs: the folder of all runs.
-        root: the folder that has ``tools`` and ``configs``.
         num_gpus: processes of a training on COCO.
         opts: KEY VALUE pairs at the end of every command.
     """
@@ -61,7 +62,6 @@ class Setting(NamedTuple):
     data: str
     host: str
     runs: Path
-    root: Path
     num_gpus: int = 8
     opts: tuple[str, ...] = ()
 
@@ -74,12 +74,11 @@ class Setting(NamedTuple):
         return relative(self.runs / name)
 
     def config(self, folder: str, name: str) -> str:
-        """A config file of ours, as a command names it."""
-        middle = "shapes" if self.data == "shapes" else ""
-        return relative(self.root / "configs" / folder / middle / f"{name}.yaml")
+        """A packaged config file, as a command names it wherever it is typed."""
+        return (Path("configs") / folder / self.pick("shapes", "") / f"{name}.yaml").as_posix()
 
-    def tool(self, name: str) -> tuple[str, str, str]:
-        return relative(self.root / "tools" / f"{name}.py"), "--host", self.host
+    def tool(self, name: str) -> tuple[str, ...]:
+        return (*_BN_DET, name, "--host", self.host)
 
 
 def relative(path: Path) -> str:
@@ -140,7 +139,7 @@ def train(
         texts = (*texts, "MODEL.DEVICE", "cpu")  # there are GPUs, but not one for each
     own = ("SEED", str(seed), "OUTPUT_DIR", setting.folder(name))
     command = (
-        *setting.tool("train_net"), "--config-file", file, *_num_gpus(processes), *texts,
+        *setting.tool("train"), "--config-file", file, *_num_gpus(processes), *texts,
         *setting.opts, *own,
     )  # fmt: skip
     step = Step(name, command, setting.pick(seconds, 0), processes=processes)
@@ -162,7 +161,7 @@ def evaluate(
     """An evaluation of a training's checkpoint, by other options: AP in results.json."""
     processes = training.setting.pick(1, training.setting.num_gpus)
     flags = ("--eval-only", *_num_gpus(processes))
-    step = _measure(training, "train_net", name, seconds, flags, opts, weights)
+    step = _measure(training, "train", name, seconds, flags, opts, weights)
     return step._replace(processes=processes)
 
 
@@ -179,7 +178,7 @@ def measure(
 ) -> Step:
     """The "leakage" or the "loss" by batches of so many images: leakage.json or loss.json."""
     flags = ("--images-per-batch", str(images))
-    return _measure(training, f"measure_{what}", name, seconds, flags, opts, weights, needs)
+    return _measure(training, what, name, seconds, flags, opts, weights, needs)
 
 
 def _measure(
@@ -215,7 +214,7 @@ def recompute(
     setting, name = training.setting, f"{training.name}/{name}"
     folder = setting.folder(name)
     command = (
-        *setting.tool("recompute_statistics"), "--config-file", training.config,
+        *setting.tool("recompute"), "--config-file", training.config,
         "--weights", weights or training.checkpoint(),
         "--output", os.path.join(folder, "precise.pth"), "--evaluate", *map(str, flags),
         *training.opts, *map(str, opts), *setting.opts, "OUTPUT_DIR", folder,
@@ -230,4 +229,5 @@ def precise(setting: Setting, step: Step) -> str:
 
 def shown(command: Sequence[str]) -> str:
     """A command as a user types it."""
-    return shlex.join(["python", *command])
+    is_ours = tuple(command[:2]) == _BN_DET
+    return shlex.join(["bn-det", *command[2:]] if is_ours else ["python", *command])

@@ -172,7 +172,7 @@ class Monitor(Hook):
         self._said.add((of.rule, of.severity))
         logger.log(
             logging.INFO if of.severity == "note" else logging.WARNING,
-            "%s at iteration %d: %s, in %s: %s; %s. More: tools/doctor.py --explain %s",
+            "%s at iteration %d: %s, in %s: %s; %s. More: bn-det doctor --explain %s",
             *(of.rule, self.trainer.iter, RULES[of.rule].says, of.place, of.why, of.treatment),
             of.rule,
         )

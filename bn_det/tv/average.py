@@ -25,7 +25,7 @@ from .trainer import (
 
 
 def main(args: argparse.Namespace) -> None:
-    """As tools/average_checkpoints.py says."""
+    """As bn-det average says."""
     cfg = setup(args)
     check(args, cfg, known_sources(cfg))
     check_datasets(cfg, "TRAIN")

@@ -18,7 +18,7 @@ from .trainer import load_annotated, losses_of
 
 
 def measure(args: argparse.Namespace) -> tuple[CfgNode, dict[str, Estimate]]:
-    """Measure the checkpoint of a config on DATASETS.TEST, as tools/measure_loss.py says."""
+    """Measure the checkpoint of a config on DATASETS.TEST, as bn-det loss says."""
     cfg = setup(args)
     check_writable("OUTPUT_DIR", cfg.OUTPUT_DIR)
     check_dense(cfg)

@@ -29,7 +29,7 @@ from .trainer import (
 
 
 def main(args: argparse.Namespace) -> None:
-    """As tools/recompute_statistics.py says."""
+    """As bn-det recompute says."""
     with flags_as_opts(args):
         cfg = setup(args)
         check(args, cfg, known_sources(cfg))

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Train and evaluate, or only evaluate, as the flags of ``tools/train_net.py`` say."""
+    """Train and evaluate, or only evaluate, as the flags of ``bn-det train`` say."""
     start(_run, args, setup(args))
 
 

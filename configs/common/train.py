@@ -12,6 +12,6 @@ train = dict(
     log_period=20,
     device="cuda",
     seed=-1,  # any
-    amp=dict(enabled=False, dtype="float16"),  # the type for tools/train_net.py alone
+    amp=dict(enabled=False, dtype="float16"),  # the type for bn-det train alone
     ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),
 )

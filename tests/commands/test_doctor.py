@@ -1,11 +1,14 @@
 """tools/doctor.py as its users call it."""
 
+import ast
 import json
 import os
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
+import cv2
 import pytest
 import torch
 from torch import nn
@@ -126,9 +129,10 @@ def test_a_model_of_another_project(tmp_path, monkeypatch):
     (finding,) = found["findings"]
     assert finding["where"] == ["1"] and [of["name"] for of in found["on_target"]] == ["1"]
     # The command that it names adapts to the target.
-    command = finding["treatment"].removeprefix("untried: python ").partition(" takes ")[0]
-    script, *arguments = shlex.split(command)
-    done = run_here(script, *arguments)
+    command = finding["treatment"].partition(" takes ")[0]
+    program, name, *arguments = shlex.split(command)
+    assert (program, name) == ("bn-det", "recompute")
+    done = run_here("tools/recompute_statistics.py", *arguments)
     assert done.returncode == 0, done.stderr
     adapted = torch.load("adapted.pth", weights_only=True)["state_dict"]["1.running_mean"]
     images = torch.cat([batch["image"] for batch in a_project().dark()])
@@ -236,9 +240,21 @@ def test_treat(part, tmp_path, monkeypatch):
     assert torch.load("mended.pth", weights_only=True)["epoch"] == 7
 
 
+def with_dark(tiny_shapes, folder):
+    """The options, with a data set of its test images in the dark."""
+    key, sets, *rest = tiny_shapes
+    (_, annotations, images) = ast.literal_eval(sets)[1]
+    folder.mkdir()
+    for path in Path(images).iterdir():
+        cv2.imwrite(str(folder / path.name), cv2.imread(str(path)) // 8)
+    sets = [*ast.literal_eval(sets), ["tiny_dark", annotations, str(folder)]]
+    return [key, repr(sets), *rest]
+
+
 @every_host
 def test_a_config(host, tiny_shapes, tmp_path):
-    small = *tiny_shapes, "MODEL.DEVICE", "cpu", "SOLVER.IMS_PER_BATCH", "2"
+    options = with_dark(tiny_shapes, tmp_path / "dark")
+    small = *options, "MODEL.DEVICE", "cpu", "SOLVER.IMS_PER_BATCH", "2"
     model = build_model(host, make_cfg(host, BASE, *small))
     for name, buffer in model.named_buffers():
         if name.endswith("num_batches_tracked"):
@@ -259,12 +275,14 @@ def test_a_config(host, tiny_shapes, tmp_path):
     done = doctor(
         *("--host", host, "--num-iters", 5, "--config-file", BASE, *small, "--evaluate"),
         *("MODEL.WEIGHTS", tmp_path / "model.pth", "OUTPUT_DIR", tmp_path / "run"),
-        *("--format", "json", "--target", "tiny_val"),
+        *("--format", "json", "--target", "tiny_dark"),
     )
     assert done.returncode == 3, done.stderr
     found = json.loads(done.stdout)
     tried = found["tried"]
     assert {of["measure"] for of in tried} == {"AP"} and not any(of["kept"] for of in tried)
+    of_target = [of for of in tried if of["on_target"]]
+    assert [of["rules"] for of in of_target] == [["BN205"]]
     names = [of["name"] for of in found["layers"]]
     for part in ("in_evaluation", "on_target"):
         assert [of["name"] for of in found[part]] == names, part

@@ -1,7 +1,6 @@
 """tools/train_net.py in several processes: each way to start them, and what ends them."""
 
 import ast
-import importlib.util
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bn_det.cli import train
 from here import run_here
 from hosts import detectron2, every_host
 from reference import BASE, norm_opts
@@ -51,16 +51,12 @@ def finish(*processes):
     return [(p.returncode, *output) for p, output in zip(processes, outputs, strict=True)]
 
 
-def evaluate_here(host, monkeypatch, opts):
+def evaluate_here(host, opts):
     """--eval-only in this process, with as many threads as each of several processes has."""
-    spec = importlib.util.spec_from_file_location("train_net", TRAIN_NET)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    arguments = ["train_net.py", "--host", host, "--config-file", BASE, "--eval-only", *opts]
-    monkeypatch.setattr(sys, "argv", arguments)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    module.main()
+    arguments = ["--host", host, "--config-file", BASE, "--eval-only", *opts]
+    train.main("bn-det train", arguments)
     torch.set_num_threads(threads)
 
 
@@ -85,7 +81,7 @@ def torchrun(host, opts):
 @pytest.mark.parametrize(
     "host, way", [("torchvision", two_commands), (*detectron2.values, torchrun)]
 )
-def test_trains_and_evaluates(host, way, opts, tmp_path, monkeypatch):
+def test_trains_and_evaluates(host, way, opts, tmp_path):
     """The evaluation that ends the training equals that of one process, to the bit."""
     if host == "detectron2":
         pytest.importorskip("detectron2", reason="Detectron2 is not installed")
@@ -102,7 +98,7 @@ def test_trains_and_evaluates(host, way, opts, tmp_path, monkeypatch):
 
     found = detections(out)
     weights = ["MODEL.WEIGHTS", str(out / "model_final.pth"), "OUTPUT_DIR", str(tmp_path / "one")]
-    evaluate_here(host, monkeypatch, [*opts, *weights])
+    evaluate_here(host, [*opts, *weights])
     assert found == detections(tmp_path / "one") and len(found) > 100
 
 

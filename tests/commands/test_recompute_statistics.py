@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from bn_det import DomainBatchNorm2d
+from bn_det.cli import recompute
 from bn_det.config.load import load_config
 from bn_det.errors import InputError
 from here import run_here
@@ -57,18 +58,9 @@ class Project:
 
     def run(self, *args, opts=(), config=BASE):
         command = ["--config-file", config, "--weights", str(self.weights), *args]
-        tool = _tool()
-        parsed = tool.argument_parser().parse_intermixed_args([*command, *self.opts, *opts])
+        parser = recompute.argument_parser("bn-det recompute")
+        parsed = parser.parse_intermixed_args([*command, *self.opts, *opts])
         self.module.main(parsed)
-
-
-def _tool():
-    spec = importlib.util.spec_from_file_location(
-        "recompute_statistics", ROOT / "tools" / "recompute_statistics.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(params=HOSTS)

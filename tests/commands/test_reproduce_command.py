@@ -80,7 +80,7 @@ def test_an_experiment(tiny_variants, tmp_path):
     assert all(row["box AP, its own statistics"] == [0.0] for row in rows), "after two steps"
     page = (report / "report.html").read_text()
     assert "these are not the settings that the claims were written down for" in page
-    assert "tools/recompute_statistics.py --host torchvision" in page
+    assert "bn-det recompute --host torchvision" in page
     assert (report / "domain_shift.png").is_file() and "AdaBN" in (report / "claims.md").read_text()
 
     runs = folder / "runs-shapes-torchvision"

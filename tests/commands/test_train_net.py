@@ -1,7 +1,6 @@
 """tools/train_net.py on both hosts: the main job, and what bad input gets."""
 
 import ast
-import importlib.util
 import json
 import logging
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bn_det.cli import train
 from bn_det.commands.cli import run as run_command
 from here import run_here
 from hosts import INSTALLED, every_host
@@ -58,15 +58,11 @@ def last_table(done):
 
 def fails(monkeypatch, host, *args, config=BASE):
     """The message of a command that ends with an error, run in this process."""
-    spec = importlib.util.spec_from_file_location("train_net", TRAIN_NET)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(
-        sys, "argv", ["train_net.py", "--host", host, "--config-file", config, *map(str, args)]
-    )
+    arguments = ["--host", host, "--config-file", config, *map(str, args)]
+    monkeypatch.setattr(sys, "argv", ["bn-det train", *arguments])
     handlers = logging.root.handlers[:]
     with pytest.raises(SystemExit) as e:
-        run_command(module.main)
+        run_command(lambda: train.main("bn-det train", arguments))
     # The command's log goes to a standard output that ends with the test.
     logging.root.handlers[:] = handlers
     message = str(e.value.code)
@@ -336,7 +332,7 @@ def test_what_the_torchvision_host_refuses(monkeypatch, options):
     assert "MODEL.KEYPOINT_ON" in found and "torchvision host does not know" in found
     lazy = str(ROOT / "configs" / "ways" / "GN.py")
     found = fails(monkeypatch, "torchvision", "train.max_iter=3", config=lazy)
-    assert f"{lazy} is not accepted: LazyConfig files are for tools/train_net.py on Det" in found
+    assert f"{lazy} is not accepted: LazyConfig files are for bn-det train on Det" in found
     found = message(*options, "MODEL.WEIGHTS", "detectron2://ImageNetPretrained/MSRA/R-50.pkl")
     assert "MODEL.WEIGHTS: 'detectron2://" in found and "cannot be resolved" in found
 

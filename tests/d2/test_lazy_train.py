@@ -6,7 +6,6 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 import ast
 import builtins
-import importlib.util
 import json
 import re
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from bn_det.cli import train
 from bn_det.commands.cli import run as run_command
 from bn_det.d2.lazy_train import load_lazy_config
 from bn_det.training import spikes
@@ -103,12 +103,10 @@ def test_trains_in_two_processes_resumes_and_evaluates(config, tmp_path, capfd, 
 
 def fails(monkeypatch, config, *args):
     """The message of a command that ends with an error, run in this process."""
-    spec = importlib.util.spec_from_file_location("train_net", TRAIN_NET)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(sys, "argv", ["train_net.py", "--config-file", str(config), *args])
+    arguments = ["--config-file", str(config), *args]
+    monkeypatch.setattr(sys, "argv", ["bn-det train", *arguments])
     with pytest.raises(SystemExit) as e:
-        run_command(module.main)
+        run_command(lambda: train.main("bn-det train", arguments))
     message = str(e.value.code)
     assert message.startswith("error: ") and "\n" not in message
     return message
@@ -164,7 +162,7 @@ def test_overrides_of_either_kind(monkeypatch):
         monkeypatch, yaml, "train.max_iter=3"
     )
     message = fails(monkeypatch, GN, "--host", "torchvision")
-    assert "LazyConfig files are for tools/train_net.py on Detectron2; use the .yaml" in message
+    assert "LazyConfig files are for bn-det train on Detectron2; use the .yaml" in message
 
 
 def test_what_can_be_overridden():

@@ -97,7 +97,7 @@ def test_no_clone(tmp_path):
 def test_what_is_not_there_yet(tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     name = "blood_cells_pbc_val"
-    with pytest.raises(InputError, match=r"pbc_val.json; tools/prepare_blood_cells.py makes it"):
+    with pytest.raises(InputError, match=r"pbc_val.json; bn-det prepare-blood-cells makes it"):
         load_coco(name, builtin_sources()[name])
 
 
@@ -106,7 +106,7 @@ def test_the_published_numbers():
     beside = Path(__file__).parents[3] / "shared/data/blood_cells"
     folder = next((f for f in (datasets_root() / FOLDER, beside) if f.is_dir()), None)
     if folder is None:
-        pytest.skip("blood cells are not there; tools/prepare_blood_cells.py makes them")
+        pytest.skip("blood cells are not there; bn-det prepare-blood-cells makes them")
     found = {}
     for path in (folder / "annotations").glob("*.json"):
         content = json.loads(path.read_text())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torchvision.models import mobilenet_v3_small, resnet18
+from torchvision.models import get_model, mobilenet_v3_small, resnet18
 
 import bn_det
 from bn_det.doctor import RULES, examine_file
@@ -167,6 +167,41 @@ def test_planted(name, state, examine):
     if severity != "note":
         assert rule in report.verdict and finding.place in report.verdict
     assert RULES[rule].name in str(report) and finding.treatment in str(report)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "number"),
+    [(["layer2"], 5), (["layer1", "layer2", "layer4"], 14), (["layer1", "layer2", "layer4.0"], 12)],
+)
+def test_fused_in_part(blocks, number, examine):
+    model = resnet18(num_classes=2).eval()
+    unfused = {name for name, of in model.named_modules() if isinstance(of, nn.Conv2d)}
+    for block in blocks:
+        bn_det.fuse(model.get_submodule(block))
+    biases = [name for name in unfused if model.get_submodule(name).bias is not None]
+    assert len(biases) == number
+    (finding,) = [of for of in examine(model.state_dict()).findings if of.rule == "BN114"]
+    assert finding.value == number
+    assert any(name in finding.why for name in biases)
+
+
+def test_one_layer_that_fuse_has_left(state, examine):
+    fused(state)
+    for key in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+        state[f"{LAYER}.{key}"] = NEW[f"{LAYER}.{key}"] + 1
+    (finding,) = [of for of in examine(state).findings if of.rule == "BN114"]
+    assert finding.value == 20
+    assert finding.why.startswith("it has 1 BatchNorm, and 20 of 20 convolutions have a bias")
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "vgg11_bn", "maxvit_t", "densenet121", "mobilenet_v3_small"]
+)
+def test_convolutions_with_and_without_bias_are_usual(name, examine):
+    with torch.device("meta"):
+        model = get_model(name, weights=None)
+    state = {key: torch.ones(t.shape, dtype=t.dtype) for key, t in model.state_dict().items()}
+    assert not [of for of in examine(state).findings if of.rule == "BN114"]
 
 
 def test_every_rule_is_planted():

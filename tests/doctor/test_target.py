@@ -54,7 +54,7 @@ def test_against_both_by_themselves(frozen, model):
     report = examine(model, batches(), target=shifted())
     (finding,) = [of for of in report.findings if of.rule == "BN205"]
     assert finding.severity == "warning" and finding.where[0] in ("1", "4")
-    assert ("frozen" in finding.why) == frozen and "untried" in finding.treatment
+    assert ("frozen" in finding.why) == frozen and finding.untried.startswith("it may harm where")
     source, target = statistics(model, batches()), statistics(model, shifted())
     for of in report.on_target:
         (mean, var), (other_mean, other_var) = source[of.name], target[of.name]
@@ -65,6 +65,57 @@ def test_against_both_by_themselves(frozen, model):
     assert finding.value == max(max(of.mean_shift, of.var_shift) for of in report.on_target)
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
     assert [of.name for of in report.layers] == (["4"] if frozen else ["1", "4"])
+
+
+def lossy(model, x):
+    """A loss that is least where the outputs are those of the domain that it was trained on."""
+    return model(x).square().mean()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_targets_statistics_are_tried_there(sign, model):
+    """By the score on the target; whatever they bring, the model stays as it was."""
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    outputs = torch.cat([copy.deepcopy(model).train()(x) for x in shifted()]).detach()
+    scored = []
+
+    def score(model):
+        assert not model.training
+        y = torch.cat([model(x) for x in shifted()]).detach()
+        scored.append(sign * -float((y - outputs).square().mean()))
+        return scored[-1]
+
+    report = examine(
+        model,
+        batches(),
+        call=lossy,
+        target=shifted(),
+        evaluate=True,
+        target_score=score,
+        treat=True,
+    )
+    (finding,) = [of for of in report.findings if of.rule == "BN205"]
+    tried = report.tried[-1]
+    assert tried.on_target and not tried.kept and not any(of.on_target for of in report.tried[:-1])
+    assert (tried.before, tried.after) == tuple(scored)
+    adapted = copy.deepcopy(model)
+    bn_det.update_bn_stats(adapted.train(), shifted(), 32)
+    adapted.eval()
+    assert tried.after == pytest.approx(score(adapted), rel=1e-4)
+    assert finding.gain == tried.after - tried.before and finding.measure == "AP"
+    assert (finding.gain > 0) == (sign > 0) == tried.helps
+    assert finding.prescription.startswith("tried, and no help here") == (sign < 0)
+    assert all(value.equal(state[name]) for name, value in model.state_dict().items())
+
+
+def test_the_same_domain_is_not_scored(model):
+    def score(model):
+        raise AssertionError
+
+    report = examine(
+        model, batches(), call=lossy, target=batches(seed=6), evaluate=True, target_score=score
+    )
+    assert not any(of.on_target for of in report.tried)
 
 
 def test_all_frozen(model):
@@ -93,6 +144,8 @@ def test_what_fails_leaves_the_model(model):
         ({"batches": None, "target": []}, "target: batches of a target are not accepted without"),
         ({"target": []}, "target: data_loader: has 0 of 32 batches"),
         ({"target": shifted(1)}, "target: batches: one is too few"),
+        ({"target_score": len}, "target_score: it is not accepted without target"),
+        ({"target": shifted(), "target_score": 3}, "target_score: what is given is of type int"),
     ],
 )
 def test_what_is_no_target(kwargs, words, model):

@@ -9,8 +9,8 @@ import pytest
 from inputs.test_weights import checkpointer
 from PIL import Image
 from torch import nn
-from visualize_json_results import load_detections
 
+from bn_det.cli.visualize import load_detections
 from bn_det.commands.output_folder import used_by_one
 from bn_det.commands.results import read_metrics
 from bn_det.config.yaml_file import load_yaml

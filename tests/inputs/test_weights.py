@@ -133,8 +133,8 @@ def test_statistics_that_are_not_finite(host, weights, tmp_path):
     torch.save(broken(weights, name, float("inf")), tmp_path / "inf.pth")
     torch.save(broken(weights, name, -1.0), tmp_path / "negative.pth")
     for file, words in (
-        ("inf.pth", "have NaN or infinity; .*recompute_statistics.py"),
-        ("negative.pth", "have a negative variance; tools/recompute"),
+        ("inf.pth", "have NaN or infinity; .*bn-det recompute"),
+        ("negative.pth", "have a negative variance; bn-det recompute"),
     ):
         for must_match in (True, False):
             loads = checkpointer(host, model_of(host))

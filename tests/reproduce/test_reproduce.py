@@ -15,6 +15,8 @@ import torch
 from fvcore.common.config import CfgNode
 from scipy.stats import ttest_1samp
 
+from bn_det.cli.main import COMMANDS
+from bn_det.config.packaged import find_config
 from bn_det.errors import InputError
 from bn_det.reproduce.checks import check_folder
 from bn_det.reproduce.claims import CLAIMS, Claim, claims_of, judge
@@ -108,23 +110,25 @@ def test_every_claim_has_an_effect():
 
 @pytest.fixture
 def setting(tmp_path):
-    return Setting("shapes", "torchvision", tmp_path / "runs", ROOT)
+    return Setting("shapes", "torchvision", tmp_path / "runs")
 
 
 @pytest.mark.parametrize("data", ["shapes", "coco"])
-def test_plans(tmp_path, data):
+def test_plans(tmp_path, monkeypatch, data):
     """Names stand for one command each, and what a step needs or reads comes before it."""
-    setting = Setting(data, "torchvision", tmp_path / "runs", ROOT)
+    monkeypatch.chdir(tmp_path)  # where the configs are the packaged ones
+    setting = Setting(data, "torchvision", tmp_path / "runs")
     names = [n for n in NAMES if data == "shapes" or n not in SHAPES_ONLY]
     steps = {}
     for name in names:
         for step in EXPERIMENTS[name].plan(setting, 1):
             assert steps.setdefault(step.name, step) == step
             assert all(needed in steps for needed in step.needs)
-            config = Path(step.command[step.command.index("--config-file") + 1])
-            assert config.is_file() and Path(step.command[0]).is_file()
+            config = step.command[step.command.index("--config-file") + 1]
+            assert find_config(config) == str(ROOT / config) and Path(ROOT / config).is_file()
+            assert step.command[:2] == ("-m", "bn_det") and step.command[2] in COMMANDS
             read = [a for a in step.command if a.endswith(".pth") and "precise.pth" in a]
-            if "measure_loss" in step.command[0] and read:
+            if step.command[2] == "loss" and read:
                 assert Path(read[0]).parent.name == "precise"
                 assert Path(step.name).with_name("precise").as_posix() in step.needs
     merged = plan(names, setting, [1, 2])
@@ -136,7 +140,7 @@ def test_plans(tmp_path, data):
 @pytest.mark.parametrize("data, num_gpus", [("shapes", 8), *(("coco", n) for n in range(2, 17))])
 def test_trainings_keep_the_checkpoints_that_are_looked_at(tmp_path, data, num_gpus):
     """By the period and the length that their commands and configs say."""
-    setting = Setting(data, "torchvision", tmp_path / "runs", ROOT, num_gpus)
+    setting = Setting(data, "torchvision", tmp_path / "runs", num_gpus)
     names = [n for n in NAMES if data == "shapes" or n not in SHAPES_ONLY]
     steps = {s.name: s for s in plan(names, setting, [1])}
     looked_at = 0
@@ -146,7 +150,7 @@ def test_trainings_keep_the_checkpoints_that_are_looked_at(tmp_path, data, num_g
             of = steps[step.needs[0]].command
             opts = dict(pairwise(of))  # the last value of a key counts
             file = of[of.index("--config-file") + 1]
-            solver = CfgNode.load_yaml_with_base(file)["SOLVER"]
+            solver = CfgNode.load_yaml_with_base(find_config(file))["SOLVER"]
             end = int(opts.get("SOLVER.MAX_ITER", solver["MAX_ITER"]))
             iteration = int(Path(files[0]).stem.removeprefix("model_")) + 1
             assert iteration % int(opts["SOLVER.CHECKPOINT_PERIOD"]) == 0 and iteration <= end
@@ -186,10 +190,10 @@ def test_iterations_on_other_numbers_of_gpus(num_gpus):
 
 @pytest.mark.parametrize("data, num_gpus", [("shapes", 8), ("coco", 8), ("coco", 2)])
 def test_precise_bn_has_as_many_images_in_all_that_is_compared(tmp_path, data, num_gpus):
-    setting, found = Setting(data, "torchvision", tmp_path, ROOT, num_gpus), {}
+    setting, found = Setting(data, "torchvision", tmp_path, num_gpus), {}
     for name in ("multi-domain", "population", "batch-size"):
         for step in EXPERIMENTS[name].plan(setting, 1):
-            if "recompute" in step.command[0] and "--num-iters" not in step.command:
+            if step.command[2] == "recompute" and "--num-iters" not in step.command:
                 opts = dict(pairwise(step.command))
                 keys = (f"TEST.PRECISE_BN.{key}" for key in ("IMS_PER_BATCH", "NUM_ITER"))
                 found.setdefault(name, set()).add(math.prod(int(opts[key]) for key in keys))
@@ -203,7 +207,7 @@ def test_precise_bn_has_as_many_images_in_all_that_is_compared(tmp_path, data, n
 
 @pytest.mark.parametrize("num_gpus, sizes", [(8, (2, 16)), (4, (2, 8))])
 def test_batch_sizes_on_coco_are_those_of_a_gpu_and_of_all(tmp_path, num_gpus, sizes):
-    setting = Setting("coco", "detectron2", tmp_path, ROOT, num_gpus)
+    setting = Setting("coco", "detectron2", tmp_path, num_gpus)
     assert batch_size.sizes(setting) == sizes
     configs = [batch_size.training(setting, 1, size).config for size in sizes]
     assert [Path(config).name for config in configs] == ["BN.yaml", "SyncBN.yaml"]
@@ -290,9 +294,8 @@ def test_a_step_that_nothing_can_start(tmp_path):
     ],
 )
 def test_a_training_that_diverges(tmp_path, words, iteration):
-    folder = tmp_path / "train_net.py"
-    folder.write_text(f"import sys; sys.exit({words!r})")
-    a, b = Step("a", (str(folder),), 1), Step("b", (str(folder),), 1, ("a",))
+    command = ("-c", f"import sys; sys.exit({words!r})", "train")
+    a, b = Step("a", command, 1), Step("b", command, 1, ("a",))
     runner = Runner([a, b], tmp_path / "runs", jobs=1)
     assert runner.run() == [] and runner.outcomes["a"].diverged_at == iteration
     assert set(runner.outcomes) == {"a"} and runner.pending() == []
@@ -300,9 +303,8 @@ def test_a_training_that_diverges(tmp_path, words, iteration):
 
 
 def test_an_interrupted_training_is_resumed(tmp_path):
-    tool = tmp_path / "train_net.py"
     # The first time it leaves a checkpoint and is killed.
-    tool.write_text(
+    code = (
         "import os, sys, pathlib, signal\n"
         "folder = pathlib.Path(sys.argv[-1])\n"
         "if '--resume' in sys.argv: sys.exit(0)\n"
@@ -310,14 +312,14 @@ def test_an_interrupted_training_is_resumed(tmp_path):
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     runs = tmp_path / "runs"
-    step = Step("a", (str(tool), "OUTPUT_DIR", str(runs / "a")), 1)
+    step = Step("a", ("-c", code, "train", "OUTPUT_DIR", str(runs / "a")), 1)
     (runs / "a").mkdir(parents=True)
     (runs / "a" / "metrics.json").write_text("of a run without a checkpoint")
     (failure,) = Runner([step], runs, jobs=1).run()
     assert failure.reason == "killed by SIGKILL: no output"
     assert not (runs / "a" / "metrics.json").exists()
     (runs / "a" / "metrics.json").touch()
-    other = step._replace(command=(str(tool), "SEED", "2", "OUTPUT_DIR", str(runs / "a")))
+    other = step._replace(command=(*step.command, "SEED", "2"))
     with pytest.raises(InputError, match="has another command"):
         Runner([other], runs, jobs=1).run()
     assert Runner([step], runs, jobs=1).run() == []
@@ -402,15 +404,15 @@ def write_results(setting, steps, rng, iterations=range(14, 1500, 15)):
         ]  # fmt: skip
         metrics = ("foreground accuracy", "accuracy", "loss")
         files = {
-            "train_net": ("results.json", ap()),
-            "recompute_statistics": (
+            "train": ("results.json", ap()),
+            "recompute": (
                 "precise.json",
                 {"layers": layers, "results": {"before": ap(), "after": ap()}},
             ),
-            "measure_loss": ("loss.json", estimates(names)),
-            "measure_leakage": ("leakage.json", {n: estimates(metrics) for n in names}),
+            "loss": ("loss.json", estimates(names)),
+            "leakage": ("leakage.json", {n: estimates(metrics) for n in names}),
         }
-        file, content = files[Path(step.command[0]).stem]
+        file, content = files[step.command[2]]
         (folder / file).write_text(json.dumps(content))
         if not step.is_training:
             continue
@@ -613,7 +615,7 @@ def test_report(results, tmp_path):
                 for row in table.rows:
                     assert len(row.cells) == len(table.columns) == len(table.digits)
                     assert len(row.label) == len(table.labels)
-                    assert row.steps[0].command[1:] and row.steps[0].name in content["steps"]
+                    assert row.steps[0].command[3:] and row.steps[0].name in content["steps"]
                     # What its commands read is made by commands that are shown.
                     folders = {str(results.setting.runs / s.name) for s in row.steps}
                     read = {a for s in row.steps for a in s.command if a.endswith(".pth")}
@@ -659,7 +661,7 @@ def test_seeds_with_loss_spikes_do_not_count(results, tmp_path):
 
 def test_the_command_reports_what_has_been_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    setting = Setting("shapes", "torchvision", tmp_path / "runs", ROOT)
+    setting = Setting("shapes", "torchvision", tmp_path / "runs")
     steps = plan(["domain-shift"], setting, [1])
     write_results(setting, steps, random.Random(5))
     for step in steps:
@@ -690,7 +692,7 @@ def test_a_report_with_nothing_done_says_so(setting, tmp_path):
 
 def test_report_on_coco(tmp_path):
     """Each experiment on COCO, too, and its claims."""
-    setting = Setting("coco", "detectron2", tmp_path / "runs", ROOT, 4)
+    setting = Setting("coco", "detectron2", tmp_path / "runs", 4)
     names = [n for n in NAMES if n not in SHAPES_ONLY]
     steps = plan(names, setting, [1])
     every, end = 9000, 600000  # all that is looked at is among these

@@ -96,7 +96,7 @@ def test_levels_that_differ(kind, caplog):
         "BN202 at iteration 15: levels or sources that differ share one set of statist"
     )
     assert "in norm: 1 layer called several times a pass (norm 3 times)" in message
-    assert message.endswith("More: tools/doctor.py --explain BN202")
+    assert message.endswith("More: bn-det doctor --explain BN202")
     model = MODELS["levels of torch"]()
     model.load_state_dict(trainer.model.state_dict())
     inputs = []

@@ -1,7 +1,4 @@
-"""Imported by the commands before torch: Ctrl-C then ends them in one line, as it does later on.
-
-It is not in bn_det, whose first import is that of torch.
-"""
+"""Imported before torch: Ctrl-C then ends a command in one line, as it does later on."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""The commands of ``bn-det``: a file for each."""
