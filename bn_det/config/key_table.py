@@ -12,7 +12,7 @@ _INTRO = """\
 Ours, beside those of Detectron2. Lists can be written as tuples, integers for floats. What is wrong
 only together with other keys is told before anything is built, as are many keys that nothing reads.
 Our hooks are in any trainer with `BNHooks`, our trainers are those of `bn-det train`. The
-names that a `NORM` can have are in [README.md](../README.md).
+names that a `NORM` can have are in [docs/components.md](../docs/components.md).
 
 | key | default | values | meaning | read by |
 | --- | --- | --- | --- | --- |

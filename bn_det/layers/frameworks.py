@@ -1,4 +1,4 @@
-"""BatchNorm's numbers between frameworks that store them otherwise; see docs/ways.md."""
+"""BatchNorm's numbers between frameworks that store them otherwise; see docs/frameworks.md."""
 
 from __future__ import annotations
 
