@@ -155,7 +155,8 @@ def examine(
         return report._replace(verdict=f"{report.verdict}; nothing was seen on images: {e}")
     examination.of_passes(seen, step or Step())
     on_target = [] if target is None else examination.on_target(seen, target)
-    tried, in_evaluation = [], []
+    tried: list[Tried] = []
+    in_evaluation: list[Shift] = []
     if evaluate:
         tried, in_evaluation = examination.evaluated(seen, images, score, rules, treat)
     else:
