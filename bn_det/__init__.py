@@ -89,15 +89,16 @@ __all__ = [
 _ROOMS = ("layers", "population", "training", "doctor", "config")
 """That have these names, in the order in which they are looked in: the last needs yacs."""
 
+if not TYPE_CHECKING:  # to type checkers, a name that is not there is an error
 
-def __getattr__(name: str) -> Any:
-    """A room, or what is in one: a command shows its help before torch is imported."""
-    if name in (*_ROOMS, "errors"):
-        return import_module(f".{name}", __name__)
-    if name in __all__:
-        for room in _ROOMS:
-            found = import_module(f".{room}", __name__)
-            if name in found.__all__:
-                globals()[name] = getattr(found, name)
-                return globals()[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        """A room, or what is in one: a command shows its help before torch is imported."""
+        if name in (*_ROOMS, "errors"):
+            return import_module(f".{name}", __name__)
+        if name in __all__:
+            for room in _ROOMS:
+                found = import_module(f".{room}", __name__)
+                if name in found.__all__:
+                    globals()[name] = getattr(found, name)
+                    return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from numbers import Integral
 
@@ -93,6 +93,7 @@ def path_of(error: OSError) -> str:
 
 def reason_of(error: BaseException) -> str:
     """What somebody else's code raised: the first line that says something, or else its type."""
+    lines: Iterator[str]
     try:
         lines = map(str.strip, str(error).splitlines())
     except Exception:  # of its own code

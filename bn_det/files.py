@@ -166,7 +166,7 @@ def check_writable(key: str, folder: str | os.PathLike) -> None:
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder) as file:
+        with TemporaryFile(dir=os.fspath(folder)) as file:
             file.write(bytes(4096))  # a full disk still takes an empty one
     except OSError as e:
         raise InputError(f"{key}: {folder} cannot be written to: {e.strerror}") from e

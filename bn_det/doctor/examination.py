@@ -161,11 +161,13 @@ def examine(
         report = make_report(untried(findings, recompute), rules, "")
         return report._replace(verdict=f"{report.verdict}; nothing was seen on images: {e}")
     examination.of_passes(seen, step or Step())
-    of_target, on_target = None, []
+    of_target: Seen | None = None
+    on_target: list[Shift] = []
     if target is not None:
         of_target = examination.of_target(target)
         on_target = examination.on_target(seen, of_target)
-    tried, in_evaluation = [], []
+    tried: list[Tried] = []
+    in_evaluation: list[Shift] = []
     if evaluate:
         tried, in_evaluation = examination.evaluated(seen, images, score, rules, treat)
         if of_target is not None and target_score is not None:

@@ -96,8 +96,8 @@ class Recompute(NamedTuple):
         if keys:
             per_level = f"{start} mended.pth --population per_domain {model}"
             needs = f"its config needs {' '.join(keys)} from then on"
-        usual = (f"{start} mended.pth{f} {model}" for f in ("", " --initial"))
-        return cls(*usual, per_level, needs, f"{start} adapted.pth {adapt}")
+        usual, initial = (f"{start} mended.pth{f} {model}" for f in ("", " --initial"))
+        return cls(usual, initial, per_level, needs, f"{start} adapted.pth {adapt}")
 
 
 def _in_code(batches: str, more: str = "") -> str:
@@ -182,7 +182,7 @@ class Measures(NamedTuple):
     calls: int
     share: float | None
 
-    worst = Shift.worst
+    worst = Shift.worst  # type: ignore[misc]  # NamedTuple takes a property, as it does a method
 
 
 class Tried(NamedTuple):

@@ -134,7 +134,7 @@ def small_batches(called: Mapping[str, tuple[nn.Module, float]], step: Step) -> 
             few[name] = (size, processes)
     if not few:
         return
-    names = tuple(sorted(few, key=few.get))
+    names = tuple(sorted(few, key=lambda name: few[name]))
     least, processes = few[names[0]]
     times = step.processes * step.batches // processes
     of_step = f", where a step of the optimizer has {times} of these" if times > 1 else ""

@@ -138,8 +138,7 @@ def _is_number(value: Any) -> bool:
 def statistics_of(model: nn.Module) -> Values:
     """A copy of all population statistics of a model."""
     return {
-        name: tuple(buffer.clone() for buffer in buffers)
-        for name, buffers in _buffers(model).items()
+        name: (mean.clone(), variance.clone()) for name, (mean, variance) in _buffers(model).items()
     }
 
 

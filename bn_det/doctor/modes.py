@@ -40,7 +40,7 @@ def as_called(
 
     def run(batch: Any) -> Any:
         modes = [(name, module, module.training) for name, module in model.named_modules()]
-        checked = []
+        checked: list[bool] = []
 
         def check(*_: object) -> None:
             if checked:

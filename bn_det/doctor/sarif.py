@@ -58,7 +58,11 @@ def _markdown(parts: dict[str, str]) -> str:
 
 
 def _result(of: Finding, index: int, uri: str) -> dict[str, Any]:
-    more = {"value": of.value, "standardError": of.standard_error, "gain": of.gain}
+    more: dict[str, float | str | None] = {
+        "value": of.value,
+        "standardError": of.standard_error,
+        "gain": of.gain,
+    }
     more |= {"gainMeasure": of.measure or None, "untried": of.untried or None}
     return {
         "ruleId": of.rule,

@@ -42,8 +42,8 @@ def share_of(passes: Sequence[Sequence[Moments]]) -> Share:
     noise = (means[1:] - means[:-1]).square().mean(0) / 2
     by_noise = _ratio((weights.mean(0) * noise).sum(0), total.mean(0)).mean()
     error = shares.std() / len(shares) ** 0.5
-    values = torch.stack([shares.mean(), by_noise, error]).tolist()
-    return Share(counts.shape[1], *values, len(passes))
+    share, expected, off = torch.stack([shares.mean(), by_noise, error]).tolist()
+    return Share(counts.shape[1], share, expected, off, len(passes))
 
 
 def stacked(passes: Sequence[Sequence[Moments]]) -> tuple[Tensor, Tensor, Tensor]:

@@ -158,8 +158,12 @@ class BatchNorm2d(nn.BatchNorm2d):
             raise ValueError("groups: not accepted by a layer that normalizes over processes")
         partition = None
         if groups is not None or self.ghost_size is not None:
-            how = {"ghost_size": self.ghost_size, "ghost_order": self.ghost_order}
-            partition = partial(ghost_batches, **how, groups=groups)
+            partition = partial(
+                ghost_batches,
+                ghost_size=self.ghost_size,
+                ghost_order=self.ghost_order,
+                groups=groups,
+            )
         plan = Plan(domains, self.eps, by_batch, group, partition, self.renorm, *hooks, name=name)
         if group is not None and plan.needs_batches:
             return plan._replace(place=self._next_place(domains))

@@ -43,7 +43,7 @@ def process_group(group: Group) -> dist.ProcessGroup | None:
         )
     if group is None or not (dist.is_available() and dist.is_initialized()):
         return None
-    resolved = dist.group.WORLD if group == "world" else group
+    resolved = group if isinstance(group, dist.ProcessGroup) else dist.group.WORLD
     return resolved if dist.get_world_size(resolved) > 1 else None
 
 

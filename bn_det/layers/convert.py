@@ -78,7 +78,8 @@ def convert_batchnorm(
     layers = selected("convert_batchnorm", unwrapped(module), modules)
     of_hosts = [name for layer, name in layers.items() if is_host_frozen(layer)]
     layers = {layer: name for layer, name in layers.items() if not is_host_frozen(layer)}
-    made, left, dropped, returned = {}, {}, {}, set()
+    made, left, dropped = {}, {}, {}
+    returned: set[nn.Module] = set()
     for layer, name in layers.items():
         if not (why := why_lazy(layer) or what_else(layer)):
             new = make(layer.num_features)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, SupportsIndex
 
 from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _NormBase
@@ -63,7 +63,7 @@ class StaysInEvaluation:
         self.asked_mode = mode
         return super().train(False)
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple:
         # Its class is made when it is frozen, and is nowhere to be found by name.
         state = self.__getstate__() if hasattr(self, "__getstate__") else dict(vars(self))
         return _new, (self.thawed_type,), state

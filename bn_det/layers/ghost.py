@@ -32,7 +32,7 @@ def ghost_batches(
         _check(groups, num_samples)
         return Partition(groups.unique(return_counts=True)[1].tolist() or [0], groups.argsort())
     num_batches = max(num_samples // ghost_size, 1) if ghost_size else 1
-    if num_batches == 1:
+    if not ghost_size or num_batches == 1:
         return Partition([num_samples], None)
     sizes = [ghost_size] * num_batches
     sizes[-1] += num_samples - sum(sizes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ class HeldParameter(nn.Parameter):
         memo[id(self)] = copy = nn.Parameter(data, requires_grad=False)
         return copy
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple:
         return nn.Parameter, (self.data, False)
 
 

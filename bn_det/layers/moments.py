@@ -35,7 +35,7 @@ class Moments(NamedTuple):
     Those of n sets may be stacked: shapes (n,), (n, C) and (n, C).
     """
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # in place of tuple.count, which nothing asks for
     mean: Tensor
     var: Tensor
 

@@ -63,7 +63,7 @@ def norm_factory(
         return None
     if callable(norm):
         return norm
-    named = {
+    named: dict[str, Callable[[int], nn.Module]] = {
         "BN": layer,
         "SyncBN": partial(layer, group="world"),
         "GhostBN": partial(layer, ghost_size=ghost_size, ghost_order=ghost_order),

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 from torch.utils._pytree import tree_map_only
 
 from .comm import Group, gather_into, process_group, report_disagreement
@@ -174,10 +173,10 @@ def _agree(what: str, x: Tensor, seed: int, place: Place, group: dist.ProcessGro
     header = torch.tensor(
         [seed, requires_grad, _DTYPES.index(x.dtype), x.dim(), *sizes], device=x.device
     )
-    headers = header.new_empty(dist.get_world_size(group), len(header))
-    gather = partial(gather_into, headers.view(-1), header)
+    every = header.new_empty(dist.get_world_size(group), len(header))
+    gather = partial(gather_into, every.view(-1), header)
     meet(place._replace(stage=what), group).exchange(gather)
-    headers = headers.tolist()
+    headers = every.tolist()
     report_disagreement(
         what,
         [
@@ -279,7 +278,7 @@ class _Exchange(torch.autograd.Function):
     """One all-to-all along a route; its backward pass is the reverse route."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, route: _Route) -> Tensor:
+    def forward(ctx: Any, x: Tensor, route: _Route) -> Tensor:
         ctx.route = route
         leaving = sum(route.send_counts)
         staying = len(x) - leaving
@@ -293,7 +292,7 @@ class _Exchange(torch.autograd.Function):
         return there.index_select(0, route.arrival)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         route = ctx.route.reversed(f"backward pass of {ctx.route.place.stage}")
         return _Exchange.apply(grad, route), None
 

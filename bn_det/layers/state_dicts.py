@@ -148,7 +148,7 @@ def why_not_dense(tensor: Tensor) -> str:
 def first_difference(a: State, b: State) -> tuple[str, object, object] | None:
     """The first name whose tensors have other shapes, with both; "nothing" where one has none."""
     for name in (*a, *b):
-        shapes = [tuple(of[name].shape) if name in of else "nothing" for of in (a, b)]
-        if shapes[0] != shapes[1]:
-            return name, *shapes
+        ours, others = (tuple(of[name].shape) if name in of else "nothing" for of in (a, b))
+        if ours != others:
+            return name, ours, others
     return None

@@ -50,7 +50,7 @@ class _Sums(NamedTuple):
     variance e = var + d^2, for the mean of batch variances e is that of the batch.
     """
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # in place of tuple.count, which nothing asks for
     mean: Tensor
     var: Tensor
     batches: Tensor

@@ -47,7 +47,7 @@ class PopulationLayer(NamedTuple):
     """
 
     name: str
-    module: nn.Module
+    module: _BatchNorm
     owner: nn.Module
     domains: list[int]
 
@@ -238,7 +238,7 @@ class Observer:
                 layer.module.register_forward_pre_hook(partial(_take_input, take))
                 continue
             layer.module.track_running_stats = False
-        of_owner = {owner: [] for owner in self._owners}
+        of_owner: dict[nn.Module, list] = {owner: [] for owner in self._owners}
         for index, layer in enumerate(self.layers):
             of_owner[layer.owner].append((index, layer.domains))
         for owner, parts in of_owner.items():
