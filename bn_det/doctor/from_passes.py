@@ -197,9 +197,27 @@ def of_levels(off: Mapping[str, tuple[float, float]], calls: Mapping[str, int]) 
     why = (
         f"{count(len(off), 'layer')} called several times a pass ({names[0]} {calls[names[0]]} "
         "times), each level normalized by its own batch, and at test time all by the same "
-        f"statistics: {100 * share:.0f} % of {names[0]}'s variance lie between the levels"
+        f"statistics: {_percent(share)} of {names[0]}'s variance lie between the levels"
     )
     return Finding("BN202", "warning", names, share, why, IN_CODE.per_level, error)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.01 else f"{100 * share:.1g} %"
+
+
+def counted(findings: Iterable[Finding], seen: Seen) -> Iterator[Finding]:
+    """Findings, with BN112 as a note where layers are called as often as they have counted.
+
+    It is known of these what a file leaves open, and BN202 is about what it costs.
+    """
+    calls = {of.name: of.calls for of in seen.layers}
+    for of in findings:
+        if of.rule == "BN112" and all(calls.get(name) == of.value for name in of.where):
+            why = f"{of.why}; a pass calls them {of.value:g} times"
+            yield of._replace(severity="note", why=why)
+        else:
+            yield of
 
 
 def sources(seen: Seen) -> Iterator[Finding]:
@@ -223,7 +241,7 @@ def sources(seen: Seen) -> Iterator[Finding]:
         )
         why = (
             f"{count(len(off), 'layer')} with one set of statistics for {first.sources} sources of "
-            f"images: {100 * share:.0f} % of {names[0]}'s variance lie between the sources; {how}"
+            f"images: {_percent(share)} of {names[0]}'s variance lie between the sources; {how}"
         )
         treatment = (
             "statistics for each source: NORM SourceBN with DATASETS.SOURCES, or "

@@ -19,7 +19,8 @@ _IMAGES = DomainScope(
     "name the sources of a batch by bn_det.image_sources; in a detector from a config, by "
     "DATASETS.SOURCES for a whole data set (in a trainer of your own on Detectron2 after "
     "bn_det.d2.register_datasets(cfg)), or by the key 'source' in an image's dict",
-    "; a RoI head has RoIs, of which there are more: keep it to backbone, FPN and dense heads",
+    "; a RoI head has RoIs, of which there are more: keep it to backbone, FPN and dense heads, or "
+    "in a detector of torchvision call bn_det.tv.sources.name_roi_sources(model.roi_heads)",
 )
 
 
