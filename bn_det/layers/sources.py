@@ -167,7 +167,7 @@ class SourceBatchNorm2d(DomainBatchNorm2d):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         """Take what a layer without sources has, of all levels or of each, for each source."""
-        num = len(list(self.children()))
+        num = self.num_sources if self.population == "shared" else self.num_domains
         for name in self.population_of(0).state_dict():
             if f"{prefix}{num - 1}.{name}" in state_dict:
                 continue
