@@ -4,13 +4,12 @@ import re
 
 from here import ROOT
 
-PAGES = sorted((ROOT / "docs" / "with").glob("*.md"))
-
 
 def blocks(page, kind):
     """The fenced blocks of a kind ("python", or "" for output) of a page, by its name."""
     text = (ROOT / "docs" / "with" / f"{page}.md").read_text()
-    return re.findall(rf"^```{kind}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [block for found, block in fences if found == kind]
 
 
 def run(page, **names):
@@ -22,8 +21,8 @@ def run(page, **names):
 
 def shown_rules(page):
     """Of each output of the doctor that a page shows, the rules of its table with severities."""
-    tables = [re.findall(r"^\| (\w+) +\| (BN\d+) ", of, re.MULTILINE) for of in blocks(page, "")]
-    return [table for table in tables if table]
+    pattern = re.compile(r"^\| (\w+) +\| (BN\d+) ", re.MULTILINE)
+    return [pattern.findall(output) for output in blocks(page, "")]
 
 
 def rules(report):

@@ -12,8 +12,6 @@ import pages
 from bn_det.doctor import examine_file
 from list_heads import Detector
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def call(model, batch):
     return model(*batch)

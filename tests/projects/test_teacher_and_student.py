@@ -16,8 +16,6 @@ from bn_det.errors import InputError
 from bn_det.training import Monitor
 from teacher_and_student import Data, Detector, make, train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def call(model, batch):
     return model(*batch)
@@ -80,6 +78,7 @@ def test_statistics_of_a_teacher(trained):
     torch.testing.assert_close(norm.running_mean, first.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
     assert not any(p.requires_grad for p in teacher.parameters())
     # They are not those of the labelled images.
+    teacher.eval()
     of = {of.rule: of.severity for of in bn_det.examine(teacher, labelled, call=call).findings}
     assert of == {"BN201": "error"}
 

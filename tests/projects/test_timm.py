@@ -14,8 +14,6 @@ from torch import nn  # noqa: E402
 import bn_det  # noqa: E402
 import pages  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def page():
@@ -48,7 +46,8 @@ def test_the_page(page, model):
 
 def test_what_the_doctor_says(page, model):
     report = bn_det.examine(model, page["loader"])
-    assert pages.rules(report) == pages.shown_rules("timm")[0]
+    assert pages.rules(report) == pages.shown_rules("timm")[0] == []
+    assert pages.blocks("timm", "") == [f"{report}\n"]
 
 
 def test_statistics_of_a_layer_with_an_activation(page, model):

@@ -13,8 +13,6 @@ from torchvision.models.detection import (
 import bn_det
 import pages
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SIZES = {"min_size": 64, "max_size": 64}
 FEW = {"box_batch_size_per_image": 8, "rpn_post_nms_top_n_train": 16}
 MAKERS = {

@@ -12,8 +12,6 @@ from bn_det.doctor import examine_file
 from bn_det.errors import InputError
 from tree_of_configs import Detector, save_checkpoint
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def call(model, batch):
     return model(**batch, mode="loss")

@@ -7,8 +7,6 @@ from torchvision.models.detection import fasterrcnn_resnet50_fpn_v2
 import bn_det
 import pages
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def make():
     return fasterrcnn_resnet50_fpn_v2(
