@@ -64,7 +64,8 @@ def test_the_page():
     """Its statistics are those of the images, without targets, as the last block makes them."""
     names = pages.run("torchvision_loop")
     model = names["model"]
-    conv, norm = model.backbone.features[0][0][:2]
+    first = model.backbone.features[0][0]
+    conv, norm = first[0], first[1]
     assert type(norm) is nn.BatchNorm2d and not norm.training
     with torch.no_grad():
         seen = torch.cat(

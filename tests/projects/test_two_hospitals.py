@@ -55,9 +55,9 @@ def test_a_stock_checkpoint(page):
 def of_one_hospital(page):
     """A stock model with statistics, and batches of one hospital each."""
     torch.manual_seed(0)
-    loader = [page["batch"]([k % 2] * 2) for k in range(4)]
+    loader = [page["batch"]([k % 2] * 3) for k in range(8)]
     model = make().train()
-    bn_det.update_bn_stats(model, loader, 4, call=page["call"])
+    bn_det.update_bn_stats(model, loader, 8, call=page["call"])
     return model, loader
 
 
