@@ -70,7 +70,7 @@ setup(
             "onnxruntime",
         ],
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
-        # Not on PyPI; see the README for how to install it.
+        # Not on PyPI; see docs/hosts.md for how to install it.
         "detectron2": [
             "detectron2 @ git+https://github.com/facebookresearch/detectron2.git",
             "setuptools<81",

@@ -155,7 +155,7 @@ def choose_host(requested: str) -> str:
     installed = importlib.util.find_spec("detectron2") is not None
     if requested == "detectron2" and not installed:
         raise InputError(
-            "--host: 'detectron2' is not installed; use 'torchvision', or see the README"
+            "--host: 'detectron2' is not installed; use 'torchvision', or see docs/hosts.md"
         )
     host = requested if requested != "auto" else "detectron2" if installed else "torchvision"
     reason = f"--host {requested}"

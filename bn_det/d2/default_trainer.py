@@ -103,7 +103,8 @@ def _check_keys_of_trainer(cfg: CfgNode) -> None:
                 needs = "use bn_det.d2.train.Trainer (bn-det train)"
             raise InputError(
                 f"{key}: {attrgetter(key)(cfg)!r} does nothing in {type(trainer).__name__}, a "
-                f"DefaultTrainer: {needs}, or leave the key at its default"
+                f"DefaultTrainer: {needs}, or leave the key at its default; if it is a key of your "
+                f"own that {type(trainer).__name__} reads, list it in its class, as reads_keys"
             )
 
 

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from ..errors import InputError, check_positive, of_other_type, shown
 from ..layers.comm import Group, process_group
 from ..layers.freeze import is_frozen
+from ..layers.kept import as_frozen
 from ..layers.kinds import is_batch_norm, refuse_meta, unwrapped
 from ..population.calling import ITERABLE, is_iterable
 from ..population.observation import places_with_statistics, population_layers
@@ -76,7 +77,8 @@ def examine(
         print(bn_det.examine(model, data_loader))
 
     Nothing of the model changes, whatever fails: it is run in training mode, where its layers
-    normalize by their batch, and is then as it was.
+    normalize by their batch, and is then as it was. Layers that a train() of its own keeps in
+    evaluation mode (``norm_eval``) count as frozen.
 
     To tell weights from statistics, ``evaluate`` recomputes statistics and compares losses on
     batches apart: each third one, which are held in memory, half as many as ``num_iters``. That
@@ -131,52 +133,56 @@ def examine(
         _check_evaluation(batches, num_iters, group)
     model = unwrapped(model)
     refuse_meta("model", model)
-    with torch.no_grad():
-        checkpoint = _checkpoint(model)
-        findings = [
-            *from_file.findings_of(checkpoint, recompute),
-            *from_model.findings_of(model, recompute),
-        ]
-    if optimizer is not None:
-        findings += from_training.of_optimizer(model, optimizer)
-    if not checkpoint.layers:
-        healthy = "the model has no BatchNorm with population statistics"
-        return make_report(untried(findings, recompute), rules, healthy)
-    unknown = _unknown(model, checkpoint)
-    if batches is None or len(unknown) == len(checkpoint.layers):
-        healthy = _healthy_state(checkpoint) + _not_seen(unknown) * (batches is not None)
-        return make_report(untried(findings, recompute), rules, healthy)
-    told = Told(progress)
-    examination = _Examination(model, num_iters, call, group, told, recompute, findings)
-    images = Images(batches, evaluate, evaluate and has_frozen(model))
-    price = _price(model, num_iters, evaluate, score, target is not None)
-    price = price._replace(has_target_score=evaluate and target_score is not None)
-    told.line(str(price))
-    try:
-        seen = examination.look(told.passes(images.rest, price), frozen=target is not None)
-    except InputError as e:
-        # Weights that are not finite give no statistics: what the state shows is the answer.
-        if not any(of.severity == "error" for of in findings):
-            raise
-        report = make_report(untried(findings, recompute), rules, "")
-        return report._replace(verdict=f"{report.verdict}; nothing was seen on images: {e}")
-    examination.of_passes(seen, step or Step())
-    of_target: Seen | None = None
-    on_target: list[Shift] = []
-    if target is not None:
-        of_target = examination.of_target(target)
-        on_target = examination.on_target(seen, of_target)
-    tried: list[Tried] = []
-    in_evaluation: list[Shift] = []
-    if evaluate:
-        tried, in_evaluation = examination.evaluated(seen, images, score, rules, treat)
-        if of_target is not None and target_score is not None:
-            tried += examination.adapted(of_target, target_score)
-    else:
-        examination.findings = untried(examination.findings, recompute)
-    healthy = _healthy(seen, checkpoint) + _not_seen(unknown)
-    report = make_report(examination.findings, rules, healthy, seen.layers, tried)
-    return report._replace(in_evaluation=in_evaluation, on_target=on_target)
+    with as_frozen(model):
+        with torch.no_grad():
+            checkpoint = _checkpoint(model)
+            findings = [
+                *from_file.findings_of(checkpoint, recompute),
+                *from_model.findings_of(model, recompute),
+            ]
+        if any(of.rule == "BN101" for of in findings):
+            # Without initial=True they would be taken for folded, and refused.
+            recompute = recompute._replace(usual=recompute.initial)
+        if optimizer is not None:
+            findings += from_training.of_optimizer(model, optimizer)
+        if not checkpoint.layers:
+            healthy = "the model has no BatchNorm with population statistics"
+            return make_report(untried(findings, recompute), rules, healthy)
+        unknown = _unknown(model, checkpoint)
+        if batches is None or len(unknown) == len(checkpoint.layers):
+            healthy = _healthy_state(checkpoint) + _not_seen(unknown) * (batches is not None)
+            return make_report(untried(findings, recompute), rules, healthy)
+        told = Told(progress)
+        examination = _Examination(model, num_iters, call, group, told, recompute, findings)
+        images = Images(batches, evaluate, evaluate and has_frozen(model))
+        price = _price(model, num_iters, evaluate, score, target is not None)
+        price = price._replace(has_target_score=evaluate and target_score is not None)
+        told.line(str(price))
+        try:
+            seen = examination.look(told.passes(images.rest, price), frozen=target is not None)
+        except InputError as e:
+            # Weights that are not finite give no statistics: what the state shows is the answer.
+            if not any(of.severity == "error" for of in findings):
+                raise
+            report = make_report(untried(findings, recompute), rules, "")
+            return report._replace(verdict=f"{report.verdict}; nothing was seen on images: {e}")
+        examination.of_passes(seen, step or Step())
+        of_target: Seen | None = None
+        on_target: list[Shift] = []
+        if target is not None:
+            of_target = examination.of_target(target)
+            on_target = examination.on_target(seen, of_target)
+        tried: list[Tried] = []
+        in_evaluation: list[Shift] = []
+        if evaluate:
+            tried, in_evaluation = examination.evaluated(seen, images, score, rules, treat)
+            if of_target is not None and target_score is not None:
+                tried += examination.adapted(of_target, target_score)
+        else:
+            examination.findings = untried(examination.findings, recompute)
+        healthy = _healthy(seen, checkpoint) + _not_seen(unknown)
+        report = make_report(examination.findings, rules, healthy, seen.layers, tried)
+        return report._replace(in_evaluation=in_evaluation, on_target=on_target)
 
 
 class _Examination:
@@ -200,7 +206,10 @@ class _Examination:
         return from_passes.look(self.model, batches, *how, frozen)
 
     def of_passes(self, seen: Seen, step: Step) -> None:
-        self.findings += from_passes.findings_of(seen, self.recompute)
+        self.findings = [
+            *from_passes.counted(self.findings, seen),
+            *from_passes.findings_of(seen, self.recompute),
+        ]
         self.findings += from_training.small_batches(seen.called, step)
 
     def of_target(self, target: Iterable[Any]) -> Seen:

@@ -290,7 +290,10 @@ def counters(checkpoint: Checkpoint, recompute: Recompute) -> Iterator[Finding]:
             f"{count(len(layers), 'layer')} counted {batches} batches, {what} the {usual} of most: "
             f"{meaning}"
         )
-        treatment = "statistics for each level, in place of shared ones: bn_det.convert_batchnorm"
+        treatment = (
+            "statistics for each level, in place of shared ones: bn_det.DomainBatchNorm2d, called "
+            "with all levels (bn_det.forward_levels)"
+        )
         if times <= 2:
             treatment = f"{MEND_PROBED}; {MEND_REPEATED}"
         yield Finding("BN112", "warning", _named(layers), times, why, treatment)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
 from ..layers.comm import Group, process_group
 from ..layers.freeze import is_frozen
+from ..layers.moments import Moments
 from ..population.estimate import Estimate
 from ..population.observation import PopulationLayer, population_layers
-from ..population.report import LayerReport
+from ..population.report import LayerReport, shift_of
 from ..population.update import How, measure_statistics
 from .calls import CallObserver, SourceShare, of_each
 from .chance import FALSE_ALARMS, bound_of
@@ -92,10 +94,16 @@ def look(
     bound = bound_of(fewest, 2 * max(len(moving), 1))
     by_level = observer.levels()
     by_name = {layer.name: layer for layer in layers}
+    offs = {
+        of.name: _off_in_turn(by_name[of.name].module, by_level[of.name], momenta[of.name])
+        if of.name in by_level
+        else _off(of, momenta[of.name])
+        for of in moving
+    }
     shares = {name: share_of(passes) for name, passes in by_level.items()}
     return Seen(
         report.num_batches,
-        [_measures(of, momenta[of.name], bound, observer, shares) for of in moving],
+        [_measures(of, offs[of.name], bound, observer, shares) for of in moving],
         shares,
         {name: of_each(passes) for name, passes in by_level.items()},
         observer.shares_of_sources(),
@@ -115,25 +123,60 @@ def _called(
     return layer.owner, of.num_samples / of.num_batches / observer.parts_a_pass(layer)
 
 
+class _Off(NamedTuple):
+    """How far an EMA is from what it estimates, and by how much it may be by chance."""
+
+    mean_shift: float
+    var_shift: float
+    mean_chance: float
+    var_chance: float
+
+
 def _measures(
     of: LayerReport,
-    momentum: float | None,
+    off: _Off,
     bound: float,
     observer: CallObserver,
     shares: Mapping[str, Share],
 ) -> Measures:
-    chances = [_chance(of, error, momentum) for error in (of.mean_error, of.var_error)]
     share = shares.get(of.name)
     return Measures(
         of.name,
-        of.mean_shift,
-        of.var_shift,
-        *chances,
+        *off,
         bound,
         noise=observer.noise(of),
         calls=observer.calls(of.name),
         share=None if share is None else share.share,
     )
+
+
+def _off(of: LayerReport, momentum: float | None) -> _Off:
+    chances = [_chance(of, error, momentum) for error in (of.mean_error, of.var_error)]
+    return _Off(of.mean_shift, of.var_shift, *chances)
+
+
+def _off_in_turn(
+    module: nn.Module, passes: Sequence[Sequence[Moments]], momentum: float | None
+) -> _Off:
+    """The same of an EMA that several batches a pass move in turn, whatever their sizes are.
+
+    Of K of them the k-th has the weight m (1 - m)^(K - k), so that over passes it is an EMA of
+    their weighted means, of momentum 1 - (1 - m)^K.
+    """
+    calls, number = len(passes[0]), len(passes)
+    weights = torch.tensor([(1 - (momentum or 0)) ** (calls - 1 - k) for k in range(calls)])
+    statistics = torch.stack(
+        [torch.stack([torch.stack([b.mean, b.unbiased_var]) for b in of]) for of in passes]
+    ).double()  # passes, calls, mean and variance, C
+    weights = (weights / weights.sum()).to(statistics).view(-1, 1, 1)
+    of_pass = (weights * statistics).sum(1)
+    mean, var = of_pass.mean(0)
+    units = torch.stack([var.sqrt(), var])
+    noise = torch.where(units > 0, of_pass.var(0) / units.square(), 0.0).mean(1)
+    m = 2 / (number + 1) if momentum is None else 1 - (1 - momentum) ** calls
+    chances = (noise * (m / (2 - m) + 1 / number)).sqrt().tolist()
+    old_mean, old_var = (b.to(of_pass) for b in (module.running_mean, module.running_var))
+    return _Off(shift_of(old_mean, mean, units[0]), shift_of(old_var, var, units[1]), *chances)
 
 
 def _chance(of: LayerReport, error: float, momentum: float | None) -> float:
@@ -197,9 +240,27 @@ def of_levels(off: Mapping[str, tuple[float, float]], calls: Mapping[str, int]) 
     why = (
         f"{count(len(off), 'layer')} called several times a pass ({names[0]} {calls[names[0]]} "
         "times), each level normalized by its own batch, and at test time all by the same "
-        f"statistics: {100 * share:.0f} % of {names[0]}'s variance lie between the levels"
+        f"statistics: {_percent(share)} of {names[0]}'s variance lie between the levels"
     )
     return Finding("BN202", "warning", names, share, why, IN_CODE.per_level, error)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.01 else f"{100 * share:.1g} %"
+
+
+def counted(findings: Iterable[Finding], seen: Seen) -> Iterator[Finding]:
+    """Findings, with BN112 as a note where layers are called as often as they have counted.
+
+    It is known of these what a file leaves open, and BN202 is about what it costs.
+    """
+    calls = {of.name: of.calls for of in seen.layers}
+    for of in findings:
+        if of.rule == "BN112" and all(calls.get(name) == of.value for name in of.where):
+            why = f"{of.why}; a pass calls them {of.value:g} times"
+            yield of._replace(severity="note", why=why)
+        else:
+            yield of
 
 
 def sources(seen: Seen) -> Iterator[Finding]:
@@ -223,7 +284,7 @@ def sources(seen: Seen) -> Iterator[Finding]:
         )
         why = (
             f"{count(len(off), 'layer')} with one set of statistics for {first.sources} sources of "
-            f"images: {100 * share:.0f} % of {names[0]}'s variance lie between the sources; {how}"
+            f"images: {_percent(share)} of {names[0]}'s variance lie between the sources; {how}"
         )
         treatment = (
             "statistics for each source: NORM SourceBN with DATASETS.SOURCES, or "

@@ -170,7 +170,8 @@ RULES = {
         "Twice: activation checkpointing has updated the EMA in each recomputation, too. As often "
         "as there are levels: a layer that levels share, each of which has moved its EMA. One "
         "more: a forward pass in training mode that no step belongs to.",
-        "Layers that were loaded from another training have counted that one, too.",
+        "Layers that were loaded from another training have counted that one, too. On images it is "
+        "a note where a pass calls a layer as often.",
         "pytorch/pytorch 96136, 62471, jakc4103/DFQ 19, ultralytics/ultralytics 17469",
     ),
     "BN113": Rule(
@@ -381,7 +382,8 @@ RULES = {
         "stay.",
         "One eval() of a part is undone by the train() of the whole, at the start of an epoch or "
         "after an evaluation; or an evaluation has left the mode so.",
-        "A train() of the model's own class may keep them so.",
+        "A train() of the model's own that keeps them so (norm_eval) is tried on a copy, and they "
+        "are taken for frozen; where it cannot be tried, they are named.",
         "open-mmlab/mmcv 964, 2199, open-mmlab/mmaction2 1781",
     ),
     "BN403": Rule(

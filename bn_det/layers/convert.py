@@ -112,12 +112,19 @@ def _tell(of_hosts: list[str], left: dict[str, str], dropped: dict[str, str]) ->
     if of_hosts:  # as most backbones have: no warning
         logger.info("convert_batchnorm has left what is frozen: %s", ", ".join(of_hosts))
     if left:
-        reasons = "; ".join(f"{name}: {why}" for name, why in left.items())
+        named: dict[str, list[str]] = {}
+        for name, why in left.items():
+            named.setdefault(why, []).append(name)
+        reasons = "; ".join(f"{_first(names)}: {why}" for why, names in named.items())
         logger.warning("convert_batchnorm has left %s", reasons)
     if dropped:
         kinds = "/".join(sorted(set(dropped.values())))
         names = ", ".join(dropped)
         logger.warning("%s has no place for what has been learned in %s", kinds, names)
+
+
+def _first(names: list[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 _NO_MAKE = (

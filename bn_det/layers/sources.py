@@ -19,7 +19,8 @@ _IMAGES = DomainScope(
     "name the sources of a batch by bn_det.image_sources; in a detector from a config, by "
     "DATASETS.SOURCES for a whole data set (in a trainer of your own on Detectron2 after "
     "bn_det.d2.register_datasets(cfg)), or by the key 'source' in an image's dict",
-    "; a RoI head has RoIs, of which there are more: keep it to backbone, FPN and dense heads",
+    "; a RoI head has RoIs, of which there are more: keep it to backbone, FPN and dense heads, or "
+    "in a detector of torchvision call bn_det.tv.sources.name_roi_sources(model.roi_heads)",
 )
 
 
@@ -166,7 +167,7 @@ class SourceBatchNorm2d(DomainBatchNorm2d):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         """Take what a layer without sources has, of all levels or of each, for each source."""
-        num = len(list(self.children()))
+        num = self.num_sources if self.population == "shared" else self.num_domains
         for name in self.population_of(0).state_dict():
             if f"{prefix}{num - 1}.{name}" in state_dict:
                 continue

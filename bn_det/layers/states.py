@@ -15,6 +15,7 @@ from .ema import tracks
 from .folded import is_folded
 from .freeze import affine_of, is_frozen, learns
 from .frozen import FrozenBatchNorm, StaysInEvaluation
+from .kept import kept_in_evaluation
 from .kinds import STATE, lists_with_affine, selected, unwrapped, why_lazy
 
 
@@ -97,10 +98,12 @@ def states(model: nn.Module, modules: str | Iterable[str] | None = None) -> Stat
     model = unwrapped(model)
     layers = selected("states", model, modules)
     in_training = {m for around in model.modules() if around.training for m in around.modules()}
-    return States([_state(model, m in in_training, m, name) for m, name in layers.items()])
+    undone = in_training - kept_in_evaluation(model)
+    return States([_state(model, m in undone, m, name) for m, name in layers.items()])
 
 
-def _state(model: nn.Module, in_training: bool, layer: nn.Module, name: str) -> LayerState:
+def _state(model: nn.Module, is_undone: bool, layer: nn.Module, name: str) -> LayerState:
+    """Of one layer; whether evaluation mode, if it is in that, would be undone by train()."""
     kind = _kind(class_of(layer))
     if isinstance(layer, FrozenBatchNorm):
         kind += f" (was {_kind(layer.thawed_type)})"
@@ -124,7 +127,7 @@ def _state(model: nn.Module, in_training: bool, layer: nn.Module, name: str) -> 
         folded=is_folded(layer, lists_with_affine(model).get(layer)),
         contradictions=(),
     )
-    return state._replace(contradictions=tuple(_contradictions(state, layer, in_training)))
+    return state._replace(contradictions=tuple(_contradictions(state, layer, is_undone)))
 
 
 def _kind(cls: type[nn.Module]) -> str:
@@ -180,14 +183,14 @@ def _batch(layer: nn.Module) -> str:
     return batch
 
 
-def _contradictions(state: LayerState, layer: nn.Module, in_training: bool) -> Iterator[str]:
+def _contradictions(state: LayerState, layer: nn.Module, is_undone: bool) -> Iterator[str]:
     if state.affine == "fixed" and state.statistics == "moving":
         yield "the affine is fixed, and the statistics are still moving"
     if state.folded and state.affine in ("learns", "in part") and state.normalizes == "population":
         yield "statistics are folded into an affine that learns otherwise than before folding"
     if state.folded and state.normalizes.startswith("batch"):
         yield "statistics are folded into the affine, and the batch normalizes"
-    if in_training and not layer.training and not is_frozen(layer):
+    if is_undone and not layer.training and not is_frozen(layer):
         yield "in evaluation mode in a module in training mode: the next train() undoes it"
     if state.mode == "evaluation" and state.normalizes == "batch":
         yield "the batch normalizes in evaluation"

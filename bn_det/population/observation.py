@@ -21,6 +21,7 @@ from ..layers.domain_batch_norm import DomainBatchNorm2d, state_holders
 from ..layers.forward import Domain, Observation, Plan, batch_norm
 from ..layers.freeze import is_frozen, thaw_statistics
 from ..layers.frozen import FrozenBatchNorm, StaysInEvaluation
+from ..layers.kept import kept_in_evaluation
 from ..layers.kinds import (
     FORWARDS_OF_TORCH,
     batch_norms,
@@ -68,9 +69,15 @@ def population_layers(model: nn.Module, frozen: bool = False) -> list[Population
 def left_out(model: nn.Module, layers: Sequence[PopulationLayer]) -> dict[str, str]:
     """The BatchNorm layers of a model that are not among some, each with what is the matter."""
     owners = {layer.owner for layer in layers}
+    kept = kept_in_evaluation(model)
     return {
-        name: _why_left(layer) for layer, name in batch_norms(model).items() if layer not in owners
+        name: _KEPT if layer in kept else _why_left(layer)
+        for layer, name in batch_norms(model).items()
+        if layer not in owners
     }
+
+
+_KEPT = "kept in evaluation mode by a train() of the model's own (frozen=True updates them)"
 
 
 def _why_left(layer: nn.Module) -> str:

@@ -164,14 +164,14 @@ def make_report(
                 samples,
                 estimate.mean_error,
                 estimate.var_error,
-                _shift(old_mean, estimate.mean, estimate.var.sqrt()),
-                _shift(old_var, estimate.var, estimate.var),
+                shift_of(old_mean, estimate.mean, estimate.var.sqrt()),
+                shift_of(old_var, estimate.var, estimate.var),
             )
         )
     return PopulationReport(reports, unused, left, reason, last_layer)
 
 
-def _shift(old: Tensor, new: Tensor, unit: Tensor) -> float:
+def shift_of(old: Tensor, new: Tensor, unit: Tensor) -> float:
     """Root mean square over channels of old - new in units; infinite if an old value is not finite.
 
     A channel without variance, where nothing is relative to it, counts as zero.

@@ -6,7 +6,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import InputError, check_positive, choose, of_other_type, reason_of
 from ..layers.comm import Group, all_gather, process_group, report_disagreement
 from ..layers.folded import is_folded
+from ..layers.kept import as_frozen
 from ..layers.kinds import lists_with_affine, refuse_meta, unwrapped
 from .calling import ITERABLE, called, is_iterable
 from .estimate import ESTIMATORS, Accumulator, Estimate, estimates
@@ -86,8 +87,9 @@ def update_bn_stats(
         call: how the model is run on a batch, ``model(batch)`` by default; a tuple may be several
             arguments (:func:`bn_det.population.calling.called`).
         group: the processes that have to call this, each with the same model.
-        frozen: whether frozen layers (:func:`bn_det.freeze`, FrozenBatchNorm2d of either host) get
-            new statistics, too. In the passes they normalize as if they were not frozen, by the
+        frozen: whether frozen layers get new statistics, too: by :func:`bn_det.freeze`, a
+            FrozenBatchNorm2d of either host, or kept in evaluation mode by a train() of the model's
+            own (``norm_eval``). In the passes they normalize as if they were not frozen, by the
             samples of their process.
         initial: whether statistics that look folded are replaced.
 
@@ -104,15 +106,16 @@ def update_bn_stats(
     _check_arguments(data_loader, num_iters, progress, estimator, tolerance)
     model = unwrapped(model)
     refuse_meta("update_bn_stats", model)
-    layers = population_layers(model, frozen)
-    _refuse_shared(layers)
-    if not layers:
-        logger.warning("update_bn_stats has nothing to update: %s", _why_none(model))
     how = How(num_iters, estimator, tolerance, allow_short, process_group(group))
-    observer = Observer(called(model, call), model, layers)
-    error = None if initial else _why_folded(model, layers)
-    found, report = measure_statistics(observer, data_loader, how, progress, error)
-    _write(layers, found)
+    with as_frozen(model) if frozen else nullcontext():
+        layers = population_layers(model, frozen)
+        _refuse_shared(layers)
+        if not layers:
+            logger.warning("update_bn_stats has nothing to update: %s", _why_none(model))
+        observer = Observer(called(model, call), model, layers)
+        error = None if initial else _why_folded(model, layers)
+        found, report = measure_statistics(observer, data_loader, how, progress, error)
+        _write(layers, found)
     return report
 
 

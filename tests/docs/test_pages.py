@@ -7,7 +7,6 @@ import sys
 import textwrap
 
 import pytest
-from pages import anchors, blocks, commands, links, prose
 
 import bn_det
 from bn_det.config.load import load_config
@@ -17,6 +16,7 @@ from bn_det.doctor import RULES
 from bn_det.tv.config import get_cfg
 from bn_det.tv.trainer import known_sources
 from here import ROOT
+from pages import anchors, blocks, commands, links, prose
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "configs" / "README.md", *sorted(DOCS.rglob("*.md"))]

@@ -139,6 +139,27 @@ def test_levels_that_one_layer_normalizes_each_by_itself():
     assert findings[0].severity == findings[1].severity and "3 times" in findings[0].why
 
 
+@pytest.mark.parametrize("momentum", [0.1, 0.5, None])
+@pytest.mark.parametrize("is_list", [False, True])
+def test_an_ema_that_levels_move_in_turn(is_list, momentum):
+    """Each level counts in it as often, however large, and the last one most: it is not stale."""
+    choices = {"statistics": "per_domain", "population": "shared", "momentum": momentum}
+    norm = DomainBatchNorm2d(3, 3, **choices) if is_list else nn.BatchNorm2d(3, momentum=momentum)
+    head = trained(Levels(norm, 0.5))
+    (of,) = examine(head, batches()).layers
+    assert of.worst is None and of.mean_shift > 0
+    # The variance of an image's mean over 8 images is 1 / 8, and each value's is 2.
+    decay = 1 if momentum is None else 1 - momentum
+    weights = torch.tensor([decay**2, decay, 1.0]) / (decay**2 + decay + 1)
+    expected = float(weights @ torch.tensor([6.0, 3.0, 1.5]))
+    assert head.norm.running_mean.mean().item() == pytest.approx(expected, abs=0.6)
+    noise = (1 / 8 / 2) ** 0.5
+    m = 2 / 33 if momentum is None else 1 - decay**3
+    assert of.mean_chance == pytest.approx(noise * (m / (2 - m) + 1 / 32) ** 0.5, rel=0.4)
+    norm.running_mean += 10 * of.mean_chance * norm.running_var.sqrt()
+    assert rules(examine(head, batches()))[0] == "BN201"
+
+
 def test_levels_that_do_not_differ_or_do_not_share():
     assert "BN202" not in rules(examine(trained(Levels(nn.BatchNorm2d(3), 0.0)), batches()))
     for choices in ({"population": "per_domain"}, {"statistics": "shared", "population": "shared"}):
@@ -257,6 +278,28 @@ def test_a_part_whose_weights_do_not_train():
     part.requires_grad_(False)
     assert of_modules(model)["BN401"].where == ("0.1",)
     assert "BN401" not in of_modules(model.eval())
+
+
+def test_counters_that_the_passes_explain():
+    """As many calls a pass: a note; as nobody has called it so often: a warning."""
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3))
+    model.append(Levels(nn.BatchNorm2d(3), 0.0))
+    found = [of for of in examine(trained(model), batches()).findings if of.rule == "BN112"]
+    assert [(of.where, of.severity) for of in found] == [(("3.norm",), "note")]
+    assert found[0].why.endswith("a pass calls them 3 times")
+    model[3].norm.num_batches_tracked *= 2
+    found = [of for of in examine(model, batches()).findings if of.rule == "BN112"]
+    assert [of.severity for of in found] == ["warning"]
+
+
+def test_without_initial_update_bn_stats_would_refuse():
+    """What it prescribes of a layer whose statistics have never moved is accepted."""
+    model = classifier()
+    for layer in (model[1], model[4]):
+        nn.init.uniform_(layer.weight, 0.5, 2.0)
+    found = {of.rule: of.treatment for of in examine(model, batches()).findings}
+    assert {"BN101", "BN201"} <= set(found)
+    assert "initial=True" in found["BN101"] and "initial=True" in found["BN201"]
 
 
 def test_evaluation_mode_that_is_undone(model):

@@ -66,14 +66,48 @@ def test_virtual_batch_takes_a_tuple():
     assert torch.equal(*found)
 
 
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, images, targets=None, mode: str = "loss"):
+        return self.norm(images).mean((2, 3)) + targets
+
+
+X, Y = torch.randn(2, 3, 4, 4), torch.randn(2, 3)
+THEIRS = "and its forward method takes (images, targets=None, mode='loss'); "
+MEANT = "if a batch is these, say so by call=lambda model, batch: model({}batch)"
+ELSE = "if a batch is something else, say so by call=lambda model, batch: ..."
+
+
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have no notes")
-def test_what_is_said_where_it_takes_something_else():
-    """The model's own error, with how it was called."""
-    batches = [list(pair) for pair in pairs()]
-    with pytest.raises(AttributeError) as raised:
-        bn_det.update_bn_stats(nn.Sequential(nn.BatchNorm2d(3)), batches, 4)
+@pytest.mark.parametrize(
+    "batch, how, meant",
+    [
+        ([X, Y], "batch), where a batch is a list of 2", MEANT.format("*")),
+        ((X, Y), "batch), where a batch is a tuple of 2", MEANT.format("*")),
+        ((X, {}), "*batch), where a batch is a tuple of 2", ELSE),
+        ({"images": X, "targets": Y}, "batch), where a batch is a dict of 2",
+         MEANT.format("**")),
+        ({"image": X}, "batch), where a batch is a dict of 1", ELSE),
+        ([X] * 4, "batch), where a batch is a list of 4", ELSE),
+    ],
+)  # fmt: skip
+def test_what_is_said_where_it_takes_something_else(batch, how, meant):
+    """The model's own error, with how it was called, and what may have been meant."""
+    model = Named()
+    with pytest.raises((AttributeError, TypeError)) as raised:
+        bn_det.update_bn_stats(model, [batch], 1)
     (note,) = raised.value.__notes__
-    assert note.startswith("The model was called as model(batch), where a batch is a list of 2;")
+    assert note == f"The model was called as model({how}, {THEIRS}{meant}"
+    if meant is not ELSE:
+        call = eval(meant.partition("call=")[2])
+        assert bn_det.update_bn_stats(model, [batch], 1, call=call).num_batches == 1
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have no notes")
+def test_nothing_is_said_of_a_batch_of_one_argument():
     with pytest.raises(AttributeError) as raised:
         bn_det.update_bn_stats(nn.BatchNorm2d(3), [5], 1)
     assert not hasattr(raised.value, "__notes__")
@@ -90,3 +124,21 @@ def test_detectors_of_torchvision(make):
     model = make(weights=None, weights_backbone=None, num_classes=2, **sizes).train()
     report = bn_det.update_bn_stats(model, loader, 2)
     assert report.num_batches == 2 and not report.unused
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have no notes")
+def test_what_is_said_of_detectors_of_torchvision_without_targets():
+    model = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None).train()
+    image = torch.rand(3, 64, 64)
+    for batch, meant in (
+        ([image] * 3, ELSE),  # images alone
+        ([(image, {})] * 3, ELSE),  # pairs that nothing has collated
+        ([[image], [{}]], MEANT.format("*")),  # what another collate_fn makes
+    ):
+        with pytest.raises(AssertionError, match="targets should not be none") as raised:
+            bn_det.update_bn_stats(model, [batch], 1)
+        (note,) = raised.value.__notes__
+        assert (
+            f"a list of {len(batch)}, and its forward method takes (images, targets=None)" in note
+        )
+        assert note.endswith(meant)
