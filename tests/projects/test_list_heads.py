@@ -45,7 +45,7 @@ def trained():
 def test_what_the_doctor_says(trained, tmp_path):
     model, batches = trained
     report = bn_det.examine(model, batches, call=call)
-    assert snippets.rules(report) == pages.shown_rules("list_heads")[0]
+    assert snippets.rules(report) == snippets.shown_rules("list_heads")[0]
     of = {of.rule: of for of in report.findings}
     assert of["BN202"].where[0] == "head.bn0"
     assert "bn_det.DomainBatchNorm2d" in of["BN202"].treatment

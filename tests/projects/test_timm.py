@@ -12,7 +12,7 @@ from timm.layers import BatchNormAct2d  # noqa: E402
 from torch import nn  # noqa: E402
 
 import bn_det  # noqa: E402
-import pages  # noqa: E402
+import snippets  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_the_page(page, model):
 
 def test_what_the_doctor_says(page, model):
     report = bn_det.examine(model, page["loader"])
-    assert snippets.rules(report) == pages.shown_rules("timm")[0] == []
+    assert snippets.rules(report) == snippets.shown_rules("timm")[0] == []
     assert snippets.blocks("timm", "") == [f"{report}\n"]
 
 

@@ -57,7 +57,9 @@ def test_what_the_doctor_says():
     torch.manual_seed(0)
     (model, _), loader = make("ssdlite"), make_loader(3)
     bn_det.update_bn_stats(model, loader, 3)
-    assert snippets.rules(bn_det.examine(model, loader)) == pages.shown_rules("torchvision_loop")[0]
+    assert (
+        snippets.rules(bn_det.examine(model, loader)) == snippets.shown_rules("torchvision_loop")[0]
+    )
 
 
 def test_the_page():

@@ -51,7 +51,7 @@ def test_what_the_doctor_says(trained):
     model, batches, _ = trained
     before = [(type(m), m.training) for m in model.modules()]
     report = bn_det.examine(model, batches, call=call)
-    assert snippets.rules(report) == pages.shown_rules("tree_of_configs")[0]
+    assert snippets.rules(report) == snippets.shown_rules("tree_of_configs")[0]
     assert before == [(type(m), m.training) for m in model.modules()]
     assert not bn_det.states(model).contradictions
 

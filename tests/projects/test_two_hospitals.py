@@ -64,7 +64,7 @@ def of_one_hospital(page):
 def test_what_the_doctor_says(page):
     model, loader = of_one_hospital(page)
     report = bn_det.examine(model, loader, call=page["call"])
-    assert snippets.rules(report) == pages.shown_rules("two_hospitals")[0]
+    assert snippets.rules(report) == snippets.shown_rules("two_hospitals")[0]
     of_sources = next(of for of in report.findings if of.rule == "BN202")
     assert "2 sources of images" in of_sources.why
     assert "bn_det.SourceBatchNorm2d" in of_sources.treatment
