@@ -23,6 +23,12 @@ def doctor(*args):
     return run_here("tools/doctor.py", *args)
 
 
+def recompute_as_printed(command):
+    program, name, *arguments = shlex.split(command)
+    assert (program, name) == ("bn-det", "recompute")
+    return run_here("tools/recompute_statistics.py", *arguments)
+
+
 @pytest.fixture
 def broken(tmp_path):
     """A file with one error, one warning and one note."""
@@ -130,9 +136,7 @@ def test_a_model_of_another_project(tmp_path, monkeypatch):
     assert finding["where"] == ["1"] and [of["name"] for of in found["on_target"]] == ["1"]
     # The command that it names adapts to the target.
     command = finding["treatment"].partition(" takes ")[0]
-    program, name, *arguments = shlex.split(command)
-    assert (program, name) == ("bn-det", "recompute")
-    done = run_here("tools/recompute_statistics.py", *arguments)
+    done = recompute_as_printed(command)
     assert done.returncode == 0, done.stderr
     adapted = torch.load("adapted.pth", weights_only=True)["state_dict"]["1.running_mean"]
     images = torch.cat([batch["image"] for batch in a_project().dark()])
@@ -234,8 +238,7 @@ def test_treat(part, tmp_path, monkeypatch):
     assert not (tmp_path / "again.pth").exists()
     # The command that the doctor prints mends it, too.
     recompute = next(of["treatment"] for of in found["findings"] if of["rule"] == "BN201")
-    _, command, *arguments = shlex.split(recompute)
-    done = run_here(command, *arguments)
+    done = recompute_as_printed(recompute)
     assert done.returncode == 0, done.stderr
     assert torch.load("mended.pth", weights_only=True)["epoch"] == 7
 
