@@ -317,6 +317,10 @@ def how_much(of: Finding) -> str:
     return f"{of.value:.3g}{error} {unit.removesuffix('s') if of.value == 1 else unit}"
 
 
+_COSTS_AP = 1.0
+"""What recomputed statistics win back from which on a model is not called healthy."""
+
+
 def make_report(
     findings: Iterable[Finding],
     rules: Collection[str],
@@ -334,7 +338,9 @@ def make_report(
     """
     if missing := len(RULES) - len(rules):
         healthy = f"nothing is found; {count(missing, 'rule')} left out"
-    if tried:
+    if tried and tried[0].measure == "AP" and tried[0].gain >= _COSTS_AP:
+        healthy = f"too few batches to tell what is wrong (--num-iters, num_iters), but {tried[0]}"
+    elif tried:
         healthy = f"{healthy}; with {tried[0]}"
     ordered = sorted((of for of in findings if of.rule in rules), key=_order)
     first = next(iter(ordered), None)

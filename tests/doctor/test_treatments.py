@@ -11,8 +11,9 @@ from torch import nn
 
 import bn_det
 from bn_det import DomainBatchNorm2d, examine
+from bn_det.doctor import RULES
 from bn_det.doctor.evaluation import keep_best
-from bn_det.doctor.findings import Tried
+from bn_det.doctor.findings import Tried, make_report
 from bn_det.doctor.prescriptions import RECOMPUTED
 from bn_det.doctor.treatments import Treatment
 
@@ -218,6 +219,15 @@ def test_a_treatment_that_fails_half_way_is_undone(heads):
     with pytest.raises(MemoryError):
         keep_best(model, [tried], [Treatment(RECOMPUTED, apply)])
     assert_as_it_was(model, before, layers)
+
+
+@pytest.mark.parametrize("gain", [0.5, 9.0])
+def test_what_recomputed_statistics_win_is_not_healthy(gain):
+    """Though chance may explain all that passes and losses of few batches show."""
+    tried = Tried("recomputed statistics", (), "AP", 37.0, 37.0 + gain, gain, None, True, False, "")
+    report = make_report([], RULES, "nothing is wrong", tried=[tried])
+    assert ("nothing is wrong" in report.verdict) == (gain < 1)
+    assert report.verdict.endswith(str(tried))
 
 
 def classifier(eps=1e-5, momentum=0.1):
