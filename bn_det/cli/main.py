@@ -23,6 +23,7 @@ COMMANDS = {
     "leakage": "how much a RoI head reads from the other RoIs of its batch",
     "loss": "a detector's loss with population and with batch statistics",
     "reproduce": 'the experiments of Rethinking "Batch" in BatchNorm, and a report of them',
+    "report": "one page of a run: curves, AP, BatchNorm, detections",
     "plot": "plot a metric of several runs over training",
     "visualize": "draw detections beside the truth",
     "prepare-blood-cells": "make the data sets of blood cells of a clone of a public one",

@@ -87,6 +87,22 @@ def draw_image(dataset: CocoDataset, record: dict, detections: list[dict], size:
     return np.vstack(pictures)
 
 
+def picture_of(
+    dataset: CocoDataset,
+    records: list[dict],
+    detections: list[dict],
+    threshold: float,
+    size: int,
+) -> np.ndarray:
+    """Images side by side, truth above and the detections of a score that is large enough below."""
+    by_image: dict[int, list[dict]] = {}
+    for detection in detections:
+        if detection["score"] >= threshold:
+            by_image.setdefault(detection["image_id"], []).append(detection)
+    columns = [draw_image(dataset, r, by_image.get(r["image_id"], []), size) for r in records]
+    return np.hstack(columns)
+
+
 def load_detections(path: str) -> list[dict]:
     """Detections in COCO's result format."""
     try:
@@ -172,10 +188,6 @@ def draw(args: argparse.Namespace) -> None:
     check_other_file("--output", args.output, read, f"--input and the files of {args.dataset}")
     detections = load_detections(args.input)
     check_detections(args.input, detections, dataset)
-    by_image: dict[int, list[dict]] = {}
-    for detection in detections:
-        if detection["score"] >= args.conf_threshold:
-            by_image.setdefault(detection["image_id"], []).append(detection)
     records = dataset.records[args.first : args.first + args.num_images]
     if not 0 <= args.first < len(dataset.records):
         raise InputError(f"--first: {args.first} is not one of the {len(dataset.records)} images")
@@ -185,8 +197,8 @@ def draw(args: argparse.Namespace) -> None:
             f"--num-images: {len(records)} is not accepted with --size {args.size}: a picture of "
             f"{width} pixels; use fewer or smaller images, for {WIDEST} at most"
         )
-    columns = [draw_image(dataset, r, by_image.get(r["image_id"], []), args.size) for r in records]
-    _, encoded = cv2.imencode(Path(args.output).suffix, np.hstack(columns))
+    picture = picture_of(dataset, records, detections, args.conf_threshold, args.size)
+    _, encoded = cv2.imencode(Path(args.output).suffix, picture)
     with write_aside(args.output) as aside:
         Path(aside).write_bytes(encoded.tobytes())
     print(f"{args.output}: {len(records)} images, truth above, detections below")

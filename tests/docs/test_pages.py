@@ -31,7 +31,7 @@ BN_DET = {
     "plot": "plot_metrics",
     "visualize": "visualize_json_results",
     "prepare-blood-cells": "prepare_blood_cells",
-    **{name: name for name in ("doctor", "reproduce")},
+    **{name: name for name in ("doctor", "report", "reproduce")},
 }
 """The subcommands of bn-det, by the files of tools/ that are the same."""
 
