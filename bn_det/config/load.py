@@ -92,7 +92,9 @@ def _merge_opts(cfg: CfgNode, opts: Sequence[str], host: str) -> None:
     for key, value in zip(opts[::2], opts[1::2], strict=True):
         parent = _value(cfg, above) if (above := key.rpartition(".")[0]) else cfg
         if parent is not None and not isinstance(parent, Mapping):
-            raise InputError(f"{shown(key)}: is no key; {above} is a value and has none below it")
+            raise InputError(
+                f"{shown(key)}: {_short(value)} is not accepted: {above} has no keys below it"
+            )
         try:
             cfg.merge_from_list([key, _with_floats(value, _value(cfg, key))])
         except (*_BROKEN, *_REFUSED) as e:

@@ -36,7 +36,7 @@ def report(folder, *args):
 def test_a_run(host, tiny_shapes, tmp_path):
     """Trained and evaluated."""
     options = *tiny_shapes, "MODEL.DEVICE", "cpu", "SOLVER.IMS_PER_BATCH", "2"
-    more = "SOLVER.MAX_ITER", 21, "SOLVER.WARMUP_ITERS", 2, "OUTPUT_DIR", tmp_path / "run"
+    more = "SOLVER.MAX_ITER", 40, "SOLVER.WARMUP_ITERS", 2, "OUTPUT_DIR", tmp_path / "run"
     train = "--host", host, "--config-file", BASE, *options, *more, "TEST.BN_MONITOR", 10
     done = run_here("tools/train_net.py", *train)
     assert done.returncode == 0, done.stderr
@@ -47,7 +47,7 @@ def test_a_run(host, tiny_shapes, tmp_path):
     assert any(name.startswith("BatchNorm") for name in page.pictures)
     ap = json.loads((tmp_path / "run" / "results.json").read_text())["bbox"]["AP"]
     result = "no AP" if ap is None else f"AP {ap:.1f} on tiny_val"
-    assert f"{result} after 21 of 21 iterations" in page.words
+    assert f"{result} after 40 of 40 iterations" in page.words
 
 
 @pytest.fixture

@@ -168,7 +168,7 @@ def test_values_that_are_not_accepted(arguments, message):
 
 def test_without_timm(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(InputError, match=r"need timm, .* pip install -e '.\[nf\]'"):
+    with pytest.raises(InputError, match=r"need timm, .* pip install 'bn_det\[nf\]'"):
         check_nf(make_cfg())
 
 
