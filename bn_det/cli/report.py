@@ -206,7 +206,10 @@ def headline(run: Run, found: Mapping[tuple[str, str], Mapping[str, float]]) -> 
     done = round(max((line["iteration"] for line in run.metrics), default=-1)) + 1
     solver = run.config.get("SOLVER")
     planned = solver.get("MAX_ITER") if isinstance(solver, Mapping) else None
-    so_far = f"{done} of {planned} iterations" if planned else f"{done} iterations"
+    if isinstance(planned, int):  # Detectron2's last evaluation is an iteration after the last one
+        so_far = f"{min(done, planned)} of {planned} iterations"
+    else:
+        so_far = f"{done} iterations"
     for (name, task), values in found.items():
         if task == "bbox" and not math.isnan(values.get("AP", math.nan)):
             name = name or ", ".join(tested_sets(run))
