@@ -25,7 +25,7 @@ from ..config.ranges import check_value
 from ..config.rules import between
 from ..config.yaml_text import parse
 from ..data.coco import builtin_sources, load_coco, registered_sources
-from ..errors import InputError, check_positive, one_line
+from ..errors import InputError, one_line
 from ..files import check_writable, read_text, write_text
 from ..training.spikes import read_spikes, spike_text
 from .plot import LARGEST
@@ -217,10 +217,14 @@ def headline(run: Run, found: Mapping[tuple[str, str], Mapping[str, float]]) -> 
     return f"no AP after {so_far}"
 
 
-def page_of(run: Run, num_images: int, threshold: float) -> str:
-    """The whole page."""
-    found = evaluations(run.metrics)
-    line = headline(run, found)
+def page_of(
+    run: Run,
+    line: str,
+    found: Mapping[tuple[str, str], Mapping[str, float]],
+    num_images: int,
+    threshold: float,
+) -> str:
+    """The whole page, with its headline and the metrics that it is of."""
     spikes = [f"<p class='warning'>{escape(spike_text(of))}</p>" for of in run.spikes["spikes"]]
     tables = [results_table(found)] if found else [_said("No evaluation is in metrics.json")]
     plots = [plot(run, *of) for of in curves(run.metrics)]
@@ -253,7 +257,6 @@ def main(prog: str, arguments: Sequence[str]) -> None:
     parser.add_argument("--num-images", type=int, default=6, help="images of each data set")
     parser.add_argument("--conf-threshold", type=float, default=0.4, help="least score to draw")
     args = parser.parse_args(arguments)
-    check_positive("--num-images", args.num_images)
     check_value("--num-images", args.num_images, between(1, 64))
     check_value("--conf-threshold", args.conf_threshold, between(0, 1))
     run = read_run(Path(args.folder))
@@ -261,5 +264,7 @@ def main(prog: str, arguments: Sequence[str]) -> None:
     if output.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--output: {str(output)!r} is not accepted; use a file in .html")
     check_writable("--output", output.parent)
-    write_text(output, page_of(run, args.num_images, args.conf_threshold))
-    print(f"{output}: {headline(run, evaluations(run.metrics))}")
+    found = evaluations(run.metrics)
+    line = headline(run, found)
+    write_text(output, page_of(run, line, found, args.num_images, args.conf_threshold))
+    print(f"{output}: {line}")

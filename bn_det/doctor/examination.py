@@ -155,8 +155,8 @@ def examine(
         told = Told(progress)
         examination = _Examination(model, num_iters, call, group, told, recompute, findings)
         images = Images(batches, evaluate, evaluate and has_frozen(model))
-        price = _price(model, num_iters, evaluate, score, target is not None)
-        price = price._replace(has_target_score=evaluate and target_score is not None)
+        scores = score is not None, target_score is not None
+        price = _price(model, num_iters, evaluate, *scores, target is not None)
         told.line(str(price))
         try:
             seen = examination.look(told.passes(images.rest, price), frozen=target is not None)
@@ -301,7 +301,12 @@ def _unknown(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _price(
-    model: nn.Module, num_iters: int, evaluate: bool, score: Score | None, has_target: bool
+    model: nn.Module,
+    num_iters: int,
+    evaluate: bool,
+    has_score: bool,
+    has_target_score: bool,
+    has_target: bool,
 ) -> Price:
     with in_mode(model, training=True):
         moving = bool(population_layers(model))
@@ -312,9 +317,10 @@ def _price(
         held=num_iters // 2,
         passes=num_passes(model),
         # One of RoIs, which the model may not have.
-        more=1 + 2 * MOST_PARTS * moving + (len(KINDS) - 1) * (score is None),
+        more=1 + 2 * MOST_PARTS * moving + (len(KINDS) - 1) * (not has_score),
         again=num_iters * has_frozen(model),
-        has_score=score is not None,
+        has_score=has_score,
+        has_target_score=has_target_score,
     )
 
 

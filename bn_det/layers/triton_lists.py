@@ -51,10 +51,16 @@ class Grid(NamedTuple):
         """The pieces in the memory format that they have in common here."""
         return tuple([x.contiguous(memory_format=self.memory_format) for x in xs])
 
-    def as_given(self, xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
-        """What has been made of pieces, in the memory format that each of these had."""
-        formats = [_memory_format(x) or self.memory_format for x in xs]
-        return [y.contiguous(memory_format=of) for y, of in zip(ys, formats, strict=True)]
+    def as_given(
+        self, given: Sequence[Tensor], xs: Sequence[Tensor], ys: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """What has been made of pieces, in the memory format that each of these was given in."""
+        return [
+            y
+            if x is piece
+            else y.contiguous(memory_format=_memory_format(piece) or self.memory_format)
+            for piece, x, y in zip(given, xs, ys, strict=True)
+        ]
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -261,7 +267,7 @@ def normalize(xs: Sequence[Tensor], how: Normalization, grid: Grid) -> list[Tens
         *of.numbers,
         kind=of.kind,
     )
-    return grid.as_given(given, ys)
+    return grid.as_given(given, xs, ys)
 
 
 def backward_sums(
@@ -333,7 +339,7 @@ def backward_inputs(
         *of.numbers,
         kind=of.kind,
     )
-    return grid.as_given(given, dxs)
+    return grid.as_given(given, xs, dxs)
 
 
 class _Arguments(NamedTuple):
