@@ -11,20 +11,11 @@ import bn_det
 import snippets
 from bn_det.doctor import examine_file
 from list_heads import Detector
+from toy_images import make_batches
 
 
 def call(model, batch):
     return model(*batch)
-
-
-def make_batches(number, generator):
-    batches = []
-    for _ in range(number):
-        labels = torch.randint(0, 3, (8,), generator=generator)
-        images = torch.randn(8, 3, 64, 64, generator=generator)
-        images[range(8), labels] += 0.5
-        batches.append((images, labels))
-    return batches
 
 
 @pytest.fixture(scope="module")

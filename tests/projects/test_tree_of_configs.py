@@ -10,6 +10,7 @@ import bn_det
 import snippets
 from bn_det.doctor import examine_file
 from bn_det.errors import InputError
+from toy_images import make_batches
 from tree_of_configs import Detector, save_checkpoint
 
 
@@ -17,14 +18,11 @@ def call(model, batch):
     return model(**batch, mode="loss")
 
 
-def make_batches(number, generator):
-    batches = []
-    for _ in range(number):
-        labels = torch.randint(0, 3, (8,), generator=generator)
-        images = torch.randn(8, 3, 64, 64, generator=generator)
-        images[range(8), labels] += 0.5
-        batches.append({"inputs": images, "data_samples": [{"label": int(k)} for k in labels]})
-    return batches
+def make_inputs(number, generator):
+    return [
+        {"inputs": images, "data_samples": [{"label": int(k)} for k in labels]}
+        for images, labels in make_batches(number, generator)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +36,12 @@ def trained():
         model.train()
         learned = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(learned, 0.02, momentum=0.9)
-        for step, batch in enumerate(make_batches(steps, generator)):
+        for step, batch in enumerate(make_inputs(steps, generator)):
             optimizer.param_groups[0]["lr"] = 0.02 * max(1 - step / (0.6 * steps), 0)
             optimizer.zero_grad()
             sum(call(model, batch).values()).backward()
             optimizer.step()
-    return model, make_batches(16, generator), optimizer
+    return model, make_inputs(16, generator), optimizer
 
 
 def test_what_the_doctor_says(trained):
