@@ -7,6 +7,7 @@ progress, counted from 0), ``max_iter`` and ``model``.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
@@ -125,10 +126,12 @@ class PreciseBN(_RunsModel, _Periodic):
         """Recompute now."""
         message = "PreciseBN: %d/%d batches"
         batches = with_progress(self.data_loader, self.num_iter, logger, message)
+        start = time.monotonic()
         with self.context():
             # Statistics that training does not update look folded.
             report = update_bn_stats(self.model, batches, self.num_iter, initial=True, **self.how)
-        logger.info("Population statistics have been recomputed (PreciseBN):\n%s", report)
+        seconds = time.monotonic() - start
+        logger.info("PreciseBN took %.1f s; the new population statistics:\n%s", seconds, report)
         scalars = {
             "num_batches": report.num_batches,
             "num_samples": report.num_samples,

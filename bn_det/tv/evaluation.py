@@ -112,6 +112,7 @@ def coco_metrics(
         return dict.fromkeys(names, float("nan"))
     # Where a record has a box, pycocotools would take its area for that of the mask, too.
     unused = "bbox" if task == "segm" else "segmentation"
+    start = time.monotonic()
     predictions = [{k: v for k, v in p.items() if k != unused} for p in predictions]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         results = dataset.coco.loadRes(predictions)
@@ -120,7 +121,8 @@ def coco_metrics(
         evaluation.accumulate()
         printed.truncate(printed.seek(0))
         evaluation.summarize()
-    logger.info("COCO evaluation (%s) of %s:\n%s", task, dataset.name, printed.getvalue().rstrip())
+    seconds, summary = time.monotonic() - start, printed.getvalue().rstrip()
+    logger.info("COCO evaluation (%s) of %s took %.1f s:\n%s", task, dataset.name, seconds, summary)
     # precision: IoU threshold x recall x category x area range x detections per image
     per_category = [
         evaluation.eval["precision"][:, :, k, 0, -1] for k in range(len(dataset.category_ids))

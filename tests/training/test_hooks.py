@@ -93,6 +93,7 @@ def test_precise_bn(caplog):
     assert last["precise_bn/num_samples"] == 20 and last["precise_bn/error"] == report.error
     assert last["precise_bn/mean_shift"] > 0
     assert caplog.text.count("| layer ") == 4
+    assert caplog.text.count("PreciseBN took ") == 4  # what takes time says so
     without = Trainer(make_model(), 8).train()
     assert_equal(weights_of(trainer.model), weights_of(without.model))
 
