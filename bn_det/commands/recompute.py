@@ -153,7 +153,7 @@ def recompute(
             head then sees the proposals of test time, a mask head the boxes that are detected.
         initial: as in ``update_bn_stats``.
     """
-    model.train(not adabn)
+    model.train()
     for layer in model.modules():
         if isinstance(layer, _BatchNorm):
             layer.train()
@@ -168,6 +168,7 @@ def recompute(
         allow_short=adabn,
         call=call,
         initial=initial,
+        adabn=adabn,
     )
     if not report.layers:
         raise InputError(

@@ -100,18 +100,17 @@ class Recompute(NamedTuple):
         return cls(usual, initial, per_level, needs, f"{start} adapted.pth {adapt}")
 
 
-def _in_code(batches: str, more: str = "") -> str:
-    arguments = f"model.train(), {batches}, allow_short=True{more}"
+def _in_code(arguments: str) -> str:
     return f"bn_det.update_bn_stats({arguments}), with call= if there is one"
 
 
 IN_CODE = Recompute(
-    _in_code("batches"),
-    _in_code("batches", ", initial=True"),
+    _in_code("model.train(), batches, allow_short=True"),
+    _in_code("model.train(), batches, allow_short=True, initial=True"),
     "statistics for each level: MODEL.RETINANET.BN.POPULATION per_domain, or "
     "bn_det.DomainBatchNorm2d in code",
     "the model that loads it needs population per_domain in its bn_det.DomainBatchNorm2d",
-    _in_code("target"),
+    _in_code("model, target, allow_short=True, adabn=True"),
 )
 
 

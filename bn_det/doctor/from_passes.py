@@ -215,17 +215,25 @@ def stale(seen: Seen, recompute: Recompute) -> Iterator[Finding]:
 
 
 def levels(seen: Seen, recompute: Recompute) -> Iterator[Finding]:
-    """BN202, of layers that have several normalization batches a pass."""
+    """BN202, of layers that have several normalization batches a pass.
+
+    A note where levels are no further apart than an EMA is from its batches by chance alone.
+    """
     off = {}
     for name, of in seen.shares.items():
         bound = bound_of(of.passes, len(seen.shares))
-        if name not in seen.frozen and of.share - bound * of.error > of.by_noise:
+        if name not in seen.frozen and of.excess > bound * of.error:
             off[name] = (of.share, of.error)
     if off:
         calls = {name: of.calls for name, of in seen.shares.items()}
         finding = of_levels(off, calls)._replace(treatment=recompute.per_level)
-        is_error = math.sqrt(finding.value) >= COSTS
-        yield finding._replace(severity="error") if is_error else finding
+        chances = {of.name: of.mean_chance for of in seen.layers}
+        if math.sqrt(finding.value) >= COSTS:
+            finding = finding._replace(severity="error")
+        elif all(seen.shares[name].excess < chances[name] ** 2 for name in off):
+            why = f"{finding.why}, less than an EMA is off by chance"
+            finding = finding._replace(severity="note", why=why)
+        yield finding
 
 
 def of_levels(off: Mapping[str, tuple[float, float]], calls: Mapping[str, int]) -> Finding:

@@ -232,8 +232,9 @@ RULES = {
         "RoIs of several levels; and between sources of images (DATASETS.SOURCES, "
         "bn_det.image_sources).",
         "Where each set is normalized by its own batch in training, and at test time all by one "
-        "EMA, that fits none (Wu & Johnson, Sec. 5.2). Sources that batches mix are normalized "
-        "alike in both, and are a note: each might do better with its own.",
+        "EMA, that fits none (Wu & Johnson, Sec. 5.2). Levels that are no further apart than that "
+        "EMA is off by chance are a note. So are sources that batches mix, which are normalized "
+        "alike in both: each might do better with its own.",
         "A layer that normalizes all levels together has one batch a pass, and is not meant. "
         "Sources are known where they are named.",
         "open-mmlab/mmdetection 6991, 1468, 6515, rwightman/efficientdet-pytorch 53",

@@ -29,6 +29,11 @@ class Share(NamedTuple):
     error: float
     passes: int
 
+    @property
+    def excess(self) -> float:
+        """What noise does not explain; negative by chance."""
+        return self.share - self.by_noise
+
 
 def share_of(passes: Sequence[Sequence[Moments]]) -> Share:
     """Of two passes or more, each with as many calls."""

@@ -6,7 +6,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from ..layers.comm import Group, all_gather, process_group, report_disagreement
 from ..layers.folded import is_folded
 from ..layers.kept import as_frozen
 from ..layers.kinds import lists_with_affine, refuse_meta, unwrapped
+from .adabn import as_in_a_test
 from .calling import ITERABLE, called, is_iterable
 from .estimate import ESTIMATORS, Accumulator, Estimate, estimates
 from .observation import Observed, Observer, PopulationLayer, left_out, population_layers
@@ -47,6 +48,7 @@ def update_bn_stats(
     group: Group = "world",
     frozen: bool = False,
     initial: bool = False,
+    adabn: bool = False,
 ) -> PopulationReport:
     """Recompute the population statistics of a fixed model (PreciseBN), on all ranks the same.
 
@@ -92,6 +94,10 @@ def update_bn_stats(
             own (``norm_eval``). In the passes they normalize as if they were not frozen, by the
             samples of their process.
         initial: whether statistics that look folded are replaced.
+        adabn: run the model as in a test, its BatchNorm alone in training mode, whatever mode it is
+            in; afterwards it is in that again. For images of the domain that it is to be used on,
+            without labels (Li et al., *Revisiting Batch Normalization For Practical Domain
+            Adaptation*, 2016).
 
     Returns:
         what has been done, by layer and domain.
@@ -107,7 +113,11 @@ def update_bn_stats(
     model = unwrapped(model)
     refuse_meta("update_bn_stats", model)
     how = How(num_iters, estimator, tolerance, allow_short, process_group(group))
-    with as_frozen(model) if frozen else nullcontext():
+    with ExitStack() as stack:
+        if frozen:
+            stack.enter_context(as_frozen(model))
+        if adabn:
+            stack.enter_context(as_in_a_test(model))
         layers = population_layers(model, frozen)
         _refuse_shared(layers)
         if not layers:

@@ -136,7 +136,7 @@ class Monitor(Hook):
             "staleness": _largest(seen.names, _staleness(seen.moves)),
             "noise": _largest(seen.names, seen.moves.mean_noise.tolist()),
             "between_share": _largest(
-                list(seen.shares), [max(of.share - of.by_noise, 0.0) for of in seen.shares.values()]
+                list(seen.shares), [max(of.excess, 0.0) for of in seen.shares.values()]
             ),
         }
         if seen.ranks is not None:
@@ -363,7 +363,7 @@ def _levels(seen: _Seen, num_looks: int) -> Finding | None:
     for name, of in seen.shares.items():
         # One-sided.
         bound = _bound(2 * FALSE_ALARMS / (len(seen.shares) * num_looks), 1, of.passes - 1)
-        if of.share - of.by_noise > bound * of.error:
+        if of.excess > bound * of.error:
             off[name] = (of.share, of.error)
     calls = {name: of.calls for name, of in seen.shares.items()}
     return of_levels(off, calls) if off else None

@@ -126,6 +126,33 @@ def test_levels_that_differ_and_share_statistics():
     assert "per_domain" in finding.treatment
 
 
+class TwoLevels(nn.Module):
+    """One layer for half of the images, and for the other half, which are brighter by 2 d."""
+
+    def __init__(self, norm, d):
+        super().__init__()
+        self.norm, self.d = norm, d
+
+    def forward(self, x):
+        darker, brighter = x.chunk(2)
+        return [self.norm(darker - self.d), self.norm(brighter + self.d)]
+
+
+@pytest.mark.parametrize("d, severity", [(1 / 12, "note"), (0.3, "warning")])
+def test_levels_that_differ_by_less_than_an_ema_is_off(d, severity):
+    """The mean of 4 images is off by 1 / 12, and so are the statistics of the last batch."""
+    generator = torch.Generator().manual_seed(5)
+    many = [torch.randn(8, 3, 6, 6, generator=generator) for _ in range(300)]
+    head = TwoLevels(nn.BatchNorm2d(3, momentum=1.0), d)
+    with torch.no_grad():
+        head.train()(many[0])
+    report = examine(head, many, num_iters=300)
+    assert report.layers[0].mean_chance == pytest.approx(1 / 12, rel=0.2)
+    (finding,) = [of for of in report.findings if of.rule == "BN202"]
+    assert finding.severity == severity
+    assert ("less than an EMA is off by chance" in finding.why) == (severity == "note")
+
+
 def test_levels_that_one_layer_normalizes_each_by_itself():
     """As called once for each: statistics are not shared in training, and are at test time."""
     norm = DomainBatchNorm2d(3, 3, statistics="per_domain", population="shared")

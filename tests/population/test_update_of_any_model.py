@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -239,3 +240,42 @@ def test_what_is_no_tolerance(tolerance):
 def test_a_model_without_values():
     with pytest.raises(InputError, match="^update_bn_stats: weight and 4 more are on the meta"):
         update_bn_stats(nn.BatchNorm2d(3, device="meta"), make_batches(), 4)
+
+
+class Keeps(nn.Sequential):
+    """Its train() leaves its first BatchNorm in evaluation mode, as norm_eval does."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        self[1].eval()
+        return self
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_adabn(training):
+    """As in a test but for BatchNorm, by the formula; then each module is in the mode it was in."""
+    net = make_net(nn.BatchNorm2d)
+    net.insert(2, nn.Dropout(0.5)).train(training)
+    net[1].eval()
+    modes = [module.training for module in net.modules()]
+    frozen = freeze(copy.deepcopy(net[1]))
+    kept = Keeps(*copy.deepcopy(net)).train()
+    batches = make_batches()
+    update_bn_stats(net, batches, 4, adabn=True)
+    assert [module.training for module in net.modules()] == modes
+    conv, dropout = net[0], net[2]
+    assert isinstance(dropout, nn.Dropout)
+    seen = torch.cat([conv(x) for x in batches])
+    torch.testing.assert_close(net[1].running_mean, seen.mean((0, 2, 3)))
+    inner = torch.cat([net[4](F.relu(_by_batch(conv(x), net[1]))) for x in batches])
+    torch.testing.assert_close(net[5].running_mean, inner.mean((0, 2, 3)))
+    # What is frozen, or kept in evaluation mode by the model itself, stays as it was.
+    update_bn_stats(kept, batches, 4, adabn=True)
+    for name in ("running_mean", "running_var"):
+        assert torch.equal(getattr(kept[1], name), getattr(frozen, name))
+    inner = torch.cat([kept[4](F.relu(kept[1].eval()(conv(x)))) for x in batches])
+    torch.testing.assert_close(kept[5].running_mean, inner.mean((0, 2, 3)))
+
+
+def _by_batch(x, layer):
+    return F.batch_norm(x, None, None, layer.weight, layer.bias, training=True, eps=layer.eps)
