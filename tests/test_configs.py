@@ -154,3 +154,44 @@ def test_heads(folder, head, part):
     assert changed == {f"MODEL.{part}.BN.{choice}" for choice in ("STATISTICS", "POPULATION")}
     assert {shared[k] for k in changed} == {"shared"}
     assert {per_level[k] for k in changed} == {"per_domain"}
+
+
+BLOOD_CELLS = MULTI_DOMAIN.with_name("blood_cells")
+PER_LABORATORY = ("MODEL.BN_SOURCES.PARTS", "DATASETS.SOURCES", "DATASETS.TEST")
+
+
+@pytest.mark.parametrize("folder", [BLOOD_CELLS, BLOOD_CELLS / "small"], ids=["GPUs", "small"])
+@pytest.mark.parametrize(
+    "detector, way, keys",
+    [
+        (
+            "retinanet",
+            "per_level",
+            {f"MODEL.RETINANET.BN.{k}" for k in ("STATISTICS", "POPULATION")},
+        ),
+        (
+            *("retinanet", "PreciseBN"),
+            {f"TEST.PRECISE_BN.{k}" for k in ("ENABLED", "NUM_ITER", "IMS_PER_BATCH")},
+        ),
+        ("retinanet", "per_laboratory", {*PER_LABORATORY}),
+        ("faster_rcnn", "per_laboratory", {*PER_LABORATORY, "MODEL.META_ARCHITECTURE"}),
+    ],
+)
+def test_blood_cells(folder, detector, way, keys):
+    """What a config's name says is all that it changes, and the new laboratory is tested alone."""
+    reference, found = (merged(folder / f"{detector}_{of}.yaml") for of in ("joint", way))
+    changed = {k for k in found if found[k] != reference.get(k)}
+    assert changed == {*keys, "OUTPUT_DIR"}
+    assert "raabin" not in found["DATASETS.TRAIN"] and "raabin" in reference["DATASETS.TEST"]
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in BLOOD_CELLS.glob("*_*.yaml")))
+def test_blood_cells_twins(name):
+    """A config for GPUs and its small twin have the same data, and the same ways of BatchNorm."""
+    found = {
+        k: dict(leaves(yaml.safe_load((folder / f"{name}.yaml").read_text())))
+        for k, folder in enumerate((BLOOD_CELLS, BLOOD_CELLS / "small"))
+    }
+    assert found[1].pop("OUTPUT_DIR") == f"output/blood_cells/small/{name}"
+    assert found[0].pop("OUTPUT_DIR") == f"output/blood_cells/{name}"
+    assert found[0] == found[1]
