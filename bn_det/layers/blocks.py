@@ -14,7 +14,7 @@ from .batch_norm import STATISTICS, BatchNorm2d
 from .become import become, class_of
 from .convert import as_ours
 from .freeze import is_frozen
-from .kinds import FORWARDS_OF_TORCH, batch_norms, why_lazy
+from .kinds import FORWARDS_OF_TORCH, batch_norms, check_module, why_lazy
 from .kinds import STATISTICS as BUFFERS
 from .l1_batch_norm import L1BatchNorm2d
 
@@ -56,6 +56,7 @@ def no_population_update(module: nn.Module) -> Iterator[None]:
     For a pass over other data than those of test time, the generator's step of a GAN for example.
     For every BatchNorm layer, torch's and ours; what normalizes does not change.
     """
+    check_module("module", module)
     layers = [m for m in module.modules() if isinstance(m, _BatchNorm)]
     # In training mode torch's own layers then normalize by the batch, as before, and in evaluation
     # mode by the buffers that they still have.
@@ -97,6 +98,7 @@ def _told(what: str, module: nn.Module, statistics: str, default: str) -> Iterat
     Args:
         default: what normalizes them by itself; nothing need be told then.
     """
+    check_module("module", module)
     others = {
         layer: name
         for layer, name in batch_norms(module).items()
@@ -186,6 +188,8 @@ def ghost_groups(module: nn.Module, groups: Tensor) -> Iterator[None]:
         ValueError: from the forward pass, if a layer has another number of samples, or normalizes
             over processes.
     """
+
+    check_module("module", module)
 
     def give_groups(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return args, {"groups": groups, **kwargs}

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from ..errors import InputError, nearest
+from ..errors import InputError, nearest, of_other_type
 from .batch_norm import BatchNorm2d
 from .become import class_of
 from .domain_batch_norm import DomainBatchNorm2d
@@ -43,8 +43,19 @@ def evaluates_by_batch(layer: nn.Module) -> bool:
     return is_ours and layer.eval_statistics == "batch" and not layer.frozen
 
 
+def check_module(key: str, module: object) -> None:
+    """Raise InputError for an argument that is no module."""
+    if not isinstance(module, nn.Module):
+        raise of_other_type(key, module, "a torch.nn.Module")
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Without what compiles it or shares its gradients, which would see every pass."""
+    """Without what compiles it or shares its gradients, which would see every pass.
+
+    Raises:
+        InputError: it is no module.
+    """
+    check_module("model", model)
     while True:
         if isinstance(model, (DataParallel, DistributedDataParallel)):
             model = model.module

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from .domain_batch_norm import state_holders
 from .fuse import Fused, of_outputs, pairs, scale_and_shift, warn_of_training
-from .kinds import STATE, eps_of
+from .kinds import STATE, check_module, eps_of
 from .levels import PerLevel
 from .state_dicts import State, first_difference, read_weights
 
@@ -41,6 +41,7 @@ def unfuse(model: nn.Module, file: str | os.PathLike | State | None = None) -> n
     Raises:
         InputError: there is nothing to undo, or the file does not belong to the model.
     """
+    check_module("model", model)
     if file is not None:
         return _load(model, file)
     places = [

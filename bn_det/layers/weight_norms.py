@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from ..errors import InputError, choose
+from .kinds import check_module
 
 WEIGHT_NORMS = ("WS", "ScaledWS", "WN")
 """The names of the kinds; see :func:`normalize_weight`."""
@@ -191,6 +192,7 @@ def bake_weight_norms(model: nn.Module) -> nn.Module:
     Returns:
         The model.
     """
+    check_module("model", model)
     for layer in model.modules():
         if hasattr(layer, "weight_norm"):
             original = next(layer.parametrizations.weight.parameters())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import InputError, choose
 from ..layers.comm import Group, all_gather, check_agreement, process_group
 from ..layers.freeze import is_frozen
+from ..layers.kinds import unwrapped
 
 HOW = ("averaged", "pooled")
 """Of variances: their mean over ranks; or that of all ranks' values together."""
@@ -43,7 +44,7 @@ def average_population_statistics(
     """
     choose("how", how, HOW)
     group = process_group(group)
-    layers = _layers(model)
+    layers = _layers(unwrapped(model))
     if group is None:
         return
     names = {name: f"{layer.num_features} channels" for name, layer in layers.items()}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import InputError
-from ..layers.kinds import STATISTICS, is_batch_norm, unwrapped
+from ..layers.kinds import STATISTICS, check_module, is_batch_norm, unwrapped
 from .passes import surroundings
 from .snapshot import Snapshot, same_random_state
 
@@ -25,6 +25,7 @@ def unchanged_statistics(model: nn.Module) -> Iterator[None]:
     Raises:
         InputError: after the block, if statistics have moved; it names the layers.
     """
+    check_module("model", model)
     held = [
         (f"{name}.{key}" if name else key, layer._buffers, key, buffer, buffer.clone())
         for name, layer in model.named_modules()
