@@ -14,7 +14,8 @@ from collections.abc import Sequence
 
 from ..commands.cli import add_host_argument
 from ..errors import nearest
-from ..reproduce.main import DEFAULT_SEEDS, reproduce, times
+from ..reproduce.looks import DEFAULT_SEEDS
+from ..reproduce.main import reproduce, times
 from ..reproduce.registry import EXPERIMENTS
 
 
@@ -48,9 +49,15 @@ def argument_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--seeds",
         type=int,
-        default=DEFAULT_SEEDS,
         metavar="N",
-        help=f"run with SEED 1 to N; {DEFAULT_SEEDS} by default; 1 is for a look, and no verdict",
+        help=f"run with SEED 1 to N; {DEFAULT_SEEDS} by default; 1 is for a look, and no verdict; "
+        "with --decide the most",
+    )
+    parser.add_argument(
+        "--decide",
+        action="store_true",
+        help="add seeds until each claim is decided: seen, opposite or absent, by intervals that "
+        "all hold together with 95 %%, however often one has looked",
     )
     parser.add_argument(
         "--num-gpus",

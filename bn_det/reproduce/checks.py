@@ -11,6 +11,7 @@ import torch
 
 from ..data.coco import builtin_sources, datasets_root
 from ..errors import InputError, check_positive
+from .looks import Looks
 from .published import NUM_GPUS, what_changes
 from .registry import SEVERAL_GPUS, SHAPES_ONLY
 from .report import identity, known_identity
@@ -110,9 +111,9 @@ def check_host(setting: Setting) -> None:
         )
 
 
-def check_folder(folder: Path, title: str, setting: Setting, seeds: Sequence[int]) -> None:
+def check_folder(folder: Path, title: str, setting: Setting, looks: Looks) -> None:
     """Whether a report may be written over what is there."""
-    found, ours = known_identity(folder), identity(title, setting)
+    found, ours = known_identity(folder), identity(title, setting, looks)
     if found is None:
         return
     for key, value in ours.items():
@@ -121,8 +122,8 @@ def check_folder(folder: Path, title: str, setting: Setting, seeds: Sequence[int
                 f"--output: {folder} has a report with {key} {found.get(key)!r}, and this is one "
                 f"with {value!r}; use another folder"
             )
-    if len(found["seeds"]) > len(seeds):
+    if len(found["seeds"]) > looks.seeds[-1]:
         raise InputError(
             f"--output: {folder} has a report of {len(found['seeds'])} seeds, and this is one of "
-            f"{len(seeds)}; use another folder, or --seeds {len(found['seeds'])}"
+            f"{looks.seeds[-1]}; use another folder, or --seeds {len(found['seeds'])}"
         )

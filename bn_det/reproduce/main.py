@@ -19,7 +19,8 @@ from ..commands.cli import choose_host
 from ..errors import InputError
 from ..files import check_writable
 from .checks import check_arguments, check_folder, check_host
-from .claims import claims_of
+from .claims import Verdict, claims_of
+from .looks import DECIDED, DEFAULT_SEEDS, Looks, looks_of, undecided
 from .published import NUM_GPUS
 from .registry import EXPERIMENTS, SHAPES_ONLY
 from .report import (
@@ -34,9 +35,6 @@ from .results import Results, Table
 from .runner import Runner
 from .steps import Setting, Step, shown
 
-DEFAULT_SEEDS = 3
-"""One is a hint, and two have an interval of 13 standard deviations."""
-
 
 def reproduce(args: argparse.Namespace) -> None:
     """Run experiments and report them.
@@ -49,18 +47,36 @@ def reproduce(args: argparse.Namespace) -> None:
     """
     names = _names(args)
     check_arguments(args, names)
+    looks = looks_of(args)
     setting = _setting(args)
     check_host(setting)
-    seeds = range(1, args.seeds + 1)
-    steps = plan(names, setting, seeds)
     folder = Path(args.output or f"output/reproduce/{args.experiment}-{args.data}")
-    check_folder(folder, args.experiment, setting, seeds)
+    check_folder(folder, args.experiment, setting, looks)
     if not args.dry_run:
         check_writable("--output", folder)
-    jobs = args.jobs or default_jobs()
     with nullcontext() if args.dry_run else _alone(setting.runs):
-        runner = Runner(steps, setting.runs, jobs)
-        print(_overview(names, setting, seeds, runner), flush=True)
+        for report in _reports(args, names, setting, looks):
+            write_report(report, folder)
+            print(_summary(report))
+            print(f"Saved to {folder / 'report.html'}", flush=True)
+            _exit_with_failures(report)
+
+
+def _reports(
+    args: argparse.Namespace, names: Sequence[str], setting: Setting, looks: Looks
+) -> Iterator[Report]:
+    """What has come out at each look; the last is the first at which all claims are decided."""
+    claims = claims_of(names, setting.data)
+    decided: dict[str, Verdict] = {}
+    steps: dict[str, Step] = {}
+    for number in looks.seeds:
+        left = undecided(names, claims, decided)
+        if not left:
+            return
+        seeds = range(1, number + 1)
+        steps |= {step.name: step for step in plan(left, setting, seeds)}
+        runner = Runner(list(steps.values()), setting.runs, args.jobs or default_jobs())
+        print(_overview(left, setting, seeds, runner, looks), flush=True)
         if args.dry_run:
             print("\n".join(shown(step.command) for step in runner.pending()))
             return
@@ -69,13 +85,18 @@ def reproduce(args: argparse.Namespace) -> None:
                 failures = runner.run()
         except KeyboardInterrupt:
             sys.exit("interrupted: the same command goes on where this one was")
-    results = Results(setting, runner.outcomes, seeds)
-    report = make_report(args.experiment, names, results, steps, failures)
-    write_report(report, folder)
-    print(_summary(report))
-    print(f"Saved to {folder / 'report.html'}")
-    if failures:
-        logs = "\n".join(f"  {setting.runs / f.step.name}: {f.reason}" for f in failures)
+        results = Results(setting, runner.outcomes, seeds)
+        done = runner.steps, failures, looks, decided
+        report = make_report(args.experiment, names, results, *done)
+        decided |= {claim.name: of for claim, of in report.ledger if of.word in DECIDED}
+        yield report
+
+
+def _exit_with_failures(report: Report) -> None:
+    """End the command where steps have failed."""
+    if failures := report.failures:
+        runs = report.results.setting.runs
+        logs = "\n".join(f"  {runs / f.step.name}: {f.reason}" for f in failures)
         sys.exit(f"error: {len(failures)} steps have failed; the same command tries again:\n{logs}")
 
 
@@ -155,7 +176,9 @@ def _alone(runs: Path) -> Iterator[None]:
         yield
 
 
-def _overview(names: Sequence[str], setting: Setting, seeds: range, runner: Runner) -> str:
+def _overview(
+    names: Sequence[str], setting: Setting, seeds: range, runner: Runner, looks: Looks
+) -> str:
     """What will be run, and about how long it takes."""
     pending = {step.name for step in runner.pending()}
     rows = []
@@ -170,10 +193,27 @@ def _overview(names: Sequence[str], setting: Setting, seeds: range, runner: Runn
     table = tabulate(rows, headers=headers, tablefmt="pipe")
     left = runner.pending()
     time = f", about {estimate(left, runner.jobs)} on two CPU cores"
+    of_looks = _of_looks(names, setting, seeds, runner, looks)
     return (
-        f"{table}\n{len(left)} of {len(runner.steps)} steps are to be run"
+        f"{table}\n{of_looks}{len(left)} of {len(runner.steps)} steps are to be run"
         f"{time if setting.data == 'shapes' else ''}, {runner.jobs} processes at a time; "
         f"{len(claims_of(names, setting.data))} claims are tested"
+    )
+
+
+def _of_looks(
+    names: Sequence[str], setting: Setting, seeds: range, runner: Runner, looks: Looks
+) -> str:
+    """Which look it is, and what all of them may cost; "" where there is one."""
+    if not looks.are_several:
+        return ""
+    every = plan(names, setting, range(1, looks.seeds[-1] + 1))
+    left = [step for step in every if step.name not in runner.outcomes]
+    time = f", {estimate(left, runner.jobs)}" if setting.data == "shapes" else ""
+    seen = ", ".join(map(str, looks.seeds))
+    return (
+        f"{len(seeds)} seeds; looked at with {seen}, until all claims are decided; at most "
+        f"{len(left)} steps{time}\n"
     )
 
 
@@ -185,4 +225,4 @@ def _summary(report: Report) -> str:
         if isinstance(item, Table)
     ]
     spikes = "\n".join(spikes_text(report))
-    return "\n\n".join([*texts, ledger_markdown(report.ledger), *([spikes] if spikes else [])])
+    return "\n\n".join([*texts, ledger_markdown(report), *([spikes] if spikes else [])])

@@ -11,7 +11,7 @@ from html import escape
 from importlib import metadata
 from pathlib import Path
 from statistics import mean, stdev
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 
 from tabulate import tabulate
@@ -20,6 +20,9 @@ from ..errors import InputError
 from ..files import finite, write_aside, write_json, write_text
 from ..training.spikes import FACTOR, spike_text
 from .claims import Claim, Verdict, claims_of, judge
+from .ledger_picture import ledger_picture
+from .looks import Looks
+from .power import MOST, seeds_needed
 from .published import NUM_GPUS, what_changes
 from .registry import EXPERIMENTS
 from .results import Picture, Results, Table, Values
@@ -36,8 +39,10 @@ class Report(NamedTuple):
         title: what the user asked for.
         shows: tables and pictures by experiment.
         ledger: the claims that were tested, with their verdicts.
+        picture: of the ledger; None where nothing is known.
         steps: all of them, in their order.
         failures: what went wrong.
+        looks: when claims are looked at, this time among others.
         spikes: what is noted of the losses of each training, by its name.
     """
 
@@ -45,8 +50,10 @@ class Report(NamedTuple):
     results: Results
     shows: dict[str, list[Table | Picture]]
     ledger: list[tuple[Claim, Verdict]]
+    picture: Picture | None
     steps: Sequence[Step]
     failures: Sequence[Failure]
+    looks: Looks
     spikes: dict[str, dict[str, Any]]
 
 
@@ -56,18 +63,28 @@ def make_report(
     results: Results,
     steps: Sequence[Step],
     failures: Sequence[Failure],
+    looks: Looks | None = None,
+    decided: Mapping[str, Verdict] = MappingProxyType({}),
 ) -> Report:
-    """Of the experiments that are named, as far as their steps have been done."""
+    """Of the experiments that are named, as far as their steps have been done.
+
+    Args:
+        looks: one at the seeds of the results, by default.
+        decided: verdicts of earlier looks, by claim, which stand.
+    """
+    looks = looks or Looks((len(results.seeds),), 0.95)
     shows = {name: EXPERIMENTS[name].show(results) for name in names}
     ledger = [
-        (claim, verdict_of(claim, results)) for claim in claims_of(names, results.setting.data)
+        (claim, decided.get(claim.name) or verdict_of(claim, results, looks.confidence))
+        for claim in claims_of(names, results.setting.data)
     ]
     spikes = {s.name: results.spikes(s.name) for s in steps if s.is_training}
     known = {name: noted for name, noted in spikes.items() if noted["largest"]}
-    return Report(title, results, shows, ledger, steps, failures, known)
+    picture = ledger_picture(ledger, looks.confidence)
+    return Report(title, results, shows, ledger, picture, steps, failures, looks, known)
 
 
-def verdict_of(claim: Claim, results: Results) -> Verdict:
+def verdict_of(claim: Claim, results: Results, confidence: float = 0.95) -> Verdict:
     """By the seeds that count: those in which no training that the effect is of had a loss spike.
 
     Unless the claim is about how much a training bears.
@@ -82,23 +99,26 @@ def verdict_of(claim: Claim, results: Results) -> Verdict:
             left_out.append(seed)
         else:
             effects.append(value)
-    return judge(claim, effects)._replace(left_out=tuple(left_out))
+    return judge(claim, effects, confidence)._replace(left_out=tuple(left_out))
 
 
 def write_report(report: Report, folder: Path) -> None:
     """Write ``report.html``, ``results.json``, ``claims.md`` and the pictures into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    for show in report.shows.values():
-        for picture in show:
-            if isinstance(picture, Picture):
-                with write_aside(folder / f"{picture.name}.png") as aside:
-                    picture.figure.savefig(aside, format="png", dpi=120)
-    write_text(folder / "claims.md", ledger_markdown(report.ledger) + "\n")
+    for picture in _pictures(report):
+        with write_aside(folder / f"{picture.name}.png") as aside:
+            picture.figure.savefig(aside, format="png", dpi=120)
+    write_text(folder / "claims.md", ledger_markdown(report) + "\n")
     write_text(folder / "report.html", _page(report, folder))
     write_json(folder / RESULTS, finite(_as_dict(report)))
 
 
-def identity(title: str, setting: Setting) -> dict[str, Any]:
+def _pictures(report: Report) -> list[Picture]:
+    shown = [item for show in report.shows.values() for item in show]
+    return [item for item in (report.picture, *shown) if isinstance(item, Picture)]
+
+
+def identity(title: str, setting: Setting, looks: Looks) -> dict[str, Any]:
     """What must be the same for a report to be written over another."""
     return {
         "experiment": title,
@@ -106,6 +126,7 @@ def identity(title: str, setting: Setting) -> dict[str, Any]:
         "host": setting.host,
         "num_gpus": setting.num_gpus,
         "opts": list(setting.opts),
+        "looks": list(looks.seeds) if looks.are_several else None,
     }
 
 
@@ -126,13 +147,16 @@ def table_text(table: Table) -> str:
     return f"{table.title}\n{body}"
 
 
-def ledger_markdown(ledger: Sequence[tuple[Claim, Verdict]]) -> str:
+def ledger_markdown(report: Report) -> str:
     """The ledger as a table."""
     rows = [
-        [claim.sentence, claim.name, _wanted(claim), effect_text(verdict), verdict.word or "-"]
-        for claim, verdict in ledger
+        [
+            *(claim.sentence, claim.name, _wanted(claim), effect_text(verdict)),
+            *(verdict.word or "-", _needed(claim, verdict, report.looks)),
+        ]
+        for claim, verdict in report.ledger
     ]
-    headers = ["claim", "name", "what counts", "found (95 % interval, seeds)", "verdict"]
+    headers = ["claim", "name", "what counts", _found(report.looks), "verdict", SEEDS_NEEDED]
     return tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)
 
 
@@ -171,6 +195,19 @@ def spikes_text(report: Report) -> list[str]:
     return [f"Loss spikes in {count} of {len(report.spikes)} trainings; {end}", *lines]
 
 
+def _found(looks: Looks) -> str:
+    return f"found ({100 * looks.confidence:g} % interval, seeds)"
+
+
+SEEDS_NEEDED = "seeds needed"
+
+
+def _needed(claim: Claim, verdict: Verdict, looks: Looks) -> str:
+    if len(verdict.effects) < 2:
+        return "-"
+    return str(seeds_needed(claim, verdict, looks.confidence) or f"more than {MOST}")
+
+
 def _wanted(claim: Claim) -> str:
     return f"{'at most' if claim.at_most else 'at least'} {claim.smallest:g} {claim.unit}"
 
@@ -182,11 +219,17 @@ def _cells(table: Table, cells: Sequence[Values]) -> list[str]:
 def _as_dict(report: Report) -> dict[str, Any]:
     outcomes = report.results.outcomes
     return {
-        **identity(report.title, report.results.setting),
+        **identity(report.title, report.results.setting, report.looks),
+        "confidence": report.looks.confidence,
         "seeds": list(report.results.seeds),
         "versions": _versions(),
         "claims": [
-            {**claim._asdict(), **verdict._asdict(), "verdict": verdict.word}
+            {
+                **claim._asdict(),
+                **verdict._asdict(),
+                "verdict": verdict.word,
+                "seeds_needed": seeds_needed(claim, verdict, report.looks.confidence),
+            }
             for claim, verdict in report.ledger
         ],
         "tables": {
@@ -231,6 +274,7 @@ table { border-collapse: collapse; margin: 1em 0 }
 th, td { border: 1px solid #ccc; padding: .25em .6em; text-align: left; vertical-align: top }
 th { background: #f2f2f2 } td.number { text-align: right; white-space: nowrap }
 td.seen { background: #dff0d8 } td.opposite { background: #f2dede } td.hint { color: #888 }
+td.absent { background: #d9edf7 }
 img { max-width: 100% } code, pre { font-size: 12px; white-space: pre-wrap } .note { color: #555 }
 .warning { background: #fcf8e3; padding: .5em 1em }
 """
@@ -251,9 +295,11 @@ def _page(report: Report, folder: Path) -> str:
         "<h2>The ledger of claims</h2>",
         "<p>The claims, their metrics and the smallest effects that count were fixed before the "
         "first run (docs/claims.md). One seed is a hint, and no verdict. A seed in which a "
-        "training had a loss spike does not count, but for claims on how much a training bears."
-        "</p>",
-        _ledger_html(report.ledger),
+        "training had a loss spike does not count, but for claims on how much a training bears. "
+        "Seeds needed: with which the smallest effect that counts would be told from none in nine "
+        "of ten repetitions, if effects spread as those of these seeds do.</p>",
+        _ledger_html(report),
+        *([_picture_html(report.picture, folder)] if report.picture else []),
         *_spikes_html(report),
     ]
     for name, show in report.shows.items():
@@ -293,17 +339,18 @@ def _spikes_html(report: Report) -> list[str]:
     return [f"<p class='{style}'>{escape(line)}</p>" for line in lines]
 
 
-def _ledger_html(ledger: Sequence[tuple[Claim, Verdict]]) -> str:
+def _ledger_html(report: Report) -> str:
     rows = []
-    for claim, verdict in ledger:
+    for claim, verdict in report.ledger:
         word = verdict.word or "-"
         rows.append(
             f"<tr><td>{_rich(claim.sentence)}<br><span class='note'>{_rich(claim.source)}</span>"
             f"</td><td>{_rich(claim.metric)}</td><td>{escape(_wanted(claim))}</td>"
             f"<td class='number'>{escape(effect_text(verdict))}</td>"
-            f"<td class='{word.replace(' ', '-')}'>{word}</td></tr>"
+            f"<td class='{word.replace(' ', '-')}'>{word}</td>"
+            f"<td class='number'>{_needed(claim, verdict, report.looks)}</td></tr>"
         )
-    headers = ("claim", "metric", "what counts", "found (95 % interval, seeds)", "verdict")
+    headers = ("claim", "metric", "what counts", _found(report.looks), "verdict", SEEDS_NEEDED)
     return _html(headers, rows)
 
 

@@ -27,6 +27,7 @@ from bn_det.reproduce.experiments import (
     normalizer_free,
     population,
 )
+from bn_det.reproduce.looks import Looks
 from bn_det.reproduce.main import plan
 from bn_det.reproduce.published import scaled, scaled_iterations, what_changes
 from bn_det.reproduce.registry import EXPERIMENTS, SHAPES_ONLY
@@ -64,7 +65,8 @@ def claim(smallest=1.0, at_most=False):
         ([-1.2], "hint"),
         ([1.5, 1.6, 1.7], "seen"),
         ([0.2, 3.0, 1.9], "not seen"),  # the interval holds zero
-        ([0.5, 0.6, 0.7], "not seen"),  # too small
+        ([0.5, 0.6, 0.7], "absent"),  # all of the interval is too small
+        ([0.5, 0.6, 0.9], "not seen"),  # not all of it
         ([-1.5, -1.6, -1.7], "opposite"),
         ([2.0, 2.0, 2.0], "seen"),  # an interval of nothing
     ],
@@ -606,6 +608,8 @@ def test_report(results, tmp_path):
     assert set(content["steps"]) == {s.name for s in steps}
     page = (tmp_path / "report" / "report.html").read_text()
     pictures = [i for show in report.shows.values() for i in show if isinstance(i, Picture)]
+    assert report.picture is not None
+    pictures.append(report.picture)  # of the ledger
     assert page.count("data:image/png;base64,") == len(pictures) > 5
     assert "the published setting is 8" not in page
     assert "src='http" not in page and "href=" not in page, "self-contained"
@@ -706,17 +710,17 @@ def test_report_on_coco(tmp_path):
 
 
 def test_a_report_is_not_written_over_what_is_none(setting, tmp_path):
-    check_folder(tmp_path, "all", setting, [1])
+    check_folder(tmp_path, "all", setting, Looks((1,), 0.95))
     steps = plan(["frozen"], setting, [1, 2])
     report = make_report("frozen", ["frozen"], Results(setting, {}, [1, 2]), steps, [])
     write_report(report, tmp_path)
-    check_folder(tmp_path, "frozen", setting, [1, 2, 3])
+    check_folder(tmp_path, "frozen", setting, Looks((3,), 0.95))
     with pytest.raises(InputError, match="has a report of 2 seeds, and this is one of 1"):
-        check_folder(tmp_path, "frozen", setting, [1])
+        check_folder(tmp_path, "frozen", setting, Looks((1,), 0.95))
     for content in ("{", "[]", '{"bbox": {"AP": 30.0}}'):
         (tmp_path / "results.json").write_text(content)
         with pytest.raises(InputError, match=r"results.json is not of a report"):
-            check_folder(tmp_path, "all", setting, [1])
+            check_folder(tmp_path, "all", setting, Looks((1,), 0.95))
 
 
 def test_cells():
