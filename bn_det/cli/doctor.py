@@ -298,9 +298,18 @@ def by_config(args: argparse.Namespace) -> Loaded:
     of = host.load(args, cfg)
     keys = [f"MODEL.{part}.BN.POPULATION per_domain" for part in parts_with_levels(cfg)]
     config = f"--config-file {shlex.quote(args.config_file)}"
+    config += f" --host {args.host}" * (args.host != "auto")
     adapt = f"{config} --adabn --dataset {shlex.quote(args.target or '')} --evaluate"
-    recompute = Recompute.by_command(path, config, adapt, keys)
+    opts = _other_opts(args.opts)
+    recompute = Recompute.by_command(path, config + opts, adapt + opts, keys)
     return Loaded(of, recompute, beside_weights(path, of.model.state_dict()))
+
+
+def _other_opts(opts: Sequence[str]) -> str:
+    """The KEY VALUE pairs of a command, for another one that names weights and output itself."""
+    pairs = zip(opts[::2], opts[1::2], strict=True)
+    named = ("MODEL.WEIGHTS", "OUTPUT_DIR")
+    return "".join(f" {key} {shlex.quote(value)}" for key, value in pairs if key not in named)
 
 
 def beside_weights(

@@ -11,7 +11,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from ..doctor.from_training import Step
-from ..errors import InputError
+from ..errors import InputError, choose
 from ..layers.renorm import RenormLimits
 from ..training.agc import AdaptiveGradientClipping
 from ..training.hooks import (
@@ -23,6 +23,7 @@ from ..training.hooks import (
     TuneBN,
     VirtualBatch,
 )
+from ..training.mixed_precision import DTYPES
 from ..training.monitor import Monitor
 from ..training.spikes import LossSpikes
 from .check import check_ims_per_batch
@@ -166,7 +167,10 @@ def build_hooks(
 def mixed_precision_of(cfg: CfgNode) -> torch.dtype | None:
     """What SOLVER.AMP has training compute in; None for float32 throughout."""
     node = cfg.SOLVER.AMP
-    return getattr(torch, node.DTYPE) if node.ENABLED else None
+    if not node.ENABLED:
+        return None
+    choose("SOLVER.AMP.DTYPE", node.DTYPE, DTYPES)
+    return getattr(torch, node.DTYPE)
 
 
 def clipping_of(cfg: CfgNode, model: nn.Module) -> AdaptiveGradientClipping:

@@ -48,10 +48,27 @@ def check_read(cfg: CfgNode, typed: Collection[str] = ()) -> None:
         logger.warning("%s: %r does nothing with %s", key, value, reason)
 
 
+def warn_of_others(cfg: CfgNode) -> None:
+    """Warn of what :func:`check_read` refuses, for a config whose components may be a project's."""
+    for part in PARTS:
+        if reason := _why_norm_unknown(cfg, part):
+            logger.warning("MODEL.%s.NORM: %r is ours: %s", part, cfg.MODEL[part].NORM, reason)
+    for key, reason, is_error in _unread(cfg, ()):
+        value = attrgetter(key)(cfg)
+        if is_error and value != KEYS[key].default:
+            logger.warning("%s: %r does nothing with %s", key, value, reason)
+
+
 def _check_norm(cfg: CfgNode, part: str) -> None:
-    norm, reason = cfg.MODEL[part].NORM, why_not_ours(cfg, part)
-    if norm in OUR_NORMS and reason and is_built(cfg, part):
+    if reason := _why_norm_unknown(cfg, part):
+        norm = cfg.MODEL[part].NORM
         raise InputError(f"MODEL.{part}.NORM: {norm!r} is not accepted with {reason}")
+
+
+def _why_norm_unknown(cfg: CfgNode, part: str) -> str:
+    """The component that a norm of ours is for, and which is another one, if so."""
+    is_ours = cfg.MODEL[part].NORM in OUR_NORMS and is_built(cfg, part)
+    return why_not_ours(cfg, part) if is_ours else ""
 
 
 def _unread(cfg: CfgNode, typed: Collection[str]) -> Iterator[tuple[str, str, bool]]:

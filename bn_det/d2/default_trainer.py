@@ -10,10 +10,11 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
+from torch import nn
 
 from ..config.keys import check_keys
 from ..config.training import build_hooks, uses_precise_bn
-from ..config.unread import HOOK_KEYS, TRAINER_KEYS, set_keys
+from ..config.unread import HOOK_KEYS, TRAINER_KEYS, set_keys, warn_of_others
 from ..errors import InputError
 from ..layers import BATCH_NORMS, BatchNorm2d, DomainBatchNorm2d, name_layers
 from ..layers.norms import NormFactory
@@ -37,6 +38,12 @@ class BNHooks:
                 f"{cls.__name__}: BNHooks after DefaultTrainer is not accepted, as nothing would "
                 "call it; put it first in the bases"
             )
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        check_keys(cfg)
+        warn_of_others(cfg)
+        return super().build_model(cfg)
 
     def build_hooks(self) -> list[HookBase]:
         cfg = self.cfg

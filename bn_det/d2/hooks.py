@@ -25,6 +25,12 @@ from ..training import hooks, monitor, spikes
 from ..training.mixed_precision import autocast
 
 
+def set_up_log(name: str) -> None:
+    """Have a package's messages shown where nobody has seen to it: a project sets up its own."""
+    if not logging.getLogger(name).hasHandlers():
+        setup_logger(distributed_rank=comm.get_rank(), name=name)
+
+
 class _BeforeSaving:
     """Mixed into a hook that changes the model before others evaluate and save it."""
 
@@ -38,8 +44,7 @@ class _BeforeSaving:
                         f"{name} is registered after {its}, which would get the model as it is "
                         f"before {name}; register it before"
                     )
-        if not logging.getLogger("bn_det").hasHandlers():  # a project that sets up its own alone
-            setup_logger(distributed_rank=comm.get_rank(), name="bn_det")
+        set_up_log("bn_det")
         super().before_train()
 
 

@@ -44,6 +44,7 @@ from .datasets import (
 )
 from .default_trainer import BNHooks
 from .engine import Checkpointer, EvaluatesOnSuccess, finite_boxes, set_up_group_and_log
+from .hooks import set_up_log
 from .mapper import Mapper
 
 
@@ -61,6 +62,8 @@ class Trainer(EvaluatesOnSuccess, BNHooks, DefaultTrainer):
     def __init__(self, cfg: CfgNode) -> None:
         # DefaultTrainer's own gives DistributedDataParallel the number of a GPU in any case.
         super(DefaultTrainer, self).__init__()
+        for name in ("detectron2", "fvcore", "bn_det"):
+            set_up_log(name)
         self.cfg = cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         model = self.build_model(cfg)

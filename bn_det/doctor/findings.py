@@ -305,6 +305,17 @@ def gained(of: Tried) -> str:
     return f"{gain.removesuffix(of.measure)}± {of.standard_error:.1g} {of.measure}"
 
 
+_LARGE = 1000
+"""Beyond which a distance tells no more: of statistics that are of no model."""
+
+_OF_A_SCALE = ("standard deviations", "of loss")
+
+
+def amount(value: float, digits: int = 3) -> str:
+    """A distance or a loss, in words where it is too large to tell anything."""
+    return f"more than {_LARGE:g}" if value > _LARGE else f"{value:.{digits}g}"
+
+
 def how_much(of: Finding) -> str:
     """The value with its standard error and unit."""
     if of.value is None:
@@ -313,6 +324,8 @@ def how_much(of: Finding) -> str:
     unit = RULES[of.rule].unit
     if not math.isfinite(of.value):  # infinite: of a loss that is, or is NaN
         return f"{value_of(of.value)} {unit}"
+    if unit in _OF_A_SCALE and of.value > _LARGE:
+        return f"{amount(of.value)} {unit}"
     return f"{of.value:.3g}{error} {unit.removesuffix('s') if of.value == 1 else unit}"
 
 
@@ -378,7 +391,8 @@ def _verdict(first: Finding, tried: Sequence[Tried]) -> str:
     if not own.helps:
         return f"{said}; this does not help: {own}; this does: {best}{needs}"
     also = "" if best is own else f"; {'kept' if best.kept else 'better'}: {best}"
-    return f"statistics, not weights: {said}: {own}; {first.treatment}{also}{needs}"
+    mend = "the model has them now" if own.kept else first.treatment
+    return f"statistics, not weights: {said}: {own}; {mend}{also}{needs}"
 
 
 def check_rules(rules: Collection[str]) -> None:

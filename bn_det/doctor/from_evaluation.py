@@ -15,7 +15,7 @@ from ..population.estimate import Accumulator, Estimate, estimates
 from ..population.observation import Observed, Observer, PopulationLayer
 from ..population.unchanged import put_back
 from .chance import bound_of
-from .findings import COSTS, Finding, Recompute, Shift, furthest
+from .findings import COSTS, Finding, Recompute, Shift, amount, furthest
 from .losses import Losses
 
 
@@ -170,10 +170,11 @@ def accumulated(found: Sequence[Shift], seen: Inputs, recompute: Recompute) -> I
     left = max(_sizes(_vectors(seen.new)[place]))
     why = (
         f"in evaluation the inputs of {len(off)} of {len(found)} layers have other statistics than "
-        f"those that normalize them, those of {names[0]} by {shift:.3g} (standard deviations of "
-        "the mean, or relative to the variance), where the noise of EMAs would make it "
-        f"{chance:.2g}; over depth it goes from {first:.2g} in the first third of the layers to "
-        f"{last:.2g} in the last; with recomputed statistics {left:.2g} of {names[0]}'s is left"
+        f"those that normalize them, those of {names[0]} by {amount(shift)} (standard deviations "
+        "of the mean, or relative to the variance), where the noise of EMAs would make it "
+        f"{chance:.2g}; over depth it goes from {amount(first, 2)} in the first third of the "
+        f"layers to {amount(last, 2)} in the last; with recomputed statistics that of {names[0]} "
+        f"is {left:.2g}"
     )
     severity = "warning" if shift >= COSTS else "note"
     yield Finding("BN206", severity, names, shift, why, recompute.usual, chance)

@@ -19,7 +19,7 @@ from .comm import Group, HeldGroup, process_group
 from .forward import Domain, Extension, Observation, Plan, batch_norm
 from .ghost import GHOST_ORDERS, ghost_batches
 from .meeting import TIMEOUT, Calls, Place, check_timeout
-from .renorm import RenormLimits
+from .renorm import limits_of
 
 STATISTICS = ("population", "batch")
 """What can normalize."""
@@ -124,7 +124,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         self.eval_statistics = eval_statistics
         self.train_statistics = train_statistics
         self.update_population = update_population
-        self.renorm = None if renorm is None else RenormLimits(*renorm).check()
+        self.renorm = None if renorm is None else limits_of(renorm)
         self.frozen = False
         self.takes: type[_BatchNorm] = nn.BatchNorm2d
         self._extensions: OrderedDict[int, Extension] = OrderedDict()

@@ -94,7 +94,18 @@ def fuse(model: nn.Module, check: Callable[[nn.Module], Any] | None = None) -> F
         raise InputError("fuse: not accepted for a model in training mode; call eval() first")
     refuse_meta("fuse", model)
     untune(model)
-    return _fuse(model, _why_changed(model, check) if check else {})
+    report = _fuse(model, _why_changed(model, check) if check else {})
+    warn_of_nothing("fuse", report.fused, report.left)
+    return report
+
+
+def warn_of_nothing(what: str, done: list[str], left: dict[str, str]) -> None:
+    """Say so where nothing has been done: no BatchNorm is as it has to be, or there is none."""
+    if not done:
+        name, why = next(iter(left.items()), ("", ""))
+        what_else = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        reason = f"{name}{what_else}: {why}" if left else "the model has no BatchNorm"
+        logger.warning("%s has changed nothing: %s", what, reason)
 
 
 _CHANGES = "check gives other outputs with it: its output or weight is used elsewhere, too"

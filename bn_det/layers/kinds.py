@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from collections import Counter
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -22,6 +23,8 @@ from .become import class_of
 from .domain_batch_norm import DomainBatchNorm2d
 from .frozen import FrozenBatchNorm
 from .l1_batch_norm import L1BatchNorm2d
+
+logger = logging.getLogger(__name__)
 
 STATE = ("running_mean", "running_var", "weight", "bias")
 """What normalizes in evaluation."""
@@ -162,6 +165,8 @@ def selected(
     """
     layers = batch_norms(model)
     if modules is None:
+        if not layers:
+            logger.warning("%s: the model has no BatchNorm", what)
         return layers
     are_names = isinstance(modules, Iterable) and not isinstance(modules, nn.Module)
     if not (are_names and modules and all(isinstance(m, str) for m in modules)):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..errors import of_other_type
 from .domain_batch_norm import DomainBatchNorm2d
 from .kernels import one_launch
 from .watched import is_watched
@@ -48,7 +49,12 @@ def forward_levels(
 
     Returns:
         One tensor for each level.
+
+    Raises:
+        InputError: ``features`` is a tensor, whose samples would be taken for levels.
     """
+    if isinstance(features, Tensor):
+        raise of_other_type("features", features, "a list of tensors, one for each level")
     features = list(features)
     steps = list(_steps(layers))
     while steps:

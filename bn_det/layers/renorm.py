@@ -34,6 +34,15 @@ class RenormLimits(NamedTuple):
         return self
 
 
+def limits_of(renorm: object) -> RenormLimits:
+    """The limits that a layer is given; InputError for what is no pair of them."""
+    try:
+        limits = RenormLimits(*renorm)  # type: ignore[misc]  # an int has no items
+        return limits.check()
+    except TypeError:
+        raise InputError(f"renorm: {renorm!r} is not accepted; use a pair (r_max, d_max)") from None
+
+
 def correction(
     moments: Moments, population: nn.BatchNorm2d, eps: float, limits: RenormLimits
 ) -> tuple[Tensor, Tensor]:

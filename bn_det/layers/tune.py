@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import nn
 
 from .freeze import is_frozen
-from .fuse import foldable
+from .fuse import foldable, warn_of_nothing
 from .kinds import batch_norms, refuse_meta, unwrapped
 from .tuned import tune_pair, untune
 
@@ -53,6 +53,13 @@ def tune(model: nn.Module) -> TuneReport:
     Raises:
         InputError: the model is on the meta device.
     """
+    report = tune_what_is_frozen(model)
+    warn_of_nothing("tune", report.tuned, report.left)
+    return report
+
+
+def tune_what_is_frozen(model: nn.Module) -> TuneReport:
+    """As :func:`tune`, of a model in which nothing may be frozen yet."""
     model = unwrapped(model)
     refuse_meta("tune", model)
     untune(model)

@@ -192,12 +192,13 @@ def _overview(
     headers = ["experiment", "trainings", "measurements", "done or shared", "about"]
     table = tabulate(rows, headers=headers, tablefmt="pipe")
     left = runner.pending()
-    time = f", about {estimate(left, runner.jobs)} on two CPU cores"
+    time = f", about {estimate(left, runner.jobs)} on as many CPU cores as run at a time"
+    tested = ", ".join(f"'{claim.name}'" for claim in claims_of(names, setting.data))
     of_looks = _of_looks(names, setting, seeds, runner, looks)
     return (
         f"{table}\n{of_looks}{len(left)} of {len(runner.steps)} steps are to be run"
-        f"{time if setting.data == 'shapes' else ''}, {runner.jobs} processes at a time; "
-        f"{len(claims_of(names, setting.data))} claims are tested"
+        f"{time if setting.data == 'shapes' else ''}, {runner.jobs} at a time\n"
+        f"Claims that are tested (docs/claims.md has their thresholds): {tested}"
     )
 
 

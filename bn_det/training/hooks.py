@@ -17,7 +17,7 @@ from torch import nn
 from ..layers import BatchNorm2d
 from ..layers.freeze import Modules, check_freezing, freeze
 from ..layers.renorm import RenormLimits
-from ..layers.tune import TuneReport, tune
+from ..layers.tune import TuneReport, tune_what_is_frozen
 from ..population.average import average_population_statistics
 from ..population.observation import population_layers
 from ..population.progress import with_progress
@@ -260,7 +260,7 @@ class TuneBN(Hook):
     def before_step(self) -> None:
         if not self._has_begun or self.trainer.iter == self.iteration:
             self._has_begun = True
-            report = tune(self.trainer.model)
+            report = tune_what_is_frozen(self.trainer.model)
             if report.tuned or self.trainer.iter >= self.iteration:
                 self._tell(report)
 

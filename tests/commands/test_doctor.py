@@ -227,6 +227,7 @@ def test_treat(part, tmp_path, monkeypatch):
     (tried,) = found["tried"]
     assert tried["kept"] and tried["measure"] == "loss" and tried["gain"] > 1
     assert found["verdict"].startswith("statistics, not weights: ")
+    assert found["verdict"].endswith("; the model has them now")
     gains = {of["rule"]: of["gain"] for of in found["findings"]}
     assert gains["BN301"] == gains["BN201"] > 1
     mended = torch.load("mended.pth", weights_only=True)
@@ -255,7 +256,7 @@ def with_dark(tiny_shapes, folder):
 
 
 @every_host
-def test_a_config(host, tiny_shapes, tmp_path):
+def test_a_config(host, tiny_shapes, tmp_path, monkeypatch):
     options = with_dark(tiny_shapes, tmp_path / "dark")
     small = *options, "MODEL.DEVICE", "cpu", "SOLVER.IMS_PER_BATCH", "2"
     model = build_model(host, make_cfg(host, BASE, *small))
@@ -289,6 +290,13 @@ def test_a_config(host, tiny_shapes, tmp_path):
     names = [of["name"] for of in found["layers"]]
     for part in ("in_evaluation", "on_target"):
         assert [of["name"] for of in found[part]] == names, part
+    treatments = {of["rule"]: of["treatment"] for of in found["findings"]}
+    assert f"--host {host} --adabn" in treatments["BN205"] and "OUTPUT_DIR" not in str(treatments)
+    # As it stands there it runs: with this host and these options.
+    monkeypatch.chdir(tmp_path)
+    done = recompute_as_printed(treatments["BN201"])
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "mended.pth").is_file()
     assert not (tmp_path / "run" / "inference").exists()
 
 

@@ -5,6 +5,7 @@ import pytest
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 
 import fvcore.nn
@@ -23,6 +24,7 @@ from bn_det.d2.default_trainer import suits_fvcore
 from bn_det.d2.train import Trainer
 from bn_det.errors import InputError
 from bn_det.training.hooks import Hook, PreciseBN
+from here import run_here
 from kinds import KINDS, SOURCES, call, inputs_of
 from reference import BASE, RCNN
 
@@ -312,3 +314,49 @@ def test_keys_that_a_trainer_does_not_read(make_cfg, key, value, with_hooks):
         with pytest.raises(InputError, match="use bn_det.d2.train.Trainer"):
             Mixed(cfg)
     Trainer(cfg)
+
+
+IN_VAIN = {
+    "MODEL.META_ARCHITECTURE": ("RetinaNet", "MODEL.RETINANET.BN.STATISTICS", "shared"),
+    "MODEL.BACKBONE.NAME": ("build_retinanet_resnet_fpn_backbone", "MODEL.FPN.NORM", "GhostBN"),
+}
+
+
+@pytest.mark.parametrize("stock", IN_VAIN)
+@pytest.mark.parametrize("cls", [Trainer, Mixed])
+def test_keys_that_a_stock_component_does_not_read(stock, cls, make_cfg, caplog):
+    """A warning, before Detectron2 fails on a norm that it does not know."""
+    name, key, value = IN_VAIN[stock]
+    cfg = make_cfg(stock, name, key, value, "TEST.PRECISE_BN.ENABLED", "False")
+    with pytest.raises(KeyError, match=value) if value == "GhostBN" else nullcontext():
+        cls.build_model(cfg)
+    (message,) = [m for m in caplog.messages if m.startswith(f"{key}: {value!r}")]
+    assert f"{stock} {name!r}" in message
+
+
+def test_a_precision_that_is_none(make_cfg):
+    cfg = make_cfg("SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "bf16")
+    with pytest.raises(InputError, match=r"SOLVER.AMP.DTYPE: 'bf16' .* 'float16', 'bfloat16'"):
+        Trainer(cfg)
+
+
+def test_a_script_of_a_project_logs_as_with_detectron2s(make_cfg, tmp_path):
+    """Iterations and AP, in a process that sets up no logs."""
+    cfg = make_cfg("DATASETS.TEST", "()")
+    (tmp_path / "cfg.yaml").write_text(cfg.dump())
+    (tmp_path / "script.py").write_text(
+        "import sys\n"
+        "from detectron2.config import get_cfg\n"
+        "import bn_det.d2\n"
+        "from bn_det.d2.train import Trainer\n"
+        "cfg = get_cfg()\n"
+        "bn_det.add_bn_det_config(cfg)\n"
+        "cfg.merge_from_file(sys.argv[1])\n"
+        "bn_det.d2.register_datasets(cfg)\n"
+        "Trainer(cfg).train()\n"
+    )
+    done = run_here(tmp_path / "script.py", tmp_path / "cfg.yaml")
+    assert done.returncode == 0, done.stderr
+    log = done.stdout + done.stderr
+    for words in ("Starting training from iteration 0", "iter: 1", "PreciseBN took "):
+        assert words in log

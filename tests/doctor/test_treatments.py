@@ -13,7 +13,7 @@ import bn_det
 from bn_det import DomainBatchNorm2d, examine
 from bn_det.doctor import RULES
 from bn_det.doctor.evaluation import keep_best
-from bn_det.doctor.findings import Tried, make_report
+from bn_det.doctor.findings import Finding, Tried, how_much, make_report
 from bn_det.doctor.prescriptions import RECOMPUTED
 from bn_det.doctor.treatments import Treatment
 
@@ -228,6 +228,14 @@ def test_what_recomputed_statistics_win_is_not_healthy(gain):
     report = make_report([], RULES, "nothing is wrong", tried=[tried])
     assert ("nothing is wrong" in report.verdict) == (gain < 1)
     assert report.verdict.endswith(str(tried))
+
+
+@pytest.mark.parametrize(
+    "value, words", [(1.5, "1.5 ± 0.2 standard deviations"), (1.4e9, "more than 1000 standard")]
+)
+def test_a_distance_that_tells_nothing_is_no_number(value, words):
+    finding = Finding("BN201", "error", ("a",), value, "why", "treatment", 0.2)
+    assert how_much(finding).startswith(words)
 
 
 def classifier(eps=1e-5, momentum=0.1):
