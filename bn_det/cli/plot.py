@@ -47,12 +47,12 @@ def read_metric(folder: str, metric: str) -> tuple[list[int], list[float]]:
                 f"{path}: {metric}: {value!r} of iteration {iteration!r} is not accepted; use "
                 "finite numbers"
             )
-    measured = [(iteration + 1, value) for iteration, value in found if not math.isnan(value)]
+    measured = [(int(iteration) + 1, value) for iteration, value in found if not math.isnan(value)]
     if not measured:
         raise InputError(f"{path}: {metric} is NaN throughout; name a metric that was measured")
     if len(measured) < len(found):
         print(f"{path}: {metric} is NaN {len(found) - len(measured)} times, which is left out")
-    return [list(column) for column in zip(*measured, strict=True)]
+    return [iteration for iteration, _ in measured], [value for _, value in measured]
 
 
 def parse_run(text: str) -> tuple[str, str, str]:

@@ -45,13 +45,13 @@ def draw_objects(image: np.ndarray, objects: list[dict], names: dict[int, str]) 
     for item in objects:
         x, y, width, height = item["bbox"]
         colour = COLOURS[classes[item["category_id"]] % len(COLOURS)]
-        corners = [(round(x), round(y)), (round(x + width), round(y + height))]
-        cv2.rectangle(image, *corners, (255, 255, 255), 3)
-        cv2.rectangle(image, *corners, colour, 2)
+        first, last = (round(x), round(y)), (round(x + width), round(y + height))
+        cv2.rectangle(image, first, last, (255, 255, 255), 3)
+        cv2.rectangle(image, first, last, colour, 2)
         label = names[item["category_id"]]
         if "score" in item:
             label += f" {item['score']:.2f}"
-        _draw_label(image, label, corners[0], colour)
+        _draw_label(image, label, first, colour)
     return image
 
 
@@ -83,7 +83,7 @@ def draw_image(dataset: CocoDataset, record: dict, detections: list[dict], size:
         scaled = [{**o, "bbox": [scale * v for v in o["bbox"]]} for o in objects]
         picture = np.zeros((size, size, 3), np.uint8)
         picture[: image.shape[0], : image.shape[1]] = draw_objects(image, scaled, names)
-        pictures.append(cv2.copyMakeBorder(picture, *[EDGE] * 4, cv2.BORDER_CONSTANT))
+        pictures.append(cv2.copyMakeBorder(picture, EDGE, EDGE, EDGE, EDGE, cv2.BORDER_CONSTANT))
     return np.vstack(pictures)
 
 

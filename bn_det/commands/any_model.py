@@ -105,7 +105,8 @@ def functions_of(args: argparse.Namespace) -> Functions:
     """
     if not args.data:
         raise InputError("--data: is needed with --model: MODULE:FUNCTION that gives the batches")
-    return Functions(*(_function(flag, getattr(args, flag)) for flag in Functions._fields))
+    call = None if args.call is None else _function("call", args.call)
+    return Functions(_function("model", args.model), _function("data", args.data), call)
 
 
 def made(
@@ -170,10 +171,8 @@ def _call(function: Callable[[nn.Module, Any], Any] | None, model: nn.Module, ba
         ) from e
 
 
-def _function(flag: str, name: str | None) -> Callable[..., Any] | None:
+def _function(flag: str, name: str) -> Callable[..., Any]:
     """What MODULE:FUNCTION means; the folder that the command is in counts, too."""
-    if name is None:
-        return None
     module, colon, attribute = name.partition(":")
     if not colon or not attribute:
         raise InputError(f"--{flag}: {name!r} is not accepted; use MODULE:FUNCTION")

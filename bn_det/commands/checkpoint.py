@@ -27,7 +27,7 @@ from .fitting import (
 )
 
 
-class CheckpointerMixin:
+class CheckpointerMixin(_Checkpointer):
     """What both hosts add to fvcore's Checkpointer; put it before that class in the bases.
 
     * A file is written aside and renamed, so that a run killed at any moment leaves the last

@@ -120,7 +120,7 @@ def tell_parts(
         for names in (own, new, unused)
     )
     parts = sorted({*of_new, *of_unused})
-    rows = [[part, of_own[part] - of_new[part], of_new[part], of_unused[part]] for part in parts]
+    rows = [(part, of_own[part] - of_new[part], of_new[part], of_unused[part]) for part in parts]
     table = tabulate(rows, ["part", "loaded", "begin anew", "not used"])
     logger.warning("Weights of the checkpoint that do not fit the model:\n%s", table)
     for part, loaded, _, num_unused in rows:

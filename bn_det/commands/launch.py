@@ -219,7 +219,7 @@ def _run_all(
     # Forking would not do: CUDA and the threads of torch do not survive it.
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as reports:
-        processes = {}
+        processes: dict[int, BaseProcess] = {}
         try:
             for place in places:
                 # Not daemonic: a daemonic process could not have those of a data loader.
@@ -264,8 +264,9 @@ def _raise_first(reported: list[tuple], ended: dict[int, int]) -> None:
 def _end(processes: Iterable[BaseProcess]) -> None:
     for process in processes:
         process.kill()
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        if process.pid is not None:  # it has been started
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     for process in processes:
         process.join()
 
@@ -306,7 +307,9 @@ def _end_at_once_with_parent() -> None:
 
 
 def _end_with_parent() -> None:
-    wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # as this process was started by one
+    wait([parent.sentinel])
     os.killpg(0, signal.SIGKILL)
 
 

@@ -51,10 +51,11 @@ def end_logs_that_fail(names: Iterable[str]) -> None:
     Args:
         names: of loggers.
     """
+    others = None, sys.stdout, sys.stderr
     for name in names:
         for handler in logging.getLogger(name).handlers:
-            if getattr(handler, "stream", None) not in (None, sys.stdout, sys.stderr):
-                handler.handleError = partial(_end_log, handler)
+            if isinstance(handler, logging.StreamHandler) and handler.stream not in others:
+                vars(handler)["handleError"] = partial(_end_log, handler)
 
 
 def _end_log(handler: logging.StreamHandler, record: logging.LogRecord) -> None:

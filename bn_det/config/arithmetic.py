@@ -5,11 +5,12 @@ from __future__ import annotations
 import ast
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..errors import InputError
 
 Number = int | float
+_Loop = tuple[str, ast.expr]
 Value = Number | list | tuple
 
 ACCEPTED = (
@@ -83,7 +84,7 @@ class _Evaluation:
         return ret
 
     def _value(self, node: ast.expr, names: Mapping[str, Number]) -> Value:
-        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        if isinstance(node, ast.Constant) and _is_number(node.value):
             return self._checked(node, node.value)
         if isinstance(node, ast.Name) and node.id in names:
             return names[node.id]
@@ -107,9 +108,9 @@ class _Evaluation:
         return value
 
     def _computed(self, node: ast.BinOp, left: Number, right: Number) -> Number:
-        is_power = isinstance(node.op, ast.Pow) and type(left) is type(right) is int
+        bits = left.bit_length() - 1 if isinstance(left, int) and isinstance(right, int) else 0
         # 2 ** (this product) is less than the power, and its square is more.
-        if is_power and (left.bit_length() - 1) * right > MAX_BITS:
+        if isinstance(node.op, ast.Pow) and bits * right > MAX_BITS:
             raise self._refused(node, _TOO_LARGE)
         try:
             value = _OPERATORS[type(node.op)](left, right)
@@ -125,30 +126,33 @@ class _Evaluation:
         return value
 
     def _comprehension(self, node: ast.ListComp, names: Mapping[str, Number]) -> list[Value]:
+        loops: list[_Loop] = []
         for loop in node.generators:
+            target = loop.target
             if loop.ifs or loop.is_async:
                 raise self._refused(node, "a comprehension is without if and async here")
-            if not isinstance(loop.target, ast.Name) or loop.target.id == "range":
-                raise self._refused(loop.target, "a comprehension has a name for each number here")
+            if not isinstance(target, ast.Name) or target.id == "range":
+                raise self._refused(target, "a comprehension has a name for each number here")
+            loops.append((target.id, loop.iter))
         # What its first list is made of is outside; for the rest its own names are others.
-        own = {loop.target.id for loop in node.generators}
+        own = {name for name, _ in loops}
         inside = {name: value for name, value in names.items() if name not in own}
-        first, *loops = node.generators
+        (name, numbers), *inner = loops
         return [
             element
-            for number in self._numbers(first.iter, names)
-            for element in self._elements(node.elt, loops, {**inside, first.target.id: number})
+            for number in self._numbers(numbers, names)
+            for element in self._elements(node.elt, inner, {**inside, name: number})
         ]
 
     def _elements(
-        self, node: ast.expr, loops: Sequence[ast.comprehension], names: Mapping[str, Number]
+        self, node: ast.expr, loops: Sequence[_Loop], names: Mapping[str, Number]
     ) -> Iterator[Value]:
         if not loops:
             yield self.value(node, names)
             return
-        loop, *inner = loops
-        for number in self._numbers(loop.iter, names):
-            yield from self._elements(node, inner, {**names, loop.target.id: number})
+        (name, numbers), *inner = loops
+        for number in self._numbers(numbers, names):
+            yield from self._elements(node, inner, {**names, name: number})
 
     def _numbers(self, node: ast.expr, names: Mapping[str, Number]) -> Iterator[Number]:
         """What a comprehension runs over."""
@@ -156,7 +160,7 @@ class _Evaluation:
             for element in node.elts:
                 yield self._number(element, names)
         elif _is_range(node):
-            arguments = [self._number(argument, names) for argument in node.args]
+            arguments: list[Any] = [self._number(argument, names) for argument in node.args]
             try:
                 numbers = range(*arguments)
             except (TypeError, ValueError) as e:
@@ -173,7 +177,7 @@ class _Evaluation:
             raise InputError(f"more than {MAX_STEPS} steps to a value are not accepted")
 
     def _refused(self, node: ast.expr, reason: str = "") -> InputError:
-        return _refused(ast.get_source_segment(self.text, node), reason)
+        return _refused(ast.get_source_segment(self.text, node) or ast.unparse(node), reason)
 
 
 def _refused(part: str, reason: str) -> InputError:
@@ -181,6 +185,11 @@ def _refused(part: str, reason: str) -> InputError:
     return InputError(f"{part!r} is not accepted{f': {reason}' if reason else ''}; use {ACCEPTED}")
 
 
-def _is_range(node: ast.expr) -> bool:
-    is_call = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-    return is_call and node.func.id == "range" and not node.keywords
+def _is_number(value: object) -> TypeGuard[Number]:
+    return type(value) in (int, float)  # and no truth value
+
+
+def _is_range(node: ast.expr) -> TypeGuard[ast.Call]:
+    if not isinstance(node, ast.Call) or node.keywords:
+        return False
+    return isinstance(node.func, ast.Name) and node.func.id == "range"

@@ -6,7 +6,7 @@ import itertools
 import logging
 import os
 from types import ModuleType
-from typing import TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -38,7 +38,7 @@ class NFBackbone(nn.Module):
         channels: of each feature.
     """
 
-    def __init__(self, net: nn.Module, freeze_at: int = 0) -> None:
+    def __init__(self, net: Any, freeze_at: int = 0) -> None:
         super().__init__()
         self.stem, self.stages, self.final_conv = net.stem, net.stages, net.final_conv
         # The first entry of timm's list is inside the stem.
@@ -62,10 +62,7 @@ class NFBackbone(nn.Module):
         return features
 
 
-Backbone = TypeVar("Backbone", bound=NFBackbone)
-
-
-def build_nf(cfg: CfgNode, kind: type[Backbone] = NFBackbone) -> Backbone:
+def build_nf(cfg: CfgNode, kind: type[NFBackbone] = NFBackbone) -> NFBackbone:
     """The net of MODEL.NF, frozen as MODEL.BACKBONE.FREEZE_AT says.
 
     Args:
@@ -86,9 +83,9 @@ def make_nf(
     pretrained: str,
     drop_path_rate: float,
     freeze_at: int,
-    kind: type[Backbone] = NFBackbone,
+    kind: type[NFBackbone] = NFBackbone,
     key: str = "MODEL.NF.PRETRAINED",
-) -> Backbone:
+) -> NFBackbone:
     """A normalizer-free net of timm.
 
     Args:
@@ -181,7 +178,7 @@ def first_norm(model: nn.Module) -> str:
     return ""
 
 
-def _check_pixels(cfg: CfgNode, pretrained: object) -> None:
+def _check_pixels(cfg: CfgNode, pretrained: Any) -> None:
     """Warn of images that are not normalized as a net's weights, or any such net, need it."""
     mean, std = ([255 * v for v in values] for values in (pretrained.mean, pretrained.std))
     model = cfg.MODEL

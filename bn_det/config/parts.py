@@ -88,16 +88,16 @@ def _layer(cfg: CfgNode, part: str, num_levels: int | None) -> Callable[..., nn.
         "update_population": cfg.SOLVER.UPDATE_POPULATION,
         "momentum": cfg.SOLVER.BN_MOMENTUM,
     }
-    of_levels = num_levels is not None and (part in LEVEL_PARTS or is_per_level(cfg, part))
-    if of_levels:
+    levels = num_levels if part in LEVEL_PARTS or is_per_level(cfg, part) else None
+    if levels is not None:
         choices |= {key.lower(): value for key, value in cfg.MODEL[part].BN.items()}
     if part in cfg.MODEL.BN_SOURCES.PARTS:
         choices.setdefault("affine", cfg.MODEL.BN_SOURCES.AFFINE)
         choices |= {"num_sources": len(cfg.DATASETS.SOURCES), "num_levels": num_levels}
         return partial(SourceBatchNorm2d, **choices)
-    if of_levels:
+    if levels is not None:
         kind = DomainBatchNorm2d if part in LEVEL_PARTS else RoILevelBatchNorm2d
-        return partial(kind, num_domains=num_levels, **choices)
+        return partial(kind, num_domains=levels, **choices)
     return partial(BatchNorm2d, **choices)
 
 

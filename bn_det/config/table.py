@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatch
 from itertools import groupby
 from pathlib import Path
@@ -82,8 +82,8 @@ def config_table(
     Raises:
         InputError: a config cannot be loaded, or names the paper without a table or section.
     """
-    paths = (p for p in folder.rglob("*.yaml") if not p.name.startswith("Base-"))
-    paths = sorted(paths, key=lambda p: (p.parent, p.name))
+    named = (p for p in folder.rglob("*.yaml") if not p.name.startswith("Base-"))
+    paths = sorted(named, key=lambda p: (p.parent, p.name))
     parts = [_INTRO]
     for parent, of_parent in groupby(paths, key=lambda p: p.parent):
         parts.append(f"## {folder.name / parent.relative_to(folder)}\n")
@@ -153,7 +153,7 @@ def _row(
     ]
 
 
-def _line(cells: list[str]) -> str:
+def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |\n"
 
 

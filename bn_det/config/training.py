@@ -136,7 +136,8 @@ def build_hooks(
         virtual: what SOLVER.VIRTUAL_IMAGES stands for, where it is.
         classes: the host's.
     """
-    solver, ret = cfg.SOLVER, [classes.spikes(cfg.OUTPUT_DIR)]
+    solver = cfg.SOLVER
+    ret: list[Hook] = [classes.spikes(cfg.OUTPUT_DIR)]
     if any(cfg.MODEL[part].NORM == "BRN" for part in PARTS):
         node = solver.BRN
         limits = RenormLimits(node.R_MAX, node.D_MAX)
@@ -157,7 +158,7 @@ def build_hooks(
         ret.append(virtual)
     if cfg.TEST.BN_MONITOR:
         ret.append(classes.monitor(cfg.TEST.BN_MONITOR))
-    if cfg.TEST.PRECISE_BN.ENABLED:
+    if cfg.TEST.PRECISE_BN.ENABLED and precise is not None:
         ret.append(precise)
     if solver.AVERAGE_BN_STATISTICS:
         ret.append(classes.average([cfg.TEST.EVAL_PERIOD, solver.CHECKPOINT_PERIOD]))

@@ -126,7 +126,7 @@ class _Check:
                 self._cut_elements(node, key)
             for element in node.value:
                 self.node(element, key, above)
-        else:
+        elif isinstance(node, ScalarNode):
             self._scalar(node, key)
 
     def size(self, node: Node) -> tuple[int, int]:

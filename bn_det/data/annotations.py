@@ -123,7 +123,7 @@ def _check_image(image: dict) -> str:
         return f"file_name: {_value(image.get('file_name'))} is not accepted; use a string"
     for key in ("height", "width"):
         size = image.get(key)
-        if not (are_numbers([size]) and size > 0 and size == int(size)):
+        if size is None or not (are_numbers([size]) and size > 0 and size == int(size)):
             return f"{key}: {_value(size)} is not accepted; use a number of pixels, 1 or more"
     if image["height"] * image["width"] > MAX_PIXELS:
         return f"height and width: more than {MAX_PIXELS} pixels are not accepted"
@@ -303,7 +303,7 @@ def _why_no_mask(segmentation: Any, image: dict | None, farthest: float) -> str:
 
 
 def _why_no_runs(rle: dict, image: dict | None) -> str:
-    size = rle.get("size")
+    size: Any = rle.get("size")
     if image and size != [image["height"], image["width"]]:
         of_image = [image["height"], image["width"]]
         return (

@@ -82,7 +82,7 @@ def registered_sources(cfg: CfgNode) -> dict[str, CocoSource]:
     Raises:
         InputError: an entry is none, or has the name of another data set.
     """
-    sources = {}
+    sources: dict[str, CocoSource] = {}
     for entry in cfg.DATASETS.REGISTER_COCO:
         is_triple = isinstance(entry, (list, tuple)) and len(entry) == 3
         if not is_triple or not all(isinstance(e, str) and e for e in entry):

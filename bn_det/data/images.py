@@ -94,8 +94,8 @@ def resized_size(height: int, width: int, shortest: int, longest: int) -> tuple[
     shorter, longer = float(shortest), shortest / low * high
     if longer > longest:
         shorter, longer = shorter * (longest / longer), longest
-    sizes = tuple(max(1, int(side + 0.5)) for side in (shorter, longer))
-    return sizes if height < width else sizes[::-1]
+    small, large = (max(1, int(side + 0.5)) for side in (shorter, longer))
+    return (small, large) if height < width else (large, small)
 
 
 def _check_kind(path: str | os.PathLike, image: Image.Image) -> None:

@@ -192,9 +192,12 @@ def draw_image(seed: int, index: int, variant: Variant = SHAPES) -> tuple[np.nda
     rng = np.random.default_rng([variant.version, seed, index])
     image = _draw_ground(rng)
     low, high = variant.num_objects
-    sizes = np.exp(rng.uniform(*np.log(variant.object_sizes), size=rng.integers(low, high + 1)))
-    theme = None if variant.common_hue_spread is None else _draw_theme(variant, rng)
-    objects, boxes = [], []
+    smallest, largest = np.log(variant.object_sizes)
+    sizes = np.exp(rng.uniform(smallest, largest, size=int(rng.integers(low, high + 1))))
+    spread = variant.common_hue_spread
+    theme = None if spread is None else _draw_theme(spread, rng)
+    objects: list[dict] = []
+    boxes: list[np.ndarray] = []
     # From large to small, so that small ones are not hidden and large ones find a place.
     for size in sorted(sizes, reverse=True):
         category = theme.category if theme else int(rng.integers(len(CATEGORIES)))
@@ -217,7 +220,8 @@ def draw_image(seed: int, index: int, variant: Variant = SHAPES) -> tuple[np.nda
 def _write_split(root: Path, name: str, split: Split, variant: Variant) -> None:
     (root / name).mkdir()
     (root / "annotations").mkdir(exist_ok=True)
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for index in range(split.num_images):
         pixels, objects = draw_image(split.seed, index, variant)
         file_name = f"{index:06d}.png"
@@ -325,10 +329,10 @@ def _covered(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.clip(sides, 0, None).prod() / smaller)
 
 
-def _draw_theme(variant: Variant, rng: np.random.Generator) -> Theme:
+def _draw_theme(hue_spread: float, rng: np.random.Generator) -> Theme:
     return Theme(
         category=int(rng.integers(len(CATEGORIES))),
-        hue=rng.normal(0, variant.common_hue_spread),
+        hue=rng.normal(0, hue_spread),
         saturation=rng.uniform(0.5, 1),
         brightness=rng.uniform(0.4, 1),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import mode
 from typing import Any, NamedTuple
@@ -42,8 +42,10 @@ class CallObserver(Observer):
         sources: of each layer, in each pass, what it sees of each source.
     """
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args, thaw=False)
+    def __init__(
+        self, call: Callable[[Any], Any], model: nn.Module, layers: Sequence[PopulationLayer]
+    ) -> None:
+        super().__init__(call, model, layers, thaw=False)
         self.batches: dict[str, list[list[Moments]]] = {}
         self.sources: dict[str, list[dict[int, list[Moments]]]] = {}
 

@@ -203,8 +203,9 @@ def _layers(state: Mapping[str, Tensor]) -> tuple[list[Layer], dict[str, str]]:
         elif of[STATISTICS[0]].numel():
             counter = of.get(_COUNTER)
             batches = None if counter is None else int(counter)
-            values = (*(of[name] for name in STATISTICS), of.get("weight"), of.get("bias"))
-            layers.append(Layer(shown(prefix.removesuffix(".")), *values, batches))
+            mean, var = (of[name] for name in STATISTICS)
+            affine = of.get("weight"), of.get("bias")
+            layers.append(Layer(shown(prefix.removesuffix(".")), mean, var, *affine, batches))
     return layers, broken
 
 

@@ -122,9 +122,9 @@ class Trials:
             rules = dict.fromkeys(f.rule for f in findings if of.kind in kinds_of(f, recompute))
             gain = self._difference(gains)
             error = None if self.measure == "AP" else gain.error
-            values = float(self._before.mean()), float(after.mean()), gain.value, error
             of_kind = of.kind.name, tuple(rules), self.measure
-            found.append(Tried(*of_kind, *values, gain.is_more, False, of.needs))
+            values = float(self._before.mean()), float(after.mean()), gain.value
+            found.append(Tried(*of_kind, *values, error, gain.is_more, False, of.needs))
         return found
 
     def _difference(self, gains: Tensor) -> Difference:

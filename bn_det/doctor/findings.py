@@ -181,7 +181,10 @@ class Measures(NamedTuple):
     calls: int
     share: float | None
 
-    worst = Shift.worst  # type: ignore[misc]  # NamedTuple takes a property, as it does a method
+    @property
+    def worst(self) -> tuple[float, float] | None:
+        """That of the shift."""
+        return Shift(*self[:6]).worst
 
 
 class Tried(NamedTuple):

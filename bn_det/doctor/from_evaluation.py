@@ -123,19 +123,21 @@ def shifts(seen: Inputs) -> list[Shift]:
     bound = bound_of(len(seen.noisy) + 1, 2 * max(len(places), 1))
     found = []
     for k, (place, estimate) in enumerate(zip(places, estimates, strict=True)):
-        noisy = [run[k] for run in drawn]
-        if estimate is None or any(of is None for of in (old[k], new[k], *noisy)):
+        offs = [run[k] for run in (old, new, *drawn)]
+        known = [off for off in offs if off is not None]
+        if estimate is None or len(known) < len(offs):
             continue
-        noise = (torch.stack(noisy) - new[k]).square().mean((0, 2)).tolist()
-        errors = estimate.mean_error, estimate.var_error
-        chances = [(n + e**2) ** 0.5 for n, e in zip(noise, errors, strict=True)]
-        found.append(Shift(place.name, *_sizes(old[k]), *chances, bound))
+        of_old, of_new, *noisy = known
+        of_mean, of_var = (torch.stack(noisy) - of_new).square().mean((0, 2)).tolist()
+        chances = (of_mean + estimate.mean_error**2) ** 0.5, (of_var + estimate.var_error**2) ** 0.5
+        found.append(Shift(place.name, *_sizes(of_old), *chances, bound))
     return found
 
 
-def _sizes(off: Tensor) -> list[float]:
+def _sizes(off: Tensor) -> tuple[float, float]:
     """Root mean squares over channels of mean and variance."""
-    return off.square().mean(1).sqrt().tolist()
+    mean, var = off.square().mean(1).sqrt().tolist()
+    return mean, var
 
 
 def _vectors(run: Watch) -> list[Tensor | None]:
@@ -166,8 +168,8 @@ def accumulated(found: Sequence[Shift], seen: Inputs, recompute: Recompute) -> I
     names, shift, chance = furthest(off)
     third = max(len(found) // 3, 1)
     first, last = (_root_mean_square(part) for part in (found[:third], found[-third:]))
-    place = [place.name for place in seen.old.places].index(names[0])
-    left = max(_sizes(_vectors(seen.new)[place]))
+    pairs = zip(seen.new.places, _vectors(seen.new), strict=True)
+    left = next(max(_sizes(v)) for of, v in pairs if of.name == names[0] and v is not None)
     why = (
         f"in evaluation the inputs of {len(off)} of {len(found)} layers have other statistics than "
         f"those that normalize them, those of {names[0]} by {amount(shift)} (standard deviations "
@@ -186,9 +188,8 @@ def _root_mean_square(found: Sequence[Shift]) -> float:
 
 def proposals(seen: Inputs) -> Iterator[Finding]:
     """BN207."""
-    found = [of for of in proposal_shifts(seen) if of.worst]
-    off = {of.name: of.worst for of in found}
-    if not off:
+    off = {of.name: of.worst for of in proposal_shifts(seen) if of.worst}
+    if not off or seen.detected is None:
         return
     names, shift, error = furthest(off)
     place = [place.name for place in seen.old.places].index(names[0])
@@ -241,5 +242,5 @@ def _paired(
     off = torch.where(units > 0, (tested - sampled) / units, 0.0)
     if not off.isfinite().all():
         return None
-    errors = (off.var(0) / len(off)).mean(1).sqrt().tolist()
-    return Shift(name, *_sizes(off.mean(0)), *errors, bound)
+    of_mean, of_var = (off.var(0) / len(off)).mean(1).sqrt().tolist()
+    return Shift(name, *_sizes(off.mean(0)), of_mean, of_var, bound)

@@ -270,18 +270,18 @@ _MOST_TIMES = 16
 @_check
 def counters(checkpoint: Checkpoint, recompute: Recompute) -> Iterator[Finding]:
     """BN112."""
-    counted = [layer for layer in checkpoint.layers if layer.batches]
+    counted = [(layer.batches, layer) for layer in checkpoint.layers if layer.batches]
     if not counted:
         return
-    (usual, _), *_ = Counter(layer.batches for layer in counted).most_common(1)
+    (usual, _), *_ = Counter(batches for batches, _ in counted).most_common(1)
     groups: dict[int, list[Layer]] = {}
-    for layer in counted:
-        times, rest = divmod(layer.batches, usual)
+    for batches, layer in counted:
+        times, rest = divmod(batches, usual)
         if usual > 1 and ((rest == 0 and 1 < times <= _MOST_TIMES) or (times, rest) == (1, 1)):
-            groups.setdefault(layer.batches, []).append(layer)
+            groups.setdefault(batches, []).append(layer)
     for batches, layers in groups.items():
-        times = batches / usual
-        what = "one more than" if batches == usual + 1 else f"{times:g} times"
+        ratio = batches / usual
+        what = "one more than" if batches == usual + 1 else f"{ratio:g} times"
         meaning = {
             1: "a forward pass in training mode that belongs to no step",
             2: "activation checkpointing that updates the EMA again, or two calls a pass",
@@ -294,9 +294,9 @@ def counters(checkpoint: Checkpoint, recompute: Recompute) -> Iterator[Finding]:
             "statistics for each level, in place of shared ones: bn_det.DomainBatchNorm2d, called "
             "with all levels (bn_det.forward_levels)"
         )
-        if times <= 2:
+        if ratio <= 2:
             treatment = f"{MEND_PROBED}; {MEND_REPEATED}"
-        yield Finding("BN112", "warning", _named(layers), times, why, treatment)
+        yield Finding("BN112", "warning", _named(layers), ratio, why, treatment)
 
 
 @_check

@@ -94,11 +94,11 @@ def _undone(layers: Sequence[LayerState]) -> Iterator[Finding]:
 def _momentum(layers: Sequence[LayerState], recompute: Recompute) -> Iterator[Finding]:
     """BN403."""
     of_emas = [of for of in layers if of.statistics in ("moving", "kept")]
-    moving = [of for of in of_emas if of.momentum is not None]
+    moving = [(of.momentum, of) for of in of_emas if of.momentum is not None]
     for found, what in (
-        ([of for of in moving if _DECAY <= of.momentum <= 1], "is it a decay, 1 - momentum?"),
-        ([of for of in moving if of.momentum == 0], "the statistics never move"),
-        ([of for of in moving if not 0 <= of.momentum <= 1], "no weight of a mean, 0 to 1"),
+        ([of for m, of in moving if _DECAY <= m <= 1], "is it a decay, 1 - momentum?"),
+        ([of for m, of in moving if m == 0], "the statistics never move"),
+        ([of for m, of in moving if not 0 <= m <= 1], "no weight of a mean, 0 to 1"),
     ):
         if found:
             yield _finding(

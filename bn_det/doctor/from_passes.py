@@ -13,6 +13,7 @@ from ..errors import InputError
 from ..layers.comm import Group, process_group
 from ..layers.freeze import is_frozen
 from ..layers.moments import Moments
+from ..layers.types import WithStatistics
 from ..population.estimate import Estimate
 from ..population.observation import PopulationLayer, population_layers
 from ..population.report import LayerReport, shift_of
@@ -156,7 +157,7 @@ def _off(of: LayerReport, momentum: float | None) -> _Off:
 
 
 def _off_in_turn(
-    module: nn.Module, passes: Sequence[Sequence[Moments]], momentum: float | None
+    module: WithStatistics, passes: Sequence[Sequence[Moments]], momentum: float | None
 ) -> _Off:
     """The same of an EMA that several batches a pass move in turn, whatever their sizes are.
 
@@ -228,7 +229,8 @@ def levels(seen: Seen, recompute: Recompute) -> Iterator[Finding]:
         calls = {name: of.calls for name, of in seen.shares.items()}
         finding = of_levels(off, calls)._replace(treatment=recompute.per_level)
         chances = {of.name: of.mean_chance for of in seen.layers}
-        if math.sqrt(finding.value) >= COSTS:
+        _, share, _ = furthest(off)
+        if math.sqrt(share) >= COSTS:
             finding = finding._replace(severity="error")
         elif all(seen.shares[name].excess < chances[name] ** 2 for name in off):
             why = f"{finding.why}, less than an EMA is off by chance"

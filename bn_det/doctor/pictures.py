@@ -10,9 +10,9 @@ import math
 from collections.abc import Iterator, Sequence
 from html import escape
 from statistics import median
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
-from .findings import Report, Shift
+from .findings import Measures, Report, Shift
 
 _TOP, _BOTTOM = 38, 146
 """Pixels from the top, between which bars are; above them are ranks, below them marks."""
@@ -44,7 +44,7 @@ class Picture(NamedTuple):
     title: str
     says: str
     names: list[str]
-    values: list[float | None]
+    values: Sequence[float | None]
     limits: list[float]
     bad: list[bool]
 
@@ -97,7 +97,7 @@ def _pictures(report: Report) -> Iterator[Picture]:
 
 
 def _shifts(
-    layers: Sequence[Shift], of_mean: str, says: str, of_variance: str
+    layers: Sequence[Shift | Measures], of_mean: str, says: str, of_variance: str
 ) -> Iterator[Picture]:
     names = [of.name for of in layers]
     shaded = "The shade is what chance explains; bars that leave it are marked."
@@ -174,7 +174,7 @@ def _scale(of: Picture) -> float:
     return next((times * power for times in _NICE if times * power >= top * 0.999), top)
 
 
-def _is_finite(v: float | None) -> bool:
+def _is_finite(v: float | None) -> TypeGuard[float]:
     return v is not None and math.isfinite(v)
 
 

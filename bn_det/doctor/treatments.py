@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import cycle
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from torch import Tensor, nn
 
@@ -14,6 +14,7 @@ from ..errors import InputError, shown
 from ..layers.convert import convert_batchnorm
 from ..layers.domain_batch_norm import DomainBatchNorm2d
 from ..layers.kinds import batch_norms, eps_of
+from ..layers.types import WithStatistics
 from ..population.observation import places_with_statistics
 from ..population.snapshot import Snapshot
 from ..population.update import update_bn_stats
@@ -120,7 +121,7 @@ def _per_level(model: nn.Module, seen: Seen, finding: Finding, recompute: Recomp
     return Treatment(PER_LEVEL, apply, not of_calls, needs)
 
 
-def _shares_population(layer: nn.Module) -> bool:
+def _shares_population(layer: nn.Module) -> TypeGuard[DomainBatchNorm2d]:
     """Whether a layer normalizes levels each by itself, and all by the same statistics at test."""
     if not (isinstance(layer, DomainBatchNorm2d) and layer.takes_list):
         return False
@@ -150,7 +151,7 @@ def _level_by_level(layer: nn.Module, by_level: Sequence[tuple[Tensor, Tensor]])
     """Have a layer that is called once a level, in their order, have the statistics of each."""
     calls = cycle(by_level)
 
-    def before(layer: nn.Module, inputs: object) -> None:
+    def before(layer: WithStatistics, inputs: object) -> None:
         for buffer, value in zip((layer.running_mean, layer.running_var), next(calls), strict=True):
             buffer.copy_(value)
 
@@ -183,8 +184,9 @@ def _unbiased(model: nn.Module, finding: Finding) -> Treatment | None:
     values: Values = {}
     for place in places_with_statistics(model):
         layer = place.module
-        if shown(place.name) in finding.where:
-            left = left_of_start(layer.momentum, int(layer.num_batches_tracked))
+        counter = getattr(layer, "num_batches_tracked", None)
+        if shown(place.name) in finding.where and counter is not None:
+            left = left_of_start(getattr(layer, "momentum", None), int(counter))
             mean, var = layer.running_mean.double(), layer.running_var.double()
             values[place.name] = mean / (1 - left), (var - left) / (1 - left)
     if any(bool((var < 0).any()) for _, var in values.values()):

@@ -28,13 +28,13 @@ def merge(stack: Stack, sets: Sequence[Sequence[int]]) -> Stack:
     order, parts = [], []
     for size, numbers in of_size.items():  # those of a size at once
         rows = [sets[k][n] for n in range(size) for k in numbers]
-        part = tuple(t.unflatten(0, (size, -1)) for t in _selected(stack, rows))
-        parts.append(merged_rows(*part) if size > 1 else tuple(t[0] for t in part))
+        count, mean, var = (t.unflatten(0, (size, -1)) for t in _selected(stack, rows))
+        parts.append(merged_rows(count, mean, var) if size > 1 else (count[0], mean[0], var[0]))
         order += numbers
     if len(parts) == 1:
         return parts[0]
-    merged = tuple(torch.cat(field) for field in zip(*parts, strict=True))
-    return _selected(merged, [order.index(k) for k in range(len(sets))])
+    count, mean, var = (torch.cat(field) for field in zip(*parts, strict=True))
+    return _selected((count, mean, var), [order.index(k) for k in range(len(sets))])
 
 
 def merged_rows(counts: Tensor, means: Tensor, variances: Tensor) -> Stack:
@@ -73,10 +73,11 @@ def backward_sums(
     ]
     pairs = torch.stack(sums).unflatten(0, (-1, 2))
     of_affines = _added_up(pairs, how.affine_of, len(how.weights))
-    if len(how.weights) > 1 and how.weights[0] is not None:
-        pairs = pairs * torch.stack([how.weights[a] for a in how.affine_of]).unsqueeze(1)
-    elif how.weights[0] is not None:
-        pairs = pairs * how.weights[0]
+    weights = [weight for weight in how.weights if weight is not None]  # all, or none
+    if len(weights) > 1:
+        pairs = pairs * torch.stack([weights[a] for a in how.affine_of]).unsqueeze(1)
+    elif weights:
+        pairs = pairs * weights[0]
     return _added_up(pairs, how.batch_of, len(means)), of_affines
 
 
@@ -102,16 +103,16 @@ def backward_inputs(
     share = -inv_std / counts.clamp(min=1).to(inv_std.dtype).unsqueeze(1)
     # Unbound, not by index, of which Inductor makes other gradients (torch 2.14).
     of_z = (share.unsqueeze(1) * sums).unbind()  # an affine of it
-    means, variances, inv_std = means.unbind(), variances.unbind(), inv_std.unbind()
+    mean_of, var_of, inv_std_of = means.unbind(), variances.unbind(), inv_std.unbind()
     of_dy = {
-        (b, a): inv_std[b] if how.weights[a] is None else inv_std[b] * how.weights[a]
+        (b, a): inv_std_of[b] if (weight := how.weights[a]) is None else inv_std_of[b] * weight
         for b, a in dict.fromkeys(zip(how.batch_of, how.affine_of, strict=True))
     }
     dxs = []
     for dy, x, b, a in zip(dys, xs, how.batch_of, how.affine_of, strict=True):
         # In two passes and one allocation: an affine function of z, and then of dy.
         offset, slope = of_z[b].unbind()
-        dx = normalize_one(x, means[b], variances[b], slope, offset, how.eps)
+        dx = normalize_one(x, mean_of[b], var_of[b], slope, offset, how.eps)
         dxs.append(dx.addcmul_(dy, of_dy[b, a].view(-1, *[1] * (x.dim() - 2))))
     return dxs
 
@@ -132,19 +133,23 @@ def _counts(xs: Sequence[Tensor]) -> Tensor:
     if xs[0].device.type == "cpu":
         return torch.tensor(sizes, dtype=torch.float64)
     # Without a copy, which another device would have to be waited for.
-    options = {"dtype": torch.float64, "device": xs[0].device}
+    dtype, device = torch.float64, xs[0].device
     if torch.compiler.is_compiling():  # where a size has no number yet
-        return torch.stack([torch.full((), n, **options) for n in sizes])
-    counts = torch.zeros(len(sizes), **options)
+        return torch.stack([torch.full((), n, dtype=dtype, device=device) for n in sizes])
+    counts = torch.zeros(len(sizes), dtype=dtype, device=device)
     torch._foreach_add_(counts.unbind(), list(map(float, sizes)))  # one launch for all
     return counts
 
 
 def _selected(stack: Stack, rows: Sequence[int]) -> Stack:
     first, last = rows[0], rows[-1] + 1
+    if list(rows) == list(range(len(stack[0]))):
+        return stack
     if list(rows) == list(range(first, last)):
-        return stack if len(rows) == len(stack[0]) else tuple(field[first:last] for field in stack)
-    return tuple(torch.stack([field[row] for row in rows]) for field in stack)
+        count, mean, var = (field[first:last] for field in stack)
+    else:
+        count, mean, var = (torch.stack([field[row] for row in rows]) for field in stack)
+    return count, mean, var
 
 
 _PART_SIZE = 2**19
@@ -186,20 +191,30 @@ def _two_pass_mean_var(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def _fused_mean_var(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """One kernel (Welford's algorithm on CUDA, in every memory format)."""
-    buffers = None, None
+    mean = var = None
     if dtype != x.dtype:  # without buffers of it, half inputs would get half statistics
-        buffers = torch.zeros(2, x.shape[1], dtype=dtype, device=x.device)
-    return torch.batch_norm_update_stats(x, *buffers, 0.0)
+        mean, var = torch.zeros(2, x.shape[1], dtype=dtype, device=x.device)
+    return torch.batch_norm_update_stats(x, mean, var, 0.0)
 
 
 def normalize_one(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
 ) -> Tensor:
-    """(x - mean) / sqrt(var + eps) * weight + bias, differentiable in x, weight and bias."""
+    """(x - mean) / sqrt(var + eps) * weight + bias, differentiable in x, weight and bias.
+
+    Args:
+        mean, var: may be None for an empty x.
+    """
     if x.numel() == 0:  # for which ATen's backward would end the process
         return _affine_of_nothing(x, weight, bias)
     holds_less = torch.is_grad_enabled() and x.requires_grad and not _learns(weight, bias)
-    if holds_less and not torch.jit.is_tracing():  # a trace is the same with and without gradients
+    holds_less = holds_less and not torch.jit.is_tracing()  # the same with and without gradients
+    if holds_less and mean is not None and var is not None:
         return _scale_and_shift(x, mean, var, weight, bias, eps)
     return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 

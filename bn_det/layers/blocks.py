@@ -102,7 +102,8 @@ def _told(what: str, module: nn.Module, statistics: str, default: str) -> Iterat
     others = {
         layer: name
         for layer, name in batch_norms(module).items()
-        if not isinstance(layer, BatchNorm2d) and not is_frozen(layer) and statistics != default
+        if isinstance(layer, _BatchNorm) and not isinstance(layer, BatchNorm2d)
+        if not is_frozen(layer) and statistics != default
     }
     for layer, name in others.items():
         if why := why_lazy(layer):
@@ -135,6 +136,8 @@ def _take_back(layer: nn.Module, cls: type[nn.Module], content: dict[str, Any]) 
 class _ForNow:
     """Mixed into a value of an attribute: what is copied or pickled has the one before."""
 
+    before: bool | str
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return self.before
 
@@ -154,8 +157,8 @@ def _itself(value: Any) -> Any:
     return value
 
 
-def _for_now(value: bool | str, before: bool | str) -> bool | str:
-    inside = (_Choice if isinstance(value, str) else _Flag)(value)
+def _for_now(value: bool | str, before: bool | str) -> _ForNow:
+    inside = _Choice(value) if isinstance(value, str) else _Flag(value)
     inside.before = before
     return inside
 

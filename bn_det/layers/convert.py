@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Container, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import InputError
 from .batch_norm import BatchNorm2d
 from .become import become, class_of, with_class
-from .domain_batch_norm import DomainBatchNorm2d, holders_of_domains
+from .domain_batch_norm import DomainBatchNorm2d, M, holders_of_domains
 from .folded import has_learned
 from .freeze import freeze_statistics, is_frozen
 from .frozen import FrozenBatchNorm
@@ -77,10 +78,12 @@ def convert_batchnorm(
         raise InputError(f"convert_batchnorm: make: a {type(make).__name__} is {_NO_MAKE}")
     layers = selected("convert_batchnorm", unwrapped(module), modules)
     of_hosts = [name for layer, name in layers.items() if is_host_frozen(layer)]
-    layers = {layer: name for layer, name in layers.items() if not is_host_frozen(layer)}
-    made, left, dropped = {}, {}, {}
+    others = {layer: name for layer, name in layers.items() if not is_host_frozen(layer)}
+    made: dict[_NormBase, nn.Module] = {}
+    left: dict[str, str] = {}
+    dropped: dict[str, str] = {}
     returned: set[nn.Module] = set()
-    for layer, name in layers.items():
+    for layer, name in others.items():
         if not (why := why_lazy(layer) or what_else(layer)):
             new = make(layer.num_features)
             _check_made(new, layer.num_features, returned)
@@ -102,7 +105,7 @@ def convert_batchnorm(
             freeze_statistics(layer)
     for layer in made:
         if isinstance(layer, BatchNorm2d):
-            layer.calls.name = layers[layer]
+            layer.calls.name = others[layer]
     _tell(of_hosts, left, dropped)
     return module
 
@@ -153,12 +156,13 @@ def _check_made(new: object, num_features: int, before: Container[object]) -> No
         )
 
 
-def as_ours(layer: nn.Module) -> BatchNorm2d:
+def as_ours(layer: _NormBase) -> BatchNorm2d:
     """A layer of ours with all that one of torch's has; the same function in either mode."""
     group = None
     if isinstance(layer, nn.SyncBatchNorm):
         group = layer.process_group or "world"
-    new = _taking_the_same(layer, BatchNorm2d(layer.num_features, group=group))
+    new = BatchNorm2d(layer.num_features, group=group)
+    new.takes = takes(layer)
     return _with_state_of(layer, new)
 
 
@@ -171,11 +175,11 @@ def takes(layer: nn.Module) -> type[_BatchNorm]:
     return next(of_torch for of_torch in OF_TORCH if issubclass(cls, of_torch))
 
 
-def _taking_the_same(old: nn.Module, new: nn.Module) -> nn.Module:
+def _taking_the_same(old: _NormBase, new: nn.Module) -> nn.Module:
     """The new layer, or one that takes what the old one does."""
     wanted = takes(old)
     if type(new) in OF_TORCH[:3] and wanted is nn.SyncBatchNorm:
-        new = BatchNorm2d(new.num_features)  # none of torch's takes any input
+        new = BatchNorm2d(old.num_features)  # none of torch's takes any input
     elif type(new) in OF_TORCH[:3]:
         with_class(new, wanted)
     if isinstance(new, (BatchNorm2d, nn.SyncBatchNorm)):
@@ -199,7 +203,7 @@ def _takes_list(layer: nn.Module) -> bool:
     return isinstance(layer, DomainBatchNorm2d) and layer.takes_list
 
 
-def _with_state_of(old: nn.Module, new: nn.Module) -> nn.Module:
+def _with_state_of(old: nn.Module, new: M) -> M:
     """Give a new layer everything that the old one has; the old one is as before."""
     if _has_no_state(new):
         return new
@@ -278,8 +282,9 @@ def _own(value: Tensor | None, used: set[int]) -> Tensor | None:
 def _put(
     old: nn.Module, new: nn.Module, target: nn.Module, name: str, value: Tensor | None
 ) -> None:
-    if name in target._parameters:
-        target._parameters[name] = value
+    parameters: dict[str, Any] = target._parameters
+    if name in parameters:
+        parameters[name] = value
     elif name in target._buffers and (value is not None or isinstance(target, _BatchNorm)):
         target._buffers[name] = value.detach() if isinstance(value, nn.Parameter) else value
     elif name != "num_batches_tracked" and (value is not None or name in target._buffers):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from ..errors import check_positive, choose
 from .batch_norm import BatchNorm2d
 from .forward import Domain, batch_norm
+
+M = TypeVar("M", bound=nn.Module)
 
 SHARING = ("shared", "per_domain")
 """What statistics, population and affine can each be."""
@@ -96,7 +98,7 @@ class DomainBatchNorm2d(BatchNorm2d):
                 )
                 self.add_module(str(k), own)
 
-    def forward(
+    def forward(  # type: ignore[override]  # an nn.BatchNorm2d by type, but of lists
         self, xs: Sequence[Tensor], groups: Tensor | None = None, *, relu: bool = False
     ) -> list[Tensor]:
         """Normalize the tensors of all domains.
@@ -125,17 +127,17 @@ class DomainBatchNorm2d(BatchNorm2d):
 
     def population_of(self, domain: int) -> BatchNorm2d:
         """The module that holds the domain's population statistics."""
-        return self if self.population == "shared" else self.get_submodule(str(domain))
+        return self if self.population == "shared" else getattr(self, str(domain))
 
     def affine_of(self, domain: int) -> BatchNorm2d:
         """The module that holds the domain's weight and bias."""
-        return self if self.affine_sharing == "shared" else self.get_submodule(str(domain))
+        return self if self.affine_sharing == "shared" else getattr(self, str(domain))
 
     def name_of(self, domain: int) -> str:
         """What messages call the domain."""
         return f"domain {domain}"
 
-    def num_samples(self, xs: Sequence[Tensor]) -> list[int]:
+    def num_samples(self, xs: Any) -> list[int]:
         """The number of samples of each domain in an input."""
         return [len(x) for x in xs]
 
@@ -166,13 +168,13 @@ class DomainBatchNorm2d(BatchNorm2d):
                 )
 
 
-def holders_of_domains(layer: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+def holders_of_domains(layer: M) -> list[tuple[M | BatchNorm2d, M | BatchNorm2d]]:
     """What holds population statistics, and what the affine, of each domain; one for all others."""
     if not isinstance(layer, DomainBatchNorm2d):
         return [(layer, layer)]
     return [(layer.population_of(k), layer.affine_of(k)) for k in range(layer.num_domains)]
 
 
-def state_holders(layer: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+def state_holders(layer: M) -> list[tuple[M | BatchNorm2d, M | BatchNorm2d]]:
     """What holds population statistics, and what the affine: each pair that a domain has."""
     return list(dict.fromkeys(holders_of_domains(layer)))

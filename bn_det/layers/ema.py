@@ -7,23 +7,24 @@ moved by the momentum towards the mean and the unbiased variance of each normali
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import kernels
 from .moments import Moments
+from .types import AnyBatchNorm, NormWithStatistics, WithStatistics
 
-Seen = tuple[_BatchNorm, list[int]]
+Seen = tuple[AnyBatchNorm, list[int]]
 """A layer, and the numbers of the normalization batches that move its EMA."""
 
 
-def tracks(layer: _BatchNorm) -> bool:
+def tracks(layer: AnyBatchNorm) -> TypeGuard[NormWithStatistics]:
     """Whether a call updates the layer's population statistics in its present mode."""
-    # torch's own layers have no such choices
+    # torch's own layers have no such choices, and a host's frozen ones not even the last
     updates = getattr(layer, "update_population", True) and not getattr(layer, "frozen", False)
-    return layer.training and updates and layer.track_running_stats
+    return layer.training and updates and getattr(layer, "track_running_stats", False)
 
 
 @torch.library.custom_op("bn_det::snapshot", mutates_args=(), schema="(Tensor x) -> Tensor")
@@ -36,7 +37,7 @@ def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-def snapshot(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
+def snapshot(layer: WithStatistics) -> tuple[Tensor, Tensor]:
     """The layer's population statistics as they are now, whatever is updated before they are read.
 
     A compiled graph may read a buffer again in its backward pass instead of holding what it has
@@ -46,14 +47,17 @@ def snapshot(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
     return _snapshot(layer.running_mean), _snapshot(layer.running_var)
 
 
-def count_batch(layer: _BatchNorm) -> float:
+def count_batch(layer: NormWithStatistics) -> float:
     """Count a batch that updates an EMA; the weight that it has there, 0 in a recomputation."""
     if in_backward_pass():
         return 0.0
-    layer.num_batches_tracked.add_(1)
-    if layer.momentum is None:  # cumulative moving average, as in nn.BatchNorm2d
-        return 1.0 / float(layer.num_batches_tracked)
-    return layer.momentum
+    counter = layer.num_batches_tracked
+    if counter is not None:
+        counter.add_(1)
+    if layer.momentum is not None:
+        return layer.momentum
+    # Cumulative moving average; as nn.BatchNorm2d, it stays where nothing counts.
+    return 0.0 if counter is None else 1.0 / float(counter)
 
 
 @torch.no_grad()
@@ -74,7 +78,7 @@ def update(batches: Moments, sizes: Sequence[int], seen: Sequence[Seen]) -> None
         return
     layers, sets = zip(*moving, strict=True)
     triton = kernels.one_launch([layer.running_mean for layer in layers], len(batches.mean))
-    if triton is not None and all(map(_is_dense, layers)):
+    if triton is not None and all(map(_is_plain, layers)):
         triton.update_emas(batches, sets, layers)
         return
     unbiased = batches._replace(var=batches.unbiased_var)
@@ -84,14 +88,17 @@ def update(batches: Moments, sizes: Sequence[int], seen: Sequence[Seen]) -> None
         _move(of_round, unbiased)
 
 
-def _is_dense(layer: _BatchNorm) -> bool:
-    """Whether the statistics of a layer are all that lies in their memory, one after the other."""
-    return layer.running_mean.is_contiguous() and layer.running_var.is_contiguous()
+def _is_plain(layer: NormWithStatistics) -> bool:
+    """Whether it has a counter, and its statistics are all that lies in their memory, in order."""
+    buffers = layer.running_mean, layer.running_var
+    return layer.num_batches_tracked is not None and all(b.is_contiguous() for b in buffers)
 
 
-def _move(rows_of: Mapping[_BatchNorm, Sequence[int]], unbiased: Moments) -> None:
+def _move(rows_of: Mapping[NormWithStatistics, Sequence[int]], unbiased: Moments) -> None:
     """Each layer by its batches, all of them in few launches."""
-    buffers, statistics, momenta = [], [], []
+    buffers: list[Tensor] = []
+    statistics: list[Tensor] = []
+    momenta: list[float] = []
     for layer, rows in rows_of.items():
         buffers += [layer.running_mean, layer.running_var]
         statistics += _averaged([unbiased.row(k) for k in rows])

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
-from torch import Tensor, nn
-
 from .domain_batch_norm import state_holders
 from .kinds import eps_of, evaluates_by_batch, why_lazy
+from .types import Affine, AnyBatchNorm, has_statistics
 
 
-class Affine(Protocol):
-    """What has weight and bias: a layer, or one in a file."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-
-
-def has_trivial_statistics(layer: nn.Module) -> bool:
+def has_trivial_statistics(layer: AnyBatchNorm) -> bool:
     """Whether normalizing by the layer's population statistics changes nothing, in any domain."""
     holders = {population for population, _ in state_holders(layer)}
     return not why_lazy(layer) and all(
-        holder.running_mean is not None
+        has_statistics(holder)
         and holder.running_mean.device.type != "meta"
         and not holder.running_mean.any()
         # Detectron2 writes 1 - eps for what is folded.
@@ -30,7 +20,7 @@ def has_trivial_statistics(layer: nn.Module) -> bool:
     )
 
 
-def is_folded(layer: nn.Module, in_list: nn.Module | None = None) -> bool:
+def is_folded(layer: AnyBatchNorm, in_list: Affine | None = None) -> bool:
     """Whether statistics seem to have been folded into weight and bias.
 
     These are trained then, and nothing has updated the statistics since. (So it looks, too, where
@@ -45,7 +35,7 @@ def is_folded(layer: nn.Module, in_list: nn.Module | None = None) -> bool:
     counters = [getattr(population, "num_batches_tracked", None) for population, _ in holders]
     if any(counter is not None and counter > 0 for counter in counters):
         return False
-    affines = [affine for _, affine in holders] if in_list is None else [in_list]
+    affines: list[Affine] = [a for _, a in holders] if in_list is None else [in_list]
     return any(map(is_trained, affines))
 
 
@@ -56,7 +46,7 @@ def is_trained(affine: Affine) -> bool:
     return varies or (bias is not None and bool(bias.any()))
 
 
-def has_learned(layer: nn.Module) -> bool:
+def has_learned(layer: AnyBatchNorm) -> bool:
     """Whether a layer has statistics or an affine that a new one would not have."""
     holders = state_holders(layer)
     has_statistics = any(population.running_mean is not None for population, _ in holders)

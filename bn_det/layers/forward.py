@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import ema
 from .batch import Batch, check_size
@@ -27,6 +26,7 @@ from .moments import Moments, Parts
 from .partition import Partition
 from .pieces import Normalization
 from .renorm import RenormLimits, correction, renormalized
+from .types import AnyBatchNorm
 
 if TYPE_CHECKING:
     from .triton_lists import Grid
@@ -37,7 +37,7 @@ K = TypeVar("K", bound=Hashable)
 Extension = Callable[[list[Batch], Sequence[int]], list[Batch]]
 """From the batch that each piece is by itself, and the piece's domain, to larger ones."""
 
-Observation = Callable[[_BatchNorm, list[Batch]], None]
+Observation = Callable[[AnyBatchNorm, list[Batch]], None]
 """Gets a layer with population statistics, and what it sees of the normalization batches."""
 
 
@@ -53,8 +53,8 @@ class Domain(NamedTuple):
     """
 
     x: Tensor
-    population: _BatchNorm
-    affine: _BatchNorm
+    population: AnyBatchNorm
+    affine: AnyBatchNorm
     batch: int = 0
     name: str = ""
 
@@ -176,8 +176,7 @@ def _in_one(plan: Plan, domain: Domain) -> Tensor:
         return _by_population(plan, domain)
     size = x.numel() // x.shape[1]
     _check_size(size, plan, [domain])
-    is_tracked = ema.tracks(population)
-    if plan.observers and not is_tracked:
+    if plan.observers and not ema.tracks(population):
         y, moments = _with_moments(x, affine, plan.eps)
         _show(plan, _only(population, moments, size))
         return _activated(plan, y)
@@ -187,19 +186,20 @@ def _in_one(plan: Plan, domain: Domain) -> Tensor:
     # Training does in any case: a recomputation has to save what the first pass saved.
     # Without their versions: what it saves of them its backward pass does not read, and another
     # call of the layer may update them before.
-    buffers = population.running_mean, population.running_var
-    running = tuple(buffer.data for buffer in buffers) if is_tracked else (None, None)
-    momentum = ema.count_batch(population) if is_tracked else 0.0
-    y = F.batch_norm(x, *running, affine.weight, affine.bias, True, momentum, plan.eps)
+    mean, var, momentum = None, None, 0.0
+    if ema.tracks(population):
+        mean, var = population.running_mean.data, population.running_var.data
+        momentum = ema.count_batch(population)
+    y = F.batch_norm(x, mean, var, affine.weight, affine.bias, True, momentum, plan.eps)
     return _activated(plan, y)
 
 
-def _only(population: _BatchNorm, moments: Moments, size: int) -> _Merged:
+def _only(population: AnyBatchNorm, moments: Moments, size: int) -> _Merged:
     """A tensor that is a normalization batch by itself."""
     return _Merged(Moments.stack([moments]), [size], (0,), [(population, [0])])
 
 
-def _with_moments(x: Tensor, affine: _BatchNorm, eps: float) -> tuple[Tensor, Moments]:
+def _with_moments(x: Tensor, affine: AnyBatchNorm, eps: float) -> tuple[Tensor, Moments]:
     """Normalize x by its own statistics, as torch does it, and say what they are."""
     size, dtype = x.numel() // x.shape[1], torch.promote_types(x.dtype, torch.float32)
     # An EMA with the whole weight on the new batch; weight and bias have to be of its type.
@@ -243,11 +243,12 @@ def _are_alone(plan: Plan, partitions: Sequence[Partition]) -> bool:
 
 def _parts(plan: Plan, pieces: Sequence[_Piece], grid: Grid | None) -> tuple[Parts, list[int]]:
     """Moments of the pieces on all processes, with what extensions add; and their sizes."""
-    meeting = None if plan.group is None else meet(plan.place, plan.group)
+    group = plan.group
+    meeting = None if group is None else meet(plan.place, group)
     parts = Parts.of([piece.x for piece in pieces], grid)
     sizes = [len(piece.x) * math.prod(piece.x.shape[2:]) for piece in pieces]
-    if meeting is not None:
-        parts = parts.all_gather(plan.group, meeting)
+    if group is not None and meeting is not None:
+        parts = parts.all_gather(group, meeting)
         sizes = parts.sizes(sizes)
     if not plan.extensions:
         return parts, sizes
@@ -324,25 +325,30 @@ def _by_batch(
 ) -> list[Tensor]:
     """Each piece normalized by its batch."""
     domains = [plan.domains[piece.domain] for piece in pieces]
+    affines: list[tuple[Tensor, Tensor]]
     if plan.renorm is None:
         holders = list(dict.fromkeys(domain.affine for domain in domains))
         affines = [(holder.weight, holder.bias) for holder in holders]
-        affine_of = [holders.index(domain.affine) for domain in domains]
+        affine_of = tuple([holders.index(domain.affine) for domain in domains])
     else:
-        moments = [merged.moments.row(number) for number in merged.batch_of]
-        affines = [_renormalizing(plan, *pair) for pair in zip(domains, moments, strict=True)]
-        affine_of = range(len(pieces))
+        affines = [
+            _renormalizing(plan.eps, plan.renorm, domain, merged.moments.row(number))
+            for domain, number in zip(domains, merged.batch_of, strict=True)
+        ]
+        affine_of = tuple(range(len(pieces)))
     weights, biases = zip(*affines, strict=True)
-    of_affines = weights, biases, tuple(affine_of)
+    of_affines = weights, biases, affine_of
     how = Normalization(merged.moments, merged.batch_of, *of_affines, plan.eps, plan.relu)
     xs = [piece.x for piece in pieces]
     return joint_batch_norm(xs, how, grid, plan.group, plan.place)
 
 
-def _renormalizing(plan: Plan, domain: Domain, moments: Moments) -> tuple[Tensor, Tensor]:
+def _renormalizing(
+    eps: float, limits: RenormLimits, domain: Domain, moments: Moments
+) -> tuple[Tensor, Tensor]:
     """Weight and bias that turn normalization by a batch into batch renormalization."""
     ema.refuse_recomputation("batch renormalization")
-    r, d = correction(moments, domain.population, plan.eps, plan.renorm)
+    r, d = correction(moments, domain.population, eps, limits)
     return renormalized(domain.affine.weight, domain.affine.bias, r, d)
 
 

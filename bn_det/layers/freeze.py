@@ -28,6 +28,7 @@ from .kinds import (
     what_else,
     why_lazy,
 )
+from .types import AnyBatchNorm, HostFrozen
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +146,7 @@ def _check_choice(what: str, statistics: bool, affine: bool) -> None:
 
 def check_freezing(
     model: nn.Module, modules: Modules = None, statistics: bool = True
-) -> dict[nn.Module, str]:
+) -> dict[AnyBatchNorm, str]:
     """The layers that :func:`freeze` would freeze, with their names; raises what it would."""
     layers = selected("freeze", unwrapped(model), modules)
     for layer, name in layers.items():
@@ -157,18 +158,17 @@ def check_freezing(
     return layers
 
 
-def freeze_statistics(layer: nn.Module) -> None:
+def freeze_statistics(layer: AnyBatchNorm) -> None:
     """Freeze those of a layer that has some."""
     if is_frozen(layer):
         return
     if isinstance(layer, DomainBatchNorm2d):
-        for part in (layer, *layer.children()):
-            part.frozen = True
+        _set_frozen(layer, True)
     elif what_else(layer):
         with_class(layer, staying_class(class_of(layer)))
         layer.train(layer.training)  # which notes the mode, and evaluates
     else:
-        layer.thawed_type = class_of(layer)
+        vars(layer)["thawed_type"] = class_of(layer)
         with_class(layer, FrozenBatchNorm)
 
 
@@ -180,8 +180,13 @@ def thaw_statistics(layer: nn.Module) -> None:
         with_class(layer, layer.thawed_type)
         layer.train(vars(layer).pop("asked_mode"))
     elif isinstance(layer, BatchNorm2d):
-        for part in (layer, *layer.children()):
-            part.frozen = False
+        _set_frozen(layer, False)
+
+
+def _set_frozen(layer: BatchNorm2d, frozen: bool) -> None:
+    for part in layer.modules():
+        if isinstance(part, BatchNorm2d):
+            part.frozen = frozen
 
 
 def _why_not_thawed(layer: nn.Module, statistics: bool) -> str:
@@ -191,16 +196,16 @@ def _why_not_thawed(layer: nn.Module, statistics: bool) -> str:
 
 
 @torch.no_grad()
-def _learning(layer: nn.Module, affine: bool) -> BatchNorm2d:
+def _learning(layer: HostFrozen, affine: bool) -> BatchNorm2d:
     """A layer with the function of a host's FrozenBatchNorm2d."""
-    like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-    new = BatchNorm2d(len(layer.weight), eps_of(layer), **like)
+    weight = layer.weight
+    new = BatchNorm2d(len(weight), eps_of(layer), device=weight.device, dtype=weight.dtype)
     for name in STATE:
         getattr(new, name).copy_(getattr(layer, name))
     return new.requires_grad_(affine)
 
 
-def affine_of(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[Tensor]:
+def affine_of(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[nn.Parameter]:
     """The parameters of layers, and those that their parents have for them.
 
     Detectron2's CycleBatchNormList has weight and bias for BatchNorm layers that have none.
@@ -229,14 +234,14 @@ def _freeze_affine(model: nn.Module, layers: Iterable[nn.Module]) -> None:
 
 
 def _hold(parameter: nn.Parameter) -> None:
+    hook = parameter.register_hook(torch.zeros_like)
+    vars(parameter)["hook"] = hook
     parameter.__class__ = HeldParameter
-    parameter.hook = parameter.register_hook(torch.zeros_like)
     _watch_optimizers()
 
 
-def _let_go(parameter: HeldParameter) -> None:
-    parameter.hook.remove()
-    del parameter.hook
+def _let_go(parameter: nn.Parameter) -> None:
+    vars(parameter).pop("hook").remove()
     parameter.__class__ = nn.Parameter
 
 
@@ -276,7 +281,7 @@ def _then(after: Callable[[Any], Any], closure: Callable[[], Any]) -> Callable[[
     return lambda: after(closure())
 
 
-def warn_of_folded_statistics(model: nn.Module, layers: dict[nn.Module, str]) -> None:
+def warn_of_folded_statistics(model: nn.Module, layers: dict[AnyBatchNorm, str]) -> None:
     """Warn of layers whose weight and bias are to be trained, but with statistics folded into them.
 
     With scale a = weight / std and shift b = bias - mean * a the layer computes a x + b. A step of

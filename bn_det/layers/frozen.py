@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, SupportsIndex
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .kernels import normalize_one
@@ -47,7 +47,7 @@ class FrozenBatchNorm(_NormBase):
         return f"{super().extra_repr()}, was={self.thawed_type.__name__}"
 
 
-class StaysInEvaluation:
+class StaysInEvaluation(nn.Module):
     """Mixed into the class of a layer that is frozen as it is, as it may do more than normalize.
 
     In evaluation mode, which it never leaves, it normalizes by its population statistics.

@@ -36,10 +36,11 @@ from .roi_levels import RoILevelBatchNorm2d
 from .same_outputs import Outputs
 from .sources import SourceBatchNorm2d
 from .tuned import untune
+from .types import Affine, AnyBatchNorm, Statistics, has_statistics
 
 logger = logging.getLogger(__name__)
 
-_CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
+Convolution = nn.Conv2d | nn.ConvTranspose2d
 
 
 class FuseReport(NamedTuple):
@@ -158,8 +159,8 @@ def foldable(
     reasons = {layer: left.get(name) or _why_not(layer, uses) for layer, name in names.items()}
     found: dict[str, Pair] = {}
     for pair in pairs(model):
-        name = names.get(pair.norm)
-        is_wanted = name is not None and (only is None or name in only)
+        name = names.get(pair.norm, "")
+        is_wanted = pair.norm in names and (only is None or name in only)
         if is_wanted and name not in found and not reasons[pair.norm]:
             reasons[pair.norm] = (
                 _why_not(pair.conv, uses) or what_else(pair.norm) or _what_else_of_convolution(pair)
@@ -176,8 +177,8 @@ def foldable(
 class Pair(NamedTuple):
     """A convolution and its BatchNorm, and where they are: the names in their parents."""
 
-    conv: nn.Module
-    norm: nn.Module
+    conv: Convolution
+    norm: AnyBatchNorm
     conv_parent: nn.Module
     conv_name: str
     norm_parent: nn.Module
@@ -193,17 +194,18 @@ def pairs(model: nn.Module) -> Iterator[Pair]:
         # Each place, also where one module is in several.
         children = {n: m for n, m in module._modules.items() if m is not None}
         norms = {n: m for n, m in children.items() if is_batch_norm(m)}
+        convs = {n: m for n, m in children.items() if isinstance(m, Convolution)}
         if isinstance(module, nn.Conv2d) and "norm" in norms:
             place = places.get(module, (nn.Module(), ""))  # the model itself is nobody's child
             yield Pair(module, norms["norm"], *place, module, "norm")
         elif norms and type(module).forward is nn.Sequential.forward:
-            for (conv_name, conv), (norm_name, norm) in pairwise(children.items()):
-                if isinstance(conv, _CONVOLUTIONS) and norm_name in norms:
-                    yield Pair(conv, norm, module, conv_name, module, norm_name)
+            for a, b in pairwise(children):
+                if a in convs and b in norms:
+                    yield Pair(convs[a], norms[b], module, a, module, b)
         elif norms and not is_batch_norm(module):
-            for conv_name, norm_name in _traced_pairs(module):
-                pair = children[conv_name], children[norm_name]
-                yield Pair(*pair, module, conv_name, module, norm_name)
+            for a, b in _traced_pairs(module):
+                if a in convs and b in norms:
+                    yield Pair(convs[a], norms[b], module, a, module, b)
 
 
 class _ChildrenAreLeaves(fx.Tracer):
@@ -224,21 +226,15 @@ def _traced_pairs(module: nn.Module) -> list[tuple[str, str]]:
     if _content(vars(module)) != before:
         return []  # the next call may call other children: CycleBatchNormList
     calls = [node for node in nodes if node.op == "call_module"]
-    reads = {node.target.rpartition(".")[0] for node in nodes if node.op == "get_attr"}
-    number = Counter(node.target for node in calls)
+    reads = {str(node.target).rpartition(".")[0] for node in nodes if node.op == "get_attr"}
+    number = Counter(str(node.target) for node in calls)
     found = []
-    for norm in calls:
-        conv = norm.args[0] if norm.args else None
-        if (
-            isinstance(conv, fx.Node)
-            and conv.op == "call_module"
-            and isinstance(getattr(module, conv.target, None), _CONVOLUTIONS)
-            and is_batch_norm(getattr(module, norm.target, None))
-            and list(conv.users) == [norm]
-            and number[conv.target] == number[norm.target] == 1
-            and conv.target not in reads
-        ):
-            found.append((conv.target, norm.target))
+    for second in calls:
+        first = second.args[0] if second.args else None
+        if isinstance(first, fx.Node) and first in calls and list(first.users) == [second]:
+            a, b = str(first.target), str(second.target)
+            if number[a] == number[b] == 1 and a not in reads:
+                found.append((a, b))
     return found
 
 
@@ -267,10 +263,10 @@ def _why_not(module: nn.Module, uses: Counter[int]) -> str:
     """Why a BatchNorm or a convolution cannot take part in fusion, if so."""
     if uses[key_of(module)] > 1:
         return "it or its convolution is in several places of the model"
-    own = module._parameters.values() if isinstance(module, _CONVOLUTIONS) else ()
+    own = module._parameters.values() if isinstance(module, Convolution) else ()
     if any(p is not None and uses[key_of(p)] > 1 for p in own):
         return "weight or bias of its convolution are another module's, too"
-    if any(map(is_lazy, module._parameters.values())):
+    if any(p is not None and is_lazy(p) for p in module._parameters.values()):
         return "it or its convolution has no weight yet; call the model once"
     if module._forward_hooks or module._forward_pre_hooks:
         return "it or its convolution has hooks"
@@ -293,10 +289,10 @@ def _why_not(module: nn.Module, uses: Counter[int]) -> str:
     return ""
 
 
-def _why_no_constant(norm: nn.Module) -> str:
+def _why_no_constant(norm: AnyBatchNorm) -> str:
     """Why a BatchNorm is no scale and shift, if so."""
     for population, affine in state_holders(norm):
-        if population.running_mean is None:
+        if not has_statistics(population):
             return "it has no population statistics"
         for holder, names in ((population, STATE[:2]), (affine, STATE[2:])):
             for name in names:
@@ -345,7 +341,7 @@ class Fused(NamedTuple):
         dtype, learned: of the convolution's weight.
     """
 
-    norm: nn.Module
+    norm: AnyBatchNorm
     norm_name: str
     is_inside: bool
     had_bias: bool
@@ -356,25 +352,26 @@ class Fused(NamedTuple):
 def _fold(pair: Pair, warned: set[str]) -> None:
     conv, norm = pair.conv, pair.norm
     holders = state_holders(norm)
-    weight, is_inside = conv.weight, pair.norm_parent is conv
-    of_weight = weight.dtype, weight.requires_grad
-    was = Fused(norm, pair.norm_name, is_inside, conv.bias is not None, *of_weight)
+    weight, is_inside, had_bias = conv.weight, pair.norm_parent is conv, conv.bias is not None
+    was = Fused(norm, pair.norm_name, is_inside, had_bias, weight.dtype, weight.requires_grad)
     # Before the convolution is copied. Detectron2's takes None for no norm.
     setattr(pair.norm_parent, pair.norm_name, None if pair.norm_parent is conv else nn.Identity())
     if len(holders) > 1:
         convs = [_folded(copy.deepcopy(conv), *holder, eps_of(norm)) for holder in holders]
-        setattr(pair.conv_parent, pair.conv_name, PerLevel(convs))
-        pair.conv_parent._modules[pair.conv_name].was = was
+        levels = PerLevel(convs)
+        setattr(pair.conv_parent, pair.conv_name, levels)
+        vars(levels)["was"] = was
     else:
         convs = [_folded(conv, *holders[0], eps_of(norm))]
-        conv.was = was
+        vars(conv)["was"] = was
     for folded in convs:
-        folded.warned_of_training = warned
+        vars(folded)["warned_of_training"] = warned
         folded.register_forward_pre_hook(warn_of_training)
 
 
-def scale_and_shift(population: nn.Module, affine: nn.Module, eps: float) -> tuple[Tensor, Tensor]:
+def scale_and_shift(population: Statistics, affine: Affine, eps: float) -> tuple[Tensor, Tensor]:
     """A BatchNorm in evaluation is x * scale + shift; both of shape (C,), float64."""
+    assert has_statistics(population)  # or it is not foldable
     mean, var = population.running_mean.double(), population.running_var.double()
     scale = (var + eps).rsqrt()
     if affine.weight is not None:
@@ -383,7 +380,7 @@ def scale_and_shift(population: nn.Module, affine: nn.Module, eps: float) -> tup
     return scale, shift if affine.bias is None else shift + affine.bias.double()
 
 
-def of_outputs(conv: nn.Module, values: Tensor) -> Tensor:
+def of_outputs(conv: Convolution, values: Tensor) -> Tensor:
     """A value for each output channel of a convolution, in a shape that fits its weight."""
     shape = [1] * conv.weight.dim()
     shape[1 if isinstance(conv, nn.ConvTranspose2d) else 0] = -1
@@ -391,7 +388,7 @@ def of_outputs(conv: nn.Module, values: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _folded(conv: nn.Module, population: nn.Module, affine: nn.Module, eps: float) -> nn.Module:
+def _folded(conv: Convolution, population: Statistics, affine: Affine, eps: float) -> Convolution:
     """The convolution, with the layer's statistics and affine in its weight and bias."""
     scale, shift = scale_and_shift(population, affine, eps)
     if conv.bias is not None:
@@ -408,7 +405,7 @@ def _folded(conv: nn.Module, population: nn.Module, affine: nn.Module, eps: floa
 def warn_of_training(conv: nn.Module, _: tuple[Tensor]) -> None:
     # A plain function, which a fused model can be scripted with (torch.jit.script).
     if not torch.jit.is_scripting():
-        warned = conv.warned_of_training
+        warned: set[str] = vars(conv)["warned_of_training"]
         if conv.training and conv.weight.requires_grad and not warned:
             warned.add("training")
             logger.warning(

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from . import kernels
 from .meeting import Place, meet
@@ -75,9 +74,13 @@ class _Call(NamedTuple):
     place: Place | None
 
     def parts(
-        self, flat: Sequence[Tensor | None]
+        self, flat: tuple[Any, ...]
     ) -> tuple[Normalization, Sequence[Tensor], Sequence[Tensor]]:
-        """How it is normalized, the tensors, and what follows weights and biases."""
+        """How it is normalized, the tensors, and what follows weights and biases.
+
+        Args:
+            flat: tensors, or None of a weight or bias that there is not.
+        """
         first = 3 + len(self.batch_of)
         second, third = first + self.num_affines, first + 2 * self.num_affines
         how = Normalization(
@@ -96,7 +99,9 @@ class _JointBatchNorm(torch.autograd.Function):
     """y_k = (x_k - mean) / sqrt(var + eps) * weight + bias, of the batch and affine of k."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, call: _Call, anchor: Tensor | None, *flat: Tensor | None):
+    def forward(
+        ctx: Any, call: _Call, anchor: Tensor | None, *flat: Tensor | None
+    ) -> tuple[Tensor, ...]:
         how, xs, _ = call.parts(flat)
         # A bias says what came through a ReLU, and nothing else.
         biases = how.biases if call.relu else [None] * call.num_affines
@@ -105,7 +110,7 @@ class _JointBatchNorm(torch.autograd.Function):
         return tuple(kernels.normalize(xs, how, call.grid))
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *dys: Tensor):
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[_NUM_CONSTANT:]
         needs_x = any(needed[: len(dys)])
         inputs = ctx.call, needs_x, *ctx.saved_tensors, *dys
@@ -125,11 +130,13 @@ class _JointBatchNormBackward(torch.autograd.Function):
     """The backward pass as a function of its own, so that differentiating it can be refused."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, call: _Call, needs_x: bool, *flat: Tensor | None):
+    def forward(
+        ctx: Any, call: _Call, needs_x: bool, *flat: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         return _backward(call, needs_x, *flat)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor):
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
         raise RuntimeError(
             "second derivatives of batch normalization are not implemented for statistics that are "
             "shared between tensors or processes, for lists of tensors by Triton's kernels (on a "
@@ -153,7 +160,7 @@ def _backward(call: _Call, needs_x: bool, *flat: Tensor | None) -> tuple[Tensor 
     if meeting is not None:
         sum_up = partial(dist.all_reduce, of_batches, dist.ReduceOp.SUM)
         meeting.exchange(sum_up)
-    dxs = [None] * len(xs)
+    dxs: Sequence[Tensor | None] = [None] * len(xs)
     if needs_x:
         dxs = kernels.backward_inputs(dys, xs, how, of_batches, grid)
     grad_biases, grad_weights = of_affines.unbind(1)

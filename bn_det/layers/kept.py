@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from .domain_batch_norm import state_holders
 from .freeze import freeze_statistics, is_frozen, thaw_statistics
 from .kinds import batch_norms, why_lazy
+from .types import AnyBatchNorm, has_statistics
 
 
-def kept_in_evaluation(model: nn.Module) -> set[nn.Module]:
+def kept_in_evaluation(model: nn.Module) -> set[AnyBatchNorm]:
     """The BatchNorm layers in evaluation mode that the next train() of a model leaves there.
 
     It is tried out, on a copy without values; where a train() fails there, none are.
     """
-    kept: set[nn.Module] = set()
+    kept: set[AnyBatchNorm] = set()
     for part in _with_own_train(model):
         layers = batch_norms(part).items()
         standing = {
@@ -75,7 +76,5 @@ def _without_values(tensor: Tensor) -> Tensor:
     return nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
 
 
-def _has_statistics(layer: nn.Module) -> bool:
-    return not why_lazy(layer) and all(
-        of.running_mean is not None for of, _ in state_holders(layer)
-    )
+def _has_statistics(layer: AnyBatchNorm) -> bool:
+    return not why_lazy(layer) and all(has_statistics(of) for of, _ in state_holders(layer))

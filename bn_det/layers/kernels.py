@@ -167,9 +167,18 @@ def normalize(xs: Sequence[Tensor], how: Normalization, grid: Grid | None = None
 
 
 def normalize_one(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
 ) -> Tensor:
-    """The same of one piece, by constant statistics; differentiable in x, weight and bias."""
+    """The same of one piece, by constant statistics; differentiable in x, weight and bias.
+
+    Args:
+        mean, var: may be None for an empty piece.
+    """
     y = aten_kernels.normalize_one(x, mean, var, constant(weight), constant(bias), eps)
     return with_zero_gradients(y, weight, bias)
 

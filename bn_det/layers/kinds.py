@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from itertools import chain
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,10 @@ from .become import class_of
 from .domain_batch_norm import DomainBatchNorm2d
 from .frozen import FrozenBatchNorm
 from .l1_batch_norm import L1BatchNorm2d
+from .types import AnyBatchNorm, HostFrozen, WithAffine
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 logger = logging.getLogger(__name__)
 
@@ -83,12 +88,12 @@ def refuse_meta(what: str, model: nn.Module) -> None:
         )
 
 
-def is_batch_norm(module: nn.Module | None) -> bool:
+def is_batch_norm(module: nn.Module | None) -> TypeIs[AnyBatchNorm]:
     """Whether a module is a BatchNorm: torch's, ours, frozen by either host, or of a kind of it."""
     return isinstance(module, (_BatchNorm, FrozenBatchNorm)) or is_host_frozen(module)
 
 
-def is_host_frozen(module: nn.Module | None) -> bool:
+def is_host_frozen(module: nn.Module | None) -> TypeIs[HostFrozen]:
     """Whether a module seems to be a host's FrozenBatchNorm2d, which this room does not import.
 
     By what it has: a BatchNorm's state, all of it buffers. timm's FrozenBatchNormAct2d has it, too;
@@ -99,11 +104,11 @@ def is_host_frozen(module: nn.Module | None) -> bool:
     return all(module._buffers.get(name) is not None for name in STATE)
 
 
-def batch_norms(model: nn.Module) -> dict[nn.Module, str]:
+def batch_norms(model: nn.Module) -> dict[AnyBatchNorm, str]:
     """Every BatchNorm that is called, with its name: not those that hold what is a domain's."""
     names = {m: name for name, m in model.named_modules() if is_batch_norm(m)}
     domains = [m for m in names if isinstance(m, DomainBatchNorm2d)]
-    held = {part for layer in domains for part in layer.children()}
+    held: set[nn.Module] = {part for layer in domains for part in layer.children()}
     return {layer: name for layer, name in names.items() if layer not in held}
 
 
@@ -130,29 +135,27 @@ def eps_of(layer: nn.Module) -> float:
     return getattr(layer, "eps", 1e-12)
 
 
-def lists_with_affine(model: nn.Module) -> dict[nn.Module, nn.Module]:
+def lists_with_affine(model: nn.Module) -> dict[nn.Module, WithAffine]:
     """The layers whose weight and bias their parent has, for all that are in it; with that one.
 
     Those of Detectron2's CycleBatchNormList.
     """
-    lists = filter(_is_list_with_affine, model.modules())
+    lists = [module for module in model.modules() if _is_list_with_affine(module)]
     return {layer: parent for parent in lists for layer in parent.children()}
 
 
-def _is_list_with_affine(module: nn.Module) -> bool:
-    children = list(module._modules.values())
+def _is_list_with_affine(module: nn.Module) -> TypeGuard[WithAffine]:
     own = [p for p in module._parameters.values() if p is not None]
     kinds = (_BatchNorm, FrozenBatchNorm)
-    return (
-        module._parameters.keys() == {"weight", "bias"}
-        and all(isinstance(m, kinds) and m.weight is None for m in children)
-        and all(p.shape == (m.num_features,) for m in children for p in own)
+    return module._parameters.keys() == {"weight", "bias"} and all(
+        isinstance(m, kinds) and m.weight is None and all(p.shape == (m.num_features,) for p in own)
+        for m in module._modules.values()
     )
 
 
 def selected(
     what: str, model: nn.Module, modules: str | Iterable[str] | None
-) -> dict[nn.Module, str]:
+) -> dict[AnyBatchNorm, str]:
     """The BatchNorm layers of some sub-trees of a model, with their names.
 
     Args:
@@ -175,7 +178,7 @@ def selected(
             "patterns of them, or None for all; a module itself is the first argument"
         )
     patterns = [modules] if isinstance(modules, str) else list(modules)
-    found: dict[nn.Module, str] = {}
+    found: dict[AnyBatchNorm, str] = {}
     for pattern in patterns:
         of_pattern = {layer: name for layer, name in layers.items() if _is_in(name, pattern)}
         if not of_pattern:
@@ -208,7 +211,8 @@ def _is_in(name: str, pattern: str) -> bool:
 def why_lazy(layer: nn.Module) -> str:
     """Why nothing can be done with a layer yet, if it has not seen its first input."""
     tensors = (*layer._parameters.values(), *layer._buffers.values())
-    return "it has not been called yet (lazy)" if any(map(is_lazy, tensors)) else ""
+    is_any = any(tensor is not None and is_lazy(tensor) for tensor in tensors)
+    return "it has not been called yet (lazy)" if is_any else ""
 
 
 @torch.no_grad()
@@ -234,7 +238,8 @@ def what_else(layer: nn.Module) -> str:
     if state[0] is None:
         return does_more  # than can be tried out
     x = _probe(layer, state[0])
-    expected = F.batch_norm(x, *state, eps=eps_of(layer))
+    mean, var, weight, bias = state
+    expected = F.batch_norm(x, mean, var, weight, bias, eps=eps_of(layer))
     try:
         y = layer.forward(x)  # without its hooks
     except Exception:  # whatever it wants to be called with

@@ -47,9 +47,9 @@ class L1BatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
-        if x.numel() == 0 or (not self.training and self.running_mean is not None):
-            statistics = self.running_mean, self.running_var
-            return normalize_one(x, *statistics, self.weight, self.bias, self.eps)
+        mean, var = self.running_mean, self.running_var
+        if x.numel() == 0 or (not self.training and mean is not None):
+            return normalize_one(x, mean, var, self.weight, self.bias, self.eps)
         check_size(x.numel() // x.shape[1], f"{self.name}: " if self.name else "")
         values = x.to(torch.promote_types(x.dtype, torch.float32))
         mean = values.mean((0, 2, 3), keepdim=True)

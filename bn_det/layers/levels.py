@@ -55,22 +55,22 @@ def forward_levels(
     """
     if isinstance(features, Tensor):
         raise of_other_type("features", features, "a list of tensors, one for each level")
-    features = list(features)
+    xs = list(features)
     steps = list(_steps(layers))
     while steps:
         step, *steps = steps
-        has_relu = features and steps and _has_relu(step, steps[0])
-        if has_relu and one_launch(features) is not None:
-            features = step.call(features, relu=True)
+        has_relu = xs and steps and _has_relu(step, steps[0])
+        if has_relu and one_launch(xs) is not None:
+            xs = step.call(xs, relu=True)
             steps = steps[1:]
         elif isinstance(step.call, _FOR_LISTS):
-            features = step.call(features)
+            xs = step.call(xs)
         else:
             # One weight for all levels. (A graph that is traced would hold it as a constant.)
             is_cached = parametrize.is_parametrized(step.owner) and not torch.jit.is_tracing()
             with parametrize.cached() if is_cached else nullcontext():
-                features = [step.call(x) for x in features]
-    return features
+                xs = [step.call(x) for x in xs]
+    return xs
 
 
 class _Step(NamedTuple):
@@ -80,7 +80,7 @@ class _Step(NamedTuple):
     owner: Any
 
 
-def _steps(layers: Iterable[Callable[..., Any]]) -> Iterator[_Step]:
+def _steps(layers: Iterable[Any]) -> Iterator[_Step]:
     for layer in layers:
         if isinstance(layer, nn.Sequential):
             yield from _steps(layer)

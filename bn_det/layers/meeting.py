@@ -17,8 +17,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
-from functools import lru_cache, partial
-from typing import NamedTuple
+from functools import lru_cache
+from typing import NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -187,12 +187,9 @@ class _Watch:
         self._next: dict[tuple[object, object], object] = {}
         self.failure = ""
         self._assemble(place)
-        # Longer than any of its work is waited for: this file says what is missing, not gloo.
-        longest = timedelta(days=1)
-        make = partial(dist.new_group, backend="gloo", use_local_synchronization=True)
-        self.group = make(ranks, longest)
+        self.group = _gloo_group(ranks)
         # Not the group that is given, in which a rank may be at a collective of the user's.
-        self.exchanging = make(ranks, longest) if self.is_polled else group
+        self.exchanging = _gloo_group(ranks) if self.is_polled else group
 
     def _assemble(self, place: Place) -> None:
         """Wait for all ranks, before there is a group to do it in."""
@@ -279,7 +276,7 @@ class _RealMeeting(Meeting):
         if watch.failure:
             raise RuntimeError(f"{place}: the ranks have parted before: {watch.failure}")
         watch.number += 1
-        self._work = None
+        self._work: dist.Work | None = None
         if not watch.expects(place):
             self._mine = torch.tensor(_header(place), dtype=torch.int64)
             self._places = self._mine.new_empty(watch.num_ranks, len(self._mine))
@@ -292,7 +289,7 @@ class _RealMeeting(Meeting):
             if not (self._places == self._mine).all():
                 self._report_places()
         work = begin(self._group, self._watch.is_polled)
-        if self._watch.is_polled:
+        if self._watch.is_polled and work is not None:
             self._wait_for(work)
         self._watch.have_met(self._place)
 
@@ -329,6 +326,14 @@ class _RealMeeting(Meeting):
         if len(set(names)) == 1:
             report_disagreement(names[0], list(values))
         raise RuntimeError(f"{_said_of(dict(enumerate(places)))}{self._watch.said_of_last()}")
+
+
+def _gloo_group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    """One of ranks that this is one of."""
+    # Longer than any of its work is waited for: this file says what is missing, not gloo.
+    longest = timedelta(days=1)
+    group = dist.new_group(ranks, longest, "gloo", use_local_synchronization=True)
+    return cast(dist.ProcessGroup, group)  # a number in ranks that it is not of
 
 
 def _said_of(places: Mapping[int, str]) -> str:

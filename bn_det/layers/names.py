@@ -8,7 +8,7 @@ from .batch_norm import BatchNorm2d
 from .kinds import unwrapped
 from .l1_batch_norm import L1BatchNorm2d
 from .meeting import check_timeout
-from .shuffle import shuffled_methods
+from .shuffle import Shuffled, shuffled_methods
 
 
 def name_layers(model: nn.Module, timeout: float | None = None) -> nn.Module:
@@ -35,8 +35,9 @@ def name_layers(model: nn.Module, timeout: float | None = None) -> nn.Module:
     for name, module in unwrapped(model).named_modules():
         if isinstance(module, L1BatchNorm2d):
             module.name = name
-        layers = [module] if isinstance(module, BatchNorm2d) else []
-        for layer in (*layers, *shuffled_methods(module)):
+        own = [module] if isinstance(module, BatchNorm2d) else []
+        exchanging: list[BatchNorm2d | Shuffled] = [*own, *shuffled_methods(module)]
+        for layer in exchanging:
             layer.calls.name = name
             layer.timeout = layer.timeout if timeout is None else timeout
     return model

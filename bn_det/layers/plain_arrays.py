@@ -32,7 +32,8 @@ class _Array(np.ndarray):
 
     def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, is_fortran, values = state
-        super().__setstate__((1, shape, _checked(dtype), bool(is_fortran), values))
+        checked: tuple[Any, ...] = (1, shape, _checked(dtype), bool(is_fortran), values)
+        super().__setstate__(checked)
 
 
 def _checked(dtype: Any) -> np.dtype:
@@ -53,7 +54,7 @@ def _scalar(dtype: Any, value: Any = b"") -> np.generic:
     return np.frombuffer(value, of, 1)[0]
 
 
-def _frombuffer(values: Any, dtype: Any, shape: Any, order: str, axes: Any = None) -> np.ndarray:
+def _frombuffer(values: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> np.ndarray:
     of = np.frombuffer(values, _checked(dtype))
     if order == "K" and axes is not None:  # strides of another order than C's and Fortran's
         return of.reshape(shape).transpose(axes)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import InputError
 from .ema import snapshot
 from .moments import Moments
+from .types import AnyBatchNorm, has_statistics
 
 
 class RenormLimits(NamedTuple):
@@ -44,10 +45,10 @@ def limits_of(renorm: object) -> RenormLimits:
 
 
 def correction(
-    moments: Moments, population: nn.BatchNorm2d, eps: float, limits: RenormLimits
+    moments: Moments, population: AnyBatchNorm, eps: float, limits: RenormLimits
 ) -> tuple[Tensor, Tensor]:
     """r and d of a normalization batch, each of shape (C,); no gradient flows through them."""
-    if population.running_mean is None:
+    if not has_statistics(population):
         raise InputError(
             "renorm: not accepted without population statistics; use track_running_stats True"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 from torch import Tensor
 
@@ -53,7 +54,9 @@ class RoILevelBatchNorm2d(DomainBatchNorm2d):
             training a normalization batch has a single value per channel.
     """
 
-    def forward(self, x: Tensor, groups: Tensor | None = None) -> Tensor:
+    def forward(  # type: ignore[override]  # of all domains' samples, in one tensor
+        self, x: Tensor, groups: Tensor | None = None
+    ) -> Tensor:
         """Normalize x. Groups are not accepted."""
         if groups is not None:
             raise ValueError("groups: not accepted by a layer that normalizes by level")
@@ -67,5 +70,5 @@ class RoILevelBatchNorm2d(DomainBatchNorm2d):
     def name_of(self, domain: int) -> str:
         return f"level {domain}"
 
-    def num_samples(self, x: Tensor) -> list[int]:
-        return _ROIS.partition(x, self.num_domains).sizes
+    def num_samples(self, xs: Any) -> list[int]:
+        return _ROIS.partition(xs, self.num_domains).sizes

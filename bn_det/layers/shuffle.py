@@ -114,7 +114,7 @@ def shuffled(
             "this module has not replaced already"
         )
     check_timeout("timeout", timeout)
-    setattr(module, method, _Shuffled(module, method, group, timeout))
+    setattr(module, method, Shuffled(module, method, group, timeout))
     return module
 
 
@@ -123,12 +123,12 @@ def is_shuffled(module: nn.Module) -> bool:
     return bool(shuffled_methods(module))
 
 
-def shuffled_methods(module: nn.Module) -> list[_Shuffled]:
+def shuffled_methods(module: nn.Module) -> list[Shuffled]:
     """The methods of this module itself that work on shuffled samples."""
-    return [value for value in vars(module).values() if isinstance(value, _Shuffled)]
+    return [value for value in vars(module).values() if isinstance(value, Shuffled)]
 
 
-class _Shuffled:
+class Shuffled:
     """A method in a module's instance dictionary that a copy of the module finds its own way from.
 
     A closure over the module would have a deep copy call the original.
@@ -145,10 +145,10 @@ class _Shuffled:
         x, restore = _shuffle(x, self.group, self.calls.next("shuffled", self.timeout))
         return tree_map_only(Tensor, restore, method(self.module, x, *args, **kwargs))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Shuffled:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shuffled:
         # A process group cannot be copied, and the copy means the same processes.
         module = copy.deepcopy(self.module, memo)
-        copied = _Shuffled(module, self.method, self.group, self.timeout)
+        copied = Shuffled(module, self.method, self.group, self.timeout)
         copied.calls = copy.deepcopy(self.calls)
         return copied
 

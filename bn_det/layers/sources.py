@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import check_positive, choose
+from .batch_norm import BatchNorm2d
 from .domain_batch_norm import SHARING, DomainBatchNorm2d
 from .scope import DomainScope
 
@@ -116,14 +116,13 @@ class SourceBatchNorm2d(DomainBatchNorm2d):
             for k in range(num_sources, self.num_domains):
                 delattr(self, str(k))
 
-    def forward(
+    def forward(  # type: ignore[override]  # of a list, or of all domains' samples in one tensor
         self, xs: Tensor | Sequence[Tensor], groups: Tensor | None = None
     ) -> Tensor | list[Tensor]:
         """Normalize a tensor, or those of all levels. Groups are not accepted."""
         if groups is not None:
             raise ValueError("groups: not accepted by a layer that normalizes by source")
-        levels = [xs] if self.num_levels is None else xs
-        self._check_levels(levels)
+        levels = self._levels_of(xs)
         images = [_IMAGES.partition(x, self.num_sources, self.name) for x in levels]
         parts = [of_level.split(x) for of_level, x in zip(images, levels, strict=True)]
         # Source by source, as batch_of and population_of count the domains.
@@ -138,18 +137,18 @@ class SourceBatchNorm2d(DomainBatchNorm2d):
     def batch_of(self, domain: int) -> int:
         return domain // self._levels if self.statistics == "shared" else domain
 
-    def population_of(self, domain: int) -> torch.nn.Module:
+    def population_of(self, domain: int) -> BatchNorm2d:
         shared = self.population == "shared"
-        return self.get_submodule(str(domain // self._levels if shared else domain))
+        return getattr(self, str(domain // self._levels if shared else domain))
 
-    def affine_of(self, domain: int) -> torch.nn.Module:
+    def affine_of(self, domain: int) -> BatchNorm2d:
         return self if self.affine_sharing == "shared" else self.population_of(domain)
 
     def name_of(self, domain: int) -> str:
         source, level = divmod(domain, self._levels)
         return f"source {source}" + ("" if self.num_levels is None else f", domain {level}")
 
-    def num_samples(self, xs: Tensor | Sequence[Tensor]) -> list[int]:
+    def num_samples(self, xs: Any) -> list[int]:
         x = xs if self.num_levels is None else xs[0]
         sizes = _IMAGES.partition(x, self.num_sources).sizes
         return [n for n in sizes for _ in range(self._levels)]
@@ -158,12 +157,14 @@ class SourceBatchNorm2d(DomainBatchNorm2d):
         levels = "" if self.num_levels is None else f", num_levels={self.num_levels}"
         return f"{super().extra_repr()}, num_sources={self.num_sources}{levels}"
 
-    def _check_levels(self, levels: Sequence[Tensor]) -> None:
+    def _levels_of(self, xs: Any) -> Sequence[Tensor]:
+        levels = [xs] if self.num_levels is None else xs
         if not isinstance(levels, (list, tuple)) or len(levels) != self._levels:
             raise TypeError(
                 f"SourceBatchNorm2d takes a list of {self._levels} tensors, one for each level, "
                 f"got {type(levels).__name__}"
             )
+        return levels
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         """Take what a layer without sources has, of all levels or of each, for each source."""

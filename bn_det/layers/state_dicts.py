@@ -10,7 +10,7 @@ import struct
 import zipfile
 import zlib
 from codecs import getincrementaldecoder
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -117,14 +117,16 @@ def read_weights(path: str | os.PathLike) -> dict[str, Any]:
     return dict(weights_of(read_checkpoint(path), path))
 
 
-def weights_of(loaded: Any, path: str | os.PathLike) -> Mapping[str, Any]:
+def weights_of(loaded: Any, path: str | os.PathLike) -> MutableMapping[str, Any]:
     """What a loaded checkpoint has under "model", or by itself.
 
     Raises:
         InputError: it has no names there, or a tensor whose values are not all there as numbers.
     """
     content = loaded.get("model", loaded) if isinstance(loaded, dict) else None
-    if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
+    if not isinstance(content, MutableMapping) or not all(
+        isinstance(name, str) for name in content
+    ):
         raise InputError(f"{path}: is no state dict, and has none under 'model'")
     for name, value in content.items():
         if isinstance(value, Tensor) and (kind := why_not_dense(value)):

@@ -17,6 +17,7 @@ from .freeze import affine_of, is_frozen, learns
 from .frozen import FrozenBatchNorm, StaysInEvaluation
 from .kept import kept_in_evaluation
 from .kinds import STATE, lists_with_affine, selected, unwrapped, why_lazy
+from .types import AnyBatchNorm, has_statistics
 
 
 class LayerState(NamedTuple):
@@ -102,7 +103,7 @@ def states(model: nn.Module, modules: str | Iterable[str] | None = None) -> Stat
     return States([_state(model, m in undone, m, name) for m, name in layers.items()])
 
 
-def _state(model: nn.Module, is_undone: bool, layer: nn.Module, name: str) -> LayerState:
+def _state(model: nn.Module, is_undone: bool, layer: AnyBatchNorm, name: str) -> LayerState:
     """Of one layer; whether evaluation mode, if it is in that, would be undone by train()."""
     kind = _kind(class_of(layer))
     if isinstance(layer, FrozenBatchNorm):
@@ -136,7 +137,7 @@ def _kind(cls: type[nn.Module]) -> str:
     return cls.__name__ if whose == "torch" else f"{whose}.{cls.__name__}"
 
 
-def _normalizes(layer: nn.Module) -> str:
+def _normalizes(layer: AnyBatchNorm) -> str:
     if is_frozen(layer):
         return "population"
     population = state_holders(layer)[0][0]
@@ -145,19 +146,19 @@ def _normalizes(layer: nn.Module) -> str:
         by_default = layer.train_statistics if layer.training else layer.eval_statistics
     if by_default == "batch" and layer.training and getattr(layer, "renorm", None) is not None:
         return "batch, renormalized"
-    return by_default if population.running_mean is not None else "batch"
+    return by_default if has_statistics(population) else "batch"
 
 
-def _statistics(layer: nn.Module) -> str:
+def _statistics(layer: AnyBatchNorm) -> str:
     populations = {population for population, _ in state_holders(layer)}
-    if any(population.running_mean is None for population in populations):
+    if not all(map(has_statistics, populations)):
         return "none"
     if is_frozen(layer):
         return "frozen"
     return "moving" if layer.training and any(map(tracks, populations)) else "kept"
 
 
-def _affine(model: nn.Module, layer: nn.Module) -> str:
+def _affine(model: nn.Module, layer: AnyBatchNorm) -> str:
     needs = {learns(p) for p in affine_of(model, [layer])}
     if not needs:
         holders = {affine for _, affine in state_holders(layer)}
@@ -183,7 +184,7 @@ def _batch(layer: nn.Module) -> str:
     return batch
 
 
-def _contradictions(state: LayerState, layer: nn.Module, is_undone: bool) -> Iterator[str]:
+def _contradictions(state: LayerState, layer: AnyBatchNorm, is_undone: bool) -> Iterator[str]:
     if state.affine == "fixed" and state.statistics == "moving":
         yield "the affine is fixed, and the statistics are still moving"
     if state.folded and state.affine in ("learns", "in part") and state.normalizes == "population":

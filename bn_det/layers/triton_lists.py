@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import triton_kernels
 from .pieces import Normalization, Stack
+from .types import NormWithStatistics
 
 
 class Grid(NamedTuple):
@@ -362,8 +362,8 @@ class _Arguments(NamedTuple):
     def of(cls, xs: Sequence[Tensor], how: Normalization, grid: Grid) -> _Arguments:
         nothing = (how.batches[1],)
         has = how.weights[0] is not None, how.biases[0] is not None
-        weights = tuple([w.contiguous() for w in how.weights]) if has[0] else nothing
-        biases = tuple([b.contiguous() for b in how.biases]) if has[1] else nothing
+        weights = tuple([w.contiguous() for w in how.weights if w is not None]) or nothing
+        biases = tuple([b.contiguous() for b in how.biases if b is not None]) or nothing
         pieces = *grid.pieces, _coded(how.batch_of), _coded(how.affine_of)
         constants = how.eps, *has, how.relu, *grid.constants
         numbers = grid.num_channels, grid.tiles, *constants
@@ -372,7 +372,7 @@ class _Arguments(NamedTuple):
 
 
 def update_emas(
-    batches: Stack, sets: Sequence[Sequence[int]], layers: Sequence[_BatchNorm]
+    batches: Stack, sets: Sequence[Sequence[int]], layers: Sequence[NormWithStatistics]
 ) -> None:
     """Move the EMAs of layers towards the statistics of sets of batches, in this order."""
     holders = list(dict.fromkeys(layers))

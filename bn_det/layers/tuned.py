@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from .become import class_of, with_class
 from .domain_batch_norm import DomainBatchNorm2d, holders_of_domains, state_holders
@@ -19,6 +20,7 @@ from .freeze import is_frozen
 from .held import constant, with_zero_gradients
 from .kernels import normalize_one
 from .kinds import eps_of, is_host_frozen
+from .types import Affine, AnyBatchNorm, Statistics, has_statistics
 from .watched import is_watched
 
 
@@ -32,7 +34,7 @@ class Deferred(NamedTuple):
     x: Tensor
 
 
-class _Tuned:
+class _Tuned(nn.Module):
     """Mixed into the class of a convolution or of a BatchNorm.
 
     Attributes:
@@ -43,20 +45,20 @@ class _Tuned:
     tuned_type: type[nn.Module]
     tuned_kind: type[_Tuned]
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple:
         # Its class is made when it is tuned, and is nowhere to be found by name.
         state = self.__getstate__() if hasattr(self, "__getstate__") else dict(vars(self))
         return _new, (self.tuned_kind, self.tuned_type), state
 
 
-class TunedConv(_Tuned):
+class TunedConv(_Tuned, _ConvNd):
     """A convolution that the BatchNorm in ``followed_by`` gets the output of.
 
     Attributes:
         followed_by: that one; in a tuple, which torch does not take for a child.
     """
 
-    followed_by: tuple[nn.Module]
+    followed_by: tuple[AnyBatchNorm]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | Deferred:
         if args or kwargs or not folds(self, self.followed_by[0], x):
@@ -72,8 +74,10 @@ class TunedConv(_Tuned):
         return super().forward(x)
 
 
-class TunedConvWithNorm(_Tuned):
+class TunedConvWithNorm(_Tuned, nn.Conv2d):
     """A convolution that calls its BatchNorm itself, ``norm``."""
+
+    norm: AnyBatchNorm
 
     def forward(self, x: Tensor) -> Tensor:
         norm = self.norm
@@ -89,16 +93,18 @@ class TunedConvWithNorm(_Tuned):
         return super().forward(x)
 
 
-class TunedConvWithNormOfLevels(TunedConv):
+class TunedConvWithNormOfLevels(TunedConv, nn.Conv2d):
     """A convolution with a BatchNorm for lists in it.
 
     ``forward_levels`` calls nn.Conv2d's forward method of it, and then its ``norm``.
     """
 
+    norm: AnyBatchNorm
+
     def forward(self, x: Tensor) -> Any:
         return self.tuned_type.forward(self, x)
 
-    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | Deferred:
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
         return Deferred(self, x) if folds(self, self.norm, x) else self.convolve(x, weight, bias)
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -107,6 +113,11 @@ class TunedConvWithNormOfLevels(TunedConv):
 
 class TunedNorm(_Tuned):
     """A frozen BatchNorm that convolves where the convolution before it has not."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(x, Deferred):
@@ -168,7 +179,7 @@ def untune(model: nn.Module) -> None:
             with_class(module, module.tuned_type)
 
 
-def folds(conv: nn.Module, norm: nn.Module, x: Tensor) -> bool:
+def folds(conv: _ConvNd, norm: nn.Module, x: Tensor) -> bool:
     """Whether a convolution and its BatchNorm are to be one in a call.
 
     Not where somebody looks at what is between them, nor where the output is smaller than the
@@ -185,7 +196,7 @@ def folds(conv: nn.Module, norm: nn.Module, x: Tensor) -> bool:
     return are_as_tuned and x.dim() == 4 and _num_outputs(conv, x) >= conv.weight.numel()
 
 
-def _num_outputs(conv: nn.Module, x: Tensor) -> int:
+def _num_outputs(conv: _ConvNd, x: Tensor) -> int:
     """About as many values as a convolution puts out."""
     inputs, stride = x.shape[0] * x.shape[2] * x.shape[3], math.prod(conv.stride)
     positions = inputs * stride if conv.transposed else inputs // stride
@@ -193,12 +204,13 @@ def _num_outputs(conv: nn.Module, x: Tensor) -> int:
 
 
 def _folded(
-    conv: nn.Module, population: nn.Module, affine: nn.Module, eps: float
+    conv: _ConvNd, population: Statistics, affine: Affine, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Weight and bias of a convolution with a BatchNorm in them, differentiable in what learns.
 
     In float32 at least, and then of the weight's type; autocast casts what a convolution gets.
     """
+    assert has_statistics(population)  # as all that is frozen
     dtype = torch.promote_types(conv.weight.dtype, torch.float32)
     mean, var = population.running_mean.to(dtype), population.running_var.to(dtype)
     weight, bias = constant(affine.weight), constant(affine.bias)
@@ -226,13 +238,13 @@ def _beside(conv: nn.Module, weight: Tensor, bias: Tensor) -> Any:
     return other
 
 
-def tune_pair(conv: nn.Module, norm: nn.Module) -> None:
+def tune_pair(conv: _ConvNd, norm: AnyBatchNorm) -> None:
     """Have a convolution and the frozen BatchNorm that gets its output compute as one."""
     is_inside = conv._modules.get("norm") is norm
     takes_list = isinstance(norm, DomainBatchNorm2d) and norm.takes_list
     kind: type[_Tuned] = TunedConvWithNormOfLevels if takes_list else TunedConvWithNorm
     if not is_inside:
-        kind, conv.followed_by = TunedConv, (norm,)
+        kind, vars(conv)["followed_by"] = TunedConv, (norm,)
     with_class(conv, tuned_class(kind, type(conv)))
     of_norm = TunedHostNorm if is_host_frozen(norm) else TunedNorm
     with_class(norm, tuned_class(of_norm, class_of(norm)))

@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Container, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
 from .domain_batch_norm import state_holders
-from .fuse import Fused, of_outputs, pairs, scale_and_shift, warn_of_training
+from .fuse import Convolution, Fused, of_outputs, pairs, scale_and_shift, warn_of_training
 from .kinds import STATE, check_module, eps_of
 from .levels import PerLevel
 from .state_dicts import State, first_difference, read_weights
+from .types import AnyBatchNorm
 
 
 def unfuse(model: nn.Module, file: str | os.PathLike | State | None = None) -> nn.Module:
@@ -48,7 +49,7 @@ def unfuse(model: nn.Module, file: str | os.PathLike | State | None = None) -> n
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent._modules.items()
-        if isinstance(getattr(child, "was", None), Fused)
+        if child is not None and isinstance(getattr(child, "was", None), Fused)
     ]
     if isinstance(getattr(model, "was", None), Fused):
         places.append((nn.ModuleDict({"model": model}), "model", model))
@@ -61,28 +62,28 @@ def unfuse(model: nn.Module, file: str | os.PathLike | State | None = None) -> n
 
 @torch.no_grad()
 def _restore(parent: nn.Module, name: str, fused: nn.Module) -> None:
-    was = fused.was
-    conv = fused[0] if isinstance(fused, PerLevel) else fused
+    was: Fused = vars(fused)["was"]
+    conv = cast(Convolution, fused[0] if isinstance(fused, PerLevel) else fused)
     setattr(parent, name, conv)
     was.norm.to(conv.weight.device)
     scale, shift = scale_and_shift(*state_holders(was.norm)[0], eps_of(was.norm))
     factor = torch.where(scale == 0, 1.0, 1 / scale)
     conv.weight.copy_(conv.weight.double() * of_outputs(conv, factor))
-    if was.had_bias:
-        conv.bias.copy_((conv.bias.double() - shift) * factor)
-    else:
+    if not was.had_bias:
         conv.bias = None
+    elif conv.bias is not None:
+        conv.bias.copy_((conv.bias.double() - shift) * factor)
     for key, hook in list(conv._forward_pre_hooks.items()):
         if hook is warn_of_training:
             del conv._forward_pre_hooks[key]
     for module in {conv, fused}:
         vars(module).pop("was", None)
-    del conv.warned_of_training
+    del vars(conv)["warned_of_training"]
     _follow(was, conv)
     setattr(conv if was.is_inside else parent, was.norm_name, was.norm)
 
 
-def _follow(was: Fused, conv: nn.Module) -> None:
+def _follow(was: Fused, conv: Convolution) -> None:
     """Have a BatchNorm be what its convolution has become since it was in the model."""
     was.norm.train(conv.training)
     if conv.weight.dtype != was.dtype:
@@ -94,8 +95,8 @@ def _follow(was: Fused, conv: nn.Module) -> None:
 class _Pair(NamedTuple):
     """A convolution and its BatchNorm, and their names in the model."""
 
-    conv: nn.Module
-    norm: nn.Module
+    conv: Convolution
+    norm: AnyBatchNorm
     conv_name: str
     norm_name: str
 
@@ -147,7 +148,7 @@ def _load(model: nn.Module, file: str | os.PathLike | State) -> nn.Module:
 @torch.no_grad()
 def _unfuse_state(state: dict[str, Tensor], pair: _Pair) -> None:
     """Put into a state dict what a pair has, for what its convolution alone has there."""
-    name, holders = pair.conv_name, state_holders(pair.norm)
+    name, holders, eps = pair.conv_name, state_holders(pair.norm), eps_of(pair.norm)
     is_one = _join(name, "weight") in state
     levels = [name] if is_one else [_join(name, str(k)) for k in range(len(holders))]
     try:
@@ -164,11 +165,11 @@ def _unfuse_state(state: dict[str, Tensor], pair: _Pair) -> None:
         scale, shift = scales[0 if is_one else k], biases[0 if is_one else k]
         if affine.weight is not None and uses[affine] == 1:  # folded into its affine
             ones, zeros = torch.ones_like(scale), torch.zeros_like(scale)
-            of_affine = scale * (1 + pair.norm.eps) ** 0.5, shift
+            of_affine = scale * (1 + eps) ** 0.5, shift
             statistics = zeros, ones
         else:
             of_affine = torch.ones_like(scale), torch.zeros_like(scale)
-            statistics = -shift / scale, scale.square().reciprocal() - pair.norm.eps
+            statistics = -shift / scale, scale.square().reciprocal() - eps
         _put(state, places[affine], affine, dict(zip(STATE[2:], of_affine, strict=True)))
         _put(state, places[population], population, dict(zip(STATE[:2], statistics, strict=True)))
 
@@ -180,8 +181,9 @@ def _put(
     for name, value in values.items():
         if getattr(holder, name) is not None:
             state[f"{place}.{name}"] = value
-    if "running_mean" in values and getattr(holder, "num_batches_tracked", None) is not None:
-        state[f"{place}.num_batches_tracked"] = torch.zeros_like(holder.num_batches_tracked)
+    counter = getattr(holder, "num_batches_tracked", None)
+    if "running_mean" in values and counter is not None:
+        state[f"{place}.num_batches_tracked"] = torch.zeros_like(counter)
 
 
 def _common_weight(pair: _Pair, weights: list[Tensor]) -> tuple[list[Tensor], Tensor]:

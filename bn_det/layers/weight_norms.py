@@ -34,6 +34,9 @@ _KEYS = {
 
 _WHERE = "parametrizations.weight."
 
+Weighted = nn.Linear | nn.Conv2d | nn.ConvTranspose2d
+"""Layers whose weight can be normalized."""
+
 
 class WeightStandardization(nn.Module):
     """From a weight to ``(W - mean) / sqrt(var + eps)``, of each output unit.
@@ -90,7 +93,7 @@ class ScaledWeightStandardization(WeightStandardization):
         return self._standardized(weight, self.gain.to(wide).flatten() * self.scale)
 
 
-def normalize_weight(layer: nn.Module, kind: str, gamma: float = 1.0) -> None:
+def normalize_weight(layer: Weighted, kind: str, gamma: float = 1.0) -> None:
     """Normalize the weight of a convolution or fully connected layer, in place.
 
     The parameter that was ``weight`` stays the one that is trained. In state dicts it is still
@@ -109,26 +112,28 @@ def normalize_weight(layer: nn.Module, kind: str, gamma: float = 1.0) -> None:
             groups, or has a single weight for each output unit.
     """
     choose("kind", kind, WEIGHT_NORMS)
-    transposed = isinstance(layer, nn.ConvTranspose2d)
     if parametrize.is_parametrized(layer):
         raise InputError(f"{kind}: {layer} is parametrized already")
-    if transposed and layer.groups > 1:
-        raise InputError(f"{kind}: {layer} is transposed and has groups, which is not supported")
-    unit_dim = 1 if transposed else 0
+    unit_dim, num_places = 0, 1
+    if isinstance(layer, nn.ConvTranspose2d):
+        if layer.groups > 1:
+            raise InputError(
+                f"{kind}: {layer} is transposed and has groups, which is not supported"
+            )
+        # An output of a transposed convolution meets one weight in stride x stride.
+        unit_dim, num_places = 1, math.prod(layer.stride)
     per_unit = layer.weight.numel() // layer.weight.shape[unit_dim]
     if kind == "WN":
         parametrizations.weight_norm(layer, dim=unit_dim)
     else:
         if per_unit < 2:
             raise InputError(f"{kind}: {layer} has a single weight for each output unit")
-        if kind == "WS":
-            function = WeightStandardization(unit_dim)
-        else:
-            # An output of a transposed convolution meets one weight in stride x stride.
-            fan_in = per_unit / math.prod(layer.stride) if transposed else per_unit
+        function = WeightStandardization(unit_dim)
+        if kind == "ScaledWS":
+            fan_in = per_unit / num_places
             function = ScaledWeightStandardization(layer.weight, gamma, fan_in, unit_dim)
         parametrize.register_parametrization(layer, "weight", function)
-    layer.weight_norm = kind
+    vars(layer)["weight_norm"] = kind
     # As torch's own parametrizations do. Methods of the layer would not survive deepcopy.
     layer._register_state_dict_hook(_rename_saved)
     layer._register_load_state_dict_pre_hook(_rename_loaded, with_module=True)
@@ -142,7 +147,7 @@ def normalize_convolutions(module: nn.Module, kind: str) -> None:
             normalize_weight(layer, kind)
 
 
-def normalize_tower(layers: Iterable[nn.Module], kind: str) -> None:
+def normalize_tower(layers: Iterable[Weighted], kind: str) -> None:
     """Normalize the weights of a head's hidden layers, each of which a ReLU follows.
 
     The first gets features of a pyramid, which are linear.
@@ -159,8 +164,8 @@ def normalize_tower(layers: Iterable[nn.Module], kind: str) -> None:
 
 
 def normalize_pyramid(
-    laterals: Iterable[nn.Module],
-    outputs: Iterable[nn.Module],
+    laterals: Iterable[Weighted],
+    outputs: Iterable[Weighted],
     top_block: nn.Module | None,
     kind: str,
     after_relu: bool,
@@ -176,9 +181,10 @@ def normalize_pyramid(
         after_relu: whether the backbone's features are outputs of a ReLU.
     """
     gamma = GAMMA_RELU if after_relu else 1.0
+    layers: list[tuple[Weighted, float]]
     layers = [*((conv, gamma) for conv in laterals), *((conv, 1.0) for conv in outputs)]
-    if hasattr(top_block, "p6") and kind != "WS":
-        layers += [(top_block.p6, gamma), (top_block.p7, GAMMA_RELU)]
+    above = {"p6": gamma, "p7": GAMMA_RELU} if kind != "WS" else {}
+    layers += [(getattr(top_block, n), g) for n, g in above.items() if hasattr(top_block, n)]
     for layer, its_gamma in layers if kind else []:
         normalize_weight(layer, kind, its_gamma)
 
@@ -194,8 +200,8 @@ def bake_weight_norms(model: nn.Module) -> nn.Module:
     """
     check_module("model", model)
     for layer in model.modules():
-        if hasattr(layer, "weight_norm"):
-            original = next(layer.parametrizations.weight.parameters())
+        if isinstance(layer, Weighted) and hasattr(layer, "weight_norm"):
+            original = next(layer.get_submodule("parametrizations.weight").parameters())
             weight = nn.Parameter(layer.weight.detach(), original.requires_grad)
             del layer.parametrizations, layer.weight_norm
             layer.__class__ = type(layer).__bases__[0]
@@ -217,7 +223,7 @@ def _rename_loaded(
     weight = state.get(f"{prefix}weight")
     if kind == "WN" and weight is not None and f"{prefix}weight_g" not in state:
         # A checkpoint without weight normalization: the same weight.
-        dim = layer.parametrizations.weight[0].dim
+        dim: int = vars(layer.get_submodule("parametrizations.weight.0"))["dim"]
         state[f"{prefix}weight_g"] = torch.norm_except_dim(weight, 2, dim)
     for own, key in _KEYS.get(kind, {}).items():
         if prefix + key in state:

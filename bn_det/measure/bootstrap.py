@@ -67,7 +67,8 @@ def by_statistics(
         They are of the resamples in which a metric is defined.
     """
     has_batch = any(isinstance(m, BatchNorm2d) for m in module.modules())
-    counts = {s: [] for s in (STATISTICS if has_batch else STATISTICS[:1])}
+    kinds = STATISTICS if has_batch else STATISTICS[:1]
+    counts: dict[str, list[list[float]]] = {s: [] for s in kinds}
     for batch in with_progress(batches, num_batches, logger, message):
         for statistics, rows in counts.items():
             with evaluated_with(module, statistics):

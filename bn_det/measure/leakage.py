@@ -98,6 +98,7 @@ def _count(logits: Tensor, batch: RoIBatch) -> list[float]:
     right = logits.argmax(1) == batch.labels
     foreground = batch.labels != batch.background
     loss = F.cross_entropy(logits.float(), batch.labels, reduction="sum")
+    counts: list[Tensor | int]
     counts = [foreground.sum(), (right & foreground).sum(), right.numel(), right.sum(), loss]
     return [float(c) for c in counts]
 

@@ -7,11 +7,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import InputError, choose
 from ..layers.comm import Group, all_gather, check_agreement, process_group
 from ..layers.freeze import is_frozen
 from ..layers.kinds import unwrapped
+from ..layers.types import NormWithStatistics, has_statistics
 
 HOW = ("averaged", "pooled")
 """Of variances: their mean over ranks; or that of all ranks' values together."""
@@ -83,23 +85,21 @@ class _OfRanks(NamedTuple):
         return cls(counts.squeeze(1), means, variances)
 
 
-def _layers(model: nn.Module) -> dict[str, nn.Module]:
+def _layers(model: nn.Module) -> dict[str, NormWithStatistics]:
     """By name, in its order, which is the same on all ranks that have the same layers."""
     frozen = {inner for m in model.modules() if is_frozen(m) for inner in m.modules()}
     layers = {
         name: m
         for name, m in model.named_modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm)
-        and m.running_mean is not None
-        and m not in frozen
+        if isinstance(m, _BatchNorm) and has_statistics(m) and m not in frozen
     }
     return dict(sorted(layers.items()))
 
 
-def _flat(layer: nn.Module) -> Tensor:
+def _flat(layer: NormWithStatistics) -> Tensor:
     mean, var, count = layer.running_mean, layer.running_var, layer.num_batches_tracked
-    count = mean.new_zeros(1) if count is None else count.view(1)
-    return torch.cat([t.double() for t in (count, mean, var)])
+    counts = mean.new_zeros(1) if count is None else count.view(1)
+    return torch.cat([t.double() for t in (counts, mean, var)])
 
 
 def _merged(of: _OfRanks, name: str, how: str) -> tuple[Tensor, Tensor, Tensor]:

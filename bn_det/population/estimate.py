@@ -143,7 +143,7 @@ def estimates(
     var = population_var
     population = estimator == "population_variance"
     if not population:
-        var = sum(s.n_e for s in ranks) / count.clamp(min=1)
+        var = sum((s.n_e for s in ranks), torch.zeros_like(count)) / count.clamp(min=1)
     mean_square, var_square = torch.zeros_like(mean), torch.zeros_like(mean)
     for s in ranks:
         shift = mean - s.pivot
@@ -153,7 +153,7 @@ def estimates(
         b = shift.square() - var if population else -var
         var_square += s.nn_ee + a.square() * s.nn_dd + b.square() * s.nn
         var_square += 2 * (b * s.nn_e - a * s.nn_de - a * b * s.nn_d)
-    num = sum(s.batches for s in ranks)
+    num = sum((s.batches for s in ranks), torch.zeros_like(count))
     scale = num / (num - 1) / count.square()
     mean_error = _relative(mean_square * scale, var)
     var_error = _relative(var_square * scale, var.square())
@@ -181,8 +181,8 @@ def _estimate(
         return None
     if num_batches == 1:
         return Estimate(mean, var, 1, math.inf, math.inf, population_var)
-    errors = [float(squares.mean().sqrt()) for squares in (mean_error, var_error)]
-    return Estimate(mean, var, num_batches, *errors, population_var)
+    of_mean, of_var = (float(squares.mean().sqrt()) for squares in (mean_error, var_error))
+    return Estimate(mean, var, num_batches, of_mean, of_var, population_var)
 
 
 def _merge(parts: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:

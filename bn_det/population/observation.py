@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from ..layers.batch import Batch
 from ..layers.batch_norm import BatchNorm2d
 from ..layers.become import class_of
 from ..layers.comm import process_group
-from ..layers.domain_batch_norm import DomainBatchNorm2d, state_holders
+from ..layers.domain_batch_norm import DomainBatchNorm2d, holders_of_domains, state_holders
 from ..layers.forward import Domain, Observation, Plan, batch_norm
 from ..layers.freeze import is_frozen, thaw_statistics
 from ..layers.frozen import FrozenBatchNorm, StaysInEvaluation
@@ -33,6 +33,7 @@ from ..layers.kinds import (
 from ..layers.l1_batch_norm import L1BatchNorm2d
 from ..layers.moments import Moments
 from ..layers.shuffle import is_shuffled
+from ..layers.types import AnyBatchNorm, WithStatistics, has_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +49,8 @@ class PopulationLayer(NamedTuple):
     """
 
     name: str
-    module: _BatchNorm
-    owner: nn.Module
+    module: WithStatistics
+    owner: AnyBatchNorm
     domains: list[int]
 
 
@@ -80,7 +81,7 @@ def left_out(model: nn.Module, layers: Sequence[PopulationLayer]) -> dict[str, s
 _KEPT = "kept in evaluation mode by a train() of the model's own (frozen=True updates them)"
 
 
-def _why_left(layer: nn.Module) -> str:
+def _why_left(layer: AnyBatchNorm) -> str:
     if why := why_lazy(layer):
         return why
     if is_l1(layer):
@@ -89,7 +90,7 @@ def _why_left(layer: nn.Module) -> str:
         return f"frozen, and {what}"
     if is_frozen(layer):
         return "frozen (frozen=True updates them)"
-    if any(population.running_mean is None for population, _ in state_holders(layer)):
+    if not all(has_statistics(population) for population, _ in state_holders(layer)):
         return "without population statistics"
     if not layer.training:
         return "in evaluation mode (call train() before)"
@@ -103,29 +104,25 @@ def is_l1(layer: nn.Module) -> bool:
     return issubclass(getattr(layer, "thawed_type", type(layer)), L1BatchNorm2d)
 
 
-def places_of(model: nn.Module, owners: dict[nn.Module, str]) -> list[PopulationLayer]:
+def places_of(model: nn.Module, owners: Iterable[AnyBatchNorm]) -> list[PopulationLayer]:
     """Every place of population statistics of some layers of a model."""
     names = {module: name for name, module in model.named_modules()}
     places = []
-    for owner, name in owners.items():
-        if isinstance(owner, DomainBatchNorm2d):
-            domains: dict[nn.Module, list[int]] = {}
-            for k in range(owner.num_domains):
-                domains.setdefault(owner.population_of(k), []).append(k)
-            places += [PopulationLayer(names[m], m, owner, ks) for m, ks in domains.items()]
-        else:
-            places.append(PopulationLayer(name, owner, owner, [0]))
+    for owner in owners:
+        domains: dict[AnyBatchNorm, list[int]] = {}
+        for k, (population, _) in enumerate(holders_of_domains(owner)):
+            domains.setdefault(population, []).append(k)
+        places += [
+            PopulationLayer(names[m], m, owner, of)
+            for m, of in domains.items()
+            if has_statistics(m)
+        ]
     return places
 
 
 def places_with_statistics(model: nn.Module) -> list[PopulationLayer]:
     """Those of all BatchNorm of a model, frozen or not: the same whatever the modes are."""
-    owners = {m: name for m, name in batch_norms(model).items() if not (is_l1(m) or why_lazy(m))}
-    return [
-        place
-        for place in places_of(model, owners)
-        if place.module.running_mean is not None and place.module.running_var is not None
-    ]
+    return places_of(model, [m for m in batch_norms(model) if not (is_l1(m) or why_lazy(m))])
 
 
 def _is_updated(layer: PopulationLayer, frozen: bool) -> bool:
@@ -136,7 +133,7 @@ def _is_updated(layer: PopulationLayer, frozen: bool) -> bool:
         return frozen and not (is_host_frozen(module) and what_else(module))
     if not (layer.owner.training and module.training):
         return False
-    return module.track_running_stats and module.running_mean is not None
+    return bool(getattr(module, "track_running_stats", False))
 
 
 def _are_computed(module: nn.Module) -> bool:
@@ -199,7 +196,7 @@ class Observer:
         self._num_passes = self.num_calls = 0
         self._owners = list(dict.fromkeys(layer.owner for layer in layers))
         self._known = {layer.module for layer in layers if _is_known(layer.module)}
-        self._usual_calls: dict[nn.Module, int] | None = None
+        self._usual_calls: dict[AnyBatchNorm, int] | None = None
         self._calls_vary = False
 
     def run(self, inputs: Any, observed: Observed) -> None:
@@ -229,8 +226,8 @@ class Observer:
     def _install(
         self,
         observed: Observed,
-        calls: dict[nn.Module, int],
-        stop_at: dict[nn.Module, int] | None,
+        calls: dict[AnyBatchNorm, int],
+        stop_at: dict[AnyBatchNorm, int] | None,
     ) -> None:
         for owner in self._owners:
             self._prepare(owner)
@@ -244,8 +241,8 @@ class Observer:
             else:
                 layer.module.register_forward_pre_hook(partial(_take_input, take))
                 continue
-            layer.module.track_running_stats = False
-        of_owner: dict[nn.Module, list] = {owner: [] for owner in self._owners}
+            vars(layer.module)["track_running_stats"] = False
+        of_owner: dict[AnyBatchNorm, list] = {owner: [] for owner in self._owners}
         for index, layer in enumerate(self.layers):
             of_owner[layer.owner].append((index, layer.domains))
         for owner, parts in of_owner.items():
@@ -255,20 +252,21 @@ class Observer:
             after = partial(_after_call, parts, observed.samples, calls, stop_at)
             owner.register_forward_hook(after, with_kwargs=True)
 
-    def _prepare(self, owner: nn.Module) -> None:
+    def _prepare(self, owner: AnyBatchNorm) -> None:
         """Have a layer normalize by what it is to, for a pass."""
         by_batch = owner not in self._by_population
         if isinstance(owner, FrozenBatchNorm) and issubclass(owner.thawed_type, BatchNorm2d):
             thaw_statistics(owner)
-            owner.frozen = True
+            vars(owner)["frozen"] = True  # as it has another class now
         if isinstance(owner, StaysInEvaluation):
             owner.training = by_batch
-            owner.track_running_stats = False
+            vars(owner)["track_running_stats"] = False
         elif isinstance(owner, BatchNorm2d):
             if owner.frozen:  # ranks do not expect it to exchange anything
                 owner.group = None
-            for part in (owner, *owner.children()):
-                part.training, part.frozen = part.training or part.frozen, False
+            for part in owner.modules():
+                if isinstance(part, BatchNorm2d):
+                    part.training, part.frozen = part.training or part.frozen, False
             if not by_batch:
                 owner.train_statistics = "population"
         elif not by_batch:
@@ -291,7 +289,7 @@ def _is_known(module: nn.Module) -> bool:
 
 
 def _take(
-    layer: PopulationLayer, seen: list[Moments], population: _BatchNorm, batches: Sequence[Batch]
+    layer: PopulationLayer, seen: list[Moments], population: AnyBatchNorm, batches: Sequence[Batch]
 ) -> None:
     group = _group_of(layer.owner)
     # Batches of several processes are seen by each of them, and count once.
@@ -299,7 +297,7 @@ def _take(
         seen += [b.moments for b in batches if b.size > 0]
 
 
-def _take_input(take: Observation, module: _BatchNorm, inputs: tuple) -> None:
+def _take_input(take: Observation, module: AnyBatchNorm, inputs: tuple) -> None:
     """For a layer that does we know not what: all values of the call as one batch."""
     x = inputs[0]
     if x.numel():
@@ -320,9 +318,9 @@ def _forward(layer: PopulationLayer, take: Observation, by_batch: bool, x: Tenso
 def _after_call(
     parts: list[tuple[int, list[int]]],
     samples: list[int],
-    calls: dict[nn.Module, int],
-    stop_at: dict[nn.Module, int] | None,
-    owner: nn.Module,
+    calls: dict[AnyBatchNorm, int],
+    stop_at: dict[AnyBatchNorm, int] | None,
+    owner: AnyBatchNorm,
     args: tuple,
     kwargs: dict[str, Any],
     _: Any,

@@ -15,6 +15,7 @@ from ..layers.domain_batch_norm import state_holders
 from ..layers.folded import is_folded
 from ..layers.frameworks import with_statistics
 from ..layers.kinds import eps_of, key_of, lists_with_affine, selected, unwrapped, uses_in
+from ..layers.types import AnyBatchNorm
 from .calling import called
 from .estimate import Estimate
 from .observation import Observer, PopulationLayer, places_of
@@ -79,7 +80,7 @@ def unfold(
     return report
 
 
-def _refuse(layer: nn.Module, name: str, uses: Counter[int]) -> None:
+def _refuse(layer: AnyBatchNorm, name: str, uses: Counter[int]) -> None:
     holders = state_holders(layer)
     affines = {affine for _, affine in holders}
     own = [p for affine in affines for p in (affine.weight, affine.bias) if p is not None]

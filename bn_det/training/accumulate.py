@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import reduce
 from typing import Any
 
 import torch
@@ -36,12 +37,12 @@ def accumulate(
     Returns:
         the mean losses by name, without graph.
     """
+    wrapper = model if isinstance(model, DistributedDataParallel) else None
     mean: dict[str, Tensor] = {}
     for k, batch in enumerate(batches, 1):
-        is_partial = k < len(batches) and isinstance(model, DistributedDataParallel)
-        with model.no_sync() if is_partial else nullcontext():
+        with wrapper.no_sync() if wrapper and k < len(batches) else nullcontext():
             losses = losses_of(model, batch)
-            backward(sum(losses.values()) / len(batches))
+            backward(reduce(torch.add, losses.values()) / len(batches))
         for name, value in losses.items():
             mean[name] = mean.get(name, 0) + value.detach() / len(batches)
     return mean

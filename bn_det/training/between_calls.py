@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from ..doctor.shares import Share, share_of
@@ -19,6 +18,7 @@ from ..layers.ema import in_backward_pass
 from ..layers.freeze import is_frozen
 from ..layers.kinds import unwrapped
 from ..layers.moments import Moments
+from ..layers.types import AnyBatchNorm
 from ..population.observation import PopulationLayer
 
 
@@ -42,7 +42,7 @@ class CallWatch:
     """
 
     def __init__(self) -> None:
-        self._calls: Calls | None = None
+        self._calls = Calls(Counter(), Counter())
         self._handles: list[RemovableHandle] = []
         self._passes: dict[str, list[list[Moments]]] = {}
         self._num_passes = 0
@@ -69,11 +69,11 @@ class CallWatch:
 
     def stop(self) -> Calls | None:
         """Leave the layers as they were; the calls since the start, or None without one."""
+        calls = self._calls if self._handles else None
         for handle in self._handles:
             handle.remove()
         self._handles = []
         self._num_passes += 1
-        calls, self._calls = self._calls, None
         return calls
 
     def shares(self) -> dict[str, Share]:
@@ -94,7 +94,7 @@ class CallWatch:
             self._calls.passes[self._has_gradients] += 1
 
     def _observe(
-        self, place: PopulationLayer, population: _BatchNorm, batches: Sequence[Batch]
+        self, place: PopulationLayer, population: AnyBatchNorm, batches: Sequence[Batch]
     ) -> None:
         seen = [batch.moments for batch in batches if batch.size > 0]
         if population is place.module and seen and not in_backward_pass():

@@ -112,7 +112,7 @@ class PreciseBN(_RunsModel, _Periodic):
     ) -> None:
         super().__init__(periods)
         self.model, self.data_loader, self.num_iter = model, data_loader, num_iter
-        self.how = {"tolerance": tolerance, "estimator": estimator, "call": call}
+        self.how: dict[str, Any] = {"tolerance": tolerance, "estimator": estimator, "call": call}
 
     def before_train(self) -> None:
         if not population_layers(self.model):

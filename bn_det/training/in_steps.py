@@ -56,8 +56,7 @@ class SampleWatch:
         self, place: PopulationLayer, owner: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> None:
         x = args[0] if args else next(v for name, v in kwargs.items() if name != "groups")
-        is_ours = isinstance(owner, DomainBatchNorm2d)
-        sizes = owner.num_samples(x) if is_ours else [len(x)]
+        sizes = owner.num_samples(x) if isinstance(owner, DomainBatchNorm2d) else [len(x)]
         most = max(sizes[k] for k in place.domains)
         # Extra images (virtual_batch) are in a normalization batch, too.
         if owner.training and not getattr(owner, "_extensions", None):
@@ -72,13 +71,12 @@ def updates_in_steps(
     calls: Sequence[Calls | None],
 ) -> dict[str, Updates]:
     """Of the places that were updated several times in a step that was watched, the most."""
-    watched = [k for k, of in enumerate(calls) if of is not None]
+    watched = {k: of for k, of in enumerate(calls) if of is not None}
     if not watched:
         return {}
     updates = updates_of([befores[k] for k in watched], [afters[k] for k in watched]).tolist()
     found: dict[str, Updates] = {}
-    for k, numbers in zip(watched, updates, strict=True):
-        of_step = calls[k]
+    for of_step, numbers in zip(watched.values(), updates, strict=True):
         for place, number in zip(places, numbers, strict=True):
             if number > 1 and number > getattr(found.get(place.name), "number", 1):
                 found[place.name] = Updates(

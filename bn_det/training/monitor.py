@@ -89,7 +89,8 @@ class Monitor(Hook):
         self.period = period
         self._window: _Window | None = None
         self._called_often: set[nn.Module] | None = None
-        self._samples: SampleWatch | None = None
+        self._samples = SampleWatch()
+        self._has_sampled = False
         self._earlier: Look | None = None
         self._said: set[tuple[str, str]] = set()
 
@@ -98,8 +99,8 @@ class Monitor(Hook):
         if left < min(WINDOW, self.period):
             self._window = self._window or _Window(self.trainer.model)
             self._window.before_step(self._called_often)
-            if self._samples is None:  # of the first step that is looked at
-                self._samples = SampleWatch()
+            if not self._has_sampled:  # in the first step that is looked at
+                self._has_sampled = True
                 self._samples.start(self.trainer.model, self._window.places)
 
     def after_step(self) -> None:
@@ -273,7 +274,8 @@ class _Window:
             for values, unit in zip(statistics, (var, var.square()), strict=True)
         ]
         noises = [noise.square().mean(0).sqrt() for noise in (mean_noise, var_noise)]
-        ranks = _Ranks(*torch.stack([*spreads, *noises]).cpu(), len(mean_noise))
+        of_mean, of_var, by_mean, by_var = torch.stack([*spreads, *noises]).cpu()
+        ranks = _Ranks(of_mean, of_var, by_mean, by_var, len(mean_noise))
         most = broken.amax(0).long().tolist()
         return _Seen(self.places, found, most, self.watch.shares(), ranks)
 
@@ -293,7 +295,7 @@ def _broken(places: Sequence[PopulationLayer], last: Snapshot) -> Tensor:
     return of_statistics + torch.stack([of.sum() for of in flat.split(sizes)])
 
 
-def _affines(places: Sequence[PopulationLayer]) -> list[list[Tensor]]:
+def _affines(places: Sequence[PopulationLayer]) -> list[list[nn.Parameter]]:
     """Weight and bias of each place; those that places share are the first one's."""
     seen: set[Tensor] = set()
     found = []

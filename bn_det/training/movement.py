@@ -102,7 +102,8 @@ def moves(
         return [torch.stack(field).double() for field in list(zip(*of, strict=True))[:2]]
 
     before, after = stacked(befores), stacked(afters)
-    has_moved = by_place(sum((b != a).double() for b, a in zip(before, after, strict=True))) > 0
+    mean_moved, var_moved = (b != a for b, a in zip(before, after, strict=True))
+    has_moved = by_place((mean_moved | var_moved).double()) > 0
     # Not all who move an EMA count (Detectron2's NaiveSyncBatchNorm).
     updates = torch.maximum(updates_of(befores, afters), has_moved.long())
     weights = _weights(places, updates, torch.stack([s.counts for s in afters]))

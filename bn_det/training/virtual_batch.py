@@ -102,14 +102,16 @@ class _Seen:
 
 def _layers(model: nn.Module) -> dict[BatchNorm2d, str]:
     """The layers in training mode, each with its name."""
-    named = batch_norms(model).items()
-    layers = {m: name for m, name in named if m.training and not is_frozen(m)}
-    for layer, name in layers.items():
+    layers: dict[BatchNorm2d, str] = {}
+    for layer, name in batch_norms(model).items():
+        if not layer.training or is_frozen(layer):
+            continue
         if not isinstance(layer, BatchNorm2d):
             raise InputError(
                 f"virtual_batch: {name} is a {type(layer).__name__}; use BatchNorm2d of ours "
                 "(convert_batchnorm)"
             )
+        layers[layer] = name
     if not layers:
         raise InputError(
             "virtual_batch: the model has no BatchNorm in training mode that a virtual batch could "

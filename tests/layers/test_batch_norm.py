@@ -44,6 +44,24 @@ def test_equals_torch(kwargs, training, memory_format):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)  # float64 rounding
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_layer_without_a_counter(momentum):
+    ours, theirs = pair(momentum=momentum)
+    observed, _ = pair(momentum=momentum)
+    observed.load_state_dict(ours.state_dict())
+    observed.register_observer(lambda *_: None)
+    ghost = BatchNorm2d(6, momentum=momentum, ghost_size=4).double()
+    ghost.load_state_dict(ours.state_dict())
+    layers = [theirs, ours, observed, ghost]
+    x = torch.randn(4, 6, 5, 3, dtype=torch.float64)
+    grad = torch.randn_like(x)
+    for layer in layers:
+        layer.num_batches_tracked = None
+    expected, *others = ([t for t in run(layer, x, grad) if t is not None] for layer in layers)
+    for found in others:
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
 def test_large_mean_in_channels_last():
     x = (torch.randn(2, 16, 40, 50) + 1e4).to(memory_format=torch.channels_last)
     layer = BatchNorm2d(16)

@@ -10,6 +10,7 @@ from bn_det import (
     states,
     unchanged_statistics,
     unfold,
+    unfuse,
     update_bn_stats,
 )
 from bn_det.errors import InputError
@@ -42,6 +43,8 @@ def test_a_frozen_layer_without_eps():
         expected = model(x)
         assert fuse(model).fused == ["1"]
         torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+        again = unfuse(nn.Sequential(nn.Conv2d(C, C, 1), WithoutEps()).eval(), model.state_dict())
+        torch.testing.assert_close(again(x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_lazy_layer(caplog):

@@ -320,6 +320,17 @@ def test_a_rank_that_fails_leaves_none_waiting():
     assert failed == "ValueError" and other == "RuntimeError" and seconds < 50
 
 
+def test_a_first_look_that_fails():
+    """The training ends with what failed, and not with what its end fails with."""
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3, device="meta"))
+    monitor = Monitor(2)
+    monitor.trainer = Trainer(model, 2)
+    monitor.trainer.iter = 0
+    with pytest.raises(NotImplementedError, match="meta"):
+        monitor.before_step()
+    monitor.after_train()
+
+
 def averaged(rank):
     """After ranks were averaged they are equal, and the moves between steps are none of a batch."""
     torch.manual_seed(0)
