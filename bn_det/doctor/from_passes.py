@@ -167,7 +167,7 @@ def _off_in_turn(
     calls, number = len(passes[0]), len(passes)
     weights = torch.tensor([(1 - (momentum or 0)) ** (calls - 1 - k) for k in range(calls)])
     statistics = torch.stack(
-        [torch.stack([torch.stack([b.mean, b.unbiased_var]) for b in of]) for of in passes]
+        [torch.stack([torch.stack([b.mean, b.unbiased_var()]) for b in of]) for of in passes]
     ).double()  # passes, calls, mean and variance, C
     weights = (weights / weights.sum()).to(statistics).view(-1, 1, 1)
     of_pass = (weights * statistics).sum(1)

@@ -165,7 +165,7 @@ class BatchNorm2d(nn.BatchNorm2d):
                 groups=groups,
             )
         plan = Plan(domains, self.eps, by_batch, group, partition, self.renorm, *hooks, name=name)
-        if group is not None and plan.needs_batches:
+        if group is not None and plan.needs_batches():
             return plan._replace(place=self._next_place(domains))
         return plan
 

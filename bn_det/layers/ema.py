@@ -81,7 +81,7 @@ def update(batches: Moments, sizes: Sequence[int], seen: Sequence[Seen]) -> None
     if triton is not None and all(map(_is_plain, layers)):
         triton.update_emas(batches, sets, layers)
         return
-    unbiased = batches._replace(var=batches.unbiased_var)
+    unbiased = batches._replace(var=batches.unbiased_var())
     while moving:  # a layer that sees a batch after the other moves as often
         of_round = dict(reversed(moving))
         moving = [pair for pair in moving if pair[1] is not of_round[pair[0]]]
@@ -109,7 +109,7 @@ def _move(rows_of: Mapping[NormWithStatistics, Sequence[int]], unbiased: Moments
 
 def mean_statistics(batches: Sequence[Moments]) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance, averaged over batches: not those of the batches merged."""
-    return _averaged([m._replace(var=m.unbiased_var) for m in batches])
+    return _averaged([m._replace(var=m.unbiased_var()) for m in batches])
 
 
 def _averaged(batches: Sequence[Moments]) -> tuple[Tensor, Tensor]:

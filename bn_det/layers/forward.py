@@ -89,7 +89,6 @@ class Plan(NamedTuple):
     relu: bool = False
     name: str = ""
 
-    @property
     def needs_batches(self) -> bool:
         """Whether anything depends on them."""
         updates = any(ema.tracks(d.population) for d in self.domains)
@@ -103,7 +102,7 @@ def batch_norm(plan: Plan) -> list[Tensor]:
         InputError: a normalization batch, or a population's part of one, has a single value per
             channel.
     """
-    if not plan.needs_batches:
+    if not plan.needs_batches():
         return [_by_population(plan, domain) for domain in plan.domains]
     partitions = _partitions(plan)
     if not _are_alone(plan, partitions):

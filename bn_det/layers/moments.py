@@ -70,7 +70,6 @@ class Moments(NamedTuple):
         """Those of one of the sets that are stacked."""
         return Moments(*(field[number] for field in self))
 
-    @property
     def unbiased_var(self) -> Tensor:
         """Variance with Bessel's correction, what an EMA averages; zero for fewer than two."""
         correction = self.count / (self.count - 1).clamp(min=1)
