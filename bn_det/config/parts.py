@@ -88,7 +88,9 @@ def _layer(cfg: CfgNode, part: str, num_levels: int | None) -> Callable[..., nn.
         "update_population": cfg.SOLVER.UPDATE_POPULATION,
         "momentum": cfg.SOLVER.BN_MOMENTUM,
     }
-    levels = num_levels if part in LEVEL_PARTS or is_per_level(cfg, part) else None
+    # Parts that are never given a number of levels have no keys for them.
+    are_told = num_levels is not None and (part in LEVEL_PARTS or is_per_level(cfg, part))
+    levels = num_levels if are_told else None
     if levels is not None:
         choices |= {key.lower(): value for key, value in cfg.MODEL[part].BN.items()}
     if part in cfg.MODEL.BN_SOURCES.PARTS:
