@@ -58,6 +58,8 @@ def options(row, host, tiny_shapes, folder):
         size = "192"  # a single image has to have two values at p7
     options = [*tiny_shapes, *SMALL, "OUTPUT_DIR", str(folder)]
     options += ["INPUT.MIN_SIZE_TRAIN", f"({size},)", "INPUT.MAX_SIZE_TRAIN", size]
+    if row.path.startswith("blood_cells"):  # of three kinds of cells; there are four of shapes
+        options += ["MODEL.RETINANET.NUM_CLASSES", "4", "MODEL.ROI_HEADS.NUM_CLASSES", "4"]
     if row["MODEL.BN_SOURCES.PARTS"]:
         options += TWO_SOURCES
     if row.hosts == OTHER_WEIGHTS and host == "torchvision":
