@@ -344,7 +344,8 @@ def test_keys_that_a_stock_component_does_not_read(stock, cls, make_cfg, caplog)
 
 def test_a_precision_that_is_none(make_cfg):
     cfg = of_a_project(make_cfg(), "SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bf16")
-    with pytest.raises(InputError, match=r"AMP.DTYPE: 'bf16' is not accepted; use one of \['float16'"):
+    words = r"AMP.DTYPE: 'bf16' is not accepted; use one of \['float16'"
+    with pytest.raises(InputError, match=words):
         Trainer(cfg)
 
 
