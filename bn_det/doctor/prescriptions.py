@@ -53,7 +53,7 @@ ADAPTED = Kind(
     "the target's statistics (AdaBN), on the target",
     ("BN205",),
     "it may harm where what is in the images is shifted, and not their look alone: on another "
-    "laboratory's blood cells AP fell from 20.7 to 12.3",
+    "laboratory's photographs red blood cells gained AP and white ones lost it",
 )
 
 

@@ -281,8 +281,8 @@ RULES = {
         "says whether it is brightness and contrast, in the first ones, or what is in the images. "
         "Statistics of the target (AdaBN: Li et al., 2016) or of each source may help.",
         "Whether it costs AP, and whether AdaBN helps: what differs may be what tells the classes "
-        "apart, and on another laboratory's blood cells it took AP from 20.7 to 12.3. In RoI "
-        "heads also boxes differ. Batches are taken to be independent.",
+        "apart, and on another laboratory's photographs red blood cells gained AP and white ones "
+        "lost it. In RoI heads also boxes differ. Batches are taken to be independent.",
         "pytorch/pytorch 48929, qinenergy/cotta 17",
     ),
     "BN206": Rule(
