@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from numbers import Integral
 
@@ -26,6 +26,11 @@ def choose(key: str, value: object, accepted: Iterable[object]) -> None:
 def of_other_type(key: str, value: object, accepted: str) -> InputError:
     """The error for an argument of another type than is accepted, which is in words."""
     return InputError(f"{key}: what is given is of type {type(value).__name__}; use {accepted}")
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first of some names, and how many more there are, for a message in a line."""
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def check_positive(key: str, number: int) -> None:

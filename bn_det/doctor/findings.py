@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..errors import InputError, choose, nearest
+from ..errors import InputError, choose, first_of, nearest
 from ..files import finite
 from .rules import RULES
 
@@ -57,9 +57,7 @@ class Finding(NamedTuple):
         """Where, in few words."""
         if not self.where:
             return "the file" if self.rule.startswith("BN1") else "the model"
-        if len(self.where) == 1:
-            return self.where[0] or "the module"
-        return f"{self.where[0]} and {len(self.where) - 1} more"
+        return first_of(self.where) or "the module"
 
 
 class Recompute(NamedTuple):

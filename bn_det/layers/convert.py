@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..errors import InputError
+from ..errors import InputError, first_of
 from .batch_norm import BatchNorm2d
 from .become import become, class_of, with_class
 from .domain_batch_norm import DomainBatchNorm2d, M, holders_of_domains
@@ -118,16 +118,12 @@ def _tell(of_hosts: list[str], left: dict[str, str], dropped: dict[str, str]) ->
         named: dict[str, list[str]] = {}
         for name, why in left.items():
             named.setdefault(why, []).append(name)
-        reasons = "; ".join(f"{_first(names)}: {why}" for why, names in named.items())
+        reasons = "; ".join(f"{first_of(names)}: {why}" for why, names in named.items())
         logger.warning("convert_batchnorm has left %s", reasons)
     if dropped:
         kinds = "/".join(sorted(set(dropped.values())))
         names = ", ".join(dropped)
         logger.warning("%s has no place for what has been learned in %s", kinds, names)
-
-
-def _first(names: list[str]) -> str:
-    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 _NO_MAKE = (

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..errors import InputError
+from ..errors import InputError, first_of
 from .domain_batch_norm import DomainBatchNorm2d, state_holders
 from .freeze import is_frozen
 from .kinds import (
@@ -103,9 +103,9 @@ def fuse(model: nn.Module, check: Callable[[nn.Module], Any] | None = None) -> F
 def warn_of_nothing(what: str, done: list[str], left: dict[str, str]) -> None:
     """Say so where nothing has been done: no BatchNorm is as it has to be, or there is none."""
     if not done:
-        name, why = next(iter(left.items()), ("", ""))
-        what_else = f" and {len(left) - 1} more" if len(left) > 1 else ""
-        reason = f"{name}{what_else}: {why}" if left else "the model has no BatchNorm"
+        reason = "the model has no BatchNorm"
+        if left:
+            reason = f"{first_of(list(left))}: {next(iter(left.values()))}"
         logger.warning("%s has changed nothing: %s", what, reason)
 
 
