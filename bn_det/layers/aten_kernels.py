@@ -40,13 +40,12 @@ def merge(stack: Stack, sets: Sequence[Sequence[int]]) -> Stack:
 def merged_rows(counts: Tensor, means: Tensor, variances: Tensor) -> Stack:
     """Merge over the first dimension: counts of shape (n, *), means and variances (n, *, C)."""
     # Float64 costs nothing at this size, and keeps a merge of many from drifting.
-    dtype, means, variances = means.dtype, means.double(), variances.double()
     total = counts.sum(0)
     weights = (counts / total.clamp(min=1)).unsqueeze(-1)
-    mean = (weights * means).sum(0)
+    mean = (weights * means).sum(0)  # in float64, as counts and so weights are
     shift = means - mean
     var = (weights * torch.addcmul(variances, shift, shift)).sum(0)
-    return total, mean.to(dtype), var.to(dtype)
+    return total, mean.to(means.dtype), var.to(means.dtype)
 
 
 def normalize(xs: Sequence[Tensor], how: Normalization) -> list[Tensor]:
@@ -65,15 +64,16 @@ def backward_sums(
     """See :func:`bn_det.layers.kernels.backward_sums`."""
     dys = _before_relu(dys, xs, how)
     _, means, variances = (stack.unbind() for stack in how.batches)
-    ones = torch.ones_like(means[0])
     sums = [
         of_piece
         for dy, x, b in zip(dys, xs, how.batch_of, strict=True)
-        for of_piece in _sums(dy, x, means[b], variances[b], ones, how.eps)
+        for of_piece in _sums(dy, x, means[b], variances[b], how.eps)
     ]
     pairs = torch.stack(sums).unflatten(0, (-1, 2))
     of_affines = _added_up(pairs, how.affine_of, len(how.weights))
     weights = [weight for weight in how.weights if weight is not None]  # all, or none
+    if len(weights) == len(means) == 1:  # the same sum, weighted once
+        return of_affines * weights[0], of_affines
     if len(weights) > 1:
         pairs = pairs * torch.stack([weights[a] for a in how.affine_of]).unsqueeze(1)
     elif weights:
@@ -100,7 +100,8 @@ def backward_inputs(
     dys = _before_relu(dys, xs, how)
     counts, means, variances = how.batches
     inv_std = (variances + how.eps).rsqrt()
-    share = -inv_std / counts.clamp(min=1).to(inv_std.dtype).unsqueeze(1)
+    # Of an empty batch they are not finite, and no piece with a value is in it.
+    share = -inv_std / counts.to(inv_std.dtype).unsqueeze(1)
     # Unbound, not by index, of which Inductor makes other gradients (torch 2.14).
     of_z = (share.unsqueeze(1) * sums).unbind()  # an affine of it
     mean_of, var_of, inv_std_of = means.unbind(), variances.unbind(), inv_std.unbind()
@@ -248,18 +249,17 @@ def _affine_of_nothing(x: Tensor, weight: Tensor | None, bias: Tensor | None) ->
     return y if bias is None else y + bias.to(x.dtype).view(shape)
 
 
-def _sums(
-    dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, ones: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+def _sums(dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     if x.numel() == 0:
         return torch.zeros_like(mean), torch.zeros_like(mean)
     # In evaluation mode, gradients of weight and bias alone: the two sums in one vectorized pass.
-    # CUDA's kernel wants the batch statistics that this mode does not have to be empty, not None.
+    # CUDA's kernel wants the batch statistics that this mode does not have to be empty, not None,
+    # and any weight, of whose values these gradients do not depend.
     nothing = mean.new_empty(0)
     _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
         dy,
         x,
-        ones,
+        mean,
         mean,
         var,
         nothing,

@@ -72,8 +72,8 @@ class Moments(NamedTuple):
 
     def unbiased_var(self) -> Tensor:
         """Variance with Bessel's correction, what an EMA averages; zero for fewer than two."""
-        correction = self.count / (self.count - 1).clamp(min=1)
-        return self.var * correction.to(self.var.dtype).unsqueeze(-1)
+        others = (self.count - 1).clamp(min=1).to(self.var.dtype).unsqueeze(-1)
+        return torch.addcdiv(self.var, self.var, others)
 
 
 class Parts(NamedTuple):
