@@ -13,7 +13,7 @@ from ..errors import InputError, check_positive, of_other_type, shown
 from ..layers.comm import Group, process_group
 from ..layers.freeze import is_frozen
 from ..layers.kept import as_frozen
-from ..layers.kinds import is_batch_norm, refuse_meta, unwrapped
+from ..layers.kinds import batch_norms, is_batch_norm, refuse_meta, unwrapped
 from ..population.calling import ITERABLE, is_iterable
 from ..population.observation import places_with_statistics, population_layers
 from . import (
@@ -48,7 +48,7 @@ from .modes import in_mode
 from .prescriptions import KINDS, untried
 from .progress import Price, Told
 from .rules import RULES
-from .treatments import Passes
+from .treatments import Passes, shares_population
 
 LEAST_TO_EVALUATE = 5
 """Batches, beside which two are held apart."""
@@ -310,6 +310,7 @@ def _price(
 ) -> Price:
     with in_mode(model, training=True):
         moving = bool(population_layers(model))
+    layers = batch_norms(model)
     price = Price(num_iters * (moving or has_target), target=num_iters * has_target)
     if not evaluate:
         return price
@@ -318,7 +319,7 @@ def _price(
         passes=num_passes(model),
         # One of RoIs, which the model may not have.
         more=1 + 2 * MOST_PARTS * moving + (len(KINDS) - 1) * (not has_score),
-        again=num_iters * has_frozen(model),
+        again=num_iters * has_frozen(model) * (1 + any(map(shares_population, layers))),
         has_score=has_score,
         has_target_score=has_target_score,
     )

@@ -16,18 +16,21 @@ class Images:
 
     Attributes:
         rest: that are looked at.
-        again: the same once more, where they are asked to be held.
     """
 
     def __init__(self, batches: Iterable[Any], evaluate: bool, twice: bool) -> None:
         self._held: list[Any] = []
         self.rest = iter(batches)
-        self.again: Iterable[Any] = ()
+        self._again: Iterator[Any] = iter(())
         if evaluate:
             self.rest = _others(map(copied, self.rest), self._held)
         if twice:
-            kept, self.again = tee(self.rest)
+            kept, self._again = tee(self.rest)
             self.rest = map(copied, kept)
+
+    def again(self) -> Iterator[Any]:
+        """Those that are looked at once more, where they are asked to be held."""
+        return map(copied, copy.copy(self._again))  # a copy of tee's begins where it is
 
     def held(self, number: int) -> list[Any]:
         """So many of those apart; the passes take none where all layers are frozen."""

@@ -11,7 +11,7 @@ from .findings import Finding, Recompute
 class Kind(NamedTuple):
     """Attributes:
     name: what is done.
-    rules: of the findings for which it is tried.
+    rules: of the findings for which it is tried, where all of them are found.
     may_harm: where and why.
     """
 
@@ -46,7 +46,12 @@ OTHER_EPS = Kind(
     ("BN110",),
     "it may harm where the model was trained with eps 1e-05",
 )
-KINDS = (RECOMPUTED, PER_LEVEL, FROZEN, UNBIASED, OTHER_EPS)
+PER_LEVEL_AND_FROZEN = Kind(
+    "recomputed statistics, for each level its own, of frozen layers, too",
+    ("BN202", "BN304"),
+    f"{PER_LEVEL.may_harm}; and {FROZEN.may_harm.removeprefix('it may harm, ')}",
+)
+KINDS = (RECOMPUTED, PER_LEVEL, FROZEN, PER_LEVEL_AND_FROZEN, UNBIASED, OTHER_EPS)
 """Those that are tried on images of the source."""
 
 ADAPTED = Kind(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import cycle
@@ -23,7 +23,15 @@ from .from_file import EPS, left_of_start
 from .from_passes import Seen
 from .losses import Values, put, statistics_of
 from .modes import in_mode
-from .prescriptions import FROZEN, OTHER_EPS, PER_LEVEL, RECOMPUTED, UNBIASED, Kind
+from .prescriptions import (
+    FROZEN,
+    OTHER_EPS,
+    PER_LEVEL,
+    PER_LEVEL_AND_FROZEN,
+    RECOMPUTED,
+    UNBIASED,
+    Kind,
+)
 
 
 class Treatment(NamedTuple):
@@ -55,11 +63,11 @@ class Passes(NamedTuple):
 
     Attributes:
         call: None for the model's own.
-        batches: those batches.
+        batches: gives those batches.
     """
 
     call: Callable[[nn.Module, Any], Any] | None
-    batches: Iterable[Any]
+    batches: Callable[[], Iterable[Any]]
     num_iters: int
     progress: str | None
 
@@ -79,18 +87,20 @@ def treatments(
     of_rules = {of.rule: of for of in findings}
     found, failed = [Treatment(RECOMPUTED, lambda model: put(model, seen.statistics))], {}
     for kind, make in (
-        (PER_LEVEL, lambda of: _per_level(model, seen, of, recompute)),
-        (FROZEN, lambda _: _with_frozen(model, passes)),
-        (UNBIASED, lambda of: _unbiased(model, of)),
-        (OTHER_EPS, lambda _: _other_eps(model)),
+        (PER_LEVEL, lambda: _per_level(model, seen, of_rules["BN202"], recompute)),
+        (FROZEN, lambda: _with_frozen(model, passes)),
+        (PER_LEVEL_AND_FROZEN, lambda: _both(model, seen, of_rules["BN202"], passes, recompute)),
+        (UNBIASED, lambda: _unbiased(model, of_rules["BN106"])),
+        (OTHER_EPS, lambda: _other_eps(model)),
     ):
-        for rule in of_rules.keys() & set(kind.rules):
-            try:
-                treatment = make(of_rules[rule])
-            except InputError as e:
-                failed[kind] = f"it could not be tried: {e}"
-            else:
-                found += [treatment] if treatment else []
+        if not of_rules.keys() >= set(kind.rules):
+            continue
+        try:
+            treatment = make()
+        except InputError as e:
+            failed[kind] = f"it could not be tried: {e}"
+        else:
+            found += [treatment] if treatment else []
     return found, failed
 
 
@@ -100,19 +110,16 @@ def _per_level(model: nn.Module, seen: Seen, finding: Finding, recompute: Recomp
     A layer for lists of levels has a place for these, and all of them get some, as a config says it
     of a whole head. One that is called level by level has none: what it would gain is tried alone.
     """
+    of_lists = _sharing(model, seen)
     layers = {name: layer for layer, name in batch_norms(model).items()}
-    of_lists = {name: layer for name, layer in layers.items() if _shares_population(layer)}
-    for name, layer in of_lists.items():
-        if len(seen.by_level.get(name, ())) != layer.num_domains:
-            raise InputError(f"{name}: it does not see each of its levels once a pass")
     of_calls = [name for name in finding.where if name not in of_lists]
 
     def apply(model: nn.Module) -> None:
         put(model, seen.statistics)
         for name in of_calls:
             _level_by_level(layers[name], seen.by_level[name])
-        for name, layer in of_lists.items():
-            convert_batchnorm(model, partial(_with_own, layer), name)
+        _give_own(model, of_lists)
+        for name in of_lists:
             put(model, {f"{name}.{k}": of for k, of in enumerate(seen.by_level[name])})
 
     needs = recompute.needs
@@ -121,7 +128,46 @@ def _per_level(model: nn.Module, seen: Seen, finding: Finding, recompute: Recomp
     return Treatment(PER_LEVEL, apply, not of_calls, needs)
 
 
-def _shares_population(layer: nn.Module) -> TypeGuard[DomainBatchNorm2d]:
+def _both(
+    model: nn.Module, seen: Seen, finding: Finding, passes: Passes, recompute: Recompute
+) -> Treatment | None:
+    """All recomputed, of frozen layers, too, where levels have statistics of their own.
+
+    None where a layer has no place for these.
+    """
+    of_lists = _sharing(model, seen)
+    if not of_lists.keys() >= set(finding.where):
+        return None
+    statistics = _recomputed_with_frozen(model, passes, of_lists)
+
+    def apply(model: nn.Module) -> None:
+        _give_own(model, of_lists)
+        put(model, statistics)
+
+    return Treatment(PER_LEVEL_AND_FROZEN, apply, needs=recompute.needs)
+
+
+def _sharing(model: nn.Module, seen: Seen) -> dict[str, DomainBatchNorm2d]:
+    """The layers for lists of levels that have one set of population statistics for all, by name.
+
+    Raises:
+        InputError: there is no such set for each level of one.
+    """
+    layers = {name: layer for layer, name in batch_norms(model).items()}
+    of_lists = {name: layer for name, layer in layers.items() if shares_population(layer)}
+    for name, layer in of_lists.items():
+        if len(seen.by_level.get(name, ())) != layer.num_domains:
+            raise InputError(f"{name}: it does not see each of its levels once a pass")
+    return of_lists
+
+
+def _give_own(model: nn.Module, layers: Mapping[str, DomainBatchNorm2d]) -> None:
+    """Have layers have population statistics for each level, by name."""
+    for name, layer in layers.items():
+        convert_batchnorm(model, partial(_with_own, layer), name)
+
+
+def shares_population(layer: nn.Module) -> TypeGuard[DomainBatchNorm2d]:
     """Whether a layer normalizes levels each by itself, and all by the same statistics at test."""
     if not (isinstance(layer, DomainBatchNorm2d) and layer.takes_list):
         return False
@@ -160,10 +206,23 @@ def _level_by_level(layer: nn.Module, by_level: Sequence[tuple[Tensor, Tensor]])
 
 def _with_frozen(model: nn.Module, passes: Passes) -> Treatment:
     """All recomputed, in passes in which frozen layers normalize by their batch."""
+    statistics = _recomputed_with_frozen(model, passes, {})
+    return Treatment(FROZEN, lambda model: put(model, statistics))
+
+
+def _recomputed_with_frozen(
+    model: nn.Module, passes: Passes, of_lists: Mapping[str, DomainBatchNorm2d]
+) -> Values:
+    """The statistics of all layers; the model is left as it was.
+
+    Args:
+        of_lists: layers that have statistics for each level in these passes.
+    """
     with put_back(model), in_mode(model, training=True):
+        _give_own(model, of_lists)
         update_bn_stats(
             model,
-            passes.batches,
+            passes.batches(),
             passes.num_iters,
             passes.progress,
             allow_short=True,
@@ -171,8 +230,7 @@ def _with_frozen(model: nn.Module, passes: Passes) -> Treatment:
             group=None,
             frozen=True,
         )
-        statistics = statistics_of(model)
-    return Treatment(FROZEN, lambda model: put(model, statistics))
+        return statistics_of(model)
 
 
 def _unbiased(model: nn.Module, finding: Finding) -> Treatment | None:

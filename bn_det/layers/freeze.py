@@ -175,7 +175,7 @@ def freeze_statistics(layer: AnyBatchNorm) -> None:
 def thaw_statistics(layer: nn.Module) -> None:
     """Thaw those of a layer that :func:`freeze` has frozen."""
     if isinstance(layer, FrozenBatchNorm):
-        with_class(layer, vars(layer).pop("thawed_type"))
+        with_class(layer, vars(layer).pop("thawed_type", layer.thawed_type))
     elif isinstance(layer, StaysInEvaluation):
         with_class(layer, layer.thawed_type)
         layer.train(vars(layer).pop("asked_mode"))

@@ -24,14 +24,14 @@ class FrozenBatchNorm(_NormBase):
     backward pass, as by Detectron2's FrozenBatchNorm2d.
 
     Attributes:
-        thawed_type: the class of the layer that it was; all attributes of that layer are still
-            there.
+        thawed_type: the class of the layer that it was, whose attributes are all still there; one
+            that is made as it is, is of BatchNorm2d.
 
     Shape:
         as of the layer that it was; an empty input gives an empty output.
     """
 
-    thawed_type: type[_NormBase]
+    thawed_type: type[_NormBase] = nn.BatchNorm2d
 
     def _check_input_dim(self, x: Tensor) -> None:
         self.thawed_type._check_input_dim(self, x)

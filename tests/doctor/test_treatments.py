@@ -175,6 +175,43 @@ def test_statistics_for_each_level(model, kind):
     assert "BN202" not in [of.rule for of in examine(model, batches(48, 3), call=loss).findings]
 
 
+class FrozenHead(Head):
+    """With a normalization of the images, that no training moves."""
+
+    def __init__(self, norm):
+        super().__init__(norm)
+        self.stem = bn_det.freeze(nn.BatchNorm2d(3))
+
+    def forward(self, x):
+        return super().forward(self.stem(x))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_levels_that_share_behind_frozen_statistics(norm):
+    """Both are mended together, where there is a place for statistics of each level."""
+    model = trained(FrozenHead(NORMS[norm]()))
+    model.stem.running_mean.fill_(3.0)
+    data = batches(48)
+    expected = FrozenHead(DomainBatchNorm2d(8, 3))
+    expected.load_state_dict(model.state_dict(), strict=False)
+    bn_det.update_bn_stats(expected, passes(data), 32, call=loss, frozen=True, initial=True)
+    report = examine(model, data, call=loss, treat=True)
+    assert {"BN202", "BN304"} <= {of.rule for of in report.findings}
+    both = "recomputed statistics, for each level its own, of frozen layers, too"
+    if norm == "calls":
+        assert both not in named(report)
+        return
+    tried = named(report)[both]
+    assert tried.rules == ("BN202", "BN304") and tried.kept and tried.needs
+    assert tried.gain == max(of.gain for of in report.tried)
+    held = [batch for k, batch in enumerate(data) if k % 3 == 2]
+    assert tried.after == pytest.approx(mean(losses(expected.eval(), held)), rel=1e-4)
+    assert state_of(model).keys() == state_of(expected).keys()
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-4, atol=1e-5)
+
+
 def test_nothing_changes_where_a_treatment_fails(model, kind):
     """In the midst of a score, when the model has other layers or hooks."""
     before, layers = state_of(model), layers_of(model)

@@ -296,6 +296,14 @@ def test_copies_of_a_model_in_ddp():
         assert all(ordinary)
 
 
+def test_one_that_is_made_as_it_is():
+    """Of the initial statistics, as a BatchNorm2d in evaluation mode, which it is when thawed."""
+    net, x = nn.Sequential(FrozenBatchNorm(8)), torch.randn(2, 8, 3, 3)
+    torch.testing.assert_close(net(x), nn.BatchNorm2d(8).eval()(x))
+    assert "was=BatchNorm2d" in repr(net)
+    assert type(thaw(net)[0]) is nn.BatchNorm2d
+
+
 def test_statistics_and_affine_apart():
     net = make_net("BatchNorm2d").train()
     freeze(net, statistics=False)
