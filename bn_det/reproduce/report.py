@@ -305,8 +305,10 @@ def _page(report: Report, folder: Path) -> str:
     for name, show in report.shows.items():
         parts.append(f"<h2>{name}</h2><p>{_rich(_about(EXPERIMENTS[name]))}</p>")
         for item in show:
-            is_table = isinstance(item, Table)
-            parts.append(_table_html(item) if is_table else _picture_html(item, folder))
+            if isinstance(item, Table):
+                parts.append(_table_html(item))
+            else:
+                parts.append(_picture_html(item, folder))
     return "\n".join([*parts, "</body></html>"])
 
 

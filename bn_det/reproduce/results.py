@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -102,11 +102,16 @@ def ratio(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else a / b
 
 
-def average(values: Sequence[float | None]) -> float | None:
+def known(values: Iterable[float | None]) -> list[float]:
+    """All of them, where all are known; else none."""
+    found = list(values)
+    return [] if None in found else cast("list[float]", found)
+
+
+def average(values: Iterable[float | None]) -> float | None:
     """Their mean, where all are known, and there are some."""
-    if not values or any(v is None for v in values):
-        return None
-    return sum(values) / len(values)
+    found = known(values)
+    return mean(found) if found else None
 
 
 class Row(NamedTuple):
@@ -232,7 +237,7 @@ class _PlainNumbers(LogFormatter):
 
 def _points(line: Line) -> tuple[list[float], list[float], list[float], list[float]]:
     """Where there are values: x, and their mean, least and greatest."""
-    found: tuple[list[float], ...] = ([], [], [], [])
+    found: tuple[list[float], list[float], list[float], list[float]] = ([], [], [], [])
     for x, values in zip(line.xs, line.ys, strict=True):
         known = [v for v in values if v is not None]
         if known:

@@ -153,7 +153,7 @@ class Runner:
         folder = self.runs / step.name
         folder.mkdir(parents=True, exist_ok=True)
         begun = folder / BEGUN
-        resume = ()
+        resume: tuple[str, ...] = ()
         if step.is_training and begun.is_file() and (folder / "last_checkpoint").is_file():
             _check_same(step, _noted(begun), folder)
             resume = ("--resume",)

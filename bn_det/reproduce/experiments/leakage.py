@@ -139,7 +139,8 @@ def show(results: Results) -> list[Table | Picture]:
 
 
 def _panels(results: Results) -> list[Panel]:
-    xs, lines = iterations(results.setting), {"mask AP": [], FOREGROUND: []}
+    xs = iterations(results.setting)
+    lines: dict[str, list[Line]] = {"mask AP": [], FOREGROUND: []}
     for head in HEADS:
         for name, of in (("population", population_ap), ("batch", batch_ap)):
             ys = [results.over_seeds(of, head, x, "segm") for x in xs]

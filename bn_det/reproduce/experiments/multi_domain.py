@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..results import Line, Panel, Picture, Results, Row, Table, draw
+from ..results import Line, Panel, Picture, Results, Row, Table, draw, known
 from ..steps import Setting, Step, Training, train
 from .common import DETECTOR, base_training, precise_of
 
@@ -50,11 +50,9 @@ def consistency(affine: str) -> Callable[[Results, int], float | None]:
     """The worse consistent choice against the better inconsistent one."""
 
     def effect(results: Results, seed: int) -> float | None:
-        found = {(s, p): ap(results, seed, s, affine, p) for s in SHARING for p in SHARING}
-        if None in found.values():
-            return None
-        worst = min(value for (s, p), value in found.items() if s == p)
-        return worst - max(value for (s, p), value in found.items() if s != p)
+        consistent = known(ap(results, seed, s, affine, s) for s in SHARING)
+        others = known(ap(results, seed, s, affine, p) for s in SHARING for p in SHARING if s != p)
+        return min(consistent) - max(others) if consistent and others else None
 
     return effect
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from statistics import mean
 
-from ..results import Line, Panel, Picture, Results, Row, Table, difference, draw, ratio
+from ..results import Line, Panel, Picture, Results, Row, Table, difference, draw, known, ratio
 from ..steps import Setting, Step, Training, train
 
 FACTORS = (None, 0.16, 0.04, 0.01)
@@ -88,10 +88,11 @@ def larger_batches(results: Results, seed: int) -> float | None:
 def clip_factor(results: Results, seed: int) -> float | None:
     best = []
     for images in batch_sizes(results.setting):
-        found = {f: final_loss(results, seed, images, f) for f in FACTORS if f is not None}
-        if None in found.values():
+        factors = [f for f in FACTORS if f is not None]
+        losses = known(final_loss(results, seed, images, f) for f in factors)
+        if not losses:
             return None
-        best.append(math.log2(min(found, key=found.__getitem__)))
+        best.append(math.log2(factors[losses.index(min(losses))]))
     return difference(*best)
 
 

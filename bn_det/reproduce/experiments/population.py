@@ -13,6 +13,7 @@ from ..results import (
     by_layer,
     difference,
     draw,
+    known,
     ratio,
 )
 from ..steps import Setting, Step, Training, recompute, train
@@ -33,7 +34,7 @@ def training(setting: Setting, seed: int, case: str) -> Training:
     if case == "base":
         return base_training(setting, seed)
     lr = setting.pick(0.08, 0.04)
-    opts = ("TEST.PRECISE_BN.ENABLED", False, "SOLVER.BASE_LR", lr)
+    opts: tuple[object, ...] = ("TEST.PRECISE_BN.ENABLED", False, "SOLVER.BASE_LR", lr)
     if case == "learning rate x4":
         opts += ("SOLVER.CHECKPOINT_PERIOD", setting.pick(90, COCO_CHECKPOINT_PERIOD))
         return train(setting, f"{DETECTOR}-lr_x4", BASE, seed, 410, opts)
@@ -53,9 +54,11 @@ def training(setting: Setting, seed: int, case: str) -> Training:
 def slow_training(setting: Setting, seed: int) -> Training:
     """With the weights of the base training, and another EMA, which is evaluated all along."""
     every = setting.pick(90, 27000)
-    opts = ("TEST.PRECISE_BN.ENABLED", False, "SOLVER.BN_MOMENTUM", SLOW)
     saved = setting.pick(900, COCO_CHECKPOINT_PERIOD)
-    opts += ("TEST.EVAL_PERIOD", every, "SOLVER.CHECKPOINT_PERIOD", saved)
+    opts = (
+        *("TEST.PRECISE_BN.ENABLED", False, "SOLVER.BN_MOMENTUM", SLOW),
+        *("TEST.EVAL_PERIOD", every, "SOLVER.CHECKPOINT_PERIOD", saved),
+    )
     return train(setting, f"{DETECTOR}-momentum_{SLOW}", BASE, seed, 470, opts)
 
 
@@ -144,9 +147,8 @@ def precise_large_rate(results: Results, seed: int) -> float | None:
 
 def unsteadiness(results: Results, seed: int, case: str, statistics: str) -> float | None:
     """The mean absolute second difference of AP over the checkpoints."""
-    found = [ap(results, seed, case, c, statistics) for c in checkpoints(results.setting, case)]
-    if None in found:
-        return None
+    points = checkpoints(results.setting, case)
+    found = known(ap(results, seed, case, c, statistics) for c in points)
     return average([abs(a - 2 * b + c) for a, b, c in zip(found, found[1:], found[2:])])  # noqa: B905
 
 
@@ -210,7 +212,7 @@ def show(results: Results) -> list[Table | Picture]:
                 results.over_seeds(slow_ap, point) if case == "base" else [],
                 results.over_seeds(error, case, point),
             )
-            steps = (of.step, precise_step(of, point))
+            steps: tuple[Step, ...] = (of.step, precise_step(of, point))
             if case == "base":
                 steps += (slow_training(setting, seed).step,)
             rows.append(Row((case, str(point)), cells, steps))
