@@ -1,10 +1,10 @@
 """Run the experiments of Wu & Johnson, Rethinking "Batch" in BatchNorm, and report them.
 
-On COCO as published, in 8 GPUs, or, smaller, on the shapes data, which is generated, on two CPU
-cores. First it shows what it will run. Trainings that experiments share are run once; a command
-that was interrupted goes on when it is given again. The report has tables, figures, the command of
-each row, and a ledger of the paper's claims with what came out: report.html, results.json,
-claims.md and pictures, in --output.
+On COCO as published, in 8 GPUs, or, smaller, on two CPU cores: on the shapes data, which is
+generated, or on photographs of blood cells. First it shows what it will run. Trainings that
+experiments share are run once; a command that was interrupted goes on when it is given again. The
+report has tables, figures, the command of each row, and a ledger of the paper's claims with what
+came out: report.html, results.json, claims.md and pictures, in --output.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..commands.cli import add_host_argument
 from ..errors import nearest
 from ..reproduce.looks import DEFAULT_SEEDS
 from ..reproduce.main import reproduce, times
-from ..reproduce.registry import EXPERIMENTS
+from ..reproduce.registry import DATA, EXPERIMENTS
 
 
 def experiment(name: str) -> str:
@@ -42,9 +42,10 @@ def argument_parser(prog: str) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--data",
-        choices=["coco", "shapes"],
+        choices=DATA,
         default="shapes",
-        help="COCO as published, or the small twins on generated data (default)",
+        help="COCO as published; the small twins on generated data (default); or photographs of "
+        "blood cells of four laboratories (multi-domain, population and domain-shift)",
     )
     parser.add_argument(
         "--seeds",

@@ -11,9 +11,11 @@ import torch
 
 from ..data.coco import builtin_sources, datasets_root
 from ..errors import InputError, check_positive
+from .experiments.common import cells
+from .experiments.new_laboratory import LEFT_OUT
 from .looks import Looks
 from .published import NUM_GPUS, what_changes
-from .registry import SEVERAL_GPUS, SHAPES_ONLY
+from .registry import SEVERAL_GPUS, experiments_on
 from .report import identity, known_identity
 from .steps import Setting
 
@@ -39,19 +41,43 @@ def check_arguments(args: argparse.Namespace, names: Sequence[str]) -> None:
     for key in ("SEED", "OUTPUT_DIR"):
         if key in args.opts[::2]:
             raise InputError(f"{key}: is not accepted; --seeds and --runs say it")
-    if args.data == "shapes":
+    if args.data != "coco":
         if args.num_gpus is not None:
             raise InputError(
-                f"--num-gpus: {args.num_gpus} is not accepted with --data shapes, whose trainings "
-                "are of one or two processes as the experiment says; leave it out"
+                f"--num-gpus: {args.num_gpus} is not accepted with --data {args.data}, whose "
+                "trainings are of one or two processes as the experiment says; leave it out"
             )
+        if args.data == "cells" and not args.dry_run:
+            _check_cells()
         return
-    if args.experiment in SHAPES_ONLY:
-        raise InputError(
-            f"--data: 'coco' is not accepted with {args.experiment}, for which COCO has no images "
-            "(of other appearances; or of one category each); use --data shapes"
-        )
     _check_coco_run(args, names)
+
+
+def check_data(experiment: str, data: str) -> None:
+    """Whether there is such an experiment, or "all", on some data."""
+    there = experiments_on(data)
+    if experiment == "all" or experiment in there:
+        return
+    why = {
+        "coco": "for which COCO has no images (of other appearances; or of one category each)",
+        "cells": f"which has no settings for blood cells; {', '.join(there)} have some",
+    }
+    raise InputError(
+        f"--data: {data!r} is not accepted with {experiment}, {why[data]}; use --data shapes"
+    )
+
+
+def _check_cells() -> None:
+    """Raise InputError unless the photographs are there."""
+    for name in cells(LEFT_OUT, "train") + cells(LEFT_OUT, "val"):
+        source = builtin_sources()[name]
+        for path in (source.json_file, source.image_root):
+            if not Path(path).exists():
+                raise InputError(
+                    f"--data: 'cells' is not accepted: there is no {Path(path).absolute()}; "
+                    "bn-det prepare-blood-cells makes it, in the folder that the environment "
+                    "variable DETECTRON2_DATASETS names"
+                )
 
 
 def _check_coco_run(args: argparse.Namespace, names: Sequence[str]) -> None:

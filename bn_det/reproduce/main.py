@@ -18,11 +18,11 @@ from tabulate import tabulate
 from ..commands.cli import choose_host
 from ..errors import InputError
 from ..files import check_writable
-from .checks import check_arguments, check_folder, check_host
+from .checks import check_arguments, check_data, check_folder, check_host
 from .claims import Verdict, claims_of
 from .looks import DECIDED, DEFAULT_SEEDS, Looks, looks_of, undecided
 from .published import NUM_GPUS
-from .registry import EXPERIMENTS, SHAPES_ONLY
+from .registry import EXPERIMENTS, experiments_on
 from .report import (
     Report,
     ledger_markdown,
@@ -45,6 +45,7 @@ def reproduce(args: argparse.Namespace) -> None:
     Raises:
         InputError: something is not accepted, or is missing.
     """
+    check_data(args.experiment, args.data)
     names = _names(args)
     check_arguments(args, names)
     looks = looks_of(args)
@@ -119,7 +120,7 @@ def plan(names: Sequence[str], setting: Setting, seeds: Iterable[int]) -> list[S
     found: dict[str, Step] = {}
     for seed in seeds:
         for name in names:
-            for step in EXPERIMENTS[name].plan(setting, seed):
+            for step in experiments_on(setting.data)[name].plan(setting, seed):
                 found.setdefault(step.name, step)
     return list(found.values())
 
@@ -131,19 +132,26 @@ def estimate(steps: Iterable[Step], jobs: int) -> timedelta:
 
 
 def times() -> str:
-    """For the command's help: about how long each experiment takes on shapes."""
-    setting = Setting("shapes", "detectron2", Path("runs"))
+    """For the command's help: about how long each experiment takes on small data."""
     named = {**{name: [name] for name in EXPERIMENTS}, "all": list(EXPERIMENTS)}
-    seeds = (DEFAULT_SEEDS, 1)
-    rows = [
-        [name, *(estimate(plan(names, setting, range(1, n + 1)), 2) for n in seeds)]
-        for name, names in named.items()
-    ]
-    headers = ["", f"--seeds {DEFAULT_SEEDS} (default)", "--seeds 1"]
+    columns = [(data, seeds) for data in ("shapes", "cells") for seeds in (DEFAULT_SEEDS, 1)]
+    rows = [[name, *(_time(names, *of) for of in columns)] for name, names in named.items()]
+    headers = ["", *(f"{data}, {_seeds(seeds)}" for data, seeds in columns)]
     return (
-        "About how long it takes on shapes, on two CPU cores and Detectron2 (all of them less than "
-        f"together,\nas they share trainings):\n\n{tabulate(rows, headers, tablefmt='plain')}"
+        "About how long it takes on two CPU cores and Detectron2 (all of them less than together,\n"
+        f"as they share trainings):\n\n{tabulate(rows, headers, tablefmt='plain')}"
     )
+
+
+def _time(names: Sequence[str], data: str, seeds: int) -> timedelta | str:
+    """Of experiments, as far as there are some on the data."""
+    there = [name for name in names if name in experiments_on(data)]
+    setting = Setting(data, "detectron2", Path("runs"))
+    return estimate(plan(there, setting, range(1, seeds + 1)), 2) if there else "-"
+
+
+def _seeds(number: int) -> str:
+    return f"--seeds {number}" + " (default)" * (number == DEFAULT_SEEDS)
 
 
 def default_jobs() -> int:
@@ -154,7 +162,7 @@ def default_jobs() -> int:
 def _names(args: argparse.Namespace) -> list[str]:
     if args.experiment != "all":
         return [args.experiment]
-    return [name for name in EXPERIMENTS if args.data == "shapes" or name not in SHAPES_ONLY]
+    return list(experiments_on(args.data))
 
 
 def _setting(args: argparse.Namespace) -> Setting:
@@ -185,7 +193,7 @@ def _overview(
     for name in names:
         steps = plan([name], setting, seeds)
         left = [step for step in steps if step.name in pending]
-        time = estimate(left, runner.jobs) if setting.data == "shapes" else "not known"
+        time = estimate(left, runner.jobs) if setting.is_small else "not known"
         trainings = sum(step.is_training for step in steps)
         rows.append([name, trainings, len(steps) - trainings, len(steps) - len(left), time])
         pending -= {step.name for step in left}  # what experiments share is counted once
@@ -197,7 +205,7 @@ def _overview(
     of_looks = _of_looks(names, setting, seeds, runner, looks)
     return (
         f"{table}\n{of_looks}{len(left)} of {len(runner.steps)} steps are to be run"
-        f"{time if setting.data == 'shapes' else ''}, {runner.jobs} at a time\n"
+        f"{time if setting.is_small else ''}, {runner.jobs} at a time\n"
         f"Claims that are tested (docs/claims.md has their thresholds): {tested}"
     )
 
@@ -210,7 +218,7 @@ def _of_looks(
         return ""
     every = plan(names, setting, range(1, looks.seeds[-1] + 1))
     left = [step for step in every if step.name not in runner.outcomes]
-    time = f", {estimate(left, runner.jobs)}" if setting.data == "shapes" else ""
+    time = f", {estimate(left, runner.jobs)}" if setting.is_small else ""
     seen = ", ".join(map(str, looks.seeds))
     return (
         f"{len(seeds)} seeds; looked at with {seen}, until all claims are decided; at most "

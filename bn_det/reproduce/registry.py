@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import ModuleType
+
 from .experiments import (
     batch_size,
     correlated,
     domain_shift,
     frozen,
+    laboratories,
     leakage,
     multi_domain,
+    new_laboratory,
     normalizer_free,
     population,
 )
@@ -24,8 +29,24 @@ EXPERIMENTS = {
     "normalizer-free": normalizer_free,
 }
 
-SHAPES_ONLY = ("domain-shift", "correlated")
+_ON_CELLS = {
+    "multi-domain": laboratories,
+    "population": population,
+    "domain-shift": new_laboratory,
+}
+"""Whose domains are laboratories."""
+
+DATA = ("coco", "shapes", "cells")
+
+NOT_ON_COCO = ("domain-shift", "correlated")
 """Those whose data COCO does not have."""
 
 SEVERAL_GPUS = ("leakage", "batch-size")
 """Those that on COCO compare the batch of a GPU with that of all."""
+
+
+def experiments_on(data: str) -> Mapping[str, ModuleType]:
+    """Those that there are on some data, one of DATA."""
+    if data == "cells":
+        return _ON_CELLS
+    return {n: of for n, of in EXPERIMENTS.items() if data == "shapes" or n not in NOT_ON_COCO}

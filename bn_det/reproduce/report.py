@@ -24,7 +24,7 @@ from .ledger_picture import ledger_picture
 from .looks import Looks
 from .power import MOST, seeds_needed
 from .published import NUM_GPUS, what_changes
-from .registry import EXPERIMENTS
+from .registry import experiments_on
 from .results import Picture, Results, Table, Values
 from .runner import Failure
 from .steps import Setting, Step, shown
@@ -73,7 +73,8 @@ def make_report(
         decided: verdicts of earlier looks, by claim, which stand.
     """
     looks = looks or Looks((len(results.seeds),), 0.95)
-    shows = {name: EXPERIMENTS[name].show(results) for name in names}
+    experiments = experiments_on(results.setting.data)
+    shows = {name: experiments[name].show(results) for name in names}
     ledger = [
         (claim, decided.get(claim.name) or verdict_of(claim, results, looks.confidence))
         for claim in claims_of(names, results.setting.data)
@@ -89,7 +90,7 @@ def verdict_of(claim: Claim, results: Results, confidence: float = 0.95) -> Verd
 
     Unless the claim is about how much a training bears.
     """
-    effect = EXPERIMENTS[claim.experiment].EFFECTS[claim.name]
+    effect = experiments_on(results.setting.data)[claim.experiment].EFFECTS[claim.name]
     effects, left_out = [], []
     for seed in results.seeds:
         value, trainings = results.with_trainings(effect, seed)
@@ -303,7 +304,7 @@ def _page(report: Report, folder: Path) -> str:
         *_spikes_html(report),
     ]
     for name, show in report.shows.items():
-        parts.append(f"<h2>{name}</h2><p>{_rich(_about(EXPERIMENTS[name]))}</p>")
+        parts.append(f"<h2>{name}</h2><p>{_rich(_about(experiments_on(setting.data)[name]))}</p>")
         for item in show:
             if isinstance(item, Table):
                 parts.append(_table_html(item))

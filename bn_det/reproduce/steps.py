@@ -52,7 +52,7 @@ class Setting(NamedTuple):
     """What all steps of a report have in common.
 
     Attributes:
-        data: "coco" or "shapes".
+        data: "coco", "shapes" or "cells".
         host: "detectron2" or "torchvision".
         runs: the folder of all runs.
         num_gpus: processes of a training on COCO.
@@ -65,9 +65,15 @@ class Setting(NamedTuple):
     num_gpus: int = 8
     opts: tuple[str, ...] = ()
 
-    def pick(self, shapes: T, coco: T) -> T:
-        """One of two values, by the data."""
-        return shapes if self.data == "shapes" else coco
+    def pick(self, shapes: T, coco: T, cells: T | None = None) -> T:
+        """One of the values, by the data; that of shapes for cells, unless they have their own."""
+        small = cells if self.data == "cells" and cells is not None else shapes
+        return coco if self.data == "coco" else small
+
+    @property
+    def is_small(self) -> bool:
+        """Whether trainings are for two CPU cores, and their time is known."""
+        return self.data != "coco"
 
     def folder(self, name: str) -> str:
         """Of a step, as a command names it."""
@@ -75,7 +81,8 @@ class Setting(NamedTuple):
 
     def config(self, folder: str, name: str) -> str:
         """A packaged config file, as a command names it wherever it is typed."""
-        return (Path("configs") / folder / self.pick("shapes", "") / f"{name}.yaml").as_posix()
+        twin = self.pick("shapes", "", "small")
+        return (Path("configs") / folder / twin / f"{name}.yaml").as_posix()
 
     def tool(self, name: str) -> tuple[str, ...]:
         return (*_BN_DET, name, "--host", self.host)
@@ -101,7 +108,7 @@ class Training(NamedTuple):
 
     def iteration(self, published: int) -> int:
         """That of a number of iterations of the published setting; both are counted from 1."""
-        if self.setting.data == "shapes":
+        if self.setting.is_small:
             return published
         return scaled_iterations(published, self.setting.num_gpus)
 
@@ -126,8 +133,8 @@ def train(
 
     Args:
         config: the folder and the name of the file.
-        seconds: on shapes; trainings on COCO are not estimated.
-        processes: on shapes; on COCO the setting says it.
+        seconds: on small data; trainings on COCO are not estimated.
+        processes: on small data; on COCO the setting says it.
     """
     name = f"train/{name}-seed{seed}"
     file = setting.config(*config)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bn_det.errors import InputError
-from bn_det.reproduce.checks import check_arguments
+from bn_det.reproduce.checks import check_arguments, check_data
 
 
 @pytest.fixture
@@ -59,3 +59,20 @@ def test_commands_at_the_same_time_on_gpus(check):
     with pytest.raises(InputError, match=r"--jobs: 2 is not accepted with --data coco on GPUs"):
         check(8, "leakage", jobs=2)
     check(8, "leakage", jobs=2, data="shapes")
+
+
+def test_cells_that_are_not_there(check):
+    words = r"'cells' is not accepted: there is no .*bccd_train.json; bn-det prepare-blood-cells"
+    with pytest.raises(InputError, match=words):
+        check(0, "population", data="cells")
+    check(0, "population", data="cells", dry_run=True)
+    with pytest.raises(InputError, match="--num-gpus: 2 is not accepted with --data cells"):
+        check(0, "population", data="cells", num_gpus=2)
+
+
+@pytest.mark.parametrize("experiment, data", [("correlated", "coco"), ("leakage", "cells")])
+def test_experiments_that_some_data_does_not_have(experiment, data):
+    with pytest.raises(InputError, match=f"--data: '{data}' is not accepted with {experiment}, "):
+        check_data(experiment, data)
+    check_data(experiment, "shapes")
+    check_data("all", data)

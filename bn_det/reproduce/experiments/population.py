@@ -17,7 +17,14 @@ from ..results import (
     ratio,
 )
 from ..steps import Setting, Step, Training, recompute, train
-from .common import BASE, COCO_CHECKPOINT_PERIOD, DETECTOR, base_training, precise_of
+from .common import (
+    COCO_CHECKPOINT_PERIOD,
+    DETECTOR,
+    base_config,
+    base_training,
+    box_ap,
+    precise_of,
+)
 
 CASES = ("base", "learning rate x4", "SGD batch x4")
 """Whose EMA is compared with PreciseBN: with learning rate and batch as published, with four times
@@ -27,17 +34,22 @@ SLOW = 0.01
 """The other momentum of the EMA; by default it is 0.1."""
 
 SAMPLES = (32, 64, 128, 256, 512, 1024, 2048)
-"""Images that PreciseBN has."""
+"""Images that PreciseBN has; of blood cells there are not as many."""
+
+
+def has_samples(setting: Setting) -> bool:
+    """Whether it is asked how many images it takes, and which momentum an EMA."""
+    return setting.data != "cells"
 
 
 def training(setting: Setting, seed: int, case: str) -> Training:
     if case == "base":
         return base_training(setting, seed)
-    lr = setting.pick(0.08, 0.04)
+    lr, seconds = setting.pick(0.08, 0.04), setting.pick(410, 0, 800)
     opts: tuple[object, ...] = ("TEST.PRECISE_BN.ENABLED", False, "SOLVER.BASE_LR", lr)
     if case == "learning rate x4":
-        opts += ("SOLVER.CHECKPOINT_PERIOD", setting.pick(90, COCO_CHECKPOINT_PERIOD))
-        return train(setting, f"{DETECTOR}-lr_x4", BASE, seed, 410, opts)
+        opts += ("SOLVER.CHECKPOINT_PERIOD", setting.pick(90, COCO_CHECKPOINT_PERIOD, 100))
+        return train(setting, f"{DETECTOR}-lr_x4", base_config(setting), seed, seconds, opts)
     opts += setting.pick(
         (
             *("SOLVER.IMS_PER_BATCH", 32, "SOLVER.MAX_ITER", 225, "SOLVER.WARMUP_ITERS", 75),
@@ -47,8 +59,13 @@ def training(setting: Setting, seed: int, case: str) -> Training:
             *("SOLVER.IMS_PER_BATCH", 64, "SOLVER.MAX_ITER", 67500),
             *("SOLVER.STEPS", "(52500,62500)", "SOLVER.CHECKPOINT_PERIOD", 4500),
         ),
+        (
+            *("SOLVER.IMS_PER_BATCH", 32, "SOLVER.MAX_ITER", 150, "SOLVER.WARMUP_ITERS", 50),
+            *("SOLVER.CHECKPOINT_PERIOD", 50),
+        ),
     )
-    return train(setting, f"{DETECTOR}-batch_x4", BASE, seed, 365, opts)
+    seconds = setting.pick(365, 0, 760)
+    return train(setting, f"{DETECTOR}-batch_x4", base_config(setting), seed, seconds, opts)
 
 
 def slow_training(setting: Setting, seed: int) -> Training:
@@ -59,14 +76,15 @@ def slow_training(setting: Setting, seed: int) -> Training:
         *("TEST.PRECISE_BN.ENABLED", False, "SOLVER.BN_MOMENTUM", SLOW),
         *("TEST.EVAL_PERIOD", every, "SOLVER.CHECKPOINT_PERIOD", saved),
     )
-    return train(setting, f"{DETECTOR}-momentum_{SLOW}", BASE, seed, 470, opts)
+    return train(setting, f"{DETECTOR}-momentum_{SLOW}", base_config(setting), seed, 470, opts)
 
 
 def checkpoints(setting: Setting, case: str) -> list[int]:
     """Iterations, counted from 1, of the checkpoints that are looked at."""
     if case == "SGD batch x4":
-        return [k * setting.pick(75, 22500) for k in (1, 2, 3)]
-    return [k * setting.pick(90, 27000) for k in range(1, 11)]
+        return [k * setting.pick(75, 22500, 50) for k in (1, 2, 3)]
+    period, number = setting.pick((90, 10), (27000, 10), (100, 6))
+    return [k * period for k in range(1, number + 1)]
 
 
 def progress(setting: Setting, case: str, iteration: int) -> float:
@@ -91,6 +109,8 @@ def plan(setting: Setting, seed: int) -> list[Step]:
         of = training(setting, seed, case)
         steps.append(of.step)
         steps += [precise_step(of, iteration) for iteration in checkpoints(setting, case)]
+    if not has_samples(setting):
+        return steps
     base = training(setting, seed, "base")
     steps += [samples_step(base, images) for images in SAMPLES]
     return [*steps, slow_training(setting, seed).step]
@@ -99,7 +119,7 @@ def plan(setting: Setting, seed: int) -> list[Step]:
 def ap(results: Results, seed: int, case: str, iteration: int, statistics: str) -> float | None:
     """Box AP of a checkpoint with its EMA, "before", or with PreciseBN, "after"."""
     step = precise_step(training(results.setting, seed, case), iteration)
-    return results.ap(step, "precise.json", "results", statistics, "bbox")
+    return box_ap(results, step, "precise.json", "results", statistics)
 
 
 def gain(results: Results, seed: int, case: str, iteration: int) -> float | None:
@@ -205,15 +225,16 @@ def show(results: Results) -> list[Table | Picture]:
     rows = []
     for case in CASES:
         of = training(setting, seed, case)
+        has_slow = case == "base" and has_samples(setting)
         for point in checkpoints(setting, case):
             cells = (
                 results.over_seeds(ap, case, point, "before"),
                 results.over_seeds(ap, case, point, "after"),
-                results.over_seeds(slow_ap, point) if case == "base" else [],
+                results.over_seeds(slow_ap, point) if has_slow else [],
                 results.over_seeds(error, case, point),
             )
             steps: tuple[Step, ...] = (of.step, precise_step(of, point))
-            if case == "base":
+            if has_slow:
                 steps += (slow_training(setting, seed).step,)
             rows.append(Row((case, str(point)), cells, steps))
     columns = ("box AP, EMA", "box AP, PreciseBN", f"box AP, EMA, momentum {SLOW}", "EMA's error")
@@ -222,7 +243,7 @@ def show(results: Results) -> list[Table | Picture]:
     table = Table("ema_precise", title, labels, columns, (1, 1, 1, 3), rows, _NOTE + _ERROR)
     return [
         table,
-        _samples_table(results),
+        *([_samples_table(results)] if has_samples(setting) else []),
         Picture("population", "Box AP over the trainings.", draw(_ap_panels(results), True)),
         Picture("population_error", _ERROR, draw(_error_panels(results))),
     ]
@@ -256,7 +277,7 @@ def _ap_panels(results: Results) -> list[Panel]:
             Line(name, xs, [results.over_seeds(ap, case, x, statistics) for x in xs])
             for name, statistics in (("EMA", "before"), ("PreciseBN", "after"))
         ]
-        if case == "base":
+        if case == "base" and has_samples(results.setting):
             ys = [results.over_seeds(slow_ap, x) for x in xs]
             lines.append(Line(f"EMA, momentum {SLOW}", xs, ys))
         panels.append(Panel(case, "iterations", "box AP", lines))
@@ -272,10 +293,12 @@ def _error_panels(results: Results) -> list[Panel]:
         over.append(Line(case, xs, ys))
         of_layers = [layer_errors(results, s, case, points[-2]) for s in results.seeds]
         depth.append(by_layer(case, of_layers))
-    ys = [results.over_seeds(samples_ap, n) for n in SAMPLES]
-    samples = Line("base", SAMPLES, ys)
-    return [
+    found = [
         Panel("Error of the EMA", "part of the training", "error", over, "y"),
         Panel("The same before the end, by depth", "layer, from the input on", "error", depth, "y"),
-        Panel("Samples of PreciseBN", "images", "box AP", [samples], "x"),
     ]
+    if has_samples(setting):
+        ys = [results.over_seeds(samples_ap, n) for n in SAMPLES]
+        samples = Line("base", SAMPLES, ys)
+        found.append(Panel("Samples of PreciseBN", "images", "box AP", [samples], "x"))
+    return found
