@@ -152,7 +152,7 @@ def ledger_markdown(report: Report) -> str:
     """The ledger as a table."""
     rows = [
         [
-            *(claim.sentence, claim.name, _wanted(claim), effect_text(verdict)),
+            *(claim.sentence, claim.name, wanted(claim), effect_text(verdict)),
             *(verdict.word or "-", _needed(claim, verdict, report.looks)),
         ]
         for claim, verdict in report.ledger
@@ -209,7 +209,7 @@ def _needed(claim: Claim, verdict: Verdict, looks: Looks) -> str:
     return str(seeds_needed(claim, verdict, looks.confidence) or f"more than {MOST}")
 
 
-def _wanted(claim: Claim) -> str:
+def wanted(claim: Claim) -> str:
     return f"{'at most' if claim.at_most else 'at least'} {claim.smallest:g} {claim.unit}"
 
 
@@ -348,7 +348,7 @@ def _ledger_html(report: Report) -> str:
         word = verdict.word or "-"
         rows.append(
             f"<tr><td>{_rich(claim.sentence)}<br><span class='note'>{_rich(claim.source)}</span>"
-            f"</td><td>{_rich(claim.metric)}</td><td>{escape(_wanted(claim))}</td>"
+            f"</td><td>{_rich(claim.metric)}</td><td>{escape(wanted(claim))}</td>"
             f"<td class='number'>{escape(effect_text(verdict))}</td>"
             f"<td class='{word.replace(' ', '-')}'>{word}</td>"
             f"<td class='number'>{_needed(claim, verdict, report.looks)}</td></tr>"

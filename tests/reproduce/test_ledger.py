@@ -1,0 +1,102 @@
+"""tools/list_claims.py: docs/claims.json, and the table of docs/claims.md that is made of it."""
+
+import json
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from bn_det.errors import InputError
+from bn_det.reproduce.claims import CLAIMS, judge
+
+ROOT = Path(__file__).parents[2]
+COMMAND = ROOT / "tools" / "list_claims.py"
+CLAIM = next(claim for claim in CLAIMS if claim.name == "precise early")
+
+
+@pytest.fixture
+def list_claims(monkeypatch):
+    main = runpy.run_path(str(COMMAND))["main"]
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["list_claims.py", *map(str, args)])
+        main()
+
+    return call
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shutil.copy(ROOT / "docs" / "claims.md", tmp_path)
+    (tmp_path / "claims.json").write_text("[]")
+    return tmp_path
+
+
+def report(path, effects, host="torchvision", opts=(), seeds=None):
+    """As bn-det reproduce writes it, of one claim with these effects."""
+    verdict = judge(CLAIM, effects)
+    of_claim = {**CLAIM._asdict(), **verdict._asdict(), "verdict": verdict.word}
+    content = {
+        **{"data": "shapes", "host": host, "opts": list(opts), "confidence": 0.95},
+        **{"seeds": seeds or list(range(1, len(effects) + 1)), "versions": {"torch": "2.14.1"}},
+        "claims": [of_claim, {**of_claim, "name": "leak", "verdict": ""}],
+    }
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_up_to_date(list_claims):
+    """That of this repository, whose entries say what their own numbers do."""
+    list_claims("--check")
+    claims = {claim.name: claim for claim in CLAIMS}
+    for of in json.loads((ROOT / "docs" / "claims.json").read_text()):
+        claim = claims[of["claim"]]
+        verdict = judge(claim, of["effects"], of["confidence"])
+        assert of["data"] in claim.data and len(of["seeds"]) == len(of["effects"])
+        assert (verdict.word, verdict.mean) == (of["verdict"], pytest.approx(of["mean"]))
+
+
+def test_a_report_is_added(list_claims, folder):
+    """Once for each data and host; what is not measured is not."""
+    for host, effects in (("torchvision", [1.5, 1.6, 1.7]), ("detectron2", [0.5, 0.6, 0.7])):
+        list_claims("--folder", folder, "--add", report(folder / f"{host}.json", effects, host))
+    first, second = json.loads((folder / "claims.json").read_text())
+    assert (first["host"], first["verdict"]) == ("detectron2", "absent")
+    assert (second["effects"], second["verdict"]) == ([1.5, 1.6, 1.7], "seen")
+    page = (folder / "claims.md").read_text()
+    assert "| shapes, torchvision | +1.60 [1.35, 1.85] (3) " in page and "| absent " in page
+    list_claims("--folder", folder, "--check")
+    other = report(folder / "again.json", [2.0, 2.1, 2.2, 2.3])
+    list_claims("--folder", folder, "--add", other)
+    assert json.loads((folder / "claims.json").read_text())[1]["seeds"] == [1, 2, 3, 4]
+
+
+def test_a_verdict_of_an_earlier_look_has_its_seeds(list_claims, folder):
+    path = report(folder / "r.json", [1.5, 1.6, 1.7], seeds=[1, 2, 3, 4, 5])
+    list_claims("--folder", folder, "--add", path)
+    assert json.loads((folder / "claims.json").read_text())[0]["seeds"] == [1, 2, 3]
+
+
+def test_a_stale_page_is_noticed(list_claims, folder):
+    list_claims("--folder", folder, "--add", report(folder / "r.json", [1.5, 1.6, 1.7]))
+    shutil.copy(ROOT / "docs" / "claims.md", folder)
+    with pytest.raises(InputError, match=r"claims.md: is out of date; run python tools/list_cl"):
+        list_claims("--folder", folder, "--check")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"claims": [1], "opts": []}'])
+def test_what_is_no_report(list_claims, folder, text):
+    (folder / "r.json").write_text(text)
+    with pytest.raises(InputError, match=r"r.json: cannot be read as results.json of bn-det rep"):
+        list_claims("--folder", folder, "--add", folder / "r.json")
+    assert (folder / "claims.json").read_text() == "[]"
+
+
+def test_a_report_of_other_settings(list_claims, folder):
+    path = report(folder / "r.json", [1.5, 1.6, 1.7], opts=["SOLVER.MAX_ITER", "9"])
+    with pytest.raises(InputError, match=r"with the options SOLVER.MAX_ITER 9, which are not"):
+        list_claims("--folder", folder, "--add", path)
+    with pytest.raises(InputError, match=r"there is no file .*claims.json"):
+        list_claims("--folder", folder / "none")
