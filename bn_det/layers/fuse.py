@@ -24,6 +24,7 @@ from .kinds import (
     batch_norms,
     eps_of,
     evaluates_by_batch,
+    follows,
     is_batch_norm,
     key_of,
     refuse_meta,
@@ -63,8 +64,9 @@ def fuse(model: nn.Module, check: Callable[[nn.Module], Any] | None = None) -> F
     its BatchNorm costs nothing.
 
     BatchNorm layers are torch's and ours, and FrozenBatchNorm2d of Detectron2 and torchvision.
-    Subclasses are, too, but for those that compute anything else (timm's have an activation), and
-    so are those of convolutions (not timm's, which standardize their weights): it is tried out.
+    Subclasses are, too, but for those that compute anything else, and so are those of convolutions
+    (not timm's, which standardize their weights): it is tried out. What timm's layers do after they
+    normalize, an activation, stays in their place.
 
     A pair is fused where its parent shows that the BatchNorm gets the output of the convolution and
     nothing else does: a convolution with a ``norm`` (Detectron2's ``Conv2d``), neighbours in an
@@ -163,7 +165,9 @@ def foldable(
         is_wanted = pair.norm in names and (only is None or name in only)
         if is_wanted and name not in found and not reasons[pair.norm]:
             reasons[pair.norm] = (
-                _why_not(pair.conv, uses) or what_else(pair.norm) or _what_else_of_convolution(pair)
+                _why_not(pair.conv, uses)
+                or (what_else(pair.norm) if follows(pair.norm) is None else "")
+                or _what_else_of_convolution(pair)
             )
             if not reasons[pair.norm]:
                 found[name] = pair
@@ -355,7 +359,8 @@ def _fold(pair: Pair, warned: set[str]) -> None:
     weight, is_inside, had_bias = conv.weight, pair.norm_parent is conv, conv.bias is not None
     was = Fused(norm, pair.norm_name, is_inside, had_bias, weight.dtype, weight.requires_grad)
     # Before the convolution is copied. Detectron2's takes None for no norm.
-    setattr(pair.norm_parent, pair.norm_name, None if pair.norm_parent is conv else nn.Identity())
+    rest = follows(norm) or (None if is_inside else nn.Identity())
+    setattr(pair.norm_parent, pair.norm_name, rest)
     if len(holders) > 1:
         convs = [_folded(copy.deepcopy(conv), *holder, eps_of(norm)) for holder in holders]
         levels = PerLevel(convs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from itertools import chain
@@ -215,7 +215,6 @@ def why_lazy(layer: nn.Module) -> str:
     return "it has not been called yet (lazy)" if is_any else ""
 
 
-@torch.no_grad()
 def what_else(layer: nn.Module) -> str:
     """Why a layer cannot be exchanged by what it computes, whatever its class is; "" if it can.
 
@@ -226,27 +225,53 @@ def what_else(layer: nn.Module) -> str:
         isinstance(layer, DomainBatchNorm2d) or class_of(layer) in _KNOWN
     ):
         return ""
-    does_more = f"a {type(layer).__name__} does not only normalize"
+    if _normalizes(layer, children=False):
+        return ""
+    return f"a {type(layer).__name__} does not only normalize"
+
+
+def follows(layer: nn.Module) -> nn.Sequential | None:
+    """The children of a layer, if to call them in their order is what it does after normalizing.
+
+    So timm's BatchNormAct2d has an activation. It is tried out, as by :func:`what_else`.
+    """
+    if isinstance(layer, DomainBatchNorm2d) or class_of(layer) in _KNOWN or not layer._modules:
+        return None
+    return _in_order(layer) if _normalizes(layer, children=True) else None
+
+
+def _in_order(layer: nn.Module) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(layer.named_children()))
+
+
+@torch.no_grad()
+def _normalizes(layer: nn.Module, children: bool) -> bool:
+    """Whether that is all that a layer computes.
+
+    Args:
+        children: whether its children follow.
+    """
     parameters = inspect.signature(class_of(layer).forward).parameters
     if "forward" in vars(layer) or len(parameters) > 2:
-        return does_more  # or otherwise than its class says; or it takes more than an input
+        return False  # or otherwise than its class says; or it takes more than an input
     layer = copy.deepcopy(layer).eval()
     state = [getattr(layer, name) for name in STATE]
     for tensor, value in zip(state, (0.5, 1e-4, -1.5, 0.25), strict=True):
         if tensor is not None:
             tensor.fill_(value)
     if state[0] is None:
-        return does_more  # than can be tried out
+        return False  # that it can be tried out
     x = _probe(layer, state[0])
     mean, var, weight, bias = state
     expected = F.batch_norm(x, mean, var, weight, bias, eps=eps_of(layer))
     try:
         y = layer.forward(x)  # without its hooks
+        expected = _in_order(layer)(expected) if children else expected
     except Exception:  # whatever it wants to be called with
-        return does_more
+        return False
     # 1 % for half precision; an eps that is left out would be 5 %.
     same = isinstance(y, Tensor) and y.shape == x.shape
-    return "" if same and torch.allclose(y, expected, rtol=0.01, atol=0.01) else does_more
+    return same and torch.allclose(y, expected, rtol=0.01, atol=0.01)
 
 
 def _probe(layer: nn.Module, mean: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from .domain_batch_norm import DomainBatchNorm2d, holders_of_domains, state_hold
 from .freeze import is_frozen
 from .held import constant, with_zero_gradients
 from .kernels import normalize_one
-from .kinds import eps_of, is_host_frozen
+from .kinds import eps_of, follows, is_host_frozen
 from .types import Affine, AnyBatchNorm, Statistics, has_statistics
 from .watched import is_watched
 
@@ -122,10 +122,15 @@ class TunedNorm(_Tuned):
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(x, Deferred):
             holders = state_holders(self)[0]
-            return x.conv.convolve(x.x, *_folded(x.conv, *holders, eps_of(self)))
+            y = x.conv.convolve(x.x, *_folded(x.conv, *holders, eps_of(self)))
+            return self._and_more(y)
         if isinstance(x, (list, tuple)) and any(isinstance(of, Deferred) for of in x):
             return self._levels(x)
         return super().forward(x, *args, **kwargs)
+
+    def _and_more(self, y: Tensor) -> Tensor:
+        """What the layer does after it normalizes."""
+        return y
 
     def _levels(self, xs: Sequence[Tensor | Deferred]) -> list[Tensor]:
         """Each level with the weight of its own, which is derived once where levels share it."""
@@ -141,6 +146,15 @@ class TunedNorm(_Tuned):
                 state = population.running_mean, population.running_var, affine.weight, affine.bias
                 ys.append(normalize_one(x, *state, eps_of(self)))
         return ys
+
+
+class TunedNormAndMore(TunedNorm):
+    """One that calls its children after it normalizes: timm's, which have an activation."""
+
+    def _and_more(self, y: Tensor) -> Tensor:
+        for child in self.children():
+            y = child(y)
+        return y
 
 
 class TunedHostNorm(TunedNorm):
@@ -247,4 +261,5 @@ def tune_pair(conv: _ConvNd, norm: AnyBatchNorm) -> None:
         kind, vars(conv)["followed_by"] = TunedConv, (norm,)
     with_class(conv, tuned_class(kind, type(conv)))
     of_norm = TunedHostNorm if is_host_frozen(norm) else TunedNorm
+    of_norm = of_norm if follows(norm) is None else TunedNormAndMore
     with_class(norm, tuned_class(of_norm, class_of(norm)))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from .domain_batch_norm import state_holders
 from .fuse import Convolution, Fused, of_outputs, pairs, scale_and_shift, warn_of_training
-from .kinds import STATE, check_module, eps_of
+from .kinds import STATE, check_module, eps_of, follows
 from .levels import PerLevel
 from .state_dicts import State, first_difference, read_weights
 from .types import AnyBatchNorm
@@ -116,9 +116,15 @@ def _fused_pairs(model: nn.Module, weights: Container[str]) -> list[_Pair]:
     return [
         pair
         for pair in every
-        if not any(_join(pair.norm_name, key) in weights for key in pair.norm.state_dict())
+        if not any(_join(pair.norm_name, key) in weights for key in _own_keys(pair.norm))
         and any(_join(pair.conv_name, key) in weights for key in ("bias", "0.bias"))
     ]
+
+
+def _own_keys(norm: nn.Module) -> list[str]:
+    """The keys of a BatchNorm, without those of what follows it, which stays in a fused model."""
+    names = [] if (rest := follows(norm)) is None else list(rest._modules)
+    return [key for key in norm.state_dict() if key.partition(".")[0] not in names]
 
 
 def _join(*names: str) -> str:

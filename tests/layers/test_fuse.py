@@ -20,6 +20,7 @@ from bn_det import (
     L1BatchNorm2d,
     SourceBatchNorm2d,
     fuse,
+    unfuse,
 )
 from bn_det.errors import InputError
 from bn_det.layers import PerLevel, forward_levels
@@ -337,9 +338,53 @@ def test_timms_layers():
     norms = {n: m for n, m in before.named_modules() if isinstance(m, nn.BatchNorm2d)}
     assert all(isinstance(m, timm.layers.BatchNormAct2d) for m in norms.values())
     with_activation = {n for n, m in norms.items() if not isinstance(m.act, nn.Identity)}
-    assert report.left.keys() == with_activation != set()
-    assert set(report.fused) == norms.keys() - with_activation != set()
-    assert_same_outputs(before, model, torch.randn(1, 3, 64, 64, dtype=torch.float64))
+    assert report.left == {} and set(report.fused) == norms.keys() > with_activation != set()
+    for name in with_activation:
+        assert [type(m) for m in model.get_submodule(name)] == [nn.Identity, nn.ReLU]
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    assert_same_outputs(before, model, x)
+    state = copy.deepcopy(model.state_dict())
+    assert_same_outputs(before, unfuse(model), x)
+    assert model.state_dict().keys() == before.state_dict().keys()
+    of_file = randomize(timm.create_model("regnetx_002"))
+    assert_same_outputs(before, unfuse(of_file, state), x)
+
+
+class WithActivation(nn.BatchNorm2d):
+    """As timm's, with weights in what follows."""
+
+    def __init__(self, c, order=("drop", "act")):
+        super().__init__(c)
+        children = {"drop": nn.Dropout(0.5), "act": nn.PReLU(c)}
+        self.order = order
+        for name in ("drop", "act"):
+            self.add_module(name, children[name])
+
+    def forward(self, x):
+        x = super().forward(x)
+        for name in self.order:
+            x = getattr(self, name)(x)
+        return x
+
+
+def test_what_follows_stays():
+    """With its weights, in a fused model and in its file; one that calls them otherwise is left."""
+    before = randomize(nn.Sequential(nn.Conv2d(3, C, 3), WithActivation(C)))
+    model, x = copy.deepcopy(before), torch.randn(2, 3, 5, 6, dtype=torch.float64)
+    assert fuse(model).fused == ["1"] and type(model[1]) is nn.Sequential
+    assert_same_outputs(before, model, x)
+    state = model.state_dict()
+    assert set(state) == {"0.weight", "0.bias", "1.act.weight"}
+    again = unfuse(copy.deepcopy(before), state)
+    assert_same_outputs(before, again, x)
+    assert type(unfuse(model)[1]) is WithActivation
+    assert_same_outputs(before, model, x)
+    twice = randomize(nn.Sequential(nn.Conv2d(3, C, 3), WithActivation(C, ("act", "act"))))
+    assert "does not only normalize" in fuse(twice).left["1"]
+    without = randomize(nn.Sequential(nn.Conv2d(3, C, 3), WithActivation(C, ("drop",))))
+    model = copy.deepcopy(without)
+    assert fuse(model).fused == ["1"] and type(model[1]) is nn.Identity
+    assert_same_outputs(without, model, x)
 
 
 def test_training_a_fused_model_warns_once(caplog):
