@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from .comm import Group, gather_into, process_group, report_disagreement
 from .meeting import TIMEOUT, Calls, Place, check_timeout, meet
 
 Restore = Callable[[Tensor], Tensor]
+M = TypeVar("M", bound=nn.Module)
 
 
 def shuffle(x: Tensor, group: Group = None, timeout: float = TIMEOUT) -> tuple[Tensor, Restore]:
@@ -87,11 +88,11 @@ def _shuffle(x: Tensor, group: Group, place: Place) -> tuple[Tensor, Restore]:
 
 
 def shuffled(
-    module: nn.Module,
+    module: M,
     method: str = "forward",
     group: Group = None,
     timeout: float = TIMEOUT,
-) -> nn.Module:
+) -> M:
     """Let a method of a module work on shuffled samples while the module is in training mode.
 
     In place; the state dict is unchanged. See :func:`shuffle` for what each rank has to do.

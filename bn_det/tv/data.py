@@ -29,8 +29,8 @@ class _ShortestSize(v2.RandomShortestSize):
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         shortest = self.min_size[int(torch.randint(len(self.min_size), ()))]
-        size = v2.functional.get_size(flat_inputs[0])  # of the image
-        return {"size": resized_size(*size, shortest, self.max_size)}
+        height, width = v2.functional.get_size(flat_inputs[0])  # of the image
+        return {"size": resized_size(height, width, shortest, self.max_size)}
 
 
 class DetectionDataset(Dataset):
@@ -115,7 +115,9 @@ def build_train_loader(
     return _loader(cfg, dataset, draws, len(mine))
 
 
-def _train_order(cfg: CfgNode, records: Sequence[dict], seed: int) -> Sampler:
+def _train_order(
+    cfg: CfgNode, records: Sequence[dict], seed: int
+) -> RandomSampler | _CategorySampler:
     batch_size, num_categories = cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.CATEGORIES_PER_BATCH
     num_samples = cfg.SOLVER.MAX_ITER * batch_size
     if num_categories:
@@ -162,7 +164,13 @@ def has_objects(record: dict) -> bool:
 class _Draws(Sampler):
     """The numbered draws of a sampler in batches: from each batch on from the first, a part."""
 
-    def __init__(self, sampler: Sampler, first: int, batch_size: int, part: range) -> None:
+    def __init__(
+        self,
+        sampler: RandomSampler | _CategorySampler | SequentialSampler,
+        first: int,
+        batch_size: int,
+        part: range,
+    ) -> None:
         self.sampler = sampler
         self.first = first
         self.batch_size = batch_size

@@ -93,7 +93,7 @@ def _gather(predictions: list[dict]) -> list[dict]:
     rank, num_ranks = world()
     if num_ranks == 1:
         return predictions
-    parts = [None] * num_ranks if rank == 0 else None
+    parts: list[list[dict]] | None = [[] for _ in range(num_ranks)] if rank == 0 else None
     dist.gather_object(predictions, parts)
     return [p for part in parts or [] for p in part]
 

@@ -23,7 +23,7 @@ def measure(args: argparse.Namespace) -> tuple[CfgNode, dict[str, dict[str, Esti
     cfg = setup(args)
     check_writable("OUTPUT_DIR", cfg.OUTPUT_DIR)
     check_architecture(cfg)
-    model = load_model(cfg, resume=False).eval()
+    model: GeneralizedRCNN = load_model(cfg, resume=False).eval()
     model.roi_heads.mask_head = None  # which would have masks sampled, too
     loaders = [
         build_test_loader(cfg, dataset, args.images_per_batch) for dataset in load_annotated(cfg)
@@ -44,8 +44,8 @@ def _sampled_rois(model: GeneralizedRCNN, loader: Iterable[list]) -> Iterator[Ro
     model.rpn.training = True  # itself, not what is in it
     try:
         for batch in loader:
-            images, targets, records = zip(*batch, strict=True)
-            targets = [{k: v.to(device) for k, v in target.items()} for target in targets]
+            images, truth, records = zip(*batch, strict=True)
+            targets = [{k: v.to(device) for k, v in target.items()} for target in truth]
             with torch.no_grad(), record_sources(records):
                 images, targets = model.transform([i.to(device) for i in images], targets)
                 features = model.backbone(images.tensors)

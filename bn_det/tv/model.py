@@ -30,7 +30,7 @@ from ..layers import (
 )
 from .config import NUM_LEVELS, RCNNS, check_cfg
 from .norms import NORMS
-from .rcnn import build_rcnn
+from .rcnn import Backbone, build_rcnn
 from .retinanet import BNRetinaNetHead
 
 Sizes = tuple[tuple[float, ...], ...]
@@ -88,7 +88,7 @@ def _build_retinanet(cfg: CfgNode, transform: nn.Module) -> RetinaNet:
     return model
 
 
-def build_backbone(cfg: CfgNode) -> nn.Module:
+def build_backbone(cfg: CfgNode) -> Backbone:
     """A ResNet or a normalizer-free net, with a feature pyramid.
 
     RetinaNet's levels p6 and p7 come from res5; the R-CNNs' p6 is p5 at half the size.
@@ -120,7 +120,7 @@ def _build_resnet_fpn(cfg: CfgNode) -> BackboneWithFPN:
     return BackboneWithFPN(body, levels, **_fpn_arguments(cfg, channels))
 
 
-def _build_nf_fpn(cfg: CfgNode) -> nn.Module:
+def _build_nf_fpn(cfg: CfgNode) -> _NFWithFPN:
     body = build_nf(cfg)
     fpn = FeaturePyramidNetwork(**_fpn_arguments(cfg, body.channels))
     return _NFWithFPN(body, fpn, cfg.MODEL.FPN.IN_FEATURES, cfg.MODEL.FPN.OUT_CHANNELS)

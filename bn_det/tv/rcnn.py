@@ -7,6 +7,7 @@ detections; within the RoI heads the background is the last class.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +32,16 @@ Target = dict[str, Tensor]
 """``boxes`` (N, 4) as x1, y1, x2, y2, ``labels`` (N,), and ``masks`` (N, H, W) for a mask head."""
 
 
+class Backbone(Protocol):
+    """A module from images to the features of levels, all of which have as many channels."""
+
+    out_channels: int
+
+    def __call__(self, images: Tensor) -> Mapping[str, Tensor]: ...
+
+
 def build_rcnn(
-    cfg: CfgNode, backbone: nn.Module, anchors: AnchorGenerator, transform: nn.Module
+    cfg: CfgNode, backbone: Backbone, anchors: AnchorGenerator, transform: nn.Module
 ) -> GeneralizedRCNN:
     """torchvision's R-CNN with our RPN and RoI heads.
 
@@ -95,6 +104,8 @@ class RPNHead(nn.Module):
 
 class RPN(RegionProposalNetwork):
     """torchvision's RPN with Detectron2's losses, which are finite without a sampled anchor."""
+
+    min_size: float
 
     def __init__(self, cfg: CfgNode, anchors: AnchorGenerator, head: nn.Module) -> None:
         rpn = cfg.MODEL.RPN
@@ -196,6 +207,7 @@ class StandardRoIHeads(RoIHeads):
         """
         levels = [features[f] for f in self.in_features]
         if self.training:
+            assert targets is not None  # GeneralizedRCNN refuses that
             return [], self.losses(levels, *self.sample_rois(proposals, targets))
         return self._detect(levels, proposals, image_shapes), {}
 
@@ -441,6 +453,7 @@ def _normalize_weights(head: nn.Sequential, kind: str) -> None:
 
 
 def _init_normal(layer: nn.Conv2d | nn.Linear, std: float) -> None:
+    assert layer.bias is not None  # each of those that come here has one
     nn.init.normal_(layer.weight, std=std)
     nn.init.zeros_(layer.bias)
 

@@ -45,7 +45,7 @@ class BNRetinaNetHead(RetinaNetHead):
     ) -> None:
         super().__init__(in_channels, num_anchors, num_classes)
 
-        def with_tower(head: nn.Module) -> nn.Module:
+        def with_tower(head: _WithTower) -> _WithTower:
             head.conv = _tower(in_channels, num_convs, norm)
             normalize_tower((m for m in head.conv if isinstance(m, nn.Conv2d)), weight_norm)
             head.dropout = nn.Dropout(dropout)
@@ -61,20 +61,28 @@ class BNRetinaNetHead(RetinaNetHead):
         return {"loss_cls": losses["classification"], "loss_box_reg": losses["bbox_regression"]}
 
 
-class _OwnKeys(nn.Module):
-    """Loads keys as they are, where torchvision would take our towers for its version 1."""
+class _WithTower(nn.Module):
+    """Has our tower, and loads keys as they are: torchvision would take them for its version 1."""
+
+    conv: nn.Sequential
+    dropout: nn.Dropout
 
     def _load_from_state_dict(self, *args) -> None:
         nn.Module._load_from_state_dict(self, *args)
 
 
-class _ClassificationHead(_OwnKeys, RetinaNetClassificationHead):
+class _ClassificationHead(_WithTower, RetinaNetClassificationHead):
+    cls_logits: nn.Conv2d
+    num_classes: int
+
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         logits = forward_levels([self.conv, self.dropout, self.cls_logits], features)
         return _join_anchors(logits, self.num_classes)
 
 
-class _RegressionHead(_OwnKeys, RetinaNetRegressionHead):
+class _RegressionHead(_WithTower, RetinaNetRegressionHead):
+    bbox_reg: nn.Conv2d
+
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         return _join_anchors(forward_levels([self.conv, self.dropout, self.bbox_reg], features), 4)
 
@@ -84,6 +92,7 @@ def _tower(channels: int, num_convs: int, norm: NormFactory | None) -> nn.Sequen
     for _ in range(num_convs):
         conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
         nn.init.normal_(conv.weight, std=0.01)
+        assert conv.bias is not None  # by default
         nn.init.zeros_(conv.bias)
         layers += [conv, *([norm(channels)] if norm else []), nn.ReLU()]
     return nn.Sequential(*layers)

@@ -52,7 +52,7 @@ def name_roi_sources(roi_heads: RoIHeads) -> RoIHeads:
 
 
 def _count(counts: list[int], _: nn.Module, args: tuple) -> None:
-    _, boxes, *_ = args
+    boxes = args[1]
     counts[:] = [len(of_image) for of_image in boxes]
 
 

@@ -7,6 +7,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator
+from functools import reduce
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -261,7 +262,7 @@ class Trainer:
         """
         self.optimizer.zero_grad()
         losses = accumulate(self._parallel, batches, self._losses_of, self._backward)
-        total = sum(losses.values())
+        total = reduce(torch.add, losses.values())
         names = ["total_loss", *losses]
         values = torch.stack([total, *losses.values()])
         if not torch.isfinite(total):
