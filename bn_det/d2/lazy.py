@@ -67,12 +67,14 @@ def make_norm(
         InputError: the name is unknown; "GhostBN" has no size; or what levels share is said where
             there is no number of them.
     """
-    given = {"statistics": statistics, "population": population, "affine": affine}
+    given: dict[str, Any] = {"statistics": statistics, "population": population, "affine": affine}
     given = {name: value for name, value in given.items() if value is not None}
-    layer, others = partial(BatchNorm2d, **choices), NORMS
-    if num_levels is not None or num_roi_levels is not None:
+    layer: NormFactory = partial(BatchNorm2d, **choices)
+    others: Mapping[str, NormFactory] = NORMS
+    num_domains = num_roi_levels if num_levels is None else num_levels
+    if num_domains is not None:
         kind = RoILevelBatchNorm2d if num_levels is None else DomainBatchNorm2d
-        layer = partial(kind, num_domains=num_levels or num_roi_levels, **given, **choices)
+        layer = partial(kind, num_domains=num_domains, **given, **choices)
     elif given:
         key, value = next(iter(given.items()))
         raise InputError(
@@ -240,18 +242,21 @@ class EachStep(ParamScheduler):
         return self.scheduler(step * self.accumulate / self.max_iter)
 
 
-def _see_every_step(optimizer: Optimizer) -> None:
+def _see_every_step(optimizer: Any) -> None:
     """Have torch's GradScaler call ``step``, and its hooks, where a gradient has overflowed, too.
 
     It leaves out the call otherwise, and with it what is to happen in each iteration, such as
     PreciseBN before an evaluation. With this attribute it calls in any case, and leaves unscaling
     to the optimizer. Without a gradient, ``step`` leaves parameters as they are.
+
+    Args:
+        optimizer: of torch, which does not declare what GradScaler looks for and puts there.
     """
     optimizer._step_supports_amp_scaling = True
     optimizer.register_step_pre_hook(_unscale)
 
 
-def _unscale(optimizer: Optimizer, *_: Any) -> None:
+def _unscale(optimizer: Any, *_: Any) -> None:
     found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
     if found_inf is None:
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from torch import nn
@@ -36,7 +36,7 @@ def norm_factory(
     ghost_key: str = "ghost_size",
     ghost_size: int = 0,
     ghost_order: str = "contiguous",
-    renorm: tuple[float, float] = RenormLimits(),
+    renorm: Sequence[float] = RenormLimits(),
 ) -> NormFactory | None:
     """The layer that a name stands for.
 

@@ -71,6 +71,12 @@ def test_no_norm_and_no_such_norm():
         make_norm("SyncBN", population="shared")
 
 
+def test_a_number_of_levels_that_is_zero_is_no_missing_one():
+    for roi_levels in ({}, {"num_roi_levels": 3}):
+        with pytest.raises(InputError, match="num_domains: 0 is not accepted"):
+            make_norm(num_levels=0, **roi_levels)(4)
+
+
 class Notes(HookBase):
     """What is called, and in which iteration."""
 
