@@ -19,7 +19,7 @@ from datetime import timedelta
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 from urllib.parse import urlsplit
 
 import torch
@@ -49,7 +49,7 @@ FULL = {
 """What the system says of a file that could be opened, and cannot be written any more."""
 
 
-def is_mendable(error: BaseException | None) -> bool:
+def is_mendable(error: BaseException | None) -> TypeGuard[Exception]:
     """Whether a command's user can mend it; what the system refuses, if it says of which file.
 
     FloatingPointError is what a host raises for a model whose outputs are NaN or infinite.

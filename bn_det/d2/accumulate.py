@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ class _Accumulates:
     """
 
     num_batches = 1
+    _data_loader_iter: Iterator[Any]
 
     def next_batches(self) -> tuple[list[Any], float]:
         """The batches of a step, and the seconds that loading them took."""

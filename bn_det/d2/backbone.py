@@ -82,6 +82,7 @@ def _build_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
             f"DEFORM_ON_PER_STAGE {list(node.DEFORM_ON_PER_STAGE)!r}; use ''"
         )
     if node.NORM in (*BATCH_NORMS, *BASELINES):
+        assert not isinstance(make, str)  # which it is for no norm
         stock = cfg.clone()
         stock.defrost()
         stock.MODEL.RESNETS.NORM = "BN"

@@ -60,9 +60,9 @@ def register_datasets(cfg: CfgNode) -> None:
     _OF_CONFIGS.update(sources)
     _register(sources)
     check_names("DATASETS.SOURCES", source_of(cfg), DatasetCatalog.list())
-    for name, source in source_of(cfg).items():
+    for name, number in source_of(cfg).items():
         load = DatasetCatalog.pop(name)
-        DatasetCatalog.register(name, partial(_load_with_source, load, source))
+        DatasetCatalog.register(name, partial(_load_with_source, load, number))
 
 
 def known_sources(cfg: CfgNode) -> dict[str, CocoSource]:

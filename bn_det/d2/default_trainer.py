@@ -8,7 +8,7 @@ from operator import attrgetter
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 from torch import nn
 
@@ -21,7 +21,7 @@ from ..layers.norms import NormFactory
 from .hooks import HOOKS, build_precise_bn, build_virtual_batch
 
 
-class BNHooks:
+class BNHooks(TrainerBase):
     """The hooks that the keys of a config ask for; put it before DefaultTrainer in the bases.
 
     They come before those that evaluate and save, and our PreciseBN takes the place of
@@ -29,6 +29,7 @@ class BNHooks:
     """
 
     reads_keys = HOOK_KEYS
+    cfg: CfgNode
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -85,9 +86,10 @@ def check_trainer(cfg: CfgNode, part: str, make: NormFactory | None) -> None:
     _check_keys_of_trainer(cfg)
     norm = cfg.MODEL[part].NORM
     trainer = _builder() if cfg.TEST.PRECISE_BN.ENABLED and norm in BATCH_NORMS else None
-    if trainer is None or isinstance(trainer, BNHooks):
+    if make is None or trainer is None or isinstance(trainer, BNHooks):
         return
     layer, name = make(1), type(trainer).__name__
+    assert isinstance(layer, BatchNorm2d)  # BATCH_NORMS name no other
     if not suits_fvcore(layer):
         raise InputError(
             f"TEST.PRECISE_BN.ENABLED: True is not accepted in {name}, a DefaultTrainer, with "

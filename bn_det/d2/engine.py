@@ -9,13 +9,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
+from urllib.parse import ParseResult, urlparse
 
 import torch
 import torch.distributed as dist
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.engine import default_setup
+from detectron2.engine import HookBase, TrainerBase, default_setup
 from detectron2.engine.hooks import EvalHook
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -34,6 +34,8 @@ _HEURISTICS = "matching_heuristics=True"
 
 class _SafeCheckpointer(DetectionCheckpointer):
     """Detectron2's, but that no file of weights runs code when it is read, or is another's."""
+
+    _parsed_url_during_load: ParseResult | None
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As Detectron2's, which takes any path for a URL with options after a question mark.
@@ -83,12 +85,14 @@ class Checkpointer(CheckpointerMixin, _SafeCheckpointer):
     """
 
 
-class EvaluatesOnSuccess:
+class EvaluatesOnSuccess(TrainerBase):
     """What Detectron2's trainers lack; put it before one of them in the bases.
 
     EvalHook takes a failure in the last iteration for the end of the training, and its evaluation
     would wait for the other processes, which are not there.
     """
+
+    _hooks: list[HookBase]
 
     def after_train(self) -> None:
         if self.iter < self.max_iter:  # a failure

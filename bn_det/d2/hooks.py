@@ -31,7 +31,7 @@ def set_up_log(name: str) -> None:
         setup_logger(distributed_rank=comm.get_rank(), name=name)
 
 
-class _BeforeSaving:
+class _BeforeSaving(hooks.Hook):
     """Mixed into a hook that changes the model before others evaluate and save it."""
 
     def before_train(self) -> None:

@@ -28,7 +28,7 @@ def measure(args: argparse.Namespace) -> tuple[CfgNode, dict[str, dict[str, Esti
     cfg = setup(args)
     check_writable("OUTPUT_DIR", cfg.OUTPUT_DIR)
     check_architecture(cfg)
-    model = load_model(cfg, resume=False).eval()
+    model: GeneralizedRCNN = load_model(cfg, resume=False).eval()
     loader = annotated_loader(cfg, load_test_images(cfg), args.images_per_batch)
     roi_heads = model.roi_heads
     head = nn.Sequential(roi_heads.box_head, roi_heads.box_predictor)
