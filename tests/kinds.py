@@ -90,3 +90,20 @@ class ConvNormReLU(nn.Conv2d):
     def forward(self, x):
         x = super().forward(x)
         return self.activation(x if self.norm is None else self.norm(x))
+
+
+class NormAndMore(nn.BatchNorm2d):
+    """As timm's, with weights in what follows."""
+
+    def __init__(self, c, order=("drop", "act"), p=0.5):
+        super().__init__(c)
+        children = {"drop": nn.Dropout(p), "act": nn.PReLU(c)}
+        self.order = order
+        for name in ("drop", "act"):
+            self.add_module(name, children[name])
+
+    def forward(self, x):
+        x = super().forward(x)
+        for name in self.order:
+            x = getattr(self, name)(x)
+        return x

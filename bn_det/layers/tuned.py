@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from .become import class_of, with_class
 from .domain_batch_norm import DomainBatchNorm2d, holders_of_domains, state_holders
 from .freeze import is_frozen
+from .frozen import StaysInEvaluation, staying_class
 from .held import constant, with_zero_gradients
 from .kernels import normalize_one
 from .kinds import eps_of, follows, is_host_frozen
@@ -46,9 +47,13 @@ class _Tuned(nn.Module):
     tuned_kind: type[_Tuned]
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple:
-        # Its class is made when it is tuned, and is nowhere to be found by name.
+        # Its class is made when it is tuned, and that of some when they are frozen, and neither is
+        # anywhere to be found by name.
         state = self.__getstate__() if hasattr(self, "__getstate__") else dict(vars(self))
-        return _new, (self.tuned_kind, self.tuned_type), state
+        kind, cls = self.tuned_kind, self.tuned_type
+        if issubclass(cls, StaysInEvaluation):
+            return _new, (kind, cls.thawed_type, True), state
+        return _new, (kind, cls), state
 
 
 class TunedConv(_Tuned, _ConvNd):
@@ -181,8 +186,8 @@ def tuned_class(kind: type[_Tuned], cls: type[nn.Module]) -> type[nn.Module]:
 _CLASSES: dict[tuple[type, type], type] = {}
 
 
-def _new(kind: type[_Tuned], tuned_type: type[nn.Module]) -> Any:
-    return object.__new__(tuned_class(kind, tuned_type))
+def _new(kind: type[_Tuned], cls: type[nn.Module], stays: bool = False) -> Any:
+    return object.__new__(tuned_class(kind, staying_class(cls) if stays else cls))
 
 
 def untune(model: nn.Module) -> None:

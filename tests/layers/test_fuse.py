@@ -24,7 +24,7 @@ from bn_det import (
 )
 from bn_det.errors import InputError
 from bn_det.layers import PerLevel, forward_levels
-from kinds import ConvNormReLU
+from kinds import ConvNormReLU, NormAndMore
 
 C = 6
 
@@ -350,26 +350,9 @@ def test_timms_layers():
     assert_same_outputs(before, unfuse(of_file, state), x)
 
 
-class WithActivation(nn.BatchNorm2d):
-    """As timm's, with weights in what follows."""
-
-    def __init__(self, c, order=("drop", "act")):
-        super().__init__(c)
-        children = {"drop": nn.Dropout(0.5), "act": nn.PReLU(c)}
-        self.order = order
-        for name in ("drop", "act"):
-            self.add_module(name, children[name])
-
-    def forward(self, x):
-        x = super().forward(x)
-        for name in self.order:
-            x = getattr(self, name)(x)
-        return x
-
-
 def test_what_follows_stays():
     """With its weights, in a fused model and in its file; one that calls them otherwise is left."""
-    before = randomize(nn.Sequential(nn.Conv2d(3, C, 3), WithActivation(C)))
+    before = randomize(nn.Sequential(nn.Conv2d(3, C, 3), NormAndMore(C)))
     model, x = copy.deepcopy(before), torch.randn(2, 3, 5, 6, dtype=torch.float64)
     assert fuse(model).fused == ["1"] and type(model[1]) is nn.Sequential
     assert_same_outputs(before, model, x)
@@ -377,11 +360,11 @@ def test_what_follows_stays():
     assert set(state) == {"0.weight", "0.bias", "1.act.weight"}
     again = unfuse(copy.deepcopy(before), state)
     assert_same_outputs(before, again, x)
-    assert type(unfuse(model)[1]) is WithActivation
+    assert type(unfuse(model)[1]) is NormAndMore
     assert_same_outputs(before, model, x)
-    twice = randomize(nn.Sequential(nn.Conv2d(3, C, 3), WithActivation(C, ("act", "act"))))
+    twice = randomize(nn.Sequential(nn.Conv2d(3, C, 3), NormAndMore(C, ("act", "act"))))
     assert "does not only normalize" in fuse(twice).left["1"]
-    without = randomize(nn.Sequential(nn.Conv2d(3, C, 3), WithActivation(C, ("drop",))))
+    without = randomize(nn.Sequential(nn.Conv2d(3, C, 3), NormAndMore(C, ("drop",))))
     model = copy.deepcopy(without)
     assert fuse(model).fused == ["1"] and type(model[1]) is nn.Identity
     assert_same_outputs(without, model, x)

@@ -36,7 +36,7 @@ from bn_det import (
 )
 from bn_det.errors import InputError
 from bn_det.layers.tuned import Deferred, TunedConv, TunedNorm
-from kinds import ConvNormReLU, fill
+from kinds import ConvNormReLU, NormAndMore, fill
 from ranks import run_ranks
 
 C = 6
@@ -97,6 +97,7 @@ MODELS = {
     "RoI levels": OnRoILevels,
     "block": Block,
     "inside": lambda: nn.Sequential(ConvNormReLU(C, nn.BatchNorm2d(C))),
+    "and more": partial(sequential, make_norm=partial(NormAndMore, p=0.0)),
     **{
         f"levels {'inside ' * is_inside}{'-'.join(choices)}": partial(OnLevels, choices, is_inside)
         for choices in reference.EIGHT_CHOICES
