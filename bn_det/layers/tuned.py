@@ -82,7 +82,7 @@ class TunedConv(_Tuned, _ConvNd):
 class TunedConvWithNorm(_Tuned, nn.Conv2d):
     """A convolution that calls its BatchNorm itself, ``norm``."""
 
-    norm: AnyBatchNorm
+    norm: TunedNorm
 
     def forward(self, x: Tensor) -> Tensor:
         norm = self.norm
@@ -90,11 +90,11 @@ class TunedConvWithNorm(_Tuned, nn.Conv2d):
             return super().forward(x)
         holders = state_holders(norm)[0]
         weight, bias = _folded(self, *holders, eps_of(norm))
-        return _beside(self, weight, bias).without_norm(x)
+        return _beside(self, weight, bias).with_norm(norm.rest(), x)
 
-    def without_norm(self, x: Tensor) -> Tensor:
-        """By what it has itself, but for the BatchNorm."""
-        vars(self)["norm"] = None
+    def with_norm(self, norm: nn.Module | None, x: Tensor) -> Tensor:
+        """By what it has itself, with something else in place of the BatchNorm."""
+        vars(self)["norm"] = norm
         return super().forward(x)
 
 
@@ -127,15 +127,15 @@ class TunedNorm(_Tuned):
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(x, Deferred):
             holders = state_holders(self)[0]
-            y = x.conv.convolve(x.x, *_folded(x.conv, *holders, eps_of(self)))
-            return self._and_more(y)
+            y, rest = x.conv.convolve(x.x, *_folded(x.conv, *holders, eps_of(self))), self.rest()
+            return y if rest is None else rest(y)
         if isinstance(x, (list, tuple)) and any(isinstance(of, Deferred) for of in x):
             return self._levels(x)
         return super().forward(x, *args, **kwargs)
 
-    def _and_more(self, y: Tensor) -> Tensor:
+    def rest(self) -> nn.Module | None:
         """What the layer does after it normalizes."""
-        return y
+        return None
 
     def _levels(self, xs: Sequence[Tensor | Deferred]) -> list[Tensor]:
         """Each level with the weight of its own, which is derived once where levels share it."""
@@ -156,10 +156,8 @@ class TunedNorm(_Tuned):
 class TunedNormAndMore(TunedNorm):
     """One that calls its children after it normalizes: timm's, which have an activation."""
 
-    def _and_more(self, y: Tensor) -> Tensor:
-        for child in self.children():
-            y = child(y)
-        return y
+    def rest(self) -> nn.Module:
+        return nn.Sequential(*self.children())
 
 
 class TunedHostNorm(TunedNorm):

@@ -97,6 +97,7 @@ MODELS = {
     "RoI levels": OnRoILevels,
     "block": Block,
     "inside": lambda: nn.Sequential(ConvNormReLU(C, nn.BatchNorm2d(C))),
+    "inside and more": lambda: nn.Sequential(ConvNormReLU(C, NormAndMore(C, p=0.0))),
     "and more": partial(sequential, make_norm=partial(NormAndMore, p=0.0)),
     **{
         f"levels {'inside ' * is_inside}{'-'.join(choices)}": partial(OnLevels, choices, is_inside)
@@ -168,7 +169,7 @@ def test_outputs_and_gradients(name, affine):
 def test_what_is_folded(name):
     """Every convolution, and a level by a weight that it shares with those of the same state."""
     frozen, tuned = make(name)
-    expected = {"block": 1, "inside": 1}.get(name, 2)
+    expected = {"block": 1, "inside": 1, "inside and more": 1}.get(name, 2)
     if "levels" in name and "RoI" not in name:  # the last level is smaller than the weight
         expected = 1 if name.endswith("shared-shared") else 2
     assert number_of_folds(tuned, images()) == expected
