@@ -58,6 +58,26 @@ def end_logs_that_fail(names: Iterable[str]) -> None:
                 vars(handler)["handleError"] = partial(_end_log, handler)
 
 
+_SETTINGS = (
+    *("Environment info", "Command line arguments", "Contents of args.config_file"),
+    *("Running with full config", "Model:"),
+)
+"""How either host begins to log what a command is run with, hundreds of lines."""
+
+
+def show_no_settings(names: Iterable[str]) -> None:
+    """Have what a command is run with be in its log's file alone, where it hides a short result.
+
+    Args:
+        names: of loggers.
+    """
+    shown = sys.stdout, sys.stderr
+    for name in names:
+        for handler in logging.getLogger(name).handlers:
+            if isinstance(handler, logging.StreamHandler) and handler.stream in shown:
+                handler.addFilter(lambda record: not str(record.msg).startswith(_SETTINGS))
+
+
 def _end_log(handler: logging.StreamHandler, record: logging.LogRecord) -> None:
     error, stream = sys.exc_info()[1], handler.stream
     if isinstance(error, OSError):

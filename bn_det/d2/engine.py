@@ -22,7 +22,7 @@ from detectron2.utils.logger import setup_logger
 
 from ..commands.checkpoint import CheckpointerMixin
 from ..commands.launch import is_mendable
-from ..commands.output_folder import end_logs_that_fail
+from ..commands.output_folder import end_logs_that_fail, show_no_settings
 from ..data.coco import without_objects
 from ..errors import InputError, one_line
 from ..files import read_text, write_text
@@ -110,6 +110,8 @@ def set_up_group_and_log(args: argparse.Namespace, cfg: CfgNode, output_dir: str
     setup_logger(output_dir, distributed_rank=rank, name="fvcore")
     setup_logger(output_dir, distributed_rank=rank)
     end_logs_that_fail(("bn_det", "fvcore", "detectron2"))
+    if args.eval_only:
+        show_no_settings(["detectron2"])
     logging.getLogger("detectron2.engine.train_loop").addFilter(_in_a_line)
     with _config_of_training(args, cfg, Path(output_dir, "config.yaml")):
         default_setup(cfg, args)

@@ -13,7 +13,7 @@ from torch import nn
 from ..commands.checkpoint import Checkpointer, check_start
 from ..commands.cli import names_weights, start
 from ..commands.launch import world_size
-from ..commands.output_folder import end_logs_that_fail
+from ..commands.output_folder import end_logs_that_fail, show_no_settings
 from ..commands.results import results_table, save_results
 from ..config.check import check_ims_per_batch, resolve_device
 from ..config.load import load_config
@@ -99,6 +99,8 @@ def start_log(args: argparse.Namespace, cfg: CfgNode) -> None:
         force=True,
     )
     end_logs_that_fail([""])
+    if args.eval_only:
+        show_no_settings([""])
     logger.info("Rank of this process: %d of %d", rank, num_ranks)
     logger.info("Command line arguments: %s", args)
     logger.info("Running with full config:\n%s", cfg.dump())

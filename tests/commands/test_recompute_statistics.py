@@ -204,7 +204,9 @@ def test_several_processes(project):
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "| layer " in done.stdout
+    # What it is run with is in the folder's log alone.
+    assert "| layer " in done.stdout and "BASE_LR" not in done.stdout
+    assert "BASE_LR" in (project.folder / "log.txt").read_text()
     one, two = (statistics_of(load(project.folder / f"{num}.pth")) for num in "12")
     # Later layers see batches of other images together.
     first = FIRST_NORM[BASE][project.host]
