@@ -16,7 +16,8 @@ from ..commands.cli import add_host_argument
 from ..errors import nearest
 from ..reproduce.looks import DEFAULT_SEEDS
 from ..reproduce.main import reproduce, times
-from ..reproduce.registry import DATA, EXPERIMENTS
+from ..reproduce.registry import EXPERIMENTS
+from ..reproduce.steps import DATA
 
 
 def experiment(name: str) -> str:

@@ -166,7 +166,7 @@ def foldable(
         if is_wanted and name not in found and not reasons[pair.norm]:
             reasons[pair.norm] = (
                 _why_not(pair.conv, uses)
-                or (what_else(pair.norm) if follows(pair.norm) is None else "")
+                or ("" if follows(pair.norm) else what_else(pair.norm))
                 or _what_else_of_convolution(pair)
             )
             if not reasons[pair.norm]:

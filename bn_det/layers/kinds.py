@@ -231,13 +231,13 @@ def what_else(layer: nn.Module) -> str:
 
 
 def follows(layer: nn.Module) -> nn.Sequential | None:
-    """The children of a layer, if to call them in their order is what it does after normalizing.
+    """The children of a layer that does more than normalize, if to call them in their order is all.
 
     So timm's BatchNormAct2d has an activation. It is tried out, as by :func:`what_else`.
     """
-    if isinstance(layer, DomainBatchNorm2d) or class_of(layer) in _KNOWN or not layer._modules:
+    if not (what_else(layer) and layer._modules and _normalizes(layer, children=True)):
         return None
-    return _in_order(layer) if _normalizes(layer, children=True) else None
+    return _in_order(layer)
 
 
 def _in_order(layer: nn.Module) -> nn.Sequential:

@@ -11,8 +11,6 @@ import torch
 
 from ..data.coco import builtin_sources, datasets_root
 from ..errors import InputError, check_positive
-from .experiments.common import cells
-from .experiments.new_laboratory import LEFT_OUT
 from .looks import Looks
 from .published import NUM_GPUS, what_changes
 from .registry import SEVERAL_GPUS, experiments_on
@@ -69,15 +67,20 @@ def check_data(experiment: str, data: str) -> None:
 
 def _check_cells() -> None:
     """Raise InputError unless the photographs are there."""
-    for name in cells(LEFT_OUT, "train") + cells(LEFT_OUT, "val"):
-        source = builtin_sources()[name]
+    if missing := _missing("blood_cells_"):
+        raise InputError(
+            f"--data: 'cells' is not accepted: there is no {missing}; bn-det prepare-blood-cells "
+            "makes it, in the folder that the environment variable DETECTRON2_DATASETS names"
+        )
+
+
+def _missing(prefix: str) -> Path | None:
+    """The first file or folder that is not there, of the data sets whose names begin so."""
+    for name, source in builtin_sources().items():
         for path in (source.json_file, source.image_root):
-            if not Path(path).exists():
-                raise InputError(
-                    f"--data: 'cells' is not accepted: there is no {Path(path).absolute()}; "
-                    "bn-det prepare-blood-cells makes it, in the folder that the environment "
-                    "variable DETECTRON2_DATASETS names"
-                )
+            if name.startswith(prefix) and not Path(path).exists():
+                return Path(path).absolute()
+    return None
 
 
 def _check_coco_run(args: argparse.Namespace, names: Sequence[str]) -> None:
@@ -112,18 +115,14 @@ def _check_coco_run(args: argparse.Namespace, names: Sequence[str]) -> None:
 
 def _check_coco() -> None:
     """Raise InputError unless COCO is where Detectron2 looks for it."""
-    for name, source in builtin_sources().items():
-        if not name.startswith("coco_"):
-            continue
-        for path in (source.json_file, source.image_root):
-            if not Path(path).exists():
-                raise InputError(
-                    f"--data: 'coco' is not accepted: there is no {Path(path).absolute()}. COCO is "
-                    f"looked for below {datasets_root().absolute() / 'coco'} (the environment "
-                    "variable DETECTRON2_DATASETS names the folder above it), as "
-                    "annotations/instances_train2017.json, annotations/instances_val2017.json, "
-                    "train2017/*.jpg and val2017/*.jpg; or use --data shapes, which is generated"
-                )
+    if missing := _missing("coco_"):
+        raise InputError(
+            f"--data: 'coco' is not accepted: there is no {missing}. COCO is looked for below "
+            f"{datasets_root().absolute() / 'coco'} (the environment variable DETECTRON2_DATASETS "
+            "names the folder above it), as annotations/instances_train2017.json, "
+            "annotations/instances_val2017.json, train2017/*.jpg and val2017/*.jpg; or use --data "
+            "shapes, which is generated"
+        )
 
 
 def check_host(setting: Setting) -> None:

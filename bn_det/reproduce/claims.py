@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import NamedTuple
 
+from .steps import DATA
+
 WU_JOHNSON = 'Wu & Johnson, *Rethinking "Batch" in BatchNorm*, arXiv 2105.07576'
 BROCK = "Brock et al., *High-Performance Large-Scale Image Recognition Without Normalization*, 2021"
-
-
-_ALL = ("shapes", "cells", "coco")
 
 
 class Claim(NamedTuple):
@@ -113,7 +112,7 @@ CLAIMS = (
         "of the base training",
         1.0,
         "AP",
-        data=_ALL,
+        data=DATA,
     ),
     Claim(
         "precise steady",
@@ -125,7 +124,7 @@ CLAIMS = (
         "four times the learning rate: EMA - PreciseBN",
         0.5,
         "AP",
-        data=_ALL,
+        data=DATA,
     ),
     Claim(
         "precise large rate",
@@ -136,7 +135,7 @@ CLAIMS = (
         "learning rate",
         1.0,
         "AP",
-        data=_ALL,
+        data=DATA,
     ),
     Claim(
         "EMA at the end",
@@ -147,7 +146,7 @@ CLAIMS = (
         0.5,
         "AP",
         at_most=True,
-        data=_ALL,
+        data=DATA,
     ),
     Claim(
         "EMA error, rate",
@@ -159,7 +158,7 @@ CLAIMS = (
         "learning rate over that of the base training, - 1",
         0.25,
         "ratio",
-        data=_ALL,
+        data=DATA,
     ),
     Claim(
         "EMA error, batch",
@@ -171,7 +170,7 @@ CLAIMS = (
         "training at the checkpoints nearest in epochs, - 1",
         0.25,
         "ratio",
-        data=_ALL,
+        data=DATA,
     ),
     Claim(
         "a thousand samples",

@@ -36,8 +36,6 @@ _ON_CELLS = {
 }
 """Whose domains are laboratories."""
 
-DATA = ("coco", "shapes", "cells")
-
 NOT_ON_COCO = ("domain-shift", "correlated")
 """Those whose data COCO does not have."""
 
@@ -46,7 +44,7 @@ SEVERAL_GPUS = ("leakage", "batch-size")
 
 
 def experiments_on(data: str) -> Mapping[str, ModuleType]:
-    """Those that there are on some data, one of DATA."""
+    """Those that there are on some data."""
     if data == "cells":
         return _ON_CELLS
     return {n: of for n, of in EXPERIMENTS.items() if data == "shapes" or n not in NOT_ON_COCO}

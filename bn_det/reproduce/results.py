@@ -50,12 +50,16 @@ class Results:
             value = None if value is None else value[key]
         return value
 
-    def ap(self, step: Step, file: str, *keys: str) -> float | None:
-        """AP in a step's file, by keys that end with "bbox" or "segm"; 0 without detections."""
+    def ap(self, step: Step, file: str, *keys: str, metric: str = "AP") -> float | None:
+        """AP in a step's file, by keys that end with "bbox" or "segm"; 0 without detections.
+
+        Args:
+            metric: which one, such as that of a category.
+        """
         *where, task = keys
         metrics = self.at(step, file, *where)
         # Detectron2 has no masks where there are no detections.
-        return None if metrics is None else metrics.get(task, {}).get("AP") or 0.0
+        return None if metrics is None else metrics.get(task, {}).get(metric) or 0.0
 
     def metrics(self, training: Training) -> list[dict[str, float]]:
         """The lines of a training's metrics.json, also of one that has diverged, in their order."""

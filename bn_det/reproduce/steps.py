@@ -14,6 +14,8 @@ from .published import scaled, scaled_iterations
 
 T = TypeVar("T")
 
+DATA = ("coco", "shapes", "cells")
+
 CHECKPOINT = "model_final.pth"
 
 _BN_DET = ("-m", "bn_det")
@@ -52,7 +54,7 @@ class Setting(NamedTuple):
     """What all steps of a report have in common.
 
     Attributes:
-        data: "coco", "shapes" or "cells".
+        data: one of DATA.
         host: "detectron2" or "torchvision".
         runs: the folder of all runs.
         num_gpus: processes of a training on COCO.

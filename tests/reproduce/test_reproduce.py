@@ -33,7 +33,7 @@ from bn_det.reproduce.experiments.new_laboratory import LEFT_OUT, METRICS
 from bn_det.reproduce.looks import Looks
 from bn_det.reproduce.main import plan
 from bn_det.reproduce.published import scaled, scaled_iterations, what_changes
-from bn_det.reproduce.registry import DATA, EXPERIMENTS, experiments_on
+from bn_det.reproduce.registry import EXPERIMENTS, experiments_on
 from bn_det.reproduce.report import (
     cell,
     effect_text,
@@ -44,7 +44,7 @@ from bn_det.reproduce.report import (
 )
 from bn_det.reproduce.results import Picture, Results, Table, average
 from bn_det.reproduce.runner import Outcome, Runner, settings_of
-from bn_det.reproduce.steps import Setting, Step
+from bn_det.reproduce.steps import DATA, Setting, Step
 from here import run_here
 from waiting import wait_for
 
@@ -760,6 +760,18 @@ def test_report_on_cells(tmp_path):
         )
         gains.append(after["bbox"]["AP"] - before["bbox"]["AP"])
     assert found["AdaBN, laboratories"] == pytest.approx(sum(gains) / 4)
+
+
+def test_a_laboratory_in_which_nothing_is_detected(tmp_path):
+    """As elsewhere, its AP is 0, of each kind of cell."""
+    setting = Setting("cells", "torchvision", tmp_path / "runs")
+    step = new_laboratory.adabn_step(new_laboratory.training(setting, 1, "bcd"), "bcd")
+    path = setting.runs / step.name / "precise.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"results": {"before": {}, "after": {"bbox": {"AP-RBC": 9.5}}}}))
+    results = Results(setting, {step.name: Outcome(60.0, None)}, [1])
+    assert new_laboratory.ap(results, 1, "bcd", "before", "AP-RBC") == 0.0
+    assert new_laboratory.ap(results, 1, "bcd", "after", "AP-RBC") == 9.5
 
 
 def test_a_laboratory_that_is_left_out_is_not_trained_on(tmp_path):

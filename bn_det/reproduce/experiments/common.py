@@ -69,6 +69,13 @@ def precise_of(
     return recompute(training, name, setting.pick(31, 0, 110), flags, opts, weights=weights)
 
 
+def adabn_of(training: Training, name: str, data_set: str) -> Step:
+    """AdaBN on a data set, and AP there before and after."""
+    flags, opts = ("--adabn", "--dataset", data_set), ("TEST.PRECISE_BN.IMS_PER_BATCH", 32)
+    seconds = training.setting.pick(26, 0, 50)
+    return recompute(training, f"adabn-{name}", seconds, flags, opts)
+
+
 def box_ap(results: Results, step: Step, file: str, *keys: str) -> float | None:
     """Box AP in a step's file, by keys; on blood cells the mean over LABORATORIES."""
     if results.setting.data != "cells":

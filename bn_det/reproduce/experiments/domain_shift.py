@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from ..results import Line, Panel, Picture, Results, Row, Table, average, difference, draw
-from ..steps import Setting, Step, Training, recompute
-from .common import base_training
+from ..steps import Setting, Step, Training
+from .common import adabn_of, base_training
 
 DOMAINS = ("night", "fog", "sensor")
 
 
 def adabn_step(of: Training, domain: str) -> Step:
-    flags = ("--adabn", "--dataset", f"shapes_{domain}_val")
-    opts = ("TEST.PRECISE_BN.IMS_PER_BATCH", 32)
-    return recompute(of, f"adabn-{domain}", 26, flags, opts)
+    return adabn_of(of, domain, f"shapes_{domain}_val")
 
 
 def plan(setting: Setting, seed: int) -> list[Step]:

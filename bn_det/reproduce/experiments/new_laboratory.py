@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..results import Line, Panel, Picture, Results, Row, Table, average, difference, draw
-from ..steps import Setting, Step, Training, recompute, train
-from .common import CELLS_SECONDS, JOINT, LABORATORIES, base_training, cells
+from ..steps import Setting, Step, Training, train
+from .common import CELLS_SECONDS, JOINT, LABORATORIES, adabn_of, base_training, cells
 
 NEW = "raabin"
 """The one that the base training leaves out."""
@@ -25,9 +25,7 @@ def training(setting: Setting, seed: int, left_out: str) -> Training:
 
 
 def adabn_step(of: Training, left_out: str) -> Step:
-    flags = ("--adabn", "--dataset", *cells([left_out], "val"))
-    opts = ("TEST.PRECISE_BN.IMS_PER_BATCH", 32)
-    return recompute(of, f"adabn-{left_out}", 50, flags, opts)
+    return adabn_of(of, left_out, *cells([left_out], "val"))
 
 
 def plan(setting: Setting, seed: int) -> list[Step]:
@@ -41,7 +39,7 @@ def plan(setting: Setting, seed: int) -> list[Step]:
 def ap(results: Results, seed: int, left_out: str, when: str, of: str) -> float | None:
     """One of METRICS in the laboratory that is left out, "before" AdaBN or "after"."""
     step = adabn_step(training(results.setting, seed, left_out), left_out)
-    return results.at(step, "precise.json", "results", when, "bbox", of)
+    return results.ap(step, "precise.json", "results", when, "bbox", metric=of)
 
 
 def gain(of: str, results: Results, seed: int) -> float | None:
