@@ -16,7 +16,7 @@ from ..commands.cli import add_host_argument
 from ..errors import nearest
 from ..reproduce.looks import DEFAULT_SEEDS
 from ..reproduce.main import reproduce, times
-from ..reproduce.registry import EXPERIMENTS
+from ..reproduce.registry import EXPERIMENTS, experiments_on
 from ..reproduce.steps import DATA
 
 
@@ -46,7 +46,7 @@ def argument_parser(prog: str) -> argparse.ArgumentParser:
         choices=DATA,
         default="shapes",
         help="COCO as published; the small twins on generated data (default); or photographs of "
-        "blood cells of four laboratories (multi-domain, population and domain-shift)",
+        f"blood cells of four laboratories ({', '.join(experiments_on('cells'))})",
     )
     parser.add_argument(
         "--seeds",

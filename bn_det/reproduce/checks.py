@@ -56,12 +56,9 @@ def check_data(experiment: str, data: str) -> None:
     there = experiments_on(data)
     if experiment == "all" or experiment in there:
         return
-    why = {
-        "coco": "for which COCO has no images (of other appearances; or of one category each)",
-        "cells": f"which has no settings for blood cells; {', '.join(there)} have some",
-    }
     raise InputError(
-        f"--data: {data!r} is not accepted with {experiment}, {why[data]}; use --data shapes"
+        f"--data: {data!r} is not accepted with {experiment}, which has no images or no settings "
+        f"there; {', '.join(there)} have them; use one of these, or --data shapes"
     )
 
 

@@ -279,6 +279,7 @@ CLAIMS = (
         "with batch statistics - with population statistics",
         0.5,
         "% accuracy",
+        data=DATA,
     ),
     Claim(
         "leak, mask AP",
@@ -298,6 +299,7 @@ CLAIMS = (
         "the difference of 'leak': BN's - that after training with shuffling",
         0.5,
         "% accuracy",
+        data=DATA,
     ),
     Claim(
         "SyncBN",
@@ -307,6 +309,7 @@ CLAIMS = (
         "the difference of 'leak': BN's - that after training with SyncBN",
         0.5,
         "% accuracy",
+        data=DATA,
     ),
     Claim(
         "pairs leak",
@@ -407,6 +410,43 @@ CLAIMS = (
         2.0,
         "AP",
         data=("cells",),
+    ),
+    Claim(
+        "leak, box AP",
+        "leakage",
+        "The leak costs AP: with population statistics the hint is missing.",
+        f"{WU_JOHNSON}, Sec. 6, Table 3",
+        "box AP at the end with a BN head: with the statistics of a test image's RoIs - with "
+        "population statistics",
+        1.0,
+        "AP",
+        data=("cells",),
+    ),
+    Claim(
+        "loss spike, shared statistics",
+        "loss-spike",
+        "A rate at which the loss leaps after the warm-up costs more where a head's levels are "
+        "normalized together.",
+        "docs/claims.md, on loss spikes",
+        "box AP, PreciseBN, at the usual rate and warm-up - at eight times the rate after a "
+        "warm-up of 50: with statistics of all levels - with those of each level; of seeds in "
+        "which the former leapt",
+        1.0,
+        "AP",
+        data=("shapes",),
+        with_spikes=True,
+    ),
+    Claim(
+        "expected gain",
+        "doctor",
+        "The gain that the doctor expects of recomputed statistics is the one that comes.",
+        "docs/doctor.md",
+        "box AP, |that of PreciseBN - EMA - what bn-det doctor --evaluate says|, mean over the "
+        "checkpoints of the first third of the base training and its last",
+        0.5,
+        "AP",
+        at_most=True,
+        data=("shapes", "cells"),
     ),
 )
 

@@ -22,6 +22,16 @@ _DEFAULTS = {
 """Detectron2's, and ours, of what is scaled and not in every file."""
 
 
+def beside(data: str, tables: str) -> str:
+    """For a note: where the paper's numbers are, to compare with those of COCO."""
+    if data != "coco":
+        return ""
+    return (
+        f"The published numbers are those of {tables} of arXiv 2105.07576. They are not repeated "
+        "here: its text was not at hand where this was written. "
+    )
+
+
 def scaled(file: str, opts: Sequence[str], num_gpus: int) -> tuple[str, ...]:
     """Options for a training of a COCO config on another number of GPUs than 8.
 

@@ -8,10 +8,12 @@ from types import ModuleType
 from .experiments import (
     batch_size,
     correlated,
+    doctor,
     domain_shift,
     frozen,
     laboratories,
     leakage,
+    loss_spike,
     multi_domain,
     new_laboratory,
     normalizer_free,
@@ -27,17 +29,21 @@ EXPERIMENTS = {
     "domain-shift": domain_shift,
     "correlated": correlated,
     "normalizer-free": normalizer_free,
+    "loss-spike": loss_spike,
+    "doctor": doctor,
 }
 
 _ON_CELLS = {
     "multi-domain": laboratories,
+    "leakage": leakage,
     "population": population,
     "domain-shift": new_laboratory,
+    "doctor": doctor,
 }
 """Whose domains are laboratories."""
 
-NOT_ON_COCO = ("domain-shift", "correlated")
-"""Those whose data COCO does not have."""
+NOT_ON_COCO = ("domain-shift", "correlated", "loss-spike", "doctor")
+"""Those whose data COCO does not have, or that have no settings for it."""
 
 SEVERAL_GPUS = ("leakage", "batch-size")
 """Those that on COCO compare the batch of a GPU with that of all."""

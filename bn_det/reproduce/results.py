@@ -71,13 +71,17 @@ class Results:
         return read_metrics(folder) if (folder / "metrics.json").is_file() else []
 
     def ap_at(self, training: Training, task: str, iteration: int) -> float | None:
-        """AP of an iteration of the published setting, as :meth:`ap`."""
+        """AP of an iteration of the published setting, as :meth:`ap`; a mean over test sets."""
         done = training.iteration(iteration)
         for line in self.metrics(training):
             # Counted from 0; but Detectron2's evaluation at the end has the number of iterations.
-            if line["iteration"] in (done - 1, done) and "bbox/AP" in line:
-                value = line.get(f"{task}/AP", math.nan)
-                return 0.0 if math.isnan(value) else value
+            if line["iteration"] not in (done - 1, done):
+                continue
+            # Each has boxes; but no masks where nothing is detected.
+            of_boxes = [key for key in line if key.endswith("bbox/AP")]
+            values = [line.get(key.replace("bbox", task), math.nan) for key in of_boxes]
+            if values:
+                return mean(0.0 if math.isnan(value) else value for value in values)
         return None
 
     def over_seeds(self, value: Callable[..., float | None], *args: Any) -> list[float | None]:

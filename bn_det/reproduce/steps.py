@@ -210,6 +210,15 @@ def _measure(
     return Step(name, command, setting.pick(seconds, 0), (training.name, *needs))
 
 
+def examine(
+    training: Training, name: str, seconds: float, opts: Sequence[object], weights: str
+) -> Step:
+    """What the doctor says of a checkpoint, and what it expects of its treatment: doctor.json."""
+    report = os.path.join(training.setting.folder(f"{training.name}/{name}"), "doctor.json")
+    flags = ("--evaluate", "--fail-on", "never", "--format", "json", "--output", report)
+    return _measure(training, "doctor", name, seconds, flags, opts, weights)
+
+
 def recompute(
     training: Training,
     name: str,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", "3.6")  # before that the arguments of its compiler are others
 import triton
 from kernel_cases import make_case
 from triton.backends.compiler import GPUTarget

@@ -70,7 +70,7 @@ def test_cells_that_are_not_there(check):
         check(0, "population", data="cells", num_gpus=2)
 
 
-@pytest.mark.parametrize("experiment, data", [("correlated", "coco"), ("leakage", "cells")])
+@pytest.mark.parametrize("experiment, data", [("correlated", "coco"), ("frozen", "cells")])
 def test_experiments_that_some_data_does_not_have(experiment, data):
     with pytest.raises(InputError, match=f"--data: '{data}' is not accepted with {experiment}, "):
         check_data(experiment, data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ..published import beside
 from ..results import Line, Panel, Picture, Results, Row, Table, draw, known
 from ..steps import Setting, Step, Training, train
 from .common import DETECTOR, base_training, precise_of
@@ -90,7 +91,8 @@ def show(results: Results) -> list[Table | Picture]:
     title = "Levels of the head: consistent first and last"
     groups = [f"{s},\n{p}" for s, p in ROWS]
     panel = Panel(title, "normalized in training, population", "box AP", lines, groups=groups)
+    name, note = "Levels of a RetinaNet head (Table 5)", beside(results.setting.data, "Table 5")
     return [
-        Table("table5", "Levels of a RetinaNet head (Table 5)", labels, columns, (1, 1), table),
+        Table("table5", name, labels, columns, (1, 1), table, note),
         Picture("multi_domain", "Box AP of the four choices, with PreciseBN.", draw([panel])),
     ]
