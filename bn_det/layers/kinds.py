@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from ..errors import InputError, nearest, of_other_type
+from ..errors import InputError, first_of, nearest, of_other_type
 from .batch_norm import BatchNorm2d
 from .become import class_of
 from .domain_batch_norm import DomainBatchNorm2d
@@ -83,8 +83,8 @@ def refuse_meta(what: str, model: nn.Module) -> None:
     empty = [name for name, tensor in tensors if tensor.device.type == "meta"]
     if empty:
         raise InputError(
-            f"{what}: {empty[0]} and {len(empty) - 1} more are on the meta device, where nothing "
-            "has a value; load its weights (load_state_dict(..., assign=True))"
+            f"{what}: on the meta device, where nothing has a value: {first_of(empty)}; load its "
+            "weights (load_state_dict(..., assign=True))"
         )
 
 

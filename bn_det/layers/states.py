@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ..errors import first_of
 from .batch_norm import BatchNorm2d
 from .become import class_of
 from .comm import process_group
@@ -221,7 +222,7 @@ def _row(label: str, of: LayerState) -> list[Any]:
 
 def _count(layers: list[LayerState], words: str) -> str:
     names = [of.name or "the module" for of in layers if words in of.contradictions]
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+    return first_of(names)
 
 
 def _by_subtree(layers: list[LayerState]) -> list[tuple[str, LayerState]]:

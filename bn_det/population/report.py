@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import first_of
 from ..files import finite
 from .estimate import Estimate
 from .observation import PopulationLayer
@@ -95,8 +96,7 @@ class PopulationReport(NamedTuple):
             lines.append(f"Not used, left as they were: {', '.join(self.unused)}")
         for why in dict.fromkeys(self.left.values()):
             names = [name for name, reason in self.left.items() if reason == why]
-            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            lines.append(f"Left as they were: {names[0]}{others}: {why}")
+            lines.append(f"Left as they were: {first_of(names)}: {why}")
         return "\n".join(lines)
 
     def _table(self) -> str:

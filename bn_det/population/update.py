@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..errors import InputError, check_positive, choose, of_other_type, reason_of
+from ..errors import InputError, check_positive, choose, first_of, of_other_type, reason_of
 from ..layers.comm import Group, all_gather, process_group, report_disagreement
 from ..layers.folded import is_folded
 from ..layers.kept import as_frozen
@@ -396,9 +396,8 @@ def _why_folded(model: nn.Module, layers: Sequence[PopulationLayer]) -> InputErr
     names = [first_name[o] for o in reversed(first_name) if is_folded(o, lists.get(o))]
     if not names:
         return None
-    others = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return InputError(
-        f"update_bn_stats: {names[0]}{others} has mean 0 and variance 1, no batch tracked, and "
+        f"update_bn_stats: {first_of(names)} has mean 0 and variance 1, no batch tracked, and "
         "weight and bias that are trained: its statistics are folded into these, and others would "
         "change the model (bn_det.unfold keeps its function); or they have never been updated, "
         "then say initial=True"

@@ -158,4 +158,6 @@ def test_a_model_without_values(project):
     flags = ["other_project:on_no_device" if of == "other_project:make" else of for of in FLAGS]
     done = run(*flags)
     assert done.returncode == 1
-    assert done.stderr.startswith("error: --model: 0.weight and 6 more are on the meta device")
+    assert done.stderr.startswith(
+        "error: --model: on the meta device, where nothing has a value: 0.weight and 6 more; load"
+    )
