@@ -11,7 +11,7 @@ from tabulate import tabulate
 
 from ..errors import InputError, reason_of
 from .claims import CLAIMS, Claim, Verdict
-from .report import effect_text, wanted
+from .words import effect_text, wanted
 
 BEGIN, END = "<!-- made of claims.json -->", "<!-- until here -->"
 """Between these lines of a page the table is."""

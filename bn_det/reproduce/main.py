@@ -23,17 +23,12 @@ from .claims import Verdict, claims_of
 from .looks import DECIDED, DEFAULT_SEEDS, Looks, looks_of, undecided
 from .published import NUM_GPUS
 from .registry import EXPERIMENTS, experiments_on
-from .report import (
-    Report,
-    ledger_markdown,
-    make_report,
-    spikes_text,
-    table_text,
-    write_report,
-)
+from .report import Report, make_report
 from .results import Results, Table
 from .runner import Runner
+from .save import write_report
 from .steps import Setting, Step, shown
+from .words import ledger_markdown, spikes_text, table_text
 
 
 def reproduce(args: argparse.Namespace) -> None:

@@ -37,17 +37,12 @@ from bn_det.reproduce.looks import Looks
 from bn_det.reproduce.main import plan
 from bn_det.reproduce.published import scaled, scaled_iterations, what_changes
 from bn_det.reproduce.registry import EXPERIMENTS, experiments_on
-from bn_det.reproduce.report import (
-    cell,
-    effect_text,
-    make_report,
-    spikes_text,
-    verdict_of,
-    write_report,
-)
+from bn_det.reproduce.report import make_report, verdict_of
 from bn_det.reproduce.results import Picture, Results, Table, average
 from bn_det.reproduce.runner import Outcome, Runner, settings_of
+from bn_det.reproduce.save import write_report
 from bn_det.reproduce.steps import DATA, Setting, Step
+from bn_det.reproduce.words import cell, effect_text, spikes_text
 from here import run_here
 from waiting import wait_for
 

@@ -1,0 +1,83 @@
+"""The files of a report: a page, pictures, and the numbers as JSON."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ..files import finite, write_aside, write_json, write_text
+from .page import report_page
+from .power import seeds_needed
+from .report import RESULTS, Report, identity
+from .results import Picture, Table
+from .steps import shown
+from .words import ledger_markdown
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """Write ``report.html``, ``results.json``, ``claims.md`` and the pictures into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for picture in _pictures(report):
+        with write_aside(folder / f"{picture.name}.png") as aside:
+            picture.figure.savefig(aside, format="png", dpi=120)
+    write_text(folder / "claims.md", ledger_markdown(report) + "\n")
+    write_text(folder / "report.html", report_page(report, folder, _versions()))
+    write_json(folder / RESULTS, finite(_as_dict(report)))
+
+
+def _pictures(report: Report) -> list[Picture]:
+    shown = [item for show in report.shows.values() for item in show]
+    return [item for item in (report.picture, *shown) if isinstance(item, Picture)]
+
+
+def _as_dict(report: Report) -> dict[str, Any]:
+    outcomes = report.results.outcomes
+    return {
+        **identity(report.title, report.results.setting, report.looks),
+        "confidence": report.looks.confidence,
+        "seeds": list(report.results.seeds),
+        "versions": _versions(),
+        "claims": [
+            {
+                **claim._asdict(),
+                **verdict._asdict(),
+                "verdict": verdict.word,
+                "seeds_needed": seeds_needed(claim, verdict, report.looks.confidence),
+            }
+            for claim, verdict in report.ledger
+        ],
+        "tables": {
+            name: [_table_dict(t) for t in show if isinstance(t, Table)]
+            for name, show in report.shows.items()
+        },
+        "steps": {
+            step.name: {"command": shown(step.command), **outcomes[step.name]._asdict()}
+            for step in report.steps
+            if step.name in outcomes
+        },
+        "loss_spikes": report.spikes,
+        "failed": {failure.step.name: failure.reason for failure in report.failures},
+    }
+
+
+def _table_dict(table: Table) -> dict[str, Any]:
+    rows = [
+        {
+            **dict(zip(table.labels, row.label, strict=True)),
+            **{name: list(v) for name, v in zip(table.columns, row.cells, strict=True)},
+            "steps": [step.name for step in row.steps],
+        }
+        for row in table.rows
+    ]
+    return {"name": table.name, "title": table.title, "rows": rows}
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("bn_det", "torch", "torchvision", "detectron2", "timm"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

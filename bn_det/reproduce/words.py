@@ -1,0 +1,100 @@
+"""Reports in words: for the terminal, and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean, stdev
+
+from tabulate import tabulate
+
+from ..training.spikes import FACTOR, spike_text
+from .claims import Claim, Verdict
+from .looks import Looks
+from .power import MOST, seeds_needed
+from .report import Report
+from .results import Table, Values
+
+SEEDS_NEEDED = "seeds needed"
+
+
+def cell(values: Values, digits: int) -> str:
+    """Values by seed for people: a mean, and a standard deviation where there are several."""
+    known = [v for v in values if v is not None]
+    if not known:
+        return "-"
+    text = f"{mean(known):.{digits}f}"
+    return text if len(known) == 1 else f"{text} ± {stdev(known):.{digits}f}"
+
+
+def cells_text(table: Table, cells: Sequence[Values]) -> list[str]:
+    return [cell(v, digits) for v, digits in zip(cells, table.digits, strict=True)]
+
+
+def table_text(table: Table) -> str:
+    """For the terminal."""
+    rows = [[*row.label, *cells_text(table, row.cells)] for row in table.rows]
+    headers = [*table.labels, *table.columns]
+    body = tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)
+    return f"{table.title}\n{body}"
+
+
+def ledger_markdown(report: Report) -> str:
+    """The ledger as a table."""
+    rows = [
+        [
+            *(claim.sentence, claim.name, wanted(claim), effect_text(verdict)),
+            *(verdict.word or "-", needed_text(claim, verdict, report.looks)),
+        ]
+        for claim, verdict in report.ledger
+    ]
+    headers = ["claim", "name", "what counts", found_text(report.looks), "verdict", SEEDS_NEEDED]
+    return tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)
+
+
+def effect_text(verdict: Verdict) -> str:
+    """The mean effect, its interval, the number of seeds, and those that are left out."""
+    left_out = ", ".join(map(str, verdict.left_out))
+    left_out = f"; loss spikes in seed {left_out}" if left_out else ""
+    if not verdict.effects:
+        return f"not measured{left_out}"
+    digits = 3 if abs(verdict.mean) < 1 else 2
+    text = f"{verdict.mean:+.{digits}f}"
+    if verdict.low is None:
+        return f"{text} (one seed{left_out})"
+    ends = f"[{verdict.low:.{digits}f}, {verdict.high:.{digits}f}]"
+    return f"{text} {ends} ({len(verdict.effects)}{left_out})"
+
+
+def spikes_text(report: Report) -> list[str]:
+    """Lines on the loss spikes of all trainings."""
+    if not report.spikes:
+        return []
+    lines = [
+        f"{name}: {spike_text(spike)}"
+        for name, noted in report.spikes.items()
+        for spike in noted["spikes"]
+    ]
+    name, most = max(
+        ((name, noted["largest"]) for name, noted in report.spikes.items()),
+        key=lambda of: of[1]["ratio"],
+    )
+    end = (
+        f"the largest loss over its running median: {most['ratio']:.2f}, {name} at iteration "
+        f"{most['iteration']}; {FACTOR:g} is a spike"
+    )
+    count = sum(bool(noted["spikes"]) for noted in report.spikes.values())
+    return [f"Loss spikes in {count} of {len(report.spikes)} trainings; {end}", *lines]
+
+
+def wanted(claim: Claim) -> str:
+    return f"{'at most' if claim.at_most else 'at least'} {claim.smallest:g} {claim.unit}"
+
+
+def found_text(looks: Looks) -> str:
+    return f"found ({100 * looks.confidence:g} % interval, seeds)"
+
+
+def needed_text(claim: Claim, verdict: Verdict, looks: Looks) -> str:
+    if len(verdict.effects) < 2:
+        return "-"
+    return str(seeds_needed(claim, verdict, looks.confidence) or f"more than {MOST}")
