@@ -29,6 +29,7 @@ class Layer(NamedTuple):
         name: what its keys begin with.
         mean, var, weight, bias: shape (C,).
         batches: counted.
+    eps: of a layer of a model.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Layer(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
     batches: int | None
+    eps: float | None = None
 
 
 class Checkpoint(NamedTuple):

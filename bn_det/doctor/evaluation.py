@@ -174,14 +174,15 @@ def with_gains(
     found = []
     for of in findings:
         kinds = kinds_of(of, recompute)
-        kind = kinds[0] if kinds else None
-        if kind in numbers:
-            number = numbers[kind]
+        # Two kinds of the same rules are one treatment in two directions.
+        either = [numbers[k] for k in kinds if k in numbers and k.rules == kinds[0].rules]
+        number = max(either, key=lambda k: tried[k].gain, default=None)
+        if number is not None:
             of = of._replace(gain=tried[number].gain, measure=trials.measure)
-            if kind is not RECOMPUTED and trials.helps_more(number):
+            if trials.treatments[number].kind is not RECOMPUTED and trials.helps_more(number):
                 of = of._replace(severity="error")
-        elif kind is not None:
-            of = of._replace(untried=failed.get(kind, kind.may_harm))
+        elif kinds:
+            of = of._replace(untried=failed.get(kinds[0], kinds[0].may_harm))
         found.append(of)
     return found
 

@@ -13,7 +13,7 @@ from ..errors import InputError, check_positive, of_other_type, shown
 from ..layers.comm import Group, process_group
 from ..layers.freeze import is_frozen
 from ..layers.kept import as_frozen
-from ..layers.kinds import batch_norms, is_batch_norm, refuse_meta, unwrapped
+from ..layers.kinds import batch_norms, eps_of, is_batch_norm, refuse_meta, unwrapped
 from ..population.calling import ITERABLE, is_iterable
 from ..population.observation import places_with_statistics, population_layers
 from . import (
@@ -45,7 +45,7 @@ from .from_training import Step
 from .images import Images
 from .losses import Losses
 from .modes import in_mode
-from .prescriptions import KINDS, untried
+from .prescriptions import KINDS, RECOMPUTED, kinds_of, untried
 from .progress import Price, Told
 from .rules import RULES
 from .treatments import Passes, shares_population
@@ -239,10 +239,11 @@ class _Examination:
         losses = Losses(self.model, self.call, images.held(self.num_iters // 2), self.told)
         compared = from_losses.compare(losses, seen)
         shifts = from_evaluation.shifts(compared.inputs)
+        own = sorted({of.rule for of in self.findings if _is_of_statistics(of, self.recompute)})
         found = [
             *self.findings,
             *from_losses.findings_of(compared, self.recompute),
-            *from_evaluation.findings_of(shifts, compared.inputs, self.recompute),
+            *from_evaluation.findings_of(shifts, compared.inputs, self.recompute, own),
         ]
         if any(of.rule == "BN202" for of in found):
             # Statistics of each level may be what its batch is better for.
@@ -260,6 +261,11 @@ class _Examination:
             self.findings, self.model, of_target.statistics, score, self.told
         )
         return tried
+
+
+def _is_of_statistics(of: Finding, recompute: Recompute) -> bool:
+    """Whether it is an alarm that recomputed statistics are prescribed for."""
+    return of.severity != "note" and RECOMPUTED in kinds_of(of, recompute)
 
 
 def _check_types(**given: Any) -> None:
@@ -284,9 +290,15 @@ _TYPES = {
 def _checkpoint(model: nn.Module) -> Checkpoint:
     """The state of a model, as a file has it; what is frozen has no counter that tells anything."""
     found = of_state(model.state_dict())
-    places = places_with_statistics(model)
-    frozen = {shown(place.name) for place in places if is_frozen(place.owner)}
-    layers = [of._replace(batches=None) if of.name in frozen else of for of in found.layers]
+    owners = {shown(place.name): place.owner for place in places_with_statistics(model)}
+    layers = [
+        of._replace(
+            batches=None if is_frozen(owners[of.name]) else of.batches, eps=eps_of(owners[of.name])
+        )
+        if of.name in owners
+        else of
+        for of in found.layers
+    ]
     return found._replace(layers=layers, momenta=from_model.momenta(model))
 
 
@@ -310,7 +322,6 @@ def _price(
 ) -> Price:
     with in_mode(model, training=True):
         moving = bool(population_layers(model))
-    layers = batch_norms(model)
     price = Price(num_iters * (moving or has_target), target=num_iters * has_target)
     if not evaluate:
         return price
@@ -319,7 +330,7 @@ def _price(
         passes=num_passes(model),
         # One of RoIs, which the model may not have.
         more=1 + 2 * MOST_PARTS * moving + (len(KINDS) - 1) * (not has_score),
-        again=num_iters * has_frozen(model) * (1 + any(map(shares_population, layers))),
+        again=num_iters * has_frozen(model) * (1 + any(map(shares_population, batch_norms(model)))),
         has_score=has_score,
         has_target_score=has_target_score,
     )

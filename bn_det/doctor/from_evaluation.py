@@ -154,14 +154,22 @@ def _vectors(run: Watch) -> list[Tensor | None]:
     return found
 
 
-def findings_of(found: Sequence[Shift], seen: Inputs, recompute: Recompute) -> Iterator[Finding]:
-    """BN206 and BN207."""
-    yield from accumulated(found, seen, recompute)
+def findings_of(
+    found: Sequence[Shift], seen: Inputs, recompute: Recompute, own: Sequence[str]
+) -> Iterator[Finding]:
+    """BN206 and BN207.
+
+    Args:
+        own: rules by which statistics have been found to be off themselves.
+    """
+    yield from accumulated(found, seen, recompute, own)
     yield from proposals(seen)
 
 
-def accumulated(found: Sequence[Shift], seen: Inputs, recompute: Recompute) -> Iterator[Finding]:
-    """BN206."""
+def accumulated(
+    found: Sequence[Shift], seen: Inputs, recompute: Recompute, own: Sequence[str]
+) -> Iterator[Finding]:
+    """BN206; a note where statistics are off themselves, as what these do is no second fault."""
     off = {of.name: of.worst for of in found if of.worst}
     if not off:
         return
@@ -178,7 +186,9 @@ def accumulated(found: Sequence[Shift], seen: Inputs, recompute: Recompute) -> I
         f"layers to {amount(last, 2)} in the last; with recomputed statistics that of {names[0]} "
         f"is {left:.2g}"
     )
-    severity = "warning" if shift >= COSTS else "note"
+    if own:
+        why += f"; statistics that are off themselves ({', '.join(own)}) may be all of it"
+    severity = "warning" if shift >= COSTS and not own else "note"
     yield Finding("BN206", severity, names, shift, why, recompute.usual, chance)
 
 

@@ -211,7 +211,7 @@ def _depends_on_eps(layer: Layer) -> Tensor:
     """Channels whose output varies otherwise, by a tenth of what is usual in the layer."""
     var = layer.var.double().clamp(min=0)
     scale = torch.ones_like(var) if layer.weight is None else layer.weight.double().abs()
-    stds = [scale * (var / (var + eps)).sqrt() for eps in EPS]
+    stds = [scale * (var / (var + eps)).sqrt() for eps in (EPS[0], max(EPS[1], layer.eps or 0.0))]
     usual = stds[0].median() if len(var) else 0.0
     return stds[0] - stds[1] > _OF_USUAL * usual
 
@@ -235,7 +235,7 @@ _OF_CHANNELS: dict[str, tuple[str, Callable[[Layer], Tensor], str, str]] = {
     "BN110": (
         "note",
         _depends_on_eps,
-        f"with another output by eps {EPS[1]} than by {EPS[0]}",
+        f"with another output by another usual eps ({EPS[0]}, {EPS[1]})",
         "give every layer the eps that the model was trained with",
     ),
     "BN111": (

@@ -41,17 +41,22 @@ UNBIASED = Kind(
     ("BN106",),
     "it may harm where the counter is of another training than the statistics",
 )
-OTHER_EPS = Kind(
+LARGER_EPS = Kind(
     "eps 0.001",
     ("BN110",),
     "it may harm where the model was trained with eps 1e-05",
+)
+SMALLER_EPS = Kind(
+    "eps 1e-05",
+    ("BN110",),
+    "it may harm where the model was trained with a larger eps",
 )
 PER_LEVEL_AND_FROZEN = Kind(
     "recomputed statistics, for each level its own, of frozen layers, too",
     ("BN202", "BN304"),
     f"{PER_LEVEL.may_harm}; and {FROZEN.may_harm.removeprefix('it may harm, ')}",
 )
-KINDS = (RECOMPUTED, PER_LEVEL, FROZEN, PER_LEVEL_AND_FROZEN, UNBIASED, OTHER_EPS)
+KINDS = (RECOMPUTED, PER_LEVEL, FROZEN, PER_LEVEL_AND_FROZEN, UNBIASED, LARGER_EPS, SMALLER_EPS)
 """Those that are tried on images of the source."""
 
 ADAPTED = Kind(

@@ -147,9 +147,10 @@ RULES = {
         "variances are near eps",
         "channels",
         "Channels that another usual eps, 1e-3 in place of 1e-5, would scale otherwise by more "
-        "than a tenth of what is usual in the layer.",
+        "than a tenth of what is usual in the layer; in a model with a larger eps than these that.",
         "eps is in no state dict: who rebuilds the model in another framework gets its default.",
-        "The eps that the model was trained with.",
+        "The eps that the model was trained with: of images with labels that is the usual one "
+        "which is better, and then it is an error.",
         "pytorch/vision 2599, 2169, pytorch/pytorch 43614",
     ),
     "BN111": Rule(
@@ -296,8 +297,9 @@ RULES = {
         "layers before it hand on in evaluation: their errors accumulate over depth (Huang et al., "
         "Delving into the Estimation Shift of Batch Normalization in a Network, CVPR 2022). Small "
         "normalization batches do that with precise statistics, too.",
-        "A layer whose own statistics are stale (BN201) from one that those before it shift; the "
-        "first layer that is off is where it begins. RoIs are those that training samples.",
+        "A layer whose own statistics are off from one that those before it shift: beside an alarm "
+        "on statistics themselves (such as BN201) it is a note. The first layer that is off is "
+        "where it begins. RoIs are those that training samples.",
         "facebookresearch/maskrcnn-benchmark 686, tensorflow/models 4367",
     ),
     "BN207": Rule(

@@ -25,10 +25,11 @@ from .losses import Values, put, statistics_of
 from .modes import in_mode
 from .prescriptions import (
     FROZEN,
-    OTHER_EPS,
+    LARGER_EPS,
     PER_LEVEL,
     PER_LEVEL_AND_FROZEN,
     RECOMPUTED,
+    SMALLER_EPS,
     UNBIASED,
     Kind,
 )
@@ -91,7 +92,8 @@ def treatments(
         (FROZEN, lambda: _with_frozen(model, passes)),
         (PER_LEVEL_AND_FROZEN, lambda: _both(model, seen, of_rules["BN202"], passes, recompute)),
         (UNBIASED, lambda: _unbiased(model, of_rules["BN106"])),
-        (OTHER_EPS, lambda: _other_eps(model)),
+        (LARGER_EPS, lambda: _larger_eps(model)),
+        (SMALLER_EPS, lambda: _smaller_eps(model)),
     ):
         if not of_rules.keys() >= set(kind.rules):
             continue
@@ -119,8 +121,8 @@ def _per_level(model: nn.Module, seen: Seen, finding: Finding, recompute: Recomp
         for name in of_calls:
             _level_by_level(layers[name], seen.by_level[name])
         _give_own(model, of_lists)
-        for name in of_lists:
-            put(model, {f"{name}.{k}": of for k, of in enumerate(seen.by_level[name])})
+        own = {f"{name}.{k}": of for name in of_lists for k, of in enumerate(seen.by_level[name])}
+        put(model, own)
 
     needs = recompute.needs
     if of_calls:
@@ -255,17 +257,39 @@ def _unbiased(model: nn.Module, finding: Finding) -> Treatment | None:
     return Treatment(UNBIASED, lambda model: put(model, values)) if values else None
 
 
-def _other_eps(model: nn.Module) -> Treatment | None:
-    """The larger eps in place of a smaller one.
+def _larger_eps(model: nn.Module) -> Treatment | None:
+    """The larger usual eps, in layers of a smaller one.
 
-    As what eps adds is put into the variances, which a file has: the same function in evaluation.
+    What it adds is put into the variances, which a file has: the same function in evaluation.
     """
-    values: Values = {}
-    for place in places_with_statistics(model):
-        if (more := EPS[1] - eps_of(place.owner)) > 0:
-            values[place.name] = place.module.running_mean.clone(), place.module.running_var + more
+    values = _with_eps(model, EPS[1], lambda more: more > 0)
     needs = (
         f"before it trains on, give its layers eps {EPS[1]:g}, and take what that adds from the "
         "variances again"
     )
-    return Treatment(OTHER_EPS, lambda model: put(model, values), needs=needs) if values else None
+    return Treatment(LARGER_EPS, lambda model: put(model, values), needs=needs) if values else None
+
+
+def _smaller_eps(model: nn.Module) -> Treatment | None:
+    """The smaller usual eps, in layers of a larger one.
+
+    It is tried by the variances, too. Small ones are negative then, which no file should have.
+    """
+    values = _with_eps(model, EPS[0], lambda more: more < 0)
+    needs = f"give its layers eps {EPS[0]:g}, where the model is made"
+    if not values:
+        return None
+    return Treatment(SMALLER_EPS, lambda model: put(model, values), stays=False, needs=needs)
+
+
+def _with_eps(model: nn.Module, eps: float, is_meant: Callable[[float], bool]) -> Values:
+    """The statistics by which layers compute what they would with another eps.
+
+    Args:
+        is_meant: whether layers are, by what it is more than theirs.
+    """
+    return {
+        place.name: (place.module.running_mean.clone(), place.module.running_var + more)
+        for place in places_with_statistics(model)
+        if is_meant(more := eps - eps_of(place.owner))
+    }

@@ -101,7 +101,12 @@ def test_what_the_first_layer_hands_on(norm):
     report = examine(model, batches(), call=loss, evaluate=True)
     found = {of.rule: of for of in report.findings}
     assert found["BN201"].where == ("1",)
-    assert set(found["BN206"].where) > {"1"} and found["BN206"].severity == "warning"
+    assert set(found["BN206"].where) > {"1"}
+    # What the others do follows from it, and is no second fault.
+    assert found["BN201"].severity != "note" == found["BN206"].severity
+    assert found["BN206"].why.endswith(
+        "; statistics that are off themselves (BN201) may be all of it"
+    )
     assert found["BN206"].gain == report.tried[0].gain
     assert_same(report, model, batches())
     assert all(value.equal(state[name]) for name, value in model.state_dict().items())

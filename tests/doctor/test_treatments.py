@@ -399,7 +399,39 @@ def test_another_eps():
     assert next(of for of in report.findings if of.rule == "BN110").severity == "error"
     torch.testing.assert_close(model(images), expected(images))
     report = examine(expected, batches(48), call=one_loss, evaluate=True)
-    assert "eps 0.001" not in named(report)
+    assert "eps 0.001" not in named(report) and named(report)["eps 1e-05"].gain < 0
+    assert next(of for of in report.findings if of.rule == "BN110").severity == "note"
+
+
+def test_an_eps_that_is_too_large():
+    """In all layers, so that none differs from the others; statistics alone do not mend it."""
+    expected = trained_classifier(classifier())
+    bn_det.update_bn_stats(expected, batches(32, 5), 32, call=one_loss)
+    expected.eval()
+    model = copy.deepcopy(expected)
+    for layer in (model[1], model[4]):
+        layer.eps = 0.1
+    images, _ = batches(1, 4)[0]
+
+    @torch.no_grad()
+    def agreement(model):
+        return 100 - float((model(images) - expected(images)).abs().max())
+
+    state = copy.deepcopy(model.state_dict())
+    report = examine(model, batches(48), call=one_loss, treat=True, score=agreement)
+    tried = named(report)["eps 1e-05"]
+    assert tried.before < 99.9 and tried.after == pytest.approx(100, abs=1e-4)
+    assert (
+        tried.rules == ("BN110",)
+        and tried.needs == "give its layers eps 1e-05, where the model is made"
+    )
+    found = next(of for of in report.findings if of.rule == "BN110")
+    assert found.severity == "error" and found.gain == tried.gain > report.tried[0].gain
+    # A file has no place for it.
+    assert not tried.kept and (
+        report.tried[0].kept
+        or all(value.equal(state[name]) for name, value in model.state_dict().items())
+    )
 
 
 @pytest.mark.parametrize("frozen", [False, True])
