@@ -180,21 +180,51 @@ def left_of_start(momentum: float | None, batches: int) -> float:
 
 @_check
 def of_channels(checkpoint: Checkpoint, recompute: Recompute) -> Iterator[Finding]:
-    """BN107 to BN111: of the layers that have channels of a kind, with the first of these."""
+    """BN107 to BN109, and BN111: by what channels there are."""
     for rule, (severity, of_layer, what, treatment) in _OF_CHANNELS.items():
-        numbers = {}
-        for layer in checkpoint.layers:
-            channels = of_layer(layer).nonzero().flatten()
-            if len(channels):
-                numbers[layer.name] = len(channels), channels[:5].tolist()
-        if numbers:
-            first = next(iter(numbers))
-            number, shown_ones = numbers[first]
-            some = ", ".join(map(str, shown_ones)) + ", ..." * (number > 5)
-            total = sum(number for number, _ in numbers.values())
-            places = f"{count(total, 'channel')} in {count(len(numbers), 'layer')}"
-            why = f"{places} {what}; {first}: channel {some}"
-            yield Finding(rule, severity, tuple(numbers), total, why, treatment or recompute.usual)
+        found = _with_channels(checkpoint, rule, severity, of_layer, what)
+        if found is not None:
+            yield found._replace(treatment=treatment or recompute.usual)
+
+
+@_check
+def eps_decides(checkpoint: Checkpoint, recompute: Recompute) -> Iterator[Finding]:
+    """BN110; a warning in a model whose layers have a larger eps than any usual one."""
+    what = f"with another output by another usual eps ({EPS[0]}, {EPS[1]})"
+    found = _with_channels(checkpoint, "BN110", "note", _depends_on_eps, what)
+    if found is None:
+        return
+    found = found._replace(treatment="give every layer the eps that the model was trained with")
+    largest = max(of.eps or 0.0 for of in checkpoint.layers if of.name in found.where)
+    if largest > EPS[1]:
+        why = f"eps is {largest:g}, larger than usual ones; {found.why}"
+        found = found._replace(severity="warning", why=why)
+    yield found
+
+
+def _with_channels(
+    checkpoint: Checkpoint,
+    rule: str,
+    severity: str,
+    of_layer: Callable[[Layer], Tensor],
+    what: str,
+) -> Finding | None:
+    """Of the layers that have channels of a kind, with the first of these; untreated."""
+    numbers = {}
+    for layer in checkpoint.layers:
+        channels = of_layer(layer).nonzero().flatten()
+        if len(channels):
+            numbers[layer.name] = len(channels), channels[:5].tolist()
+    if not numbers:
+        return None
+    first = next(iter(numbers))
+    number, shown_ones = numbers[first]
+    some = ", ".join(map(str, shown_ones)) + ", ..." * (number > 5)
+    total = sum(number for number, _ in numbers.values())
+    places = f"{count(total, 'channel')} in {count(len(numbers), 'layer')}"
+    return Finding(
+        rule, severity, tuple(numbers), total, f"{places} {what}; {first}: channel {some}", ""
+    )
 
 
 def _is_not_finite(layer: Layer) -> Tensor:
@@ -231,12 +261,6 @@ _OF_CHANNELS: dict[str, tuple[str, Callable[[Layer], Tensor], str, str]] = {
         _is_clamped,
         "with a mean or variance at float16's largest number",
         "",
-    ),
-    "BN110": (
-        "note",
-        _depends_on_eps,
-        f"with another output by another usual eps ({EPS[0]}, {EPS[1]})",
-        "give every layer the eps that the model was trained with",
     ),
     "BN111": (
         "note",

@@ -147,7 +147,8 @@ RULES = {
         "variances are near eps",
         "channels",
         "Channels that another usual eps, 1e-3 in place of 1e-5, would scale otherwise by more "
-        "than a tenth of what is usual in the layer; in a model with a larger eps than these that.",
+        "than a tenth of what is usual in the layer; in a model with a larger eps than "
+        "these, by that one: it is a warning.",
         "eps is in no state dict: who rebuilds the model in another framework gets its default.",
         "The eps that the model was trained with: of images with labels that is the usual one "
         "which is better, and then it is an error.",

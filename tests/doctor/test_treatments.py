@@ -417,6 +417,10 @@ def test_an_eps_that_is_too_large():
     def agreement(model):
         return 100 - float((model(images) - expected(images)).abs().max())
 
+    (of_state,) = examine(model).findings
+    assert (of_state.rule, of_state.severity) == ("BN110", "warning")
+    assert of_state.why.startswith("eps is 0.1, larger than usual ones; ")
+    assert not examine(expected).findings
     state = copy.deepcopy(model.state_dict())
     report = examine(model, batches(48), call=one_loss, treat=True, score=agreement)
     tried = named(report)["eps 1e-05"]
