@@ -129,7 +129,8 @@ def test_none_where_it_is_the_default(host):
         (["SEED", f"0x{'f' * 6000}"], "SEED: an integer of more than 64 bits is not accepted"),
         (["INPUT.MIN_SIZE_TRAIN", f"(1, 0x{'f' * 17})"], "INPUT.MIN_SIZE_TRAIN: an integer of"),
         (["SEED", "-" * 10**4 + "1"], "SEED: '---.* is not accepted: a value has too many parts"),
-        (["SEED", f"a{'.b' * 10**5}"], "SEED: 'a.b.*is not accepted: a value has too many parts"),
+        # Python 3.10 takes it for a text.
+        (["SEED", f"a{'.b' * 10**5}"], "SEED: 'a.b.*is not accepted: (a value has too|use an int)"),
         (["SOLVER\nX", "1"], r"'SOLVER\\nX': '1' is not accepted: Non-existent key: SOLVER X"),
         (["SOLVER\nX=1", "1"], r"'SOLVER\\nX=1': KEY=VALUE is for"),
         (["SOLVER\nX"], r"'SOLVER\\nX': has no value"),
