@@ -417,7 +417,7 @@ def other_eps(plant: Plant, eps: float) -> None:
     plant.after.append(after)
 
 
-@_fault("BN110", "BN404", strengths=(1e-4, 1e-3, 1e-1), of_statistics=False)
+@_fault("BN404", strengths=(1e-4, 1e-3, 1e-1), of_statistics=False, also=(*_STALE, "BN110"))
 def mixed_eps(plant: Plant, eps: float) -> None:
     """In a third of the layers."""
     layers = plant.some(THIRD)

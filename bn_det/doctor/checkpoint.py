@@ -29,7 +29,7 @@ class Layer(NamedTuple):
         name: what its keys begin with.
         mean, var, weight, bias: shape (C,).
         batches: counted.
-    eps: of a layer of a model.
+        eps: of a layer of a model.
     """
 
     name: str

@@ -291,14 +291,12 @@ def _checkpoint(model: nn.Module) -> Checkpoint:
     """The state of a model, as a file has it; what is frozen has no counter that tells anything."""
     found = of_state(model.state_dict())
     owners = {shown(place.name): place.owner for place in places_with_statistics(model)}
-    layers = [
-        of._replace(
-            batches=None if is_frozen(owners[of.name]) else of.batches, eps=eps_of(owners[of.name])
-        )
-        if of.name in owners
-        else of
-        for of in found.layers
-    ]
+    layers = []
+    for of in found.layers:
+        if (owner := owners.get(of.name)) is not None:
+            batches = None if is_frozen(owner) else of.batches
+            of = of._replace(batches=batches, eps=eps_of(owner))
+        layers.append(of)
     return found._replace(layers=layers, momenta=from_model.momenta(model))
 
 

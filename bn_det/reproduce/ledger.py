@@ -10,7 +10,8 @@ from typing import Any
 from tabulate import tabulate
 
 from ..errors import InputError, reason_of
-from .claims import CLAIMS, Claim, Verdict
+from .claims import CLAIMS, Claim
+from .verdicts import Verdict
 from .words import effect_text, wanted
 
 BEGIN, END = "<!-- made of claims.json -->", "<!-- until here -->"

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .claims import Claim, Verdict
+from .claims import Claim
 from .results import Picture
+from .verdicts import Verdict
 
 _COLOURS = {"seen": "#2e7d32", "opposite": "#c62828", "absent": "#1565c0"}
 """Of verdicts; what says nothing is grey."""

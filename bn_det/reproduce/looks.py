@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from ..errors import InputError
-from .claims import Claim, Verdict
+from .claims import Claim
+from .verdicts import Verdict
 
 DEFAULT_SEEDS = 3
 """One is a hint, and two have an interval of 13 standard deviations."""

@@ -19,7 +19,7 @@ from ..commands.cli import choose_host
 from ..errors import InputError
 from ..files import check_writable
 from .checks import check_arguments, check_data, check_folder, check_host
-from .claims import Verdict, claims_of
+from .claims import claims_of
 from .looks import DECIDED, DEFAULT_SEEDS, Looks, looks_of, undecided
 from .published import NUM_GPUS
 from .registry import EXPERIMENTS, experiments_on
@@ -28,6 +28,7 @@ from .results import Results, Table
 from .runner import Runner
 from .save import write_report
 from .steps import Setting, Step, shown
+from .verdicts import Verdict
 from .words import ledger_markdown, spikes_text, table_text
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from statistics import stdev
 
-from .claims import Claim, Verdict
+from .claims import Claim
+from .verdicts import Verdict
 
 POWER = 0.9
 

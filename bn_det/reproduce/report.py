@@ -9,13 +9,14 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ..errors import InputError
-from .claims import Claim, Verdict, claims_of, judge
+from .claims import Claim, claims_of
 from .ledger_picture import ledger_picture
 from .looks import Looks
 from .registry import experiments_on
 from .results import Picture, Results, Table
 from .runner import Failure
 from .steps import Setting, Step
+from .verdicts import Verdict, judge
 
 RESULTS = "results.json"
 

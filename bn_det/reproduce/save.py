@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,26 +19,27 @@ from .words import ledger_markdown
 def write_report(report: Report, folder: Path) -> None:
     """Write ``report.html``, ``results.json``, ``claims.md`` and the pictures into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
+    versions = _versions()
     for picture in _pictures(report):
         with write_aside(folder / f"{picture.name}.png") as aside:
             picture.figure.savefig(aside, format="png", dpi=120)
     write_text(folder / "claims.md", ledger_markdown(report) + "\n")
-    write_text(folder / "report.html", report_page(report, folder, _versions()))
-    write_json(folder / RESULTS, finite(_as_dict(report)))
+    write_text(folder / "report.html", report_page(report, folder, versions))
+    write_json(folder / RESULTS, finite(_as_dict(report, versions)))
 
 
 def _pictures(report: Report) -> list[Picture]:
-    shown = [item for show in report.shows.values() for item in show]
-    return [item for item in (report.picture, *shown) if isinstance(item, Picture)]
+    items = [item for show in report.shows.values() for item in show]
+    return [item for item in (report.picture, *items) if isinstance(item, Picture)]
 
 
-def _as_dict(report: Report) -> dict[str, Any]:
+def _as_dict(report: Report, versions: Mapping[str, str]) -> dict[str, Any]:
     outcomes = report.results.outcomes
     return {
         **identity(report.title, report.results.setting, report.looks),
         "confidence": report.looks.confidence,
         "seeds": list(report.results.seeds),
-        "versions": _versions(),
+        "versions": versions,
         "claims": [
             {
                 **claim._asdict(),

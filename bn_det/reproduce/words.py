@@ -8,11 +8,12 @@ from statistics import mean, stdev
 from tabulate import tabulate
 
 from ..training.spikes import FACTOR, spike_text
-from .claims import Claim, Verdict
+from .claims import Claim
 from .looks import Looks
 from .power import MOST, seeds_needed
 from .report import Report
 from .results import Table, Values
+from .verdicts import Verdict
 
 SEEDS_NEEDED = "seeds needed"
 

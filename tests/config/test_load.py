@@ -1,5 +1,7 @@
 """Config files on both hosts' configs."""
 
+import sys
+
 import pytest
 
 from bn_det.config.keys import leaves
@@ -8,6 +10,8 @@ from bn_det.errors import InputError
 from hosts import detectron2, every_host, make_cfg
 from reference import BASE
 
+# Python 3.10 takes it for a text.
+OF_A_DEEP_VALUE = "a value has too many parts" if sys.version_info >= (3, 11) else "use an integer"
 EVAL = "!!python/object/apply:eval"
 
 
@@ -129,8 +133,7 @@ def test_none_where_it_is_the_default(host):
         (["SEED", f"0x{'f' * 6000}"], "SEED: an integer of more than 64 bits is not accepted"),
         (["INPUT.MIN_SIZE_TRAIN", f"(1, 0x{'f' * 17})"], "INPUT.MIN_SIZE_TRAIN: an integer of"),
         (["SEED", "-" * 10**4 + "1"], "SEED: '---.* is not accepted: a value has too many parts"),
-        # Python 3.10 takes it for a text.
-        (["SEED", f"a{'.b' * 10**5}"], "SEED: 'a.b.*is not accepted: (a value has too|use an int)"),
+        (["SEED", f"a{'.b' * 10**5}"], f"SEED: 'a.b.*is not accepted: {OF_A_DEEP_VALUE}"),
         (["SOLVER\nX", "1"], r"'SOLVER\\nX': '1' is not accepted: Non-existent key: SOLVER X"),
         (["SOLVER\nX=1", "1"], r"'SOLVER\\nX=1': KEY=VALUE is for"),
         (["SOLVER\nX"], r"'SOLVER\\nX': has no value"),

@@ -421,21 +421,15 @@ def test_an_eps_that_is_too_large():
     assert (of_state.rule, of_state.severity) == ("BN110", "warning")
     assert of_state.why.startswith("eps is 0.1, larger than usual ones; ")
     assert not examine(expected).findings
-    state = copy.deepcopy(model.state_dict())
     report = examine(model, batches(48), call=one_loss, treat=True, score=agreement)
     tried = named(report)["eps 1e-05"]
     assert tried.before < 99.9 and tried.after == pytest.approx(100, abs=1e-4)
-    assert (
-        tried.rules == ("BN110",)
-        and tried.needs == "give its layers eps 1e-05, where the model is made"
-    )
+    assert tried.rules == ("BN110",)
+    assert tried.needs == "give its layers eps 1e-05, where the model is made"
     found = next(of for of in report.findings if of.rule == "BN110")
     assert found.severity == "error" and found.gain == tried.gain > report.tried[0].gain
-    # A file has no place for it.
-    assert not tried.kept and (
-        report.tried[0].kept
-        or all(value.equal(state[name]) for name, value in model.state_dict().items())
-    )
+    # A file has no place for it: what is kept is the best of the others.
+    assert [of.name for of in report.tried if of.kept] == ["recomputed statistics"]
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from bn_det.errors import InputError
-from bn_det.reproduce.claims import Claim, judge
+from bn_det.reproduce.claims import Claim
 from bn_det.reproduce.looks import looks_of, undecided
 from bn_det.reproduce.main import plan
 from bn_det.reproduce.power import seeds_needed
 from bn_det.reproduce.runner import settings_of
 from bn_det.reproduce.steps import Setting
+from bn_det.reproduce.verdicts import judge
 from here import run_here
 
 

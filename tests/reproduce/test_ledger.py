@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from bn_det.errors import InputError
-from bn_det.reproduce.claims import CLAIMS, judge
+from bn_det.reproduce.claims import CLAIMS
+from bn_det.reproduce.verdicts import judge
 
 ROOT = Path(__file__).parents[2]
 COMMAND = ROOT / "tools" / "list_claims.py"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from ..results import Picture, Results, Row, Table, difference
 from ..steps import Setting, Step, Training, train
 from . import multi_domain
-from .common import DETECTOR, precise_of
+from .common import DETECTOR
 
 OPTS = ("SOLVER.BASE_LR", 0.16, "SOLVER.WARMUP_ITERS", 50)
 """With these the loss of levels that are normalized together leaps."""
@@ -23,10 +23,7 @@ def training(setting: Setting, seed: int, statistics: str, is_steep: bool) -> Tr
 
 
 def precise_step(setting: Setting, seed: int, statistics: str, is_steep: bool) -> Step:
-    of = training(setting, seed, statistics, is_steep)
-    if not is_steep:
-        return multi_domain.population_step(of, statistics)
-    return precise_of(of, "precise")
+    return multi_domain.population_step(training(setting, seed, statistics, is_steep), statistics)
 
 
 def plan(setting: Setting, seed: int) -> list[Step]:
