@@ -238,7 +238,8 @@ def test_what_is_no_tolerance(tolerance):
 
 
 def test_a_model_without_values():
-    with pytest.raises(InputError, match="^update_bn_stats: weight and 4 more are on the meta"):
+    message = "^update_bn_stats: on the meta device, where nothing has a value: weight and 4 more"
+    with pytest.raises(InputError, match=message):
         update_bn_stats(nn.BatchNorm2d(3, device="meta"), make_batches(), 4)
 
 
