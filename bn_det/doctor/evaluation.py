@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..population.snapshot import Snapshot
-from .findings import Finding, Recompute, Tried
-from .from_losses import Compared, Difference
+from .findings import COSTS_AP, Finding, Recompute, Tried
+from .from_losses import Compared, Difference, noise_of_an_ema
 from .from_passes import Seen
 from .losses import Losses, Values, put
 from .modes import in_mode
@@ -43,7 +43,8 @@ def try_treatments(
     trials = Trials(of_findings, losses, compared, score)
     tried = trials.tried(findings, recompute)
     told = with_gains(findings, trials, tried, failed, recompute)
-    return told, keep_best(losses.model, tried, of_findings) if keep else tried
+    alarms = {of.rule for of in told if of.severity != "note"}
+    return told, keep_best(losses.model, tried, of_findings, alarms) if keep else tried
 
 
 def try_on_target(
@@ -95,6 +96,7 @@ class Trials:
     ) -> None:
         self.treatments = treatments
         self.measure = "loss" if score is None else "AP"
+        self._noise = noise_of_an_ema(compared.noisy)
         model = losses.model
         if score is None:
             self._before = compared.old
@@ -134,9 +136,16 @@ class Trials:
         return Difference.of(gains, len(self.treatments))
 
     def helps_more(self, number: int) -> bool:
-        """Whether a treatment helps, and more than recomputed statistics do."""
-        is_more = self._difference(self.gains[number] - self.gains[0]).is_more
-        return is_more and self._difference(self.gains[number]).is_more
+        """Whether a treatment helps, and more than recomputed statistics do.
+
+        Certain differences of a loss may be too small to matter: what it gains is to be more than
+        the noise of an EMA makes.
+        """
+        gain, more = self.gains[number], self.gains[number] - self.gains[0]
+        if self.measure == "AP":
+            return min(float(gain), float(more)) >= COSTS_AP
+        matters = float(gain.mean()) > self._noise.bound
+        return matters and self._difference(gain).is_more and self._difference(more).is_more
 
 
 def _number(scored: Any) -> Tensor:
@@ -188,13 +197,20 @@ def with_gains(
 
 
 def keep_best(
-    model: nn.Module, tried: Sequence[Tried], treatments: Sequence[Treatment]
+    model: nn.Module,
+    tried: Sequence[Tried],
+    treatments: Sequence[Treatment],
+    alarms: Collection[str],
 ) -> list[Tried]:
-    """Leave a model with the treatment that helps most, of those that are prescribed and stay."""
+    """Leave a model with the treatment that helps most, of those that mend an alarm and stay.
+
+    Args:
+        alarms: rules of errors and warnings.
+    """
     helping = {
         of: treatment
         for of, treatment in zip(tried, treatments, strict=True)
-        if of.helps and of.rules and treatment.stays
+        if of.helps and treatment.stays and not set(of.rules).isdisjoint(alarms)
     }
     best = max(helping, key=lambda of: of.gain, default=None)
     if best is not None:

@@ -330,8 +330,8 @@ def how_much(of: Finding) -> str:
     return f"{of.value:.3g}{error} {unit.removesuffix('s') if of.value == 1 else unit}"
 
 
-_COSTS_AP = 1.0
-"""What recomputed statistics win back from which on a model is not called healthy."""
+COSTS_AP = 1.0
+"""What a treatment wins back from which on it is no chance, which of a score is not known."""
 
 
 def make_report(
@@ -351,7 +351,7 @@ def make_report(
     """
     if missing := len(RULES) - len(rules):
         healthy = f"nothing is found; {count(missing, 'rule')} left out"
-    if tried and tried[0].measure == "AP" and tried[0].gain >= _COSTS_AP:
+    if tried and tried[0].measure == "AP" and tried[0].gain >= COSTS_AP:
         healthy = f"too few batches to tell what is wrong (--num-iters, num_iters), but {tried[0]}"
     elif tried:
         healthy = f"{healthy}; with {tried[0]}"

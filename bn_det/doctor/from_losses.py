@@ -144,10 +144,18 @@ def _cost(old: Tensor, noisy: Tensor) -> Difference:
     found = Difference.of(old - noisy.mean(0))
     if not math.isfinite(found.value):
         return found
-    # The old ones are one more draw, where nothing is wrong.
-    of_draws = standard_error(noisy.mean(1).tolist()) * math.sqrt(DRAWS + 1)
-    chance = math.hypot(found.bound, bound_of(DRAWS, 1) * of_draws)
-    return Difference(found.value, math.hypot(found.error, of_draws), chance)
+    of_draws = noise_of_an_ema(noisy)
+    chance = math.hypot(found.bound, of_draws.bound)
+    return Difference(found.value, math.hypot(found.error, of_draws.error), chance)
+
+
+def noise_of_an_ema(noisy: Tensor) -> Difference:
+    """What one more draw of it does to the mean loss: 0, and what chance explains.
+
+    Statistics of a training are one, where nothing is wrong with them.
+    """
+    error = standard_error(noisy.mean(1).tolist()) * math.sqrt(DRAWS + 1)
+    return Difference(0.0, error, bound_of(DRAWS, 1) * error)
 
 
 def _thawed(losses: Losses) -> Tensor | None:

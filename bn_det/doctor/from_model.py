@@ -109,11 +109,14 @@ def _momentum(layers: Sequence[LayerState], recompute: Recompute) -> Iterator[Fi
 
 
 def _mixed(model: nn.Module, layers: Sequence[LayerState]) -> Iterator[Finding]:
-    """BN404."""
+    """BN404 and BN405."""
     modules = {name: layer for layer, name in batch_norms(model).items() if not why_lazy(layer)}
     of_eps = {name: eps_of(layer) for name, layer in modules.items()}
     of_momenta = {of.name: of.momentum for of in layers if of.batches is not None}
-    for key, values in (("eps", of_eps), ("momentum", of_momenta)):
+    for rule, key, values, treatment in (
+        ("BN404", "eps", of_eps, "give every layer the eps that it was trained with"),
+        ("BN405", "momentum", of_momenta, "check that the parts come from where these are right"),
+    ):
         numbers: Counter[Any] = Counter(values.values())
         if len(numbers) > 1:
             (usual, _), *_ = numbers.most_common(1)
@@ -121,6 +124,5 @@ def _mixed(model: nn.Module, layers: Sequence[LayerState]) -> Iterator[Finding]:
             found = [of for of in layers if of.name in names]
             others = ", ".join(f"{value:g}" for value in numbers if value not in (usual, None))
             yield _finding(
-                "BN404", "note", found, f"another {key} ({others}) than most have ({usual})",
-                "check that the parts come from where these are right",
-            )  # fmt: skip
+                rule, "note", found, f"another {key} ({others}) than most have ({usual})", treatment
+            )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import InputError, of_other_type
-from ..layers.freeze import affine_of, is_frozen, learns
+from ..layers.freeze import affines_of, is_frozen, learns
 from ..layers.kinds import batch_norms
 from .findings import Finding, count
 
@@ -61,9 +61,10 @@ def of_optimizer(model: nn.Module, optimizer: Optimizer) -> Iterator[Finding]:
             "is now"
         )
     decay_of = {id(p): group.get("weight_decay", 0) for group in groups for p in group["params"]}
+    names = batch_norms(model)
     affines = {
-        name: [p for p in affine_of(model, [layer]) if learns(p)]
-        for layer, name in batch_norms(model).items()
+        names[layer]: list(filter(learns, affine))
+        for layer, affine in affines_of(model, names).items()
     }
     yield from _decayed(affines, decay_of)
     yield from _not_once(affines, times)

@@ -11,7 +11,7 @@ from .findings import Finding, Recompute
 class Kind(NamedTuple):
     """Attributes:
     name: what is done.
-    rules: of the findings for which it is tried, where all of them are found.
+    rules: of the findings that it is to mend.
     may_harm: where and why.
     """
 
@@ -43,12 +43,12 @@ UNBIASED = Kind(
 )
 LARGER_EPS = Kind(
     "eps 0.001",
-    ("BN110",),
+    ("BN110", "BN404"),
     "it may harm where the model was trained with eps 1e-05",
 )
 SMALLER_EPS = Kind(
     "eps 1e-05",
-    ("BN110",),
+    ("BN110", "BN404"),
     "it may harm where the model was trained with a larger eps",
 )
 PER_LEVEL_AND_FROZEN = Kind(

@@ -401,13 +401,23 @@ RULES = {
         "huggingface/transformers 19454, google/automl 126",
     ),
     "BN404": Rule(
-        "mixed eps or momentum",
-        "layers do not have the same eps or momentum",
+        "mixed eps",
+        "layers do not have the same eps",
         "layers",
-        "Layers whose eps or momentum is another than that of most.",
+        "Layers whose eps is another than that of most.",
+        "Parts of two frameworks, or a layer that was converted without its arguments.",
+        "Many models are made so on purpose: it is an error where one usual eps in all layers "
+        "helps on images with labels, and more than recomputed statistics do.",
+        "pytorch/vision 2599, 2169",
+    ),
+    "BN405": Rule(
+        "mixed momentum",
+        "layers do not have the same momentum",
+        "layers",
+        "Layers whose momentum is another than that of most.",
         "Parts of two frameworks, or a layer that was converted without its arguments.",
         "Many models are made so on purpose.",
-        "pytorch/vision 2599, 2169",
+        "",
     ),
     "BN501": Rule(
         "weight decay on norms",

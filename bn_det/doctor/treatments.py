@@ -90,12 +90,12 @@ def treatments(
     for kind, make in (
         (PER_LEVEL, lambda: _per_level(model, seen, of_rules["BN202"], recompute)),
         (FROZEN, lambda: _with_frozen(model, passes)),
-        (PER_LEVEL_AND_FROZEN, lambda: _both(model, seen, of_rules["BN202"], passes, recompute)),
+        (PER_LEVEL_AND_FROZEN, lambda: _both(model, seen, of_rules, passes, recompute)),
         (UNBIASED, lambda: _unbiased(model, of_rules["BN106"])),
         (LARGER_EPS, lambda: _larger_eps(model)),
         (SMALLER_EPS, lambda: _smaller_eps(model)),
     ):
-        if not of_rules.keys() >= set(kind.rules):
+        if of_rules.keys().isdisjoint(kind.rules):
             continue
         try:
             treatment = make()
@@ -131,14 +131,20 @@ def _per_level(model: nn.Module, seen: Seen, finding: Finding, recompute: Recomp
 
 
 def _both(
-    model: nn.Module, seen: Seen, finding: Finding, passes: Passes, recompute: Recompute
+    model: nn.Module,
+    seen: Seen,
+    of_rules: Mapping[str, Finding],
+    passes: Passes,
+    recompute: Recompute,
 ) -> Treatment | None:
     """All recomputed, of frozen layers, too, where levels have statistics of their own.
 
-    None where a layer has no place for these.
+    None unless both are found wrong, and where a layer has no place for these.
     """
+    if not of_rules.keys() >= set(PER_LEVEL_AND_FROZEN.rules):
+        return None
     of_lists = _sharing(model, seen)
-    if not of_lists.keys() >= set(finding.where):
+    if not of_lists.keys() >= set(of_rules["BN202"].where):
         return None
     statistics = _recomputed_with_frozen(model, passes, of_lists)
 

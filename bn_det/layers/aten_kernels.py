@@ -172,22 +172,47 @@ def _two_pass_mean_var(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     not vectorized) and loses the variance of channels_last data with a large mean;
     ``torch.var_mean`` takes ten times as long.
     """
-    num_samples, num_channels = x.shape[:2]
-    rows = x.reshape(num_samples * num_channels, -1)
-    count = rows.numel() // num_channels
-    mean = rows.mean(1, dtype=dtype).view(num_samples, num_channels).mean(0)
-    shift = mean.repeat(num_samples).unsqueeze(1)
-    # Some rows at a time, in one buffer: memory for all would be fresh, and slow, at each call.
+    shape = x.shape[:2]
+    rows = x.reshape(shape.numel(), -1)
+    is_small = rows.numel() <= _PART_SIZE
+    mean, sums, squares = (_two_passes if is_small else _two_passes_in_parts)(rows, shape, dtype)
+    count = rows.numel() // len(mean)
+    rounding = sums / count
+    return mean + rounding, (squares / count - rounding.square()).clamp(min=0)
+
+
+def _two_passes(
+    rows: Tensor, shape: torch.Size, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean per channel, and the sums of what is centered by it, and of its squares.
+
+    Args:
+        rows: one for each channel of each sample.
+        shape: how many of both.
+    """
+    x = rows.view(*shape, -1)
+    mean = x.mean((0, 2), dtype=dtype)
+    centered = x - mean.unsqueeze(1)
+    return mean, centered.sum((0, 2)), centered.square_().sum((0, 2))
+
+
+def _two_passes_in_parts(
+    rows: Tensor, shape: torch.Size, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, of some rows at a time, in one buffer.
+
+    Memory for all would be fresh, and slow, at each call.
+    """
+    mean = rows.mean(1, dtype=dtype).view(shape).mean(0)
+    shift = mean.expand(shape).reshape(-1, 1)
     step = max(1, _PART_SIZE // rows.shape[1])
     buffer = torch.empty(min(step, len(rows)), rows.shape[1], dtype=dtype)
-    norms, sums = [], []
+    sums, norms = [], []
     for part, part_shift in zip(rows.split(step), shift.split(step), strict=True):
         centered = torch.sub(part, part_shift, out=buffer[: len(part)])
-        norms.append(torch.linalg.vector_norm(centered, dim=1))
         sums.append(centered.sum(1))
-    square_mean = torch.cat(norms).square().view(num_samples, num_channels).sum(0) / count
-    rounding = torch.cat(sums).view(num_samples, num_channels).sum(0) / count
-    return mean + rounding, (square_mean - rounding.square()).clamp(min=0)
+        norms.append(torch.linalg.vector_norm(centered, dim=1))
+    return mean, torch.cat(sums).view(shape).sum(0), torch.cat(norms).square().view(shape).sum(0)
 
 
 def _fused_mean_var(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

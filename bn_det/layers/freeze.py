@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,8 @@ from .kinds import (
 from .types import AnyBatchNorm, HostFrozen
 
 logger = logging.getLogger(__name__)
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 Modules = str | Iterable[str] | None
 """Names of modules or patterns of names; None for all."""
@@ -205,16 +208,19 @@ def _learning(layer: HostFrozen, affine: bool) -> BatchNorm2d:
     return new.requires_grad_(affine)
 
 
-def affine_of(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[nn.Parameter]:
-    """The parameters of layers, and those that their parents have for them.
+def affines_of(model: nn.Module, layers: Iterable[Layer]) -> dict[Layer, list[nn.Parameter]]:
+    """The parameters of each layer, with those that its parent has for it.
 
     Detectron2's CycleBatchNormList has weight and bias for BatchNorm layers that have none.
     """
-    for layer in layers:
-        yield from layer.parameters()
     lists = lists_with_affine(model)
-    for parent in dict.fromkeys(lists[layer] for layer in layers if layer in lists):
-        yield from parent.parameters()
+    holders = {layer: (layer, lists[layer]) if layer in lists else (layer,) for layer in layers}
+    return {layer: [p for of in held for p in of.parameters()] for layer, held in holders.items()}
+
+
+def affine_of(model: nn.Module, layers: Iterable[nn.Module]) -> Iterable[nn.Parameter]:
+    """Those of all layers, each once."""
+    return dict.fromkeys(chain.from_iterable(affines_of(model, layers).values()))
 
 
 def learns(parameter: Tensor) -> bool:
@@ -287,10 +293,11 @@ def warn_of_folded_statistics(model: nn.Module, layers: dict[AnyBatchNorm, str])
     With scale a = weight / std and shift b = bias - mean * a the layer computes a x + b. A step of
     SGD on a and b is not one on weight and bias: it lacks the factor 1 / var in a, for example.
     """
+    affines = affines_of(model, layers)
     names = [
         name or type(layer).__name__
         for layer, name in layers.items()
-        if has_trivial_statistics(layer) and any(map(learns, affine_of(model, [layer])))
+        if has_trivial_statistics(layer) and any(map(learns, affines[layer]))
     ]
     if names:
         logger.warning(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -14,11 +14,11 @@ from .comm import process_group
 from .domain_batch_norm import DomainBatchNorm2d, state_holders
 from .ema import tracks
 from .folded import is_folded
-from .freeze import affine_of, is_frozen, learns
+from .freeze import affines_of, is_frozen, learns
 from .frozen import FrozenBatchNorm, StaysInEvaluation
 from .kept import kept_in_evaluation
 from .kinds import STATE, lists_with_affine, selected, unwrapped, why_lazy
-from .types import AnyBatchNorm, has_statistics
+from .types import AnyBatchNorm, WithAffine, has_statistics
 
 
 class LayerState(NamedTuple):
@@ -101,11 +101,29 @@ def states(model: nn.Module, modules: str | Iterable[str] | None = None) -> Stat
     layers = selected("states", model, modules)
     in_training = {m for around in model.modules() if around.training for m in around.modules()}
     undone = in_training - kept_in_evaluation(model)
-    return States([_state(model, m in undone, m, name) for m, name in layers.items()])
+    lists, affines = lists_with_affine(model), affines_of(model, layers)
+    return States(
+        [
+            _state(layer, name, affines[layer], lists.get(layer), layer in undone)
+            for layer, name in layers.items()
+        ]
+    )
 
 
-def _state(model: nn.Module, is_undone: bool, layer: AnyBatchNorm, name: str) -> LayerState:
-    """Of one layer; whether evaluation mode, if it is in that, would be undone by train()."""
+def _state(
+    layer: AnyBatchNorm,
+    name: str,
+    affine: Sequence[nn.Parameter],
+    in_list: WithAffine | None,
+    is_undone: bool,
+) -> LayerState:
+    """Of one layer.
+
+    Args:
+        affine: its parameters, or those that its parent has for it.
+        in_list: that parent, as :func:`lists_with_affine` has it.
+        is_undone: whether evaluation mode, if it is in that, would be undone by train().
+    """
     kind = _kind(class_of(layer))
     if isinstance(layer, FrozenBatchNorm):
         kind += f" (was {_kind(layer.thawed_type)})"
@@ -122,11 +140,11 @@ def _state(model: nn.Module, is_undone: bool, layer: AnyBatchNorm, name: str) ->
         mode="training" if layer.training else "evaluation",
         normalizes=_normalizes(layer),
         statistics=_statistics(layer),
-        affine=_affine(model, layer),
+        affine=_affine(layer, affine),
         batch=_batch(layer),
         momentum=getattr(layer, "momentum", None),
         batches=None if counter is None or counter.is_meta else int(counter),
-        folded=is_folded(layer, lists_with_affine(model).get(layer)),
+        folded=is_folded(layer, in_list),
         contradictions=(),
     )
     return state._replace(contradictions=tuple(_contradictions(state, layer, is_undone)))
@@ -159,8 +177,8 @@ def _statistics(layer: AnyBatchNorm) -> str:
     return "moving" if layer.training and any(map(tracks, populations)) else "kept"
 
 
-def _affine(model: nn.Module, layer: AnyBatchNorm) -> str:
-    needs = {learns(p) for p in affine_of(model, [layer])}
+def _affine(layer: AnyBatchNorm, affine: Sequence[nn.Parameter]) -> str:
+    needs = set(map(learns, affine))
     if not needs:
         holders = {affine for _, affine in state_holders(layer)}
         return "none" if all(affine.weight is None for affine in holders) else "constant"
