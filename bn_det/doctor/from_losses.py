@@ -152,8 +152,11 @@ def _cost(old: Tensor, noisy: Tensor) -> Difference:
 def noise_of_an_ema(noisy: Tensor) -> Difference:
     """What one more draw of it does to the mean loss: 0, and what chance explains.
 
-    Statistics of a training are one, where nothing is wrong with them.
+    Statistics of a training are one, where nothing is wrong with them. A loss that is infinite by
+    draws is explained, whatever it is.
     """
+    if not noisy.isfinite().all():
+        return Difference(0.0, math.nan, math.inf)
     error = standard_error(noisy.mean(1).tolist()) * math.sqrt(DRAWS + 1)
     return Difference(0.0, error, bound_of(DRAWS, 1) * error)
 

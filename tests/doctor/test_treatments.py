@@ -518,3 +518,16 @@ def test_layers_of_two_eps_on_purpose():
     assert tried.helps and not tried.kept and tried.gain > max(0, report.tried[0].gain)
     assert next(of for of in report.findings if of.rule == "BN404").severity == "note"
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_loss_that_is_infinite_by_any_statistics():
+    """With treatments of their own to try, which nothing can be told of."""
+    model = trained_classifier(classifier())
+    model[4].eps = 1e-3
+
+    def loss(model, batch):
+        return one_loss(model, batch) + float("inf")
+
+    report = examine(model, batches(48), call=loss, evaluate=True)
+    assert "eps 0.001" in named(report)
+    assert next(of for of in report.findings if of.rule == "BN404").severity == "note"
