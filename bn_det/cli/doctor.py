@@ -59,7 +59,7 @@ from ..doctor import (
 )
 from ..doctor.checkpoint import read_state
 from ..doctor.examination import LEAST_TO_EVALUATE
-from ..doctor.findings import Recompute, selected
+from ..doctor.findings import HAS_THEM, Recompute, selected
 from ..doctor.from_file import OF_FILES
 from ..errors import InputError, check_positive, nearest
 from ..files import write_text
@@ -192,7 +192,7 @@ def report_of(args: argparse.Namespace) -> Report:
         )  # fmt: skip
     if args.treat is not None:
         with redirect_stdout(sys.stderr):
-            write_mended(loaded, report, args.treat)
+            report = write_mended(loaded, report, args.treat)
     return report
 
 
@@ -267,9 +267,11 @@ class Loaded(NamedTuple):
     content: Callable[[dict[str, Tensor]], dict[str, Any]]
 
 
-def write_mended(loaded: Loaded, report: Report, output: str) -> None:
-    """The checkpoint of a model that has been treated."""
+def write_mended(loaded: Loaded, report: Report, output: str) -> Report:
+    """Write the checkpoint of a model that has been treated; the report that says so."""
     if any(of.kept for of in report.tried):
+        verdict = report.verdict.replace(HAS_THEM, f"{output} has them")
+        report = report._replace(verdict=verdict)
         content = loaded.content(loaded.of.model.state_dict())
         save_with_table(content, report.as_dict(), output)
     else:
@@ -277,6 +279,7 @@ def write_mended(loaded: Loaded, report: Report, output: str) -> None:
         print(
             f"--treat: {output} is not written: nothing is sure to help of what was tried: {tried}"
         )
+    return report
 
 
 def _refuse_unread(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

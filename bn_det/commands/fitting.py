@@ -11,7 +11,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..layers.state_dicts import State
+from ..layers.state_dicts import State, wrapped_prefix
 from ..layers.unfuse import fused_layers
 
 _HOST_OF = {"backbone.bottom_up.": "Detectron2", "backbone.body.": "torchvision"}
@@ -146,7 +146,7 @@ def refuse_fused(model: nn.Module, weights: Collection[str]) -> None:
 
 
 def load_weights(model: nn.Module, weights: State, of_config: bool = True) -> None:
-    """Load all weights of a model.
+    """Load all weights of a model, or of one in DataParallel.
 
     Args:
         of_config: whether the model is a host's, that of a config.
@@ -154,6 +154,8 @@ def load_weights(model: nn.Module, weights: State, of_config: bool = True) -> No
     Raises:
         InputError: they do not fit; whose they are, where that can be told.
     """
+    if prefix := wrapped_prefix(weights, model.state_dict()):
+        weights = {name.removeprefix(prefix): weight for name, weight in weights.items()}
     try:
         model.load_state_dict(weights)
     except (AttributeError, RuntimeError) as e:

@@ -97,7 +97,15 @@ def check_output(output: str | None, read: Read, name: str = "--output") -> None
     path = Path(output)
     if path.suffix == ".json":
         raise InputError(f"{name}: {output!r} is not accepted; the table gets that name, use .pth")
+    if path.suffix == ".safetensors":
+        raise InputError(f"{name}: {output!r} is not accepted; torch.save writes it, use .pth")
     check_output_file(name, output, read)
     check_regular(path)
     refuse_in_use(name, path.parent)
-    check_output_file(f"{name}, the table", path.with_suffix(".json"), read)
+    table = path.with_suffix(".json")
+    check_output_file(f"{name}, the table", table, read)
+    if table.exists() and not path.exists():
+        raise InputError(
+            f"{name}: {output!r} is not accepted: its table would replace {table}, which is no "
+            "table of a checkpoint that is there; use another name"
+        )

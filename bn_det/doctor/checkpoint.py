@@ -14,7 +14,12 @@ from torch.nn.parameter import is_lazy
 
 from ..errors import InputError, reason_of, shown
 from ..layers.pickled_arrays import read_pickled_arrays
-from ..layers.state_dicts import read_checkpoint, why_not_dense, why_unreadable
+from ..layers.state_dicts import (
+    read_checkpoint,
+    why_not_dense,
+    why_unreadable,
+    wrapped_prefix,
+)
 
 STATISTICS = ("running_mean", "running_var")
 _PARTS = ("", "model", "state_dict", "model_state", "ema", "model_ema", "state_dict_ema")
@@ -90,6 +95,8 @@ class Stored(NamedTuple):
 
     def with_state(self, state: Mapping[str, Tensor]) -> dict[str, Any]:
         """The content with other weights in their place; what is beside them stays."""
+        prefix = wrapped_prefix(self.state, state)
+        state = {prefix + name: value for name, value in state.items()}
         old = self.content.get(self.part, {}) if self.part else self.content
         new = {**{name: v for name, v in old.items() if name not in self.state}, **state}
         return {**self.content, self.part: new} if self.part else new

@@ -15,7 +15,7 @@ from ..layers.freeze import is_frozen
 from ..layers.kept import as_frozen
 from ..layers.kinds import batch_norms, eps_of, is_batch_norm, refuse_meta, unwrapped
 from ..population.calling import ITERABLE, is_iterable
-from ..population.observation import places_with_statistics, population_layers
+from ..population.observation import is_l1, places_with_statistics, population_layers
 from . import (
     from_evaluation,
     from_file,
@@ -40,7 +40,7 @@ from .findings import (
     make_report,
 )
 from .from_losses import has_frozen, num_passes
-from .from_passes import Seen
+from .from_passes import USUAL, Seen
 from .from_training import Step
 from .images import Images
 from .losses import Losses
@@ -148,9 +148,9 @@ def examine(
         if not checkpoint.layers:
             healthy = "the model has no BatchNorm with population statistics"
             return make_report(untried(findings, recompute), rules, healthy)
-        unknown = _unknown(model, checkpoint)
-        if batches is None or len(unknown) == len(checkpoint.layers):
-            healthy = _healthy_state(checkpoint) + _not_seen(unknown) * (batches is not None)
+        unseen = _unseen(model, checkpoint)
+        if batches is None or len(unseen) == len(checkpoint.layers):
+            healthy = _healthy_state(checkpoint) + _not_seen(unseen) * (batches is not None)
             return make_report(untried(findings, recompute), rules, healthy)
         told = Told(progress)
         examination = _Examination(model, num_iters, call, group, told, recompute, findings)
@@ -180,9 +180,10 @@ def examine(
                 tried += examination.adapted(of_target, target_score)
         else:
             examination.findings = untried(examination.findings, recompute)
-        healthy = _healthy(seen, checkpoint) + _not_seen(unknown)
+        healthy = _healthy(seen, checkpoint) + _not_seen(unseen)
         report = make_report(examination.findings, rules, healthy, seen.layers, tried)
-        return report._replace(in_evaluation=in_evaluation, on_target=on_target)
+        verdict = report.verdict + _few(seen)
+        return report._replace(verdict=verdict, in_evaluation=in_evaluation, on_target=on_target)
 
 
 class _Examination:
@@ -300,14 +301,20 @@ def _checkpoint(model: nn.Module) -> Checkpoint:
     return found._replace(layers=layers, momenta=from_model.momenta(model))
 
 
-def _unknown(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
-    """The classes of what has statistics and is no BatchNorm that is known, by name."""
+def _unseen(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+    """What has statistics that passes do not show, by name, with the reason."""
     modules = {shown(name): of for name, of in model.named_modules(remove_duplicate=False)}
-    return {
-        of.name: getattr(module, "original_name", type(module).__name__)
-        for of in checkpoint.layers
-        if not is_batch_norm(module := modules.get(of.name))
-    }
+    return {of.name: why for of in checkpoint.layers if (why := _why_unseen(modules.get(of.name)))}
+
+
+def _why_unseen(module: nn.Module | None) -> str:
+    if module is not None and is_batch_norm(module):
+        return "which has mean absolute deviations, and no variances" * is_l1(module)
+    kind = getattr(module, "original_name", type(module).__name__)
+    return (
+        f"of a class ({kind}) that is no BatchNorm of torch's, nor derived from one (of a "
+        "scripted, traced or exported model examine what it was made from)"
+    )
 
 
 def _price(
@@ -358,22 +365,28 @@ def _healthy(seen: Seen, checkpoint: Checkpoint) -> str:
     )
 
 
+def _few(seen: Seen) -> str:
+    """What is to be said of a verdict, and of a treatment, by few batches."""
+    if not seen.layers or seen.num_batches >= USUAL:
+        return ""
+    return (
+        f"; {seen.num_batches} batches are few to tell a fault from chance, and for statistics of "
+        f"them: {USUAL} and more are better"
+    )
+
+
 def _healthy_state(checkpoint: Checkpoint) -> str:
     return f"nothing is wrong with the state of its {_layers(len(checkpoint.layers))}"
 
 
-def _not_seen(unknown: Mapping[str, str]) -> str:
+def _not_seen(unseen: Mapping[str, str]) -> str:
     """What is to be said of layers that passes do not show.
 
     Args:
-        unknown: their classes by name.
+        unseen: why, by name.
     """
-    if not unknown:
+    if not unseen:
         return ""
-    (first, kind), *others = unknown.items()
+    (first, why), *others = unseen.items()
     also = f" and {len(others)} more" if others else ""
-    return (
-        f"; not seen on images: {first}{also}, of a class ({kind}) that is no BatchNorm of "
-        "torch's, nor derived from one (of a scripted, traced or exported model examine what it "
-        "was made from)"
-    )
+    return f"; not seen on images: {first}{also}, {why}"

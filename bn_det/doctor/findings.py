@@ -236,7 +236,7 @@ class Report(NamedTuple):
     Attributes:
         verdict: what is wrong, where, and what mends it.
         findings: the most severe first.
-        layers: what passes have measured, in the order of the model.
+        layers: what passes have measured, in the order in which layers are called.
         tried: treatments; recomputed statistics first, where anything was tried.
         in_evaluation: how far population statistics are from those of what layers see in
             evaluation mode; empty where losses were not compared.
@@ -330,6 +330,9 @@ def how_much(of: Finding) -> str:
     return f"{of.value:.3g}{error} {unit.removesuffix('s') if of.value == 1 else unit}"
 
 
+HAS_THEM = "the model has them now"
+_HOW = "--num-iters or num_iters, of data that has as many"
+
 COSTS_AP = 1.0
 """What a treatment wins back from which on it is no chance, which of a score is not known."""
 
@@ -352,7 +355,10 @@ def make_report(
     if missing := len(RULES) - len(rules):
         healthy = f"nothing is found; {count(missing, 'rule')} left out"
     if tried and tried[0].measure == "AP" and tried[0].gain >= COSTS_AP:
-        healthy = f"too few batches to tell what is wrong (--num-iters, num_iters), but {tried[0]}"
+        healthy = f"too few batches to tell what is wrong (give more: {_HOW}), but {tried[0]}"
+    elif tried and not any(math.isfinite(m) for of in tried for m in (of.before, of.after)):
+        measure = f"the {tried[0].measure} is {value_of(tried[0].after)}"
+        healthy = f"{healthy}; {measure} by any statistics, so that they cannot be judged by it"
     elif tried:
         healthy = f"{healthy}; with {tried[0]}"
     ordered = sorted((of for of in findings if of.rule in rules), key=_order)
@@ -385,14 +391,14 @@ def _verdict(first: Finding, tried: Sequence[Tried]) -> str:
     if own is None:
         return f"{said}; {first.prescription}; statistics are not it: {tried[0]}"
     if best is None and own.gain > 0:
-        return f"{said}; too few batches to tell whether this helps (--num-iters, num_iters): {own}"
+        return f"{said}; too few batches to tell whether this helps (give more: {_HOW}): {own}"
     if best is None:
         return f"{said}; but this does not help: {own}"
     needs = f"; {best.needs}" if best.needs else ""
     if not own.helps:
         return f"{said}; this does not help: {own}; this does: {best}{needs}"
     also = "" if best is own else f"; {'kept' if best.kept else 'better'}: {best}"
-    mend = "the model has them now" if own.kept else first.treatment
+    mend = HAS_THEM if own.kept else first.treatment
     return f"statistics, not weights: {said}: {own}; {mend}{also}{needs}"
 
 

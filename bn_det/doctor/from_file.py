@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
@@ -32,10 +33,8 @@ _MANY_WITH_BIAS = 0.9
 _MANY_MIXED = 0.5
 _OF_USUAL = 0.1
 
-_ANY = (
-    "--config-file CONFIG (or for any model --model MODULE:FUNCTION --data MODULE:FUNCTION --call "
-    "MODULE:FUNCTION)"
-)
+_FUNCTIONS = "--model MODULE:FUNCTION --data MODULE:FUNCTION --call MODULE:FUNCTION"
+_ANY = f"--config-file CONFIG (or for any model {_FUNCTIONS})"
 """What the command needs beside a file that does not say what model it is of."""
 
 
@@ -58,7 +57,8 @@ def examine_file(
     # That others were not looked for is no news.
     wanted = {rule for rule in RULES if rule in rules or rule not in OF_FILES}
     checkpoint = read(path, part)
-    recompute = Recompute.by_command(path, _ANY)
+    of_part = f"--part {shlex.quote(part)} {_FUNCTIONS}" if part else _ANY
+    recompute = Recompute.by_command(path, of_part)
     findings = untried([*findings_of(checkpoint, recompute), *fused_file(checkpoint)], recompute)
     number = len(checkpoint.layers)
     others = checkpoint.others

@@ -89,7 +89,8 @@ def compare(losses: Losses, seen: Seen) -> Compared:
     model = losses.model
     old = statistics_of(model)
     with in_mode(model, training=True):
-        places = [place for place in population_layers(model) if place.name in seen.statistics]
+        by_name = {place.name: place for place in population_layers(model)}
+        places = [by_name[name] for name in seen.statistics if name in by_name]
     watches = [Watch(model, places) for _ in range(DRAWS + 2)]
     try:
         with losses.passes("losses", num_passes(model)):
@@ -191,6 +192,8 @@ def _costs(seen: Compared, recompute: Recompute) -> Iterator[Finding]:
         f"statistics, {_mean(seen.new)} by those of the passes, {_mean(seen.noisy)} with the "
         f"noise of an EMA, and {_mean(seen.batch)} by those of each batch"
     )
+    if seen.parts and not ordered:
+        why += "; that it is of one part and not of others is not beyond chance"
     yield Finding("BN301", "error", where, cost.value, why, recompute.usual, cost.error)
     if ordered:
         worst = blamed[ordered[0]]

@@ -26,17 +26,20 @@ from .losses import Values
 from .modes import as_called, in_mode
 from .shares import Share, share_of
 
+USUAL = 8
+"""Batches from which on chance, of few degrees of freedom, hides no gross fault."""
+
 
 class Seen(NamedTuple):
     """What the layers have seen.
 
     Attributes:
         num_batches: of all ranks.
-        layers: measures of those that are not frozen.
+        layers: measures of those that are not frozen, in the order in which they are called.
         shares: of layers that have several normalization batches a pass, and share statistics.
         by_level: of these, mean and variance of all values of each such batch, in their order.
         sources: of layers whose images are of several sources that share statistics.
-        estimates: of all layers, the frozen among them where these were looked at.
+        estimates: of all layers in that order, the frozen among them where these were looked at.
         frozen: names of those.
         called: the layer of each place of statistics, and the samples of a call, on average.
     """
@@ -82,15 +85,20 @@ def look(
         layers = population_layers(model, frozen)
         observer = CallObserver(as_called(model, call), model, layers)
         # What an EMA estimates is the mean of the batches' variances.
-        how = How(num_iters, "mean_of_batch_variances", 0.0, True, process_group(group))
+        how = How(num_iters, "mean_of_batch_variances", 0.0, True, process_group(group), "batches")
         found, report = measure_statistics(observer, batches, how, progress)
         if layers and not report.layers:
             raise InputError("batches: no batch has a value for any of the layers; all are empty")
         if report.layers and report.num_batches < 2:
-            raise InputError("batches: one is too few to tell chance from a fault; use 8 or more")
+            raise InputError(
+                f"batches: one is too few to tell chance from a fault; use {USUAL} or more"
+            )
     is_frozen_by = {layer.name: is_frozen(layer.owner) for layer in layers}
     momenta = {of.name: as_weight(getattr(of.module, "momentum", None)) for of in layers}
-    moving = [of for of in report.layers if not is_frozen_by[of.name]]
+    depth = {name: k for k, name in enumerate(observer.by_first_call())}
+    moving = sorted(
+        (of for of in report.layers if not is_frozen_by[of.name]), key=lambda of: depth[of.name]
+    )
     fewest = min((of.num_batches for of in moving), default=0)
     bound = bound_of(fewest, 2 * max(len(moving), 1))
     by_level = observer.levels()
@@ -102,17 +110,15 @@ def look(
         for of in moving
     }
     shares = {name: share_of(passes) for name, passes in by_level.items()}
+    pairs = zip(layers, found, strict=True)
+    estimates = {layer.name: of for layer, of in pairs if of is not None}
     return Seen(
         report.num_batches,
         [_measures(of, offs[of.name], bound, observer, shares) for of in moving],
         shares,
         {name: of_each(passes) for name, passes in by_level.items()},
         observer.shares_of_sources(),
-        {
-            layer.name: estimate
-            for layer, estimate in zip(layers, found, strict=True)
-            if estimate is not None
-        },
+        {name: estimates[name] for name in depth if name in estimates},
         {name for name, is_one in is_frozen_by.items() if is_one},
         {of.name: _called(of, by_name[of.name], observer) for of in moving},
     )

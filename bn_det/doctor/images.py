@@ -59,10 +59,14 @@ def _others(batches: Iterable[Any], held: list[Any]) -> Iterator[Any]:
     Raises:
         InputError: at their end, if fewer than two are held.
     """
-    for k, batch in enumerate(batches):
-        if k % 3 == 2:
+    number = 0
+    for number, batch in enumerate(batches, 1):
+        if number % 3 == 0:
             held.append(batch)
         else:
             yield batch
     if len(held) < 2:
-        raise InputError("batches: there are too few to evaluate, which takes 6 at least")
+        raise InputError(
+            f"batches: {number} are too few to evaluate, which takes 6 at least, as each third is "
+            "held apart"
+        )

@@ -83,7 +83,7 @@ class Losses:
         frozen = [layer for layer in batch_norms(self.model) if is_frozen(layer)]
 
         def prepare() -> None:
-            thaw(self.model)
+            thaw(self.model, affine=False)
             for layer in frozen:
                 layer.train()
 
@@ -104,8 +104,22 @@ class Losses:
                 outputs = self.run(batch)
             except FloatingPointError:  # what Detectron2 raises for proposals that are NaN
                 return math.inf
+            except Exception as e:
+                # By statistics that give NaN boxes a loss may refuse these in any way (fvcore's
+                # asserts that their corners are in order).
+                if isinstance(e, InputError) or _give_numbers(self.model):
+                    raise
+                return math.inf
         loss = total(outputs)
         return math.inf if math.isnan(loss) else loss
+
+
+def _give_numbers(model: nn.Module) -> bool:
+    """Whether a BatchNorm can normalize by its statistics, as far as these show it."""
+    pairs = _buffers(model).values()
+    return all(
+        mean.isfinite().all() and var.isfinite().all() and (var >= 0).all() for mean, var in pairs
+    )
 
 
 def total(outputs: Any) -> float:

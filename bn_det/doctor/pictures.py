@@ -31,7 +31,7 @@ _TIMES_USUAL = 5
 
 
 class Picture(NamedTuple):
-    """Of one quantity, in the order of the model.
+    """Of one quantity, in the order in which layers are called.
 
     Attributes:
         title, says: what is seen.
@@ -52,7 +52,7 @@ class Picture(NamedTuple):
 def pictures(report: Report) -> Iterator[str]:
     """As HTML; none without passes."""
     if report.layers or report.on_target:
-        yield "<h2>Over depth: one bar a layer, in the order of the model</h2>"
+        yield "<h2>Over depth: one bar a layer, in the order in which they are called</h2>"
         yield '<div class="pictures">'
         yield from (_figure(of) for of in _pictures(report))
         yield "</div>"

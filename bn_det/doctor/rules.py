@@ -32,12 +32,13 @@ class Rule(NamedTuple):
     @property
     def parts(self) -> dict[str, str]:
         """What is told of it, by headings."""
-        return {
+        parts = {
             "What it finds": self.finds,
             "Why it matters": self.why,
             "What it cannot tell": self.limits,
             "Who met it": self.threads,
         }
+        return {head: text for head, text in parts.items() if text}
 
     def explain(self, rule: str) -> str:
         """A page about it."""

@@ -10,7 +10,7 @@ import struct
 import zipfile
 import zlib
 from codecs import getincrementaldecoder
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,6 +20,8 @@ from torch import Tensor
 from ..errors import InputError, reason_of
 
 State = Mapping[str, Tensor]
+
+_WRAPPED = "module."
 
 _BROKEN = (
     pickle.UnpicklingError,
@@ -77,12 +79,19 @@ def refuse_damaged(path: str | os.PathLike) -> None:
     """Raise InputError for a file of torch.save whose content is not what was written.
 
     It has a checksum of each tensor, at which torch.load does not look; nor does it refuse what is
-    compressed, or lies at the same place many times, and would fill the memory.
+    compressed, or lies at the same place many times, and would fill the memory. A file of torch.jit
+    is refused, too.
     """
     if not zipfile.is_zipfile(path):
         return
     try:
         with zipfile.ZipFile(path) as file:
+            if any(record.filename.endswith("/constants.pkl") for record in file.infolist()):
+                raise InputError(
+                    f"{path}: cannot be loaded as a checkpoint: it is of torch.jit, and has code "
+                    "that a load runs; use torch.save(model.state_dict(), FILE) of what it was "
+                    "made from"
+                )
             claimed = sum(record.file_size for record in file.infolist())
             there = os.path.getsize(path)
             if claimed > there:  # torch.save compresses nothing
@@ -106,6 +115,12 @@ def _is_text(start: bytes) -> bool:
         return "\0" not in getincrementaldecoder("utf-8")().decode(start)
     except UnicodeDecodeError:
         return False
+
+
+def wrapped_prefix(names: Iterable[str], own: Iterable[str]) -> str:
+    """ "module." where a model in DataParallel was saved, and the model at hand is in none."""
+    is_wrapped = all(name.startswith(_WRAPPED) for name in names)
+    return _WRAPPED if is_wrapped and not any(name.startswith(_WRAPPED) for name in own) else ""
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, Any]:

@@ -219,6 +219,16 @@ class Observer:
                 "with the usual last call may have missed some values"
             )
 
+    def by_first_call(self) -> list[str]:
+        """The names of all layers in the order in which the first pass called them.
+
+        Those that it did not call come first.
+        """
+        names: dict[AnyBatchNorm, list[str]] = {owner: [] for owner in self._usual_calls or ()}
+        for layer in self.layers:
+            names.setdefault(layer.owner, []).append(layer.name)
+        return [name for of_owner in names.values() for name in of_owner]
+
     def watch(self, observed: Observed) -> None:
         """Have the layers fill in what they see in a pass that the caller runs to its end."""
         self._install(observed, dict.fromkeys(self._owners, 0), None)
@@ -329,6 +339,8 @@ def _after_call(
     sizes = owner.num_samples(x) if isinstance(owner, DomainBatchNorm2d) else [len(x)]
     for index, domains in parts:
         samples[index] += sum(sizes[k] for k in domains)
+    if not calls[owner]:
+        calls[owner] = calls.pop(owner)  # to the end: owners are in the order of their first calls
     calls[owner] += 1
     if stop_at is not None and all(n >= stop_at[o] for o, n in calls.items()):
         raise _Done

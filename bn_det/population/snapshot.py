@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 
 class Snapshot:
-    """The state of a model: parameters, buffers, gradients, and its modules' class and attributes.
+    """A model's parameters, buffers, gradients, what learns, its modules' class and attributes.
 
     Attributes include hooks, training flags, and what is in no state dict, such as the moving
     average that Detectron2's RetinaNet divides its loss by. Tensors, modules, and Python's own
@@ -26,7 +26,7 @@ class Snapshot:
     def __init__(self, model: nn.Module) -> None:
         self._containers: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[Tensor, Tensor]] = []
-        self._gradients: list[tuple[Tensor, Tensor | None]] = []
+        self._leaves: list[tuple[Tensor, bool, Tensor | None]] = []
         self._classes: list[tuple[nn.Module, type[nn.Module]]] = []
         seen: dict[int, Any] = {}  # it also keeps what it has seen, and its id, alive
         pending: list[Any] = [model]
@@ -49,8 +49,11 @@ class Snapshot:
     def restore(self) -> None:
         """Undo everything."""
         self.restore_attributes()
-        for tensor, gradient in self._gradients:
-            tensor.grad = gradient
+        for tensor, learns, gradient in self._leaves:
+            if tensor.requires_grad != learns:
+                tensor.requires_grad_(learns)
+            if tensor.grad is not gradient:
+                tensor.grad = gradient
         for tensor, content in self._tensors:
             # Writing makes a graph that has saved the tensor invalid: only where it has changed.
             if not torch.equal(tensor, content):
@@ -60,8 +63,8 @@ class Snapshot:
         """Note one value; what it holds."""
         if isinstance(value, Tensor) and not is_lazy(value):
             self._tensors.append((value, value.detach().clone()))
-            if value.is_leaf and value.requires_grad:
-                self._gradients.append((value, value.grad))
+            if value.is_leaf:
+                self._leaves.append((value, value.requires_grad, value.grad))
                 return [value.grad]
         elif isinstance(value, torch.jit.ScriptModule):
             return [*value.parameters(), *value.buffers()]

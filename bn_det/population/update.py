@@ -130,13 +130,14 @@ def update_bn_stats(
 
 
 class How(NamedTuple):
-    """Arguments of :func:`update_bn_stats`."""
+    """Arguments of :func:`update_bn_stats`, and what a caller calls the first of them."""
 
     num_iters: int
     estimator: str
     tolerance: float
     allow_short: bool
     group: dist.ProcessGroup | None
+    batches: str = "data_loader"
 
 
 def measure_statistics(
@@ -195,7 +196,7 @@ class _Run:
         self.observer, self.group = observer, how.group
         self.layers = layers = observer.layers
         self.num_iters, self.tolerance = how.num_iters, how.tolerance
-        self.allow_short = how.allow_short
+        self.allow_short, self.named = how.allow_short, how.batches
         self.channels = [len(layer.module.running_mean) for layer in layers]
         device = layers[0].module.running_mean.device if layers else None
         self.estimator = how.estimator
@@ -236,7 +237,11 @@ class _Run:
             return
         needed = 1 if self.allow_short or self.tolerance else self.num_iters
         if length < needed:
-            self.error = _short(f"has {length}", self.num_iters)
+            self.error = self._short(f"has {length}")
+
+    def _short(self, found: str, where: str = "") -> ShortLoaderError:
+        wanted = f"{self.num_iters} batches (num_iters)"
+        return ShortLoaderError(f"{self.named}: {found} of {wanted}{where}; nothing is changed")
 
     def _run_until(self, num_batches: int, batches: Iterator[Any], advance: _Advance) -> None:
         while self.num_batches < num_batches:
@@ -325,7 +330,7 @@ class _Run:
         elif short and not (self.allow_short and most):
             where = f" on rank {short[0]}" if self.group is not None else ""
             ended = f"has ended after {every[short[0]].num_batches}"
-            raise _short(ended, self.num_iters, where)
+            raise self._short(ended, where)
         elif most < num_batches:
             self.reason = "end of data"
         elif num_batches == self.num_iters:
@@ -371,12 +376,6 @@ def _checks(num_iters: int, tolerance: float) -> Iterator[int]:
         yield num
         num += max(num // 8, 1)
     yield num_iters
-
-
-def _short(found: str, num_iters: int, where: str = "") -> ShortLoaderError:
-    return ShortLoaderError(
-        f"data_loader: {found} of {num_iters} batches (num_iters){where}; nothing is changed"
-    )
 
 
 def _why_none(model: nn.Module) -> str:

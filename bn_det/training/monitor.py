@@ -74,14 +74,14 @@ class Monitor(Hook):
         period: the iterations between two looks, 2 or more.
 
     Raises:
-        InputError: it is less.
+        InputError: it is less, or no integer.
     """
 
     expects_passes_between_steps = False
     """Whether something runs the model in training mode between steps, on purpose."""
 
     def __init__(self, period: int = PERIOD) -> None:
-        if period < 2:
+        if not isinstance(period, int) or period < 2:
             raise InputError(
                 f"period: {period!r} is not accepted; use 2 iterations or more, as noise is what "
                 "differs between two"

@@ -227,7 +227,8 @@ def test_treat(part, tmp_path, monkeypatch):
     (tried,) = found["tried"]
     assert tried["kept"] and tried["measure"] == "loss" and tried["gain"] > 1
     assert found["verdict"].startswith("statistics, not weights: ")
-    assert found["verdict"].endswith("; the model has them now")
+    assert found["verdict"].endswith("; mended.pth has them")
+    assert json.loads(Path("mended.json").read_text())["verdict"] == found["verdict"]
     gains = {of["rule"]: of["gain"] for of in found["findings"]}
     assert gains["BN301"] == gains["BN201"] > 1
     mended = torch.load("mended.pth", weights_only=True)

@@ -136,6 +136,21 @@ def test_output_into_the_folder_of_the_command(tmp_path):
     check_output(str(folder / "new.pth"), {})
 
 
+def test_no_output_of_another_format(tmp_path):
+    with pytest.raises(InputError, match="new.safetensors' is not accepted; torch.save writes it"):
+        check_output(str(tmp_path / "new.safetensors"), {})
+
+
+def test_no_output_whose_table_is_another_file(tmp_path):
+    """Beside a checkpoint that is there a table is that of it, and is replaced with it."""
+    other = tmp_path / "new.json"
+    other.write_text("{}")
+    with pytest.raises(InputError, match=f"its table would replace {other}, which is no table of"):
+        check_output(str(tmp_path / "new.pth"), {})
+    (tmp_path / "new.pth").touch()
+    check_output(str(tmp_path / "new.pth"), {})
+
+
 def test_no_output_into_a_device():
     with pytest.raises(InputError, match="^/dev/zero: is a pipe, a device or a socket"):
         check_output("/dev/zero", {})

@@ -135,6 +135,48 @@ def test_gradients_that_a_call_leaves(model):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_what_learns(model):
+    """That frozen layers are looked at thawed, and what a call does, changes no parameter."""
+    bn_det.freeze(model, "body.1")
+
+    def call(model, x):
+        model.body[3].requires_grad_(False)
+        model.body[1].requires_grad_(True)
+        return loss(model, x)
+
+    learn = [parameter.requires_grad for parameter in model.parameters()]
+    for of_call in (loss, call):
+        examine(model, batches(24), call=of_call, evaluate=True)
+        assert [parameter.requires_grad for parameter in model.parameters()] == learn
+
+
+def test_layers_of_mean_deviations():
+    model = nn.Sequential(bn_det.L1BatchNorm2d(3), nn.BatchNorm2d(3)).train()
+    for x in batches(60, seed=2):
+        model(x)
+    words = "; not seen on images: 0, which has mean absolute deviations, and no variances"
+    assert examine(model, batches()).verdict.endswith(words)
+    verdict = examine(model[:1], batches()).verdict
+    assert verdict == f"nothing is wrong with the state of its 1 BatchNorm layer{words}"
+
+
+@pytest.mark.parametrize("number", [2, 7, 8])
+def test_few_batches(number, model):
+    few = f"; {number} batches are few to tell a fault from chance, and for statistics of them: 8"
+    assert (few in examine(model, batches(number), call=loss).verdict) == (number < 8)
+
+
+@pytest.mark.parametrize("measure", ["loss", "AP"])
+def test_what_is_never_finite_judges_nothing(measure, model):
+    def call(model, x):
+        return loss(model, x) * (math.nan if measure == "loss" else 1.0)
+
+    score = (lambda _: math.nan) if measure == "AP" else None
+    report = examine(model, batches(24), call=call, evaluate=True, score=score)
+    words = f"; the {measure} is NaN or infinite by any statistics, so that they cannot be judged"
+    assert words in report.verdict
+
+
 @pytest.mark.parametrize(
     "made",
     [

@@ -238,6 +238,25 @@ def test_a_loss(outputs, expected):
     assert total(outputs) == expected
 
 
+@pytest.mark.parametrize("value", [math.nan, -1.0])
+def test_a_loss_that_refuses_what_is_no_number(value, model):
+    """As fvcore's GIoU of boxes that are NaN; by any other statistics it is the model's error."""
+
+    def call(model, batch):
+        found = loss(model, batch)
+        assert found["loss"].isfinite(), "bad box"
+        return found
+
+    model[4].running_var[0] = value
+    report = examine(model, batches(48, seed=2), call=call, evaluate=True)
+    assert report.tried[0].before == math.inf and report.tried[0].after < 1.5
+    model[4].running_var[0] = 1.0
+    with torch.no_grad():
+        model[9].weight[0, 0] = math.nan
+    with pytest.raises(AssertionError, match="bad box"):
+        examine(model, batches(48, seed=2), call=call, evaluate=True)
+
+
 @pytest.mark.parametrize(
     "kwargs, words",
     [
@@ -245,7 +264,8 @@ def test_a_loss(outputs, expected):
         ({"call": lambda m, b: [m(b[0])][1:]}, "gives a list; to evaluate"),
         ({"num_iters": 4}, "num_iters: 4 is not accepted; to evaluate, use 5 or more"),
         ({"batches": None}, "evaluate: True is not accepted without batches"),
-        ({"batches": batches(5, seed=2)}, "too few to evaluate, which takes 6"),
+        ({"batches": batches(5, seed=2)}, "batches: 5 are too few to evaluate, which takes 6"),
+        ({"batches": []}, "batches: 0 are too few to evaluate, which takes 6"),
     ],
 )
 def test_what_cannot_be_evaluated(kwargs, words, model):

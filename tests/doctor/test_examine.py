@@ -448,7 +448,7 @@ def test_a_detector_that_is_called_otherwise():
         ({"rules": None}, "rules: None is not accepted; use ids of rules, such as"),
         ({"rules": "BN201"}, "rules: 'BN201' is not accepted; use ids"),
         ({"progress": "bar"}, "progress: 'bar' is not accepted; use one of"),
-        ({"batches": []}, "data_loader: has ended after 0 of 32 batches"),
+        ({"batches": []}, "^batches: has ended after 0 of 32 batches"),
         ({"batches": batches(1)}, "batches: one is too few"),
         ({"call": lambda model, x: x}, "reaches none of its BatchNorm layers"),
     ],
@@ -464,3 +464,29 @@ def test_a_model_without_values():
         InputError, match=r"model: on the meta device, .* value: 0.weight and 1. more; load"
     ):
         examine(model)
+
+
+def test_depth_is_the_order_of_calls():
+    """Not that in which modules were made: a pyramid is often made before its backbone."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last, self.first = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+            self.unused = nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.last(2 * self.first(x) + 1)
+
+    torch.manual_seed(0)
+    model = Net().train()
+    source, target = ([torch.randn(4, 3, 8, 8) + k for _ in range(12)] for k in (0, 1))
+    for x in source * 5:
+        model(x)
+    report = examine(model, source, call=lambda m, x: m(x).square().mean(), target=target)
+    assert [of.name for of in report.layers] == ["first", "last"]
+    assert [of.name for of in report.on_target] == ["first", "last"]
+    (found,) = [of for of in report.findings if of.rule == "BN205"]
+    assert "the first that differs is first" in found.why
+    report = examine(model, source, call=lambda m, x: m(x).square().mean(), evaluate=True)
+    assert [of.name for of in report.in_evaluation] == ["first", "last"]

@@ -234,7 +234,8 @@ def test_an_average_beside_the_weights(state, examine):
     content = {"model": state, "model_ema": averaged}
     assert examine(content).findings == []
     assert "model_ema" in examine(content).verdict
-    assert [of.rule for of in examine(content, part="model_ema").findings] == ["BN101"]
+    (found,) = examine(content, part="model_ema").findings
+    assert found.rule == "BN101" and " --part model_ema --model " in found.treatment
     with pytest.raises(InputError, match=r"--part: 'ema' .*\['model', 'model_ema'\]"):
         examine(content, part="ema")
 
@@ -292,6 +293,14 @@ def test_code_is_not_run(name, tmp_path, capsys):
     with pytest.raises(InputError, match=r"module.pth: .*may run any code"):
         examine_file(tmp_path / "module.pth")
     assert "code has run" not in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_file_of_torchscript(tmp_path):
+    model = torch.jit.script(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+    torch.jit.save(model, tmp_path / "model.pt")
+    with pytest.raises(InputError, match=r"model.pt: .* it is of torch.jit, and has code that a"):
+        examine_file(tmp_path / "model.pt")
 
 
 @pytest.mark.parametrize(

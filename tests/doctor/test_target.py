@@ -142,7 +142,7 @@ def test_what_fails_leaves_the_model(model):
     "kwargs, words",
     [
         ({"batches": None, "target": []}, "target: batches of a target are not accepted without"),
-        ({"target": []}, "target: data_loader: has 0 of 32 batches"),
+        ({"target": []}, "target: batches: has 0 of 32 batches"),
         ({"target": shifted(1)}, "target: batches: one is too few"),
         ({"target_score": len}, "target_score: it is not accepted without target"),
         ({"target": shifted(), "target_score": 3}, "target_score: what is given is of type int"),

@@ -254,9 +254,11 @@ def test_a_compiled_model_is_not_compiled_anew():
     assert scalars[-1][1]["bn_monitor/noise"] > 0
 
 
-def test_a_period_of_one():
-    with pytest.raises(InputError, match="period: 1 is not accepted; use 2 iterations or more"):
-        Monitor(1)
+@pytest.mark.parametrize("period", [1, 2.5, "a"])
+def test_what_is_no_period(period):
+    words = f"period: {period!r} is not accepted; use 2 iterations or more"
+    with pytest.raises(InputError, match=words):
+        Monitor(period)
 
 
 def train_ranks(rank, kind, with_monitor, gap=0.0, broken=False, max_iter=48):
