@@ -28,7 +28,7 @@ class Stock(DefaultTrainer):
 
     def build_hooks(self):
         ret = super().build_hooks()
-        ret.insert(2, Monitor(2))
+        ret.insert(0, Monitor(2))  # as docs/monitor.md has it
         return ret
 
 
