@@ -86,6 +86,18 @@ def test_file_to_file(project, node, tmp_path):
     assert looked.returncode == 0 and "2 batches, 8 samples" in looked.stdout
 
 
+def test_a_model_that_was_saved_in_data_parallel(project, tmp_path):
+    """Its names begin with "module."; they still do in the file that is written."""
+    state = nn.DataParallel(project).state_dict()
+    torch.save({"model": state}, tmp_path / "old.pth")
+    done = run(*FLAGS, "--output", "new.pth")
+    assert done.returncode == 0, done.stderr
+    new = torch.load(tmp_path / "new.pth", weights_only=True)["model"]
+    assert new.keys() == state.keys()
+    assert not new["module.1.running_mean"].equal(state["module.1.running_mean"])
+    assert new["module.0.weight"].equal(state["module.0.weight"])
+
+
 @pytest.mark.parametrize(
     "args, words",
     [
