@@ -19,7 +19,7 @@ from ..doctor.from_training import Step
 from ..errors import InputError, reason_of
 from ..layers.kinds import refuse_meta
 from ..population.calling import called
-from .fitting import load_weights
+from .fitting import load_weights, named_as_in
 
 
 class AnyModel(NamedTuple):
@@ -122,7 +122,7 @@ def made(
         raise InputError(f"--model: {args.model} gave a {type(model).__name__}, and no module")
     refuse_meta("--model", model)
     try:
-        load_weights(model, weights, of_config=False)
+        load_weights(model, named_as_in(model, weights), of_config=False)
     except InputError as e:
         raise InputError(f"{path}: {e}") from e
     batches = _batches("--data", args.data, functions.data)

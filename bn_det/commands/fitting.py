@@ -145,8 +145,17 @@ def refuse_fused(model: nn.Module, weights: Collection[str]) -> None:
         )
 
 
+def named_as_in(model: nn.Module, weights: State) -> State:
+    """Weights of a model that was saved in a wrapper, by the names that they have without it."""
+    prefix = wrapped_prefix(weights, model.state_dict())
+    if not prefix:
+        return weights
+    inside = {name: weight for name, weight in weights.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): weight for name, weight in inside.items()}
+
+
 def load_weights(model: nn.Module, weights: State, of_config: bool = True) -> None:
-    """Load all weights of a model, or of one in DataParallel.
+    """Load all weights of a model.
 
     Args:
         of_config: whether the model is a host's, that of a config.
@@ -154,8 +163,6 @@ def load_weights(model: nn.Module, weights: State, of_config: bool = True) -> No
     Raises:
         InputError: they do not fit; whose they are, where that can be told.
     """
-    if prefix := wrapped_prefix(weights, model.state_dict()):
-        weights = {name.removeprefix(prefix): weight for name, weight in weights.items()}
     try:
         model.load_state_dict(weights)
     except (AttributeError, RuntimeError) as e:

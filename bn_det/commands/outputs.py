@@ -106,6 +106,6 @@ def check_output(output: str | None, read: Read, name: str = "--output") -> None
     check_output_file(f"{name}, the table", table, read)
     if table.exists() and not path.exists():
         raise InputError(
-            f"{name}: {output!r} is not accepted: its table would replace {table}, which is no "
-            "table of a checkpoint that is there; use another name"
+            f"{name}: {output!r} is not accepted: its table would replace {table}, which is there "
+            f"without {path}; move or remove it, or use another name"
         )

@@ -98,7 +98,8 @@ class Stored(NamedTuple):
         prefix = wrapped_prefix(self.state, state)
         state = {prefix + name: value for name, value in state.items()}
         old = self.content.get(self.part, {}) if self.part else self.content
-        new = {**{name: v for name, v in old.items() if name not in self.state}, **state}
+        replaced = {name for name in self.state if name.startswith(prefix)}
+        new = {**{name: v for name, v in old.items() if name not in replaced}, **state}
         return {**self.content, self.part: new} if self.part else new
 
 

@@ -57,7 +57,8 @@ def examine_file(
     # That others were not looked for is no news.
     wanted = {rule for rule in RULES if rule in rules or rule not in OF_FILES}
     checkpoint = read(path, part)
-    of_part = f"--part {shlex.quote(part)} {_FUNCTIONS}" if part else _ANY
+    # Of a config it is the model's.
+    of_part = _ANY if part in (None, "model") else f"--part {shlex.quote(part)} {_FUNCTIONS}"
     recompute = Recompute.by_command(path, of_part)
     findings = untried([*findings_of(checkpoint, recompute), *fused_file(checkpoint)], recompute)
     number = len(checkpoint.layers)

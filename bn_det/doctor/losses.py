@@ -98,28 +98,35 @@ class Losses:
         return torch.tensor(found).double()
 
     def _of(self, batch: Any, prepare: Callable[[], None]) -> float:
-        with evaluated_losses(self.model):
-            prepare()
-            try:
-                outputs = self.run(batch)
-            except FloatingPointError:  # what Detectron2 raises for proposals that are NaN
-                return math.inf
-            except Exception as e:
-                # By statistics that give NaN boxes a loss may refuse these in any way (fvcore's
-                # asserts that their corners are in order).
-                if isinstance(e, InputError) or _give_numbers(self.model):
-                    raise
-                return math.inf
-        loss = total(outputs)
+        try:
+            with evaluated_losses(self.model):
+                prepare()
+                loss = total(self.run(batch))
+        except Exception as e:
+            if not self._is_of_statistics(e, batch):
+                raise
+            return math.inf
         return math.inf if math.isnan(loss) else loss
 
+    def _is_of_statistics(self, error: Exception, batch: Any) -> bool:
+        """Whether a model fails by what its statistics give, as by boxes that are NaN.
 
-def _give_numbers(model: nn.Module) -> bool:
-    """Whether a BatchNorm can normalize by its statistics, as far as these show it."""
-    pairs = _buffers(model).values()
-    return all(
-        mean.isfinite().all() and var.isfinite().all() and (var >= 0).all() for mean, var in pairs
-    )
+        Where layers normalize by their batch it does not then.
+        """
+        # A command tells what a user's function raises as an error of its own.
+        cause = error.__cause__ if isinstance(error, InputError) else error
+        if cause is None or isinstance(cause, torch.cuda.OutOfMemoryError):
+            return False
+        if isinstance(cause, FloatingPointError):  # Detectron2's, of proposals that are NaN
+            return True
+        try:
+            with evaluated_losses(self.model):
+                for layer in batch_norms(self.model):
+                    layer.train()
+                self.run(batch)
+        except Exception:
+            return False
+        return True
 
 
 def total(outputs: Any) -> float:

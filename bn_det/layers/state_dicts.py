@@ -118,8 +118,11 @@ def _is_text(start: bytes) -> bool:
 
 
 def wrapped_prefix(names: Iterable[str], own: Iterable[str]) -> str:
-    """ "module." where a model in DataParallel was saved, and the model at hand is in none."""
-    is_wrapped = all(name.startswith(_WRAPPED) for name in names)
+    """What names begin with where a model in a wrapper was saved, and the model at hand is in none.
+
+    The wrapper is DataParallel or torch's AveragedModel, which has a counter beside the model.
+    """
+    is_wrapped = all(name.startswith(_WRAPPED) or name == "n_averaged" for name in names)
     return _WRAPPED if is_wrapped and not any(name.startswith(_WRAPPED) for name in own) else ""
 
 

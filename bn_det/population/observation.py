@@ -198,6 +198,7 @@ class Observer:
         self._known = {layer.module for layer in layers if _is_known(layer.module)}
         self._usual_calls: dict[AnyBatchNorm, int] | None = None
         self._calls_vary = False
+        self._in_order: dict[AnyBatchNorm, None] = {}
 
     def run(self, inputs: Any, observed: Observed) -> None:
         """Call the model with the inputs, and fill in what its layers see."""
@@ -209,6 +210,7 @@ class Observer:
         with suppress(_Done):
             self.call(inputs)
         self.num_calls += sum(calls.values())
+        self._in_order |= {owner: None for owner, number in calls.items() if number}
         if self._usual_calls is None:
             self._usual_calls = calls
             self._calls_vary = 0 in calls.values()
@@ -220,11 +222,11 @@ class Observer:
             )
 
     def by_first_call(self) -> list[str]:
-        """The names of all layers in the order in which the first pass called them.
+        """The names of all layers in the order in which they were first called on this rank.
 
-        Those that it did not call come first.
+        Those that no pass called come last.
         """
-        names: dict[AnyBatchNorm, list[str]] = {owner: [] for owner in self._usual_calls or ()}
+        names: dict[AnyBatchNorm, list[str]] = {owner: [] for owner in self._in_order}
         for layer in self.layers:
             names.setdefault(layer.owner, []).append(layer.name)
         return [name for of_owner in names.values() for name in of_owner]

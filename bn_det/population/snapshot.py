@@ -49,15 +49,17 @@ class Snapshot:
     def restore(self) -> None:
         """Undo everything."""
         self.restore_attributes()
-        for tensor, learns, gradient in self._leaves:
-            if tensor.requires_grad != learns:
-                tensor.requires_grad_(learns)
-            if tensor.grad is not gradient:
-                tensor.grad = gradient
         for tensor, content in self._tensors:
             # Writing makes a graph that has saved the tensor invalid: only where it has changed.
             if not torch.equal(tensor, content):
                 tensor.copy_(content)
+        for tensor, learns, gradient in self._leaves:
+            if not tensor.is_leaf:  # a buffer that a pass with gradients has written into
+                continue
+            if tensor.requires_grad != learns:
+                tensor.requires_grad_(learns)
+            if tensor.grad is not gradient:
+                tensor.grad = gradient
 
     def _keep(self, value: Any) -> Iterable[Any]:
         """Note one value; what it holds."""

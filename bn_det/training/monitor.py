@@ -83,8 +83,8 @@ class Monitor(Hook):
     def __init__(self, period: int = PERIOD) -> None:
         if not isinstance(period, int) or period < 2:
             raise InputError(
-                f"period: {period!r} is not accepted; use 2 iterations or more, as noise is what "
-                "differs between two"
+                f"period: {period!r} is not accepted; use 2 iterations or more, an integer, as "
+                "noise is what differs between two"
             )
         self.period = period
         self._window: _Window | None = None

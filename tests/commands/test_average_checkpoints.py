@@ -32,7 +32,9 @@ def test_the_best_is_written(host, config, tiny_shapes, tmp_path):
             elif t.dim() > 1:
                 t.mul_(1 + 0.01 * torch.randn_like(t))
         paths.append(tmp_path / f"{k}.pth")
-        torch.save({"model": model.state_dict(), "iteration": k}, paths[-1])
+        # One of them as it is saved in a wrapper.
+        state = nn.DataParallel(model).state_dict() if k else model.state_dict()
+        torch.save({"model": state, "iteration": k}, paths[-1])
     output = tmp_path / "made" / "average.pth"
     opts = (*tiny_shapes, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "out"),
             "SOLVER.IMS_PER_BATCH", "2", "TEST.PRECISE_BN.NUM_ITER", "2")  # fmt: skip
@@ -44,6 +46,7 @@ def test_the_best_is_written(host, config, tiny_shapes, tmp_path):
     best = min(choices, key=report["losses"].__getitem__)
     assert report["statistics"] == best and f"with statistics {best}" in done.stdout
     states = [torch.load(p, weights_only=True)["model"] for p in paths]
+    states[1] = {name.removeprefix("module."): v for name, v in states[1].items()}
     found = torch.load(output, weights_only=True)["model"]
     for name, value in found.items():
         if "running" not in name and value.is_floating_point():

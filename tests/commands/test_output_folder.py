@@ -145,7 +145,9 @@ def test_no_output_whose_table_is_another_file(tmp_path):
     """Beside a checkpoint that is there a table is that of it, and is replaced with it."""
     other = tmp_path / "new.json"
     other.write_text("{}")
-    with pytest.raises(InputError, match=f"its table would replace {other}, which is no table of"):
+    with pytest.raises(
+        InputError, match=f"its table would replace {other}, which is there without"
+    ):
         check_output(str(tmp_path / "new.pth"), {})
     (tmp_path / "new.pth").touch()
     check_output(str(tmp_path / "new.pth"), {})

@@ -86,9 +86,10 @@ def test_file_to_file(project, node, tmp_path):
     assert looked.returncode == 0 and "2 batches, 8 samples" in looked.stdout
 
 
-def test_a_model_that_was_saved_in_data_parallel(project, tmp_path):
+@pytest.mark.parametrize("wrapper", [nn.DataParallel, torch.optim.swa_utils.AveragedModel])
+def test_a_model_that_was_saved_in_a_wrapper(wrapper, project, tmp_path):
     """Its names begin with "module."; they still do in the file that is written."""
-    state = nn.DataParallel(project).state_dict()
+    state = wrapper(project).state_dict()
     torch.save({"model": state}, tmp_path / "old.pth")
     done = run(*FLAGS, "--output", "new.pth")
     assert done.returncode == 0, done.stderr

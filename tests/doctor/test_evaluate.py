@@ -257,6 +257,34 @@ def test_a_loss_that_refuses_what_is_no_number(value, model):
         examine(model, batches(48, seed=2), call=call, evaluate=True)
 
 
+def test_an_error_that_is_not_of_statistics(model):
+    """Though some are NaN, of a layer that nothing uses."""
+    model.unused = nn.BatchNorm2d(3)
+    model.unused.running_mean.fill_(math.nan)
+
+    def call(model, batch):
+        if not model[8].training:  # where losses are compared
+            raise KeyError("a mistake")
+        return loss(model[:10], batch)
+
+    with pytest.raises(KeyError, match="a mistake"):
+        examine(model, batches(48, seed=2), call=call, evaluate=True)
+
+
+def test_a_refusal_that_is_told_as_another_error(model):
+    """As the commands tell what a user's function raises."""
+
+    def call(model, batch):
+        found = loss(model, batch)
+        if not found["loss"].isfinite():
+            raise InputError("--call: the model cannot be called") from AssertionError("bad box")
+        return found
+
+    model[4].running_mean[0] = math.nan
+    report = examine(model, batches(48, seed=2), call=call, evaluate=True)
+    assert report.tried[0].before == math.inf and report.tried[0].after < 1.5
+
+
 @pytest.mark.parametrize(
     "kwargs, words",
     [

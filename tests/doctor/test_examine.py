@@ -490,3 +490,11 @@ def test_depth_is_the_order_of_calls():
     assert "the first that differs is first" in found.why
     report = examine(model, source, call=lambda m, x: m(x).square().mean(), evaluate=True)
     assert [of.name for of in report.in_evaluation] == ["first", "last"]
+
+    def sometimes(model, x):
+        y = model(x)
+        return model.unused(y) if x.mean() > 0 else y
+
+    report = examine(model, [x - x.mean() + 0.1 * (k > 1) for k, x in enumerate(source)],
+                     call=sometimes)  # fmt: skip
+    assert [of.name for of in report.layers] == ["first", "last", "unused"]

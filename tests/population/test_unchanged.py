@@ -86,3 +86,25 @@ def test_modes_and_dropout():
         model.num_calls = 1
         raise ZeroDivisionError
     assert not hasattr(model, "num_calls")
+
+
+def test_a_buffer_that_a_pass_with_gradients_has_written_into():
+    """It is then no leaf, whose flag nobody can set; all values are put back all the same."""
+
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.last = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+            self.register_buffer("mean", torch.zeros(()))
+
+        def forward(self, x):
+            y = self.last(self.norm(x))
+            self.mean.mul_(0.9).add_(0.1 * y.square().mean())
+            return y
+
+    model = Counts()
+    before = state_of(model)
+    with evaluated_losses(model):
+        model(torch.randn(4, 3, 5, 5))
+    assert_state(model, before)
+    assert all(p.requires_grad for p in model.parameters())

@@ -256,7 +256,7 @@ def test_a_compiled_model_is_not_compiled_anew():
 
 @pytest.mark.parametrize("period", [1, 2.5, "a"])
 def test_what_is_no_period(period):
-    words = f"period: {period!r} is not accepted; use 2 iterations or more"
+    words = f"period: {period!r} is not accepted; use 2 iterations or more, an integer"
     with pytest.raises(InputError, match=words):
         Monitor(period)
 
