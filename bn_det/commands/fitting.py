@@ -150,8 +150,11 @@ def named_as_in(model: nn.Module, weights: State) -> State:
     prefix = wrapped_prefix(weights, model.state_dict())
     if not prefix:
         return weights
-    inside = {name: weight for name, weight in weights.items() if name.startswith(prefix)}
-    return {name.removeprefix(prefix): weight for name, weight in inside.items()}
+    return {
+        name.removeprefix(prefix): weight
+        for name, weight in weights.items()
+        if name.startswith(prefix)
+    }
 
 
 def load_weights(model: nn.Module, weights: State, of_config: bool = True) -> None:

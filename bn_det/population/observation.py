@@ -210,7 +210,6 @@ class Observer:
         with suppress(_Done):
             self.call(inputs)
         self.num_calls += sum(calls.values())
-        self._in_order |= {owner: None for owner, number in calls.items() if number}
         if self._usual_calls is None:
             self._usual_calls = calls
             self._calls_vary = 0 in calls.values()
@@ -261,7 +260,8 @@ class Observer:
             if isinstance(owner, DomainBatchNorm2d) and owner.population == "per_domain":
                 # Statistics fit what test time does with them only if they are estimated so, too.
                 owner.statistics = "per_domain"
-            after = partial(_after_call, parts, observed.samples, calls, stop_at)
+            counted = observed.samples, calls, self._in_order
+            after = partial(_after_call, parts, *counted, stop_at)
             owner.register_forward_hook(after, with_kwargs=True)
 
     def _prepare(self, owner: AnyBatchNorm) -> None:
@@ -331,6 +331,7 @@ def _after_call(
     parts: list[tuple[int, list[int]]],
     samples: list[int],
     calls: dict[AnyBatchNorm, int],
+    in_order: dict[AnyBatchNorm, None],
     stop_at: dict[AnyBatchNorm, int] | None,
     owner: AnyBatchNorm,
     args: tuple,
@@ -341,9 +342,8 @@ def _after_call(
     sizes = owner.num_samples(x) if isinstance(owner, DomainBatchNorm2d) else [len(x)]
     for index, domains in parts:
         samples[index] += sum(sizes[k] for k in domains)
-    if not calls[owner]:
-        calls[owner] = calls.pop(owner)  # to the end: owners are in the order of their first calls
     calls[owner] += 1
+    in_order.setdefault(owner)
     if stop_at is not None and all(n >= stop_at[o] for o, n in calls.items()):
         raise _Done
 

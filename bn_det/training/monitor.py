@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -81,7 +82,8 @@ class Monitor(Hook):
     """Whether something runs the model in training mode between steps, on purpose."""
 
     def __init__(self, period: int = PERIOD) -> None:
-        if not isinstance(period, int) or period < 2:
+        is_integer = isinstance(period, Integral)
+        if not is_integer or period < 2:
             raise InputError(
                 f"period: {period!r} is not accepted; use 2 iterations or more, an integer, as "
                 "noise is what differs between two"

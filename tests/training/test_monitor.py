@@ -6,6 +6,7 @@ import math
 import re
 import time
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -259,6 +260,10 @@ def test_what_is_no_period(period):
     words = f"period: {period!r} is not accepted; use 2 iterations or more, an integer"
     with pytest.raises(InputError, match=words):
         Monitor(period)
+
+
+def test_a_period_of_numpy():
+    assert Monitor(np.int64(2)).period == 2
 
 
 def train_ranks(rank, kind, with_monitor, gap=0.0, broken=False, max_iter=48):
