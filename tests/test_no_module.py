@@ -19,6 +19,7 @@ CALLS = {
     "ghost_groups": lambda model: bn_det.ghost_groups(model, torch.zeros(2)).__enter__(),
     "name_layers": bn_det.name_layers,
     "no_population_update": lambda model: bn_det.no_population_update(model).__enter__(),
+    "shuffled": bn_det.shuffled,
     "states": bn_det.states,
     "thaw": bn_det.thaw,
     "trained_with": lambda model: bn_det.trained_with(model, "population").__enter__(),

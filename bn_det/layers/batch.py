@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..errors import InputError
+from ..errors import InputError, of_other_type
 from .moments import Moments
 
 
@@ -39,3 +39,9 @@ def check_size(size: int, where: str = "") -> None:
             "more images (SOLVER.IMS_PER_BATCH), larger ones (INPUT.MIN_SIZE_TRAIN, "
             "MIN_SIZE_TEST), or statistics shared between domains (BN.STATISTICS, BN.POPULATION)"
         )
+
+
+def refuse_list(x: object) -> None:
+    """Raise InputError for a list of levels, which a layer that takes one tensor has been given."""
+    if isinstance(x, (list, tuple)):
+        raise of_other_type("x", x, "a tensor; a DomainBatchNorm2d takes a list of levels")

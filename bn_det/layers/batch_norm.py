@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import InputError, check_positive, choose
+from .batch import refuse_list
 from .comm import Group, HeldGroup, process_group
 from .forward import Domain, Extension, Observation, Plan, batch_norm
 from .ghost import GHOST_ORDERS, ghost_batches
@@ -185,6 +186,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         return self.train_statistics if self.training else self.eval_statistics
 
     def _check_input_dim(self, x: Tensor) -> None:
+        refuse_list(x)
         self.takes._check_input_dim(self, x)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

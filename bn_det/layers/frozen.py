@@ -7,6 +7,7 @@ from typing import Any, SupportsIndex
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from .batch import refuse_list
 from .kernels import normalize_one
 
 fx.wrap("normalize_one")  # by which torch.fx traces a model that is frozen, as it does torch's own
@@ -34,6 +35,7 @@ class FrozenBatchNorm(_NormBase):
     thawed_type: type[_NormBase] = nn.BatchNorm2d
 
     def _check_input_dim(self, x: Tensor) -> None:
+        refuse_list(x)
         self.thawed_type._check_input_dim(self, x)
 
     def forward(self, x: Tensor, groups: Tensor | None = None) -> Tensor:

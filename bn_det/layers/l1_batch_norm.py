@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batch import check_size
+from .batch import check_size, refuse_list
 from .batch_norm import check_arguments
 from .ema import count_batch, tracks
 from .kernels import normalize_one
@@ -46,6 +46,7 @@ class L1BatchNorm2d(nn.BatchNorm2d):
         super().__init__(num_features, eps, momentum, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
+        refuse_list(x)
         self._check_input_dim(x)
         mean, var = self.running_mean, self.running_var
         if x.numel() == 0 or (not self.training and mean is not None):

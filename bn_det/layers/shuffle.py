@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from .comm import Group, gather_into, process_group, report_disagreement
+from .kinds import check_module
 from .meeting import TIMEOUT, Calls, Place, check_timeout, meet
 
 Restore = Callable[[Tensor], Tensor]
@@ -107,8 +108,10 @@ def shuffled(
         The module itself.
 
     Raises:
+        InputError: it is no module.
         ValueError: the module's class has no such method, or the module has replaced it already.
     """
+    check_module("module", module)
     if not callable(getattr(type(module), method, None)) or method in vars(module):
         raise ValueError(
             f"method: {method!r} is not accepted; use a method of {type(module).__name__} that "

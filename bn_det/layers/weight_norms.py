@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from ..errors import InputError, choose
+from ..errors import InputError, choose, of_other_type
 from .kinds import check_module
 
 WEIGHT_NORMS = ("WS", "ScaledWS", "WN")
@@ -108,10 +108,12 @@ def normalize_weight(layer: Weighted, kind: str, gamma: float = 1.0) -> None:
         gamma: for "ScaledWS": GAMMA_RELU after a ReLU, 1 after what is linear.
 
     Raises:
-        InputError: the kind is unknown, the layer has been normalized, is transposed and has
-            groups, or has a single weight for each output unit.
+        InputError: the kind is unknown; the layer is none of those, has been normalized, is
+            transposed and has groups, or has a single weight for each output unit.
     """
     choose("kind", kind, WEIGHT_NORMS)
+    if not isinstance(layer, Weighted):
+        raise of_other_type("layer", layer, "a layer of Linear, Conv2d or ConvTranspose2d")
     if parametrize.is_parametrized(layer):
         raise InputError(f"{kind}: {layer} is parametrized already")
     unit_dim, num_places = 0, 1

@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from bn_det import BatchNorm2d, convert_batchnorm, forward_levels, freeze, fuse, thaw, tune
+from bn_det import (
+    BatchNorm2d,
+    L1BatchNorm2d,
+    convert_batchnorm,
+    forward_levels,
+    freeze,
+    fuse,
+    thaw,
+    tune,
+)
 from bn_det.errors import InputError
 
 
@@ -41,6 +50,17 @@ def test_what_is_not_frozen_is_not_tuned(caplog):
 def test_levels_that_are_one_tensor():
     with pytest.raises(InputError, match="^features: what is given is of type Tensor; use a list"):
         forward_levels(pair(), torch.zeros(2, 3, 4, 4))
+
+
+@pytest.mark.parametrize("levels", [list, tuple])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "layer", [BatchNorm2d(4), L1BatchNorm2d(4), freeze(BatchNorm2d(4)), freeze(nn.BatchNorm2d(4))]
+)
+def test_a_tensor_that_is_levels(layer, training, levels):
+    words = f"^x: what is given is of type {levels.__name__}; use a tensor; a DomainBatchNorm2d"
+    with pytest.raises(InputError, match=words):
+        layer.train(training)(levels([torch.zeros(2, 4, 3, 3)]))
 
 
 @pytest.mark.parametrize("renorm", [5, (1.0, 2.0, 3.0), ("a", "b")])

@@ -405,6 +405,7 @@ def test_adaptive_gradient_clipping():
         (nn.ConvTranspose2d(4, 4, 2, groups=2), "WS", "is transposed and has groups"),
         (nn.Conv2d(4, 4, 1, groups=4), "ScaledWS", "a single weight for each output unit"),
         (parametrizations.weight_norm(nn.Linear(2, 2)), "WS", "is parametrized already"),
+        (nn.BatchNorm2d(2), "WS", "layer: what is given is of type BatchNorm2d; use a layer of"),
     ],
 )
 def test_bad_arguments(layer, kind, message):
