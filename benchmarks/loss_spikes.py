@@ -73,15 +73,23 @@ def measure_group(
     folder = Path(args.runs) / host / f"threads_{threads}-rate_{rate or 'config'}"
     own = () if rate is None else ("SOLVER.BASE_LR", str(rate))
     setting = Setting("shapes", host, folder, opts=(*args.opts, *own, *OPTS))
-    steps = {
+    cores = len(os.sched_getaffinity(0))
+    trainings = {
         (step.name.removesuffix(f"-seed{seed}"), seed): step
         for seed in args.seeds
         for step in plan(args.experiments, setting, [seed])
-        # Several processes have one thread each in any case.
-        if step.is_training and (step.processes == 1 or threads == 1)
+        if step.is_training
     }
+    # Processes share the cores out as threads, so that some of a training would have fewer.
+    steps = {
+        of: step
+        for of, step in trainings.items()
+        if threads == 1 or step.processes * threads <= cores
+    }
+    if left := sorted({name for name, _ in trainings.keys() - steps.keys()}):
+        print(f"left out, as {threads} threads for each process are too many: {left}", flush=True)
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    jobs = max(1, len(os.sched_getaffinity(0)) // threads)
+    jobs = max(1, cores // threads)
     folder.mkdir(parents=True, exist_ok=True)
     runner = Runner(list(steps.values()), folder, jobs)
     for failure in runner.run():
