@@ -15,6 +15,7 @@ from bn_det import (
     L1BatchNorm2d,
     RoILevelBatchNorm2d,
     SourceBatchNorm2d,
+    convert_batchnorm,
 )
 from bn_det.errors import InputError
 from matrix import Net, check_cell, every_cell, expected_of
@@ -37,6 +38,10 @@ def of_timm(name):
     return make
 
 
+def converted(make):
+    return lambda c: convert_batchnorm(of_timm("BatchNormAct2d")(c), make)
+
+
 KINDS = {
     "torch": nn.BatchNorm2d,
     "SyncBatchNorm": nn.SyncBatchNorm,
@@ -53,26 +58,29 @@ KINDS = {
     "RoI levels": lambda c: RoILevelBatchNorm2d(c, 2),
     "torchvision's frozen": FrozenBatchNorm2d,
     "timm's": of_timm("BatchNormAct2d"),
+    "timm's, ours": converted(BatchNorm2d),
+    "timm's, sources": converted(lambda c: SourceBatchNorm2d(c, 2)),
     "timm's frozen": of_timm("FrozenBatchNormAct2d"),
     "no statistics": lambda c: nn.BatchNorm2d(c, track_running_stats=False),
     "no affine": lambda c: nn.BatchNorm2d(c, affine=False),
 }
 FROZEN = ("torchvision's frozen", "timm's frozen")
+BY_PART_OF_A_BATCH = ("sources", "timm's, sources", "RoI levels")
 TWINS = {"SyncBatchNorm": nn.BatchNorm2d, "timm's frozen": of_timm("BatchNormAct2d")}
 NOT_DONE = {
     "freeze": {"no statistics": "refused"},
     "thaw": {"timm's frozen": "refused"},
     "convert_batchnorm": {"with an activation": "left", "levels": "left", "shared levels": "left",
-                          "torchvision's frozen": "left", "timm's": "left", "timm's frozen": "left",
-                          "sources": "refused", "RoI levels": "refused"},
-    "unfold": {"no affine": "refused", "no statistics": "refused", "sources": "refused",
-               "RoI levels": "refused"},
-    "fuse": {"with an activation": "left", "no statistics": "left", "sources": "left",
-             "RoI levels": "left"},
-    "tune": {"with an activation": "left", "no statistics": "left", "sources": "left",
-             "RoI levels": "left"},
-    "unfuse": {"with an activation": "refused", "no statistics": "refused", "sources": "refused",
-               "RoI levels": "refused"},
+                          "torchvision's frozen": "left", "timm's frozen": "left",
+                          **dict.fromkeys(BY_PART_OF_A_BATCH, "refused")},
+    "unfold": {"no affine": "refused", "no statistics": "refused",
+               **dict.fromkeys(BY_PART_OF_A_BATCH, "refused")},
+    "fuse": {"with an activation": "left", "no statistics": "left",
+             **dict.fromkeys(BY_PART_OF_A_BATCH, "left")},
+    "tune": {"with an activation": "left", "no statistics": "left",
+             **dict.fromkeys(BY_PART_OF_A_BATCH, "left")},
+    "unfuse": {"with an activation": "refused", "no statistics": "refused",
+               **dict.fromkeys(BY_PART_OF_A_BATCH, "refused")},
     "update_bn_stats": {"L1": "left", "no statistics": "left"},
     "update_bn_stats, frozen": {"L1": "left", "timm's frozen": "left", "no statistics": "left"},
     "update_bn_stats, folded": {**dict.fromkeys(KINDS, "refused"), "L1": "left",

@@ -12,16 +12,18 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import InputError, first_of
+from .and_more import with_more
 from .batch_norm import BatchNorm2d
 from .become import become, class_of, with_class
 from .domain_batch_norm import DomainBatchNorm2d, M, holders_of_domains
 from .folded import has_learned
-from .freeze import freeze_statistics, is_frozen
+from .freeze import freeze_statistics, is_frozen, thaw_statistics
 from .frozen import FrozenBatchNorm
 from .kinds import (
     OF_TORCH,
     STATE,
     STATISTICS,
+    follows,
     is_batch_norm,
     is_host_frozen,
     selected,
@@ -48,15 +50,16 @@ def convert_batchnorm(
     that has it or belongs to it: its places, hooks, parametrizations, mode, and parameters and
     buffers (the same objects where both have them registered alike, so that optimizers stay valid;
     what a layer has once and the new one for each domain is copied). A layer that takes other
-    inputs than images goes on taking them. What is frozen (:func:`bn_det.freeze`) stays so, and is
-    of the new kind once it is thawed.
+    inputs than images goes on taking them, and one that calls its children after it normalizes
+    (timm's, with an activation) goes on calling them. What is frozen (:func:`bn_det.freeze`) stays
+    so, and is of the new kind once it is thawed.
 
-    A warning names what is left as it is: layers that compute more than a BatchNorm, or otherwise
-    than their class says (timm's, with an activation); those for lists of domains where the new
-    layer takes a tensor, or the reverse; those that have not been called yet (lazy). One names what
-    has learned something, and becomes a layer without any state. A host's FrozenBatchNorm2d is
-    left, too (:func:`bn_det.thaw`). In Detectron2's RetinaNet head built with "BN" the layers of
-    each level are exchanged; its ``CycleBatchNormList`` goes by the order of calls, as before.
+    A warning names what is left as it is: layers that otherwise compute more than a BatchNorm;
+    those for lists of domains where the new layer takes a tensor, or the reverse; those that have
+    not been called yet (lazy). One names what has learned something, and becomes a layer without
+    any state. A host's FrozenBatchNorm2d is left, too (:func:`bn_det.thaw`). In Detectron2's
+    RetinaNet head built with "BN" the layers of each level are exchanged; its
+    ``CycleBatchNormList`` goes by the order of calls, as before.
 
     Args:
         module: the model, or a layer.
@@ -84,7 +87,10 @@ def convert_batchnorm(
     dropped: dict[str, str] = {}
     returned: set[nn.Module] = set()
     for layer, name in others.items():
-        if not (why := why_lazy(layer) or what_else(layer)):
+        why, rest = why_lazy(layer), None
+        if not why and (why := what_else(layer)) and (rest := follows(layer)):
+            why = ""
+        if not why:
             new = make(layer.num_features)
             _check_made(new, layer.num_features, returned)
             returned.add(new)
@@ -93,11 +99,13 @@ def convert_batchnorm(
         if why:
             left[name or type(layer).__name__] = why
         else:
-            made[layer] = _with_state_of(layer, new)
+            new = _with_state_of(layer, new)
             if _has_no_state(new) and has_learned(layer):
                 dropped[name or type(layer).__name__] = type(new).__name__
+            made[layer] = with_more(new, rest)
     for layer, new in made.items():
         was_frozen, parameters = is_frozen(layer), set(layer.parameters())
+        thaw_statistics(layer)  # which has it in the mode that was asked for
         become(layer, new)
         for parameter in parameters - set(layer.parameters()):
             parameter.grad = None  # an optimizer that still has it would go on by its momentum
@@ -227,7 +235,7 @@ def _with_state_of(old: nn.Module, new: M) -> M:
             _leave_parametrized(old, new, target, name)
         else:
             _put(old, new, target, name, _own(value, used))
-    return new.train(old.training)
+    return new.train(getattr(old, "asked_mode", old.training))
 
 
 def _has_no_state(new: nn.Module) -> bool:

@@ -13,11 +13,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..errors import InputError
+from .and_more import AndMore
 from .batch_norm import BatchNorm2d
 from .become import become, class_of, with_class
 from .domain_batch_norm import DomainBatchNorm2d, state_holders
 from .folded import has_trivial_statistics
-from .frozen import FrozenBatchNorm, StaysInEvaluation, staying_class
+from .frozen import FrozenBatchNorm, StaysInEvaluation
 from .held import HeldParameter
 from .kinds import (
     STATE,
@@ -29,6 +30,7 @@ from .kinds import (
     what_else,
     why_lazy,
 )
+from .mixed import mixed
 from .types import AnyBatchNorm, HostFrozen
 
 logger = logging.getLogger(__name__)
@@ -52,7 +54,8 @@ def freeze(
     more, whatever mode the model is put into, and whatever converts it. The layers are the objects
     that they were, with their hooks, parametrizations and places; :func:`thaw` undoes it. A layer
     becomes a :class:`FrozenBatchNorm`; one that may do more than normalize (timm's, with an
-    activation) stays in evaluation mode; ours for several domains know that they are frozen.
+    activation) stays in evaluation mode; ours that do, or are for several domains, know that they
+    are frozen.
 
     Weight and bias need no gradient then, and lose the one that they have: an optimizer that holds
     them leaves them as they are, to the bit. Where the model is a DistributedDataParallel, which
@@ -165,10 +168,10 @@ def freeze_statistics(layer: AnyBatchNorm) -> None:
     """Freeze those of a layer that has some."""
     if is_frozen(layer):
         return
-    if isinstance(layer, DomainBatchNorm2d):
+    if isinstance(layer, BatchNorm2d) and isinstance(layer, (DomainBatchNorm2d, AndMore)):
         _set_frozen(layer, True)
     elif what_else(layer):
-        with_class(layer, staying_class(class_of(layer)))
+        with_class(layer, mixed(StaysInEvaluation, class_of(layer)))
         layer.train(layer.training)  # which notes the mode, and evaluates
     else:
         vars(layer)["thawed_type"] = class_of(layer)

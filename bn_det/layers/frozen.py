@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, SupportsIndex
+from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .batch import refuse_list
 from .kernels import normalize_one
+from .mixed import MixedIn
 
 fx.wrap("normalize_one")  # by which torch.fx traces a model that is frozen, as it does torch's own
 
@@ -49,7 +50,7 @@ class FrozenBatchNorm(_NormBase):
         return f"{super().extra_repr()}, was={self.thawed_type.__name__}"
 
 
-class StaysInEvaluation(nn.Module):
+class StaysInEvaluation(MixedIn):
     """Mixed into the class of a layer that is frozen as it is, as it may do more than normalize.
 
     In evaluation mode, which it never leaves, it normalizes by its population statistics.
@@ -59,28 +60,9 @@ class StaysInEvaluation(nn.Module):
         asked_mode: what :meth:`train` was last asked for.
     """
 
+    made_name, made_from = "Frozen{}", "thawed_type"
     thawed_type: type[_NormBase]
 
     def train(self, mode: bool = True) -> Any:
         self.asked_mode = mode
         return super().train(False)
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple:
-        # Its class is made when it is frozen, and is nowhere to be found by name.
-        state = self.__getstate__() if hasattr(self, "__getstate__") else dict(vars(self))
-        return _new, (self.thawed_type,), state
-
-
-_CLASSES: dict[type, type] = {}
-
-
-def staying_class(cls: type) -> type:
-    """A class of layers, and that they stay in evaluation mode; always the same for a class."""
-    if cls not in _CLASSES:
-        of_class = {"__doc__": StaysInEvaluation.__doc__, "thawed_type": cls}
-        _CLASSES[cls] = type(f"Frozen{cls.__name__}", (StaysInEvaluation, cls), of_class)
-    return _CLASSES[cls]
-
-
-def _new(thawed_type: type) -> Any:
-    return object.__new__(staying_class(thawed_type))

@@ -19,6 +19,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from ..errors import InputError, first_of, nearest, of_other_type
+from .and_more import AndMore
 from .batch_norm import BatchNorm2d
 from .become import class_of
 from .domain_batch_norm import DomainBatchNorm2d
@@ -221,9 +222,7 @@ def what_else(layer: nn.Module) -> str:
     Not where its class is known. A copy with a state in which everything matters is compared with
     the formula.
     """
-    if "forward" not in vars(layer) and (
-        isinstance(layer, DomainBatchNorm2d) or class_of(layer) in _KNOWN
-    ):
+    if "forward" not in vars(layer) and _is_known(class_of(layer)):
         return ""
     if _normalizes(layer, children=False):
         return ""
@@ -235,13 +234,24 @@ def follows(layer: nn.Module) -> nn.Sequential | None:
 
     So timm's BatchNormAct2d has an activation. It is tried out, as by :func:`what_else`.
     """
+    if isinstance(layer, AndMore):
+        is_known = "forward" not in vars(layer) and _is_known(layer.norm_type)
+        return _in_order(layer, layer.more) if is_known else None
     if not (what_else(layer) and layer._modules and _normalizes(layer, children=True)):
         return None
-    return _in_order(layer)
+    return _in_order(layer, layer._modules)
 
 
-def _in_order(layer: nn.Module) -> nn.Sequential:
-    return nn.Sequential(OrderedDict(layer.named_children()))
+def _is_known(cls: type[nn.Module]) -> bool:
+    """Whether layers of a class are known to normalize, and to do nothing else."""
+    if issubclass(cls, AndMore):
+        return False
+    return issubclass(cls, DomainBatchNorm2d) or cls in _KNOWN
+
+
+def _in_order(layer: nn.Module, names: Iterable[str]) -> nn.Sequential:
+    children = ((name, layer._modules[name]) for name in names)
+    return nn.Sequential(OrderedDict((name, of) for name, of in children if of is not None))
 
 
 @torch.no_grad()
@@ -266,7 +276,7 @@ def _normalizes(layer: nn.Module, children: bool) -> bool:
     expected = F.batch_norm(x, mean, var, weight, bias, eps=eps_of(layer))
     try:
         y = layer.forward(x)  # without its hooks
-        expected = _in_order(layer)(expected) if children else expected
+        expected = _in_order(layer, layer._modules)(expected) if children else expected
     except Exception:  # whatever it wants to be called with
         return False
     # 1 % for half precision; an eps that is left out would be 5 %.

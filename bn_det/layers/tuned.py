@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,10 @@ from torch.nn.modules.conv import _ConvNd
 from .become import class_of, with_class
 from .domain_batch_norm import DomainBatchNorm2d, holders_of_domains, state_holders
 from .freeze import is_frozen
-from .frozen import StaysInEvaluation, staying_class
 from .held import constant, with_zero_gradients
 from .kernels import normalize_one
 from .kinds import eps_of, follows, is_host_frozen
+from .mixed import MixedIn, mixed
 from .types import Affine, AnyBatchNorm, Statistics, has_statistics
 from .watched import is_watched
 
@@ -35,25 +35,15 @@ class Deferred(NamedTuple):
     x: Tensor
 
 
-class _Tuned(nn.Module):
+class _Tuned(MixedIn):
     """Mixed into the class of a convolution or of a BatchNorm.
 
     Attributes:
         tuned_type: the class that it had.
-        tuned_kind: what has been mixed into that, one of those below.
     """
 
+    made_name, made_from = "Tuned{}", "tuned_type"
     tuned_type: type[nn.Module]
-    tuned_kind: type[_Tuned]
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple:
-        # Its class is made when it is tuned, and that of some when they are frozen, and neither is
-        # anywhere to be found by name.
-        state = self.__getstate__() if hasattr(self, "__getstate__") else dict(vars(self))
-        kind, cls = self.tuned_kind, self.tuned_type
-        if issubclass(cls, StaysInEvaluation):
-            return _new, (kind, cls.thawed_type, True), state
-        return _new, (kind, cls), state
 
 
 class TunedConv(_Tuned, _ConvNd):
@@ -173,21 +163,6 @@ class TunedHostNorm(TunedNorm):
         return normalize_one(x, *state, eps_of(self))
 
 
-def tuned_class(kind: type[_Tuned], cls: type[nn.Module]) -> type[nn.Module]:
-    """A class of layers with one of the above mixed in; always the same for a class."""
-    if (kind, cls) not in _CLASSES:
-        of_class = {"__doc__": kind.__doc__, "tuned_type": cls, "tuned_kind": kind}
-        _CLASSES[kind, cls] = type(f"Tuned{cls.__name__}", (kind, cls), of_class)
-    return _CLASSES[kind, cls]
-
-
-_CLASSES: dict[tuple[type, type], type] = {}
-
-
-def _new(kind: type[_Tuned], cls: type[nn.Module], stays: bool = False) -> Any:
-    return object.__new__(tuned_class(kind, staying_class(cls) if stays else cls))
-
-
 def untune(model: nn.Module) -> None:
     """Have each convolution and each BatchNorm of a model compute by itself."""
     for module in model.modules():
@@ -262,7 +237,7 @@ def tune_pair(conv: _ConvNd, norm: AnyBatchNorm) -> None:
     kind: type[_Tuned] = TunedConvWithNormOfLevels if takes_list else TunedConvWithNorm
     if not is_inside:
         kind, vars(conv)["followed_by"] = TunedConv, (norm,)
-    with_class(conv, tuned_class(kind, type(conv)))
+    with_class(conv, mixed(kind, type(conv)))
     of_norm = TunedHostNorm if is_host_frozen(norm) else TunedNorm
     of_norm = of_norm if follows(norm) is None else TunedNormAndMore
-    with_class(norm, tuned_class(of_norm, class_of(norm)))
+    with_class(norm, mixed(of_norm, class_of(norm)))

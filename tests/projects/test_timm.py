@@ -26,6 +26,10 @@ def model(page):
     return copy.deepcopy(bn_det.thaw(copy.deepcopy(page["model"]))).train()
 
 
+def norms(model):
+    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
 def with_activation(model):
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, BatchNormAct2d)]
     return {name for name, layer in layers if not isinstance(layer.act, nn.Identity)}
@@ -65,15 +69,30 @@ def test_statistics_of_a_layer_with_an_activation(page, model):
     torch.testing.assert_close(found, values.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
 
 
-def test_what_conversion_leaves_is_said_once(model, caplog):
-    active = with_activation(model)
+def test_all_of_it_becomes_ours(page, model, caplog):
+    """In training, it computes what it did before, to the bit."""
+    before, active = copy.deepcopy(model), with_activation(model)
     bn_det.convert_batchnorm(model, partial(bn_det.BatchNorm2d, group="world"))
-    (message,) = [of.getMessage() for of in caplog.records]
-    first = next(name for name, _ in model.named_modules() if name in active)
-    assert message == (
-        f"convert_batchnorm has left {first} and {len(active) - 1} more: a BatchNormAct2d does "
-        "not only normalize"
-    )
+    assert not caplog.records
+    assert all(isinstance(m, bn_det.BatchNorm2d) for m in norms(model)) and len(active) > 10
+    found, expected = [of(page["loader"][0]) for of in (model, before)]
+    for of in (found, expected):
+        sum(y.square().sum() for y in of).backward()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    for a, b in zip(model.parameters(), before.parameters(), strict=True):
+        assert (a.grad is None and b.grad is None) or torch.equal(a.grad, b.grad)
+
+
+def test_two_sites(page, model):
+    """With statistics for each source, images of the one do not move what the other gives."""
+    bn_det.convert_batchnorm(model, lambda c: bn_det.SourceBatchNorm2d(c, 2))
+    model.train()
+    images, others = page["loader"][0], page["loader"][0].clone()
+    others[1::2] += 1
+    with bn_det.image_sources([0, 1, 0, 1]), torch.no_grad():
+        before, after = model(images), model(others)
+    for a, b in zip(before, after, strict=True):
+        assert torch.equal(a[::2], b[::2]) and not torch.equal(a[1::2], b[1::2])
 
 
 def test_fused(page, model):
