@@ -2,10 +2,12 @@
 """How far the trainings of the experiments on shapes are from a loss spike.
 
 The trainings of the experiments that are named are run on each host, with each seed and number of
-threads (rounding decides where it is close), without evaluation. The table has the largest loss
-over its running median of each (``bn_det.training.LossSpikes``; inf where it was not finite at
-last). With ``--rates`` it is done at several learning rates: the largest without a spike over that
-of the config is how far away the edge is. What has been run is not run again.
+threads (rounding decides where it is close; a training in several processes is left out where
+each cannot have as many), without evaluation. The table has the largest loss over its running
+median of each (``bn_det.training.LossSpikes``; inf where it was not finite at last, nan where there
+were too few iterations for a median). With ``--rates`` it is done at several learning rates: the
+largest without a spike over that of the config is how far away the edge is. What has been run is
+not run again.
 
 --opts are for every training: for the first 400 iterations, at a constant
 rate after the warm-up, SOLVER.MAX_ITER 400 SOLVER.LR_SCHEDULER_NAME WarmupMultiStepLR
@@ -27,9 +29,9 @@ from typing import NamedTuple
 from tabulate import tabulate
 
 from bn_det.commands.cli import choose_host, run
-from bn_det.errors import InputError
+from bn_det.errors import InputError, check_positive
 from bn_det.files import finite
-from bn_det.reproduce.main import plan
+from bn_det.reproduce.main import alone, plan, run_to_end
 from bn_det.reproduce.registry import EXPERIMENTS
 from bn_det.reproduce.runner import Runner
 from bn_det.reproduce.steps import Setting
@@ -59,6 +61,8 @@ class Ratios(NamedTuple):
 
 def measure(args: argparse.Namespace) -> Iterator[Ratios]:
     """Of all trainings; each group of them is run when it is asked for."""
+    for number in args.threads:
+        check_positive("--threads", number)
     for host in args.hosts:
         choose_host(host)  # whether it is there
         for threads in args.threads:
@@ -70,7 +74,7 @@ def measure_group(
     args: argparse.Namespace, host: str, threads: int, rate: float | None
 ) -> list[Ratios]:
     """Of the trainings of one host, number of threads and rate."""
-    folder = Path(args.runs) / host / f"threads_{threads}-rate_{rate or 'config'}"
+    folder = Path(args.runs) / host / f"threads_{threads}-rate_{'config' if rate is None else rate}"
     own = () if rate is None else ("SOLVER.BASE_LR", str(rate))
     setting = Setting("shapes", host, folder, opts=(*args.opts, *own, *OPTS))
     cores = len(os.sched_getaffinity(0))
@@ -90,24 +94,29 @@ def measure_group(
         print(f"left out, as {threads} threads for each process are too many: {left}", flush=True)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     jobs = max(1, cores // threads)
-    folder.mkdir(parents=True, exist_ok=True)
-    runner = Runner(list(steps.values()), folder, jobs)
-    for failure in runner.run():
-        raise InputError(f"{folder / failure.step.name} has failed: {failure.reason}")
+    with alone(folder):
+        runner = Runner(list(steps.values()), folder, jobs)
+        for failure in run_to_end(runner):
+            raise InputError(f"{folder / failure.step.name} has failed: {failure.reason}")
     found: dict[str, dict[int, float]] = {}
     for (name, seed), step in steps.items():
         (folder / step.name / "model_final.pth").unlink(missing_ok=True)
         diverged = runner.outcomes[step.name].diverged_at is not None
         largest = read_spikes(folder / step.name)["largest"]
-        ratio = math.inf if diverged or largest is None else largest["ratio"]
-        found.setdefault(name, {})[seed] = ratio
+        ratio = largest["ratio"] if largest else math.nan
+        found.setdefault(name, {})[seed] = math.inf if diverged else ratio
     return [Ratios(host, name, threads, rate, of_seeds) for name, of_seeds in found.items()]
 
 
 def table(found: list[Ratios]) -> str:
     rows = [
         [
-            *(of.host, of.training.removeprefix("train/"), of.threads, of.rate or "config"),
+            *(
+                of.host,
+                of.training.removeprefix("train/"),
+                of.threads,
+                "config" if of.rate is None else of.rate,
+            ),
             ", ".join(f"{ratio:.2f}" for ratio in of.by_seed.values()),
             sum(ratio >= FACTOR for ratio in of.by_seed.values()),
         ]

@@ -207,4 +207,6 @@ def finite(value: Any) -> Any:
     """What JSON can hold: None for numbers that are not finite, at any depth."""
     if isinstance(value, Mapping):
         return {key: finite(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

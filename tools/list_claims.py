@@ -8,13 +8,12 @@ entry of the same data and host is replaced.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import bn_det.cli.ctrl_c  # noqa: F401
 from bn_det.commands.cli import run
-from bn_det.errors import InputError
-from bn_det.files import write_json, write_text
+from bn_det.errors import InputError, reason_of
+from bn_det.files import read_json, read_text, write_json, write_text
 from bn_det.reproduce.ledger import entries_of, ledger_table, merged, with_table
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -37,8 +36,15 @@ def main() -> None:
         if not path.is_file():
             raise InputError(f"--folder: there is no file {path}")
     new = [entry for path in args.add for entry in entries_of(path)]
-    entries = merged(json.loads(data.read_text()), new)
-    text = with_table(page.read_text(), ledger_table(entries))
+    try:
+        entries = merged(read_json(data), new)
+        text = with_table(read_text(page), ledger_table(entries))
+    except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as e:
+        if isinstance(e, InputError):
+            raise
+        raise InputError(
+            f"--folder: {args.folder}: not as this command leaves its files: {reason_of(e)}"
+        ) from e
     if args.check:
         if text != page.read_text():
             raise InputError(

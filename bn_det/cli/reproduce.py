@@ -74,7 +74,7 @@ def argument_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--output",
         metavar="DIR",
-        help="folder of the report; by default output/reproduce/EXPERIMENT-DATA",
+        help="folder of the report; by default output/reproduce/EXPERIMENT-DATA-HOST",
     )
     parser.add_argument(
         "--runs",

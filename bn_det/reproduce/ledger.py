@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,10 @@ from typing import Any
 from tabulate import tabulate
 
 from ..errors import InputError, reason_of
+from ..files import read_json
 from .claims import CLAIMS, Claim
-from .verdicts import Verdict
+from .published import NUM_GPUS
+from .verdicts import Verdict, judge
 from .words import effect_text, wanted
 
 BEGIN, END = "<!-- made of claims.json -->", "<!-- until here -->"
@@ -31,13 +32,17 @@ def entries_of(path: Path) -> list[Entry]:
         InputError: it is no such file, or one of other settings than those of the claims.
     """
     try:
-        report = json.loads(path.read_bytes())
-        opts = report["opts"]
+        report = read_json(path)
+        opts, data = list(report["opts"]), report["data"]
         found = [_entry(report, of) for of in report["claims"] if of["verdict"]]
-    except (KeyError, OSError, TypeError, ValueError) as e:
+        for entry in found:
+            _check(entry)
+    except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as e:
         raise InputError(
             f"{path}: cannot be read as results.json of bn-det reproduce: {reason_of(e)}"
         ) from e
+    if data == "coco" and report.get("num_gpus") != NUM_GPUS:
+        opts.append(f"--num-gpus {report.get('num_gpus')}")
     if opts:
         raise InputError(
             f"{path}: is of a report with the options {' '.join(opts)}, which are not the settings "
@@ -47,21 +52,47 @@ def entries_of(path: Path) -> list[Entry]:
 
 
 def _entry(report: Mapping[str, Any], of: Mapping[str, Any]) -> Entry:
-    counted = [seed for seed in report["seeds"] if seed not in of["left_out"]]
-    seeds = counted[: len(of["effects"])]  # a verdict stands that fewer of them have had
-    kept = ("effects", "mean", "low", "high", "left_out", "verdict")
+    kept = ("seeds", "effects", "mean", "low", "high", "left_out", "verdict")
     return {
         **{"claim": of["name"], "data": report["data"], "host": report["host"]},
-        **{"seeds": seeds, "confidence": report["confidence"], "versions": report["versions"]},
+        **{"confidence": report["confidence"], "versions": report["versions"]},
         **{key: of[key] for key in kept},
     }
 
 
+def _check(entry: Entry) -> None:
+    """Raise ValueError for what judging its effects again does not give."""
+    claim = next((claim for claim in CLAIMS if claim.name == entry["claim"]), None)
+    if claim is None or entry["data"] not in claim.data:
+        raise ValueError(f"there is no claim {entry['claim']!r} on data {entry['data']!r}")
+    if len(entry["seeds"]) != len(entry["effects"]):
+        raise ValueError(f"{claim.name} has not an effect for each seed")
+    word = judge(claim, entry["effects"], entry["confidence"]).word
+    if word != entry["verdict"]:
+        raise ValueError(f"{claim.name} is {entry['verdict']!r} there, and its effects {word!r}")
+
+
 def merged(old: Iterable[Entry], new: Iterable[Entry]) -> list[Entry]:
-    """All entries, in the order of the claims; a new one in place of an old one of its claim."""
-    found = {tuple(of[key] for key in _KEYS): of for of in (*old, *new)}
+    """All entries, in the order of the claims; a new one in place of an old one of its claim.
+
+    Raises:
+        InputError: a new one has fewer seeds, and would say less.
+    """
+    found = {_key(of): of for of in old}
+    for of in new:
+        before = found.get(_key(of), of)
+        if len(of["seeds"]) < len(before["seeds"]):
+            raise InputError(
+                f"{' '.join(_key(of))}: {len(of['seeds'])} seeds are not accepted in place of the "
+                f"{len(before['seeds'])} that are there; use a report with as many"
+            )
+        found[_key(of)] = of
     order = [claim.name for claim in CLAIMS]
     return sorted(found.values(), key=lambda of: (order.index(of["claim"]), of["data"], of["host"]))
+
+
+def _key(of: Entry) -> tuple[str, ...]:
+    return tuple(of[key] for key in _KEYS)
 
 
 def ledger_table(entries: Iterable[Entry]) -> str:
@@ -74,7 +105,8 @@ def ledger_table(entries: Iterable[Entry]) -> str:
 
 def _row(claim: Claim, of: Entry) -> list[str]:
     interval = of["mean"], of["low"], of["high"]
-    verdict = Verdict(tuple(of["effects"]), *interval, of["verdict"], tuple(of["left_out"]))
+    seeds = tuple(of["seeds"]), tuple(of["left_out"])
+    verdict = Verdict(tuple(of["effects"]), *interval, of["verdict"], *seeds)
     where = f"{of['data']}, {of['host']}"
     return [claim.name, wanted(claim), where, effect_text(verdict), of["verdict"]]
 

@@ -25,7 +25,7 @@ from .published import NUM_GPUS
 from .registry import EXPERIMENTS, experiments_on
 from .report import Report, make_report
 from .results import Results, Table
-from .runner import Runner
+from .runner import Failure, Runner
 from .save import write_report
 from .steps import Setting, Step, shown
 from .verdicts import Verdict
@@ -47,11 +47,12 @@ def reproduce(args: argparse.Namespace) -> None:
     looks = looks_of(args)
     setting = _setting(args)
     check_host(setting)
-    folder = Path(args.output or f"output/reproduce/{args.experiment}-{args.data}")
+    of = f"{args.experiment}-{args.data}-{setting.host}"
+    folder = Path(args.output or f"output/reproduce/{of}")
     check_folder(folder, args.experiment, setting, looks)
     if not args.dry_run:
         check_writable("--output", folder)
-    with nullcontext() if args.dry_run else _alone(setting.runs):
+    with nullcontext() if args.dry_run else alone(setting.runs):
         for report in _reports(args, names, setting, looks):
             write_report(report, folder)
             print(_summary(report))
@@ -66,27 +67,34 @@ def _reports(
     claims = claims_of(names, setting.data)
     decided: dict[str, Verdict] = {}
     steps: dict[str, Step] = {}
+    numbers: dict[str, int] = {}
     for number in looks.seeds:
         left = undecided(names, claims, decided)
         if not left:
             return
         seeds = range(1, number + 1)
         steps |= {step.name: step for step in plan(left, setting, seeds)}
+        numbers |= dict.fromkeys(left, number)
         runner = Runner(list(steps.values()), setting.runs, args.jobs or default_jobs())
         print(_overview(left, setting, seeds, runner, looks), flush=True)
         if args.dry_run:
             print("\n".join(shown(step.command) for step in runner.pending()))
             return
-        try:
-            with _terminated_as_interrupted():
-                failures = runner.run()
-        except KeyboardInterrupt:
-            sys.exit("interrupted: the same command goes on where this one was")
+        failures = run_to_end(runner)
         results = Results(setting, runner.outcomes, seeds)
-        done = runner.steps, failures, looks, decided
+        done = runner.steps, failures, looks, decided, numbers
         report = make_report(args.experiment, names, results, *done)
         decided |= {claim.name: of for claim, of in report.ledger if of.word in DECIDED}
         yield report
+
+
+def run_to_end(runner: Runner) -> list[Failure]:
+    """The steps that have failed; none is left running where the command is ended before."""
+    try:
+        with _terminated_as_interrupted():
+            return runner.run()
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command goes on where this one was")
 
 
 def _exit_with_failures(report: Report) -> None:
@@ -168,7 +176,7 @@ def _setting(args: argparse.Namespace) -> Setting:
 
 
 @contextmanager
-def _alone(runs: Path) -> Iterator[None]:
+def alone(runs: Path) -> Iterator[None]:
     """Keep other commands out of a folder of runs."""
     check_writable("--runs", runs)
     with open(runs / ".lock", "w") as lock:
@@ -213,7 +221,7 @@ def _of_looks(
     if not looks.are_several:
         return ""
     every = plan(names, setting, range(1, looks.seeds[-1] + 1))
-    left = [step for step in every if step.name not in runner.outcomes]
+    left = Runner(every, setting.runs, runner.jobs).pending()
     time = f", {estimate(left, runner.jobs)}" if setting.is_small else ""
     seen = ", ".join(map(str, looks.seeds))
     return (

@@ -30,7 +30,7 @@ def seeds_needed(claim: Claim, verdict: Verdict, confidence: float = 0.95) -> in
     if len(verdict.effects) < 2:
         return None
     spread = stdev(verdict.effects)
-    if spread == 0:
+    if spread <= 1e-9 * claim.smallest:  # rounding
         return 2
 
     def is_enough(number: int) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ..errors import InputError
+from ..files import read_json
 from .claims import Claim, claims_of
 from .ledger_picture import ledger_picture
 from .looks import Looks
@@ -54,42 +54,49 @@ def make_report(
     failures: Sequence[Failure],
     looks: Looks | None = None,
     decided: Mapping[str, Verdict] = MappingProxyType({}),
+    numbers: Mapping[str, int] = MappingProxyType({}),
 ) -> Report:
     """Of the experiments that are named, as far as their steps have been done.
 
     Args:
         looks: one at the seeds of the results, by default.
         decided: verdicts of earlier looks, by claim, which stand.
+        numbers: of seeds that experiments have had, by name; all, where it says nothing.
     """
     looks = looks or Looks((len(results.seeds),), 0.95)
     experiments = experiments_on(results.setting.data)
-    shows = {name: experiments[name].show(results) for name in names}
+    every = len(results.seeds)
+    shows = {
+        name: experiments[name].show(results.of_seeds(numbers.get(name, every))) for name in names
+    }
     ledger = [
         (claim, decided.get(claim.name) or verdict_of(claim, results, looks.confidence))
         for claim in claims_of(names, results.setting.data)
     ]
     spikes = {s.name: results.spikes(s.name) for s in steps if s.is_training}
-    known = {name: noted for name, noted in spikes.items() if noted["largest"]}
+    known = {name: noted for name, noted in spikes.items() if noted["largest"]}  # as any spike is
     picture = ledger_picture(ledger, looks.confidence)
     return Report(title, results, shows, ledger, picture, steps, failures, looks, known)
 
 
 def verdict_of(claim: Claim, results: Results, confidence: float = 0.95) -> Verdict:
-    """By the seeds that count: those in which no training that the effect is of had a loss spike.
+    """By the seeds that count: those in which no training that the effect is of has leapt.
 
     Unless the claim is about how much a training bears.
     """
     effect = experiments_on(results.setting.data)[claim.experiment].EFFECTS[claim.name]
-    effects, left_out = [], []
+    effects: dict[int, float] = {}
+    left_out, unknown = [], []
     for seed in results.seeds:
         value, trainings = results.with_trainings(effect, seed)
-        if value is None:
-            continue
-        if not claim.with_spikes and any(results.spikes(name)["spikes"] for name in trainings):
+        if not claim.with_spikes and any(map(results.leapt, trainings)):
             left_out.append(seed)
+        elif value is None:
+            unknown.append(seed)
         else:
-            effects.append(value)
-    return judge(claim, effects, confidence)._replace(left_out=tuple(left_out))
+            effects[seed] = value
+    verdict = judge(claim, list(effects.values()), confidence)
+    return verdict._replace(seeds=tuple(effects), left_out=tuple(left_out), unknown=tuple(unknown))
 
 
 def identity(title: str, setting: Setting, looks: Looks) -> dict[str, Any]:
@@ -114,9 +121,9 @@ def known_identity(folder: Path) -> Mapping[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text())
-    except ValueError:
+        found = read_json(path)
+    except (OSError, RecursionError, ValueError):
         found = None
-    if not isinstance(found, dict) or not {"experiment", "seeds"} <= found.keys():
+    if not isinstance(found, dict) or not isinstance(found.get("seeds"), list):
         raise InputError(f"--output: {path} is not of a report; use another folder")
     return found

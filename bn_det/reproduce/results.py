@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple, cast
 
@@ -14,7 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
 from ..commands.results import read_metrics
-from ..training.spikes import read_spikes
+from ..errors import InputError, reason_of
+from ..files import read_json
+from ..training.spikes import FILE, read_spikes
 from .runner import Outcome
 from .steps import Setting, Step, Training, training_of
 
@@ -37,16 +39,30 @@ class Results:
         self._trainings: set[str] = set()
 
     def json(self, step: Step, file: str) -> Any:
-        """The content of a step's file; None if the step has not been done."""
+        """The content of a step's file; None if it has not been done, or is one that diverged."""
         self._trainings.add(training_of(step.name))
-        if step.name not in self.outcomes:
+        outcome = self.outcomes.get(step.name)
+        if outcome is None or outcome.diverged_at is not None:
             return None
-        return json.loads((self.setting.runs / step.name / file).read_text())
+        path = self.setting.runs / step.name / file
+        try:
+            return _dict_in(path)
+        except (OSError, RecursionError, ValueError) as e:
+            raise InputError(
+                f"--runs: {path} cannot be read ({reason_of(e)}); remove {path.parent}, and the "
+                "step runs again"
+            ) from e
 
     def at(self, step: Step, file: str, *keys: str) -> Any:
-        """What a step's file has under keys; None if the step has not been done."""
+        """What a step's file has under keys; None as of :meth:`json`."""
         value = self.json(step, file)
         for key in keys:
+            if value is not None and not (isinstance(value, Mapping) and key in value):
+                path = self.setting.runs / step.name
+                raise InputError(
+                    f"--runs: {path / file} has no {'.'.join(keys)}; remove {path}, and the step "
+                    "runs again"
+                )
             value = None if value is None else value[key]
         return value
 
@@ -58,8 +74,11 @@ class Results:
         """
         *where, task = keys
         metrics = self.at(step, file, *where)
+        if metrics is None:
+            return None
         # Detectron2 has no masks where there are no detections.
-        return None if metrics is None else metrics.get(task, {}).get(metric) or 0.0
+        found = metrics.get(task, {}).get(metric) or 0.0
+        return 0.0 if math.isnan(found) else found
 
     def metrics(self, training: Training) -> list[dict[str, float]]:
         """The lines of a training's metrics.json, also of one that has diverged, in their order."""
@@ -95,9 +114,33 @@ class Results:
         self._trainings.clear()
         return value(self, seed), set(self._trainings)
 
+    def leapt(self, name: str) -> bool:
+        """Whether the loss of a training did, or was not finite at last."""
+        outcome = self.outcomes.get(name)
+        diverged = outcome is not None and outcome.diverged_at is not None
+        return diverged or bool(self.spikes(name)["spikes"])
+
+    def of_seeds(self, number: int) -> Results:
+        """The same of the first seeds alone."""
+        return Results(self.setting, self.outcomes, self.seeds[:number])
+
     def spikes(self, name: str) -> dict[str, Any]:
         """What :class:`bn_det.training.LossSpikes` has noted of a training."""
-        return read_spikes(self.setting.runs / name)
+        folder = self.setting.runs / name
+        try:
+            return read_spikes(folder)
+        except (OSError, ValueError) as e:
+            raise InputError(
+                f"--runs: {folder / FILE} cannot be read ({reason_of(e)}); remove {folder}, and "
+                "the training runs again"
+            ) from e
+
+
+def _dict_in(path: Path) -> Mapping[str, Any]:
+    """What a JSON file has; ValueError where that is no object."""
+    if not isinstance(found := read_json(path), Mapping):
+        raise ValueError(f"it has a {type(found).__name__}")
+    return found
 
 
 def difference(a: float | None, b: float | None) -> float | None:
@@ -180,8 +223,8 @@ class Line(NamedTuple):
 
 
 def by_layer(label: str, of_seeds: Sequence[Sequence[float]]) -> Line:
-    """A curve over layers, of the values of all layers by seed; those that all seeds have."""
-    columns = list(zip(*of_seeds, strict=False))
+    """A curve over layers, of the values of all layers by seed; those that all known seeds have."""
+    columns = list(zip(*filter(None, of_seeds), strict=False))
     return Line(label, range(len(columns)), columns)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError, reason_of
-from ..files import write_json
+from ..files import read_json, write_json
 from ..training.spikes import read_spikes, spike_text
 from .published import file_values
 from .steps import Step, shown
@@ -71,12 +71,15 @@ def outcome_of(step: Step, runs: Path, values: Values = file_values) -> Outcome 
 def _noted(path: Path) -> dict[str, Any]:
     """What is noted of a step."""
     try:
-        noted = json.loads(path.read_bytes())
-        if not {"command"} <= noted.keys():
+        noted = read_json(path)
+        if not isinstance(noted.get("command"), list):
             raise ValueError("it has no command")
-        if path.name == DONE and not {"seconds", "diverged_at"} <= noted.keys():
-            raise ValueError("it does not say how the step ended")
-    except (AttributeError, OSError, ValueError) as e:
+        if path.name == DONE:
+            if not {"seconds", "diverged_at"} <= noted.keys():
+                raise ValueError("it does not say how the step ended")
+            float(noted["seconds"])
+            int(noted["diverged_at"] or 0)
+    except (AttributeError, OSError, RecursionError, TypeError, ValueError) as e:
         raise InputError(
             f"--runs: {path} cannot be read ({reason_of(e)}); remove its folder, and the step runs "
             "again"
@@ -227,7 +230,7 @@ def settings_of(step: Step, values: Values = file_values) -> dict[str, Any]:
 def _check_same(step: Step, found: Any, folder: Path, values: Values = file_values) -> None:
     """Raise InputError unless what is noted in the step's folder is the step as it is now."""
     now = settings_of(step, values)
-    if not isinstance(found, Mapping) or not now.keys() <= found.keys():
+    if not isinstance(found, Mapping) or not isinstance(found.get("config"), Mapping):
         raise InputError(
             f"--runs: {folder} does not say with which settings it was run, as it was made before "
             "they were noted; use another folder"

@@ -20,7 +20,9 @@ class Verdict(NamedTuple):
             of runs with one seed); None with one seed.
         word: "seen", "opposite", "absent" or "not seen"; "hint" with one seed, which tells of no
             seed but itself; "" if nothing that counts has been measured.
+        seeds: those of the effects.
         left_out: seeds that do not count.
+        unknown: seeds whose effect is not known.
     """
 
     effects: tuple[float, ...]
@@ -28,7 +30,9 @@ class Verdict(NamedTuple):
     low: float | None
     high: float | None
     word: str
+    seeds: tuple[int, ...] = ()
     left_out: tuple[int, ...] = ()
+    unknown: tuple[int, ...] = ()
 
 
 def judge(claim: Claim, effects: Sequence[float], confidence: float = 0.95) -> Verdict:

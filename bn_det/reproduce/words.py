@@ -24,7 +24,9 @@ def cell(values: Values, digits: int) -> str:
     if not known:
         return "-"
     text = f"{mean(known):.{digits}f}"
-    return text if len(known) == 1 else f"{text} ± {stdev(known):.{digits}f}"
+    if len(known) > 1:
+        text += f" ± {stdev(known):.{digits}f}"
+    return text if len(known) == len(values) else f"{text} ({len(known)} of {len(values)})"
 
 
 def cells_text(table: Table, cells: Sequence[Values]) -> list[str]:
@@ -54,8 +56,11 @@ def ledger_markdown(report: Report) -> str:
 
 def effect_text(verdict: Verdict) -> str:
     """The mean effect, its interval, the number of seeds, and those that are left out."""
-    left_out = ", ".join(map(str, verdict.left_out))
-    left_out = f"; loss spikes in seed {left_out}" if left_out else ""
+    left_out = "".join(
+        f"; {why} seed {', '.join(map(str, seeds))}"
+        for why, seeds in (("the loss leapt in", verdict.left_out), ("none of", verdict.unknown))
+        if seeds and (verdict.effects or verdict.left_out)
+    )
     if not verdict.effects:
         return f"not measured{left_out}"
     digits = 3 if abs(verdict.mean) < 1 else 2

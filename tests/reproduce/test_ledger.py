@@ -35,13 +35,14 @@ def folder(tmp_path):
     return tmp_path
 
 
-def report(path, effects, host="torchvision", opts=(), seeds=None):
+def report(path, effects, host="torchvision", opts=(), seeds=None, of=None, **settings):
     """As bn-det reproduce writes it, of one claim with these effects."""
-    verdict = judge(CLAIM, effects)
-    of_claim = {**CLAIM._asdict(), **verdict._asdict(), "verdict": verdict.word}
+    seeds = seeds or range(1, len(effects) + 1)
+    verdict = judge(CLAIM, effects)._replace(seeds=tuple(seeds))
+    of_claim = {**CLAIM._asdict(), **verdict._asdict(), "verdict": verdict.word, **(of or {})}
     content = {
-        **{"data": "shapes", "host": host, "opts": list(opts), "confidence": 0.95},
-        **{"seeds": seeds or list(range(1, len(effects) + 1)), "versions": {"torch": "2.14.1"}},
+        **{"data": "shapes", "host": host, "opts": list(opts), "confidence": 0.95, "num_gpus": 8},
+        **{"seeds": list(seeds), "versions": {"torch": "2.14.1"}, **settings},
         "claims": [of_claim, {**of_claim, "name": "leak", "verdict": ""}],
     }
     path.write_text(json.dumps(content))
@@ -74,10 +75,46 @@ def test_a_report_is_added(list_claims, folder):
     assert json.loads((folder / "claims.json").read_text())[1]["seeds"] == [1, 2, 3, 4]
 
 
-def test_a_verdict_of_an_earlier_look_has_its_seeds(list_claims, folder):
-    path = report(folder / "r.json", [1.5, 1.6, 1.7], seeds=[1, 2, 3, 4, 5])
+def test_seeds_are_those_of_the_effects(list_claims, folder):
+    path = report(folder / "r.json", [1.5, 1.6, 1.7], seeds=[1, 3, 4])
     list_claims("--folder", folder, "--add", path)
-    assert json.loads((folder / "claims.json").read_text())[0]["seeds"] == [1, 2, 3]
+    assert json.loads((folder / "claims.json").read_text())[0]["seeds"] == [1, 3, 4]
+
+
+def test_fewer_seeds_take_no_place(list_claims, folder):
+    list_claims("--folder", folder, "--add", report(folder / "r.json", [1.5, 1.6, 1.7]))
+    before = (folder / "claims.json").read_text()
+    words = "precise early shapes torchvision: 1 seeds are not accepted in place of the 3 that are"
+    with pytest.raises(InputError, match=words):
+        list_claims("--folder", folder, "--add", report(folder / "r.json", [9.0]))
+    assert (folder / "claims.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"data": "moon"}, "there is no claim 'precise early' on data 'moon'"),
+        ({"of": {"name": "a guess"}}, "there is no claim 'a guess' on data 'shapes'"),
+        ({"of": {"verdict": "splendid"}}, "is 'splendid' there, and its effects 'seen'"),
+        ({"of": {"seeds": [1, 2]}}, "has not an effect for each seed"),
+        ({"of": {"effects": [1.0, None, 2.0]}}, "cannot be read as results.json"),
+        ({"data": "coco", "num_gpus": 2}, "with the options --num-gpus 2, which are not"),
+    ],
+)
+def test_reports_that_do_not_fit(list_claims, folder, settings, words):
+    path = report(folder / "r.json", [1.5, 1.6, 1.7], **settings)
+    with pytest.raises(InputError, match=words):
+        list_claims("--folder", folder, "--add", path)
+    assert (folder / "claims.json").read_text() == "[]"
+
+
+@pytest.mark.parametrize("name, text", [("claims.json", "{"), ("claims.json", "[1]"),
+                                        ("claims.md", "no table")])  # fmt: skip
+def test_files_that_others_have_written(list_claims, folder, name, text):
+    (folder / name).write_text(text)
+    with pytest.raises(InputError, match=r"^--folder: .*: not as this command leaves its files"):
+        list_claims("--folder", folder)
+    assert (folder / name).read_text() == text
 
 
 def test_a_stale_page_is_noticed(list_claims, folder):

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -683,7 +684,9 @@ def test_seeds_with_loss_spikes_do_not_count(results, tmp_path):
         if c.name == "consistent, shared affine":
             first, _, third = before[c.name].effects
             assert verdict.effects == (first, third) and verdict.left_out == (2,)
-            assert effect_text(verdict).endswith("(2; loss spikes in seed 2)")
+            assert effect_text(verdict).endswith("(2; the loss leapt in seed 2)")
+        elif c.name == "loss spike, shared statistics":  # what is leapt from is of that training
+            assert verdict.seeds == (1, 3) and verdict.unknown == (2,)
         else:
             assert verdict == before[c.name], c.name
     report = make_report("all", NAMES, results, plan(NAMES, results.setting, results.seeds), [])
@@ -695,6 +698,85 @@ def test_seeds_with_loss_spikes_do_not_count(results, tmp_path):
     assert f"<p class='warning'>{lines[0]}" in page and "head 13 times" in page
     content = json.loads((tmp_path / "results.json").read_text())
     assert content["loss_spikes"][leapt.name]["largest"]["ratio"] == 4.5
+
+
+@pytest.mark.parametrize("spikes", [False, True])
+def test_a_training_that_diverged(results, tmp_path, spikes):
+    """Whichever it is, there is a report; its seed is named, and does not count."""
+    steps, reads = plan(NAMES, results.setting, results.seeds), defaultdict(set)
+    for claim in claims_of(NAMES, "shapes"):
+        for name in results.with_trainings(EFFECTS[claim.name], 2)[1]:
+            if not claim.with_spikes:
+                reads[name].add(claim.name)
+    assert len(reads) > 10
+    for training in [step for step in steps if step.is_training and "seed2" in step.name]:
+        outcomes = {s.name: results.outcomes[s.name] for s in steps if training.name not in s.needs}
+        outcomes[training.name] = Outcome(60.0, 55)
+        folder = results.setting.runs / training.name
+        kept = shutil.copytree(folder, tmp_path / training.name)
+        (folder / "results.json").unlink()
+        if spikes:
+            note_spikes(results.setting.runs, training.name, [1])
+        of = Results(results.setting, outcomes, results.seeds)
+        report = make_report("all", NAMES, of, steps, [])
+        found = {claim.name: verdict for claim, verdict in report.ledger}
+        out = {name for name, verdict in found.items() if verdict.left_out}
+        assert all(found[name].left_out == (2,) and found[name].seeds == (1, 3) for name in out)
+        assert out == reads[training.name]
+        if "-steep-" in training.name:  # a training that diverged costs all of its AP
+            assert found["loss spike, shared statistics"].seeds == (1, 2, 3)
+        shutil.rmtree(folder)
+        kept.rename(folder)
+    write_report(report, tmp_path / "report")
+    json.loads((tmp_path / "report" / "results.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_seeds_whose_effect_is_not_known_are_named(results):
+    """A step that has failed in the first seed leaves the others their numbers."""
+    step = multi_domain.population_step(
+        multi_domain.training(results.setting, 1, "shared", "shared"), "shared"
+    )
+    outcomes = {name: of for name, of in results.outcomes.items() if name != step.name}
+    (claim,) = (c for c in CLAIMS if c.name == "consistent, shared affine")
+    verdict = verdict_of(claim, Results(results.setting, outcomes, results.seeds))
+    assert verdict.seeds == (2, 3) and verdict.unknown == (1,)
+    assert effect_text(verdict).endswith("(2; none of seed 1)")
+    nothing = verdict_of(claim, Results(results.setting, {}, results.seeds))
+    assert effect_text(nothing) == "not measured"
+
+
+def test_tables_have_the_seeds_of_their_experiment(results):
+    """With --decide others may go on, which share some of its trainings."""
+    report = make_report("all", NAMES, results, [], [], numbers={"multi-domain": 2})
+    rows = {name: show[0].rows[0].cells[0] for name, show in report.shows.items()}
+    assert len(rows["multi-domain"]) == 2 and len(rows["loss-spike"]) == 3
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "{"])
+@pytest.mark.parametrize("file", ["results.json", "precise.json", "loss_spikes.json"])
+def test_damaged_results(results, file, text):
+    of = multi_domain.training(results.setting, 1, "shared", "shared")
+    step = multi_domain.population_step(of, "shared") if file == "precise.json" else of.step
+    folder = results.setting.runs / step.name
+    (folder / file).write_text(text)
+    if file == "results.json" and text == "{}":  # nothing was detected
+        assert multi_domain.ema_ap(results, 1, "shared", "shared") == 0.0
+        return
+    with pytest.raises(InputError, match=f"^--runs: {folder}/{file} .*; remove {folder}, and the"):
+        make_report("x", ["multi-domain"], results, [of.step], [])
+
+
+def test_what_a_single_batch_and_an_infinite_ema_leave_open(results):
+    for step in plan(["population", "batch-size"], results.setting, [1]):
+        path = results.setting.runs / step.name / "precise.json"
+        if path.is_file():
+            content = json.loads(path.read_text())
+            content["layers"][0].update(mean_error=None, var_shift=None)
+            path.write_text(json.dumps(content))
+    names = ["population", "batch-size"]
+    report = make_report("x", names, results, plan(names, results.setting, results.seeds), [])
+    unknown = {claim.name for claim, of in report.ledger if of.unknown == (1,)}
+    assert unknown == {"EMA error, rate", "EMA error, batch", "small batch, depth"}
 
 
 def test_the_command_reports_what_has_been_run(tmp_path, monkeypatch):
@@ -870,7 +952,8 @@ def test_a_report_is_not_written_over_what_is_none(setting, tmp_path):
 
 def test_cells():
     assert cell([1.0, 2.0, 3.0], 1) == "2.0 ± 1.0"
-    assert cell([1.25, None], 2) == "1.25"
+    assert cell([1.25], 2) == "1.25" and cell([1.25, None], 2) == "1.25 (1 of 2)"
+    assert cell([1.0, None, 2.0], 1) == "1.5 ± 0.7 (2 of 3)"
     assert cell([None], 2) == cell([], 2) == "-"
     assert average([]) is None and average([1.0, None]) is None
     assert math.isclose(average([1.0, 2.0]), 1.5)

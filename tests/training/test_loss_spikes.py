@@ -5,6 +5,7 @@ import logging
 import math
 from statistics import median
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -115,18 +116,96 @@ def test_models_without_statistics(tmp_path):
 
 
 def test_a_resumed_training_keeps_what_was_noted(tmp_path):
-    losses = [1.0] * 60 + [5.0] + [1.0] * 60 + [4.0] + [1.0] * 9
-    make_trainer(tmp_path).run(losses)
-    noted = make_trainer(tmp_path).run([1.0] * 30, start=110)
-    assert [spike["iteration"] for spike in noted["spikes"]] == [60]
-    assert noted["largest"]["ratio"] == 5.0
-    # From before the largest loss: it is not known until there are enough again.
+    """Also of what is not compared again: LEAST losses after a checkpoint begin a median."""
+    losses = [1.0] * 60 + [5.0] + [1.0] * 60 + [4.0] + [1.0] * 60 + [6.0] + [1.0] * 9
+    whole = make_trainer(tmp_path).run(losses)
+    assert [spike["iteration"] for spike in whole["spikes"]] == [60, 121, 182]
+    for start in (140, 110):
+        noted = make_trainer(tmp_path).run([1.0] * 30, start=start)
+        assert [spike["iteration"] for spike in noted["spikes"]] == [60, 121]
+        assert noted["largest"] == {k: v for k, v in whole["spikes"][0].items() if k != "layers"}
+    for start in (50, 41):
+        noted = make_trainer(tmp_path).run([1.0] * 30, start=start)
+        assert [spike["iteration"] for spike in noted["spikes"]] == [60]
     for _ in range(2):
-        early = make_trainer(tmp_path).run([1.0] * 10, start=50)
+        early = make_trainer(tmp_path).run([1.0] * 10, start=40)
         assert early == {"largest": None, "spikes": []}
     fresh = make_trainer(tmp_path).run([1.0] * 60)
     assert fresh["spikes"] == [] and fresh["largest"]["ratio"] == 1.0
     assert json.loads((tmp_path / FILE).read_text()) == fresh
+
+
+@pytest.mark.parametrize("start", [55, 60, 61, 75])
+def test_a_leap_is_told_wherever_a_training_is_resumed(tmp_path, start):
+    losses = [1.0] * 60 + [5.0] + [1.0] * 60
+    whole = make_trainer(tmp_path).run(losses)
+    make_trainer(tmp_path).run(losses[: start + 15])
+    assert make_trainer(tmp_path).run(losses[start:], start=start) == whole
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_losses_that_are_not_finite(tmp_path, bad):
+    """They leave what is known as it is, and what is noted is JSON."""
+    losses = [1.0] * 50 + [bad] * 3 + [1.0] * 10 + [9.0, bad]
+    noted = make_trainer(tmp_path).run(losses)
+    assert noted["largest"]["ratio"] == 9.0 and noted["spikes"][0]["iteration"] == 63
+    assert "NaN" not in (tmp_path / FILE).read_text()
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.float32])
+def test_losses_of_other_types(tmp_path, kind):
+    noted = make_trainer(tmp_path).run([kind(loss) for loss in [1.0] * 60 + [4.0]])
+    assert noted["spikes"][0]["loss"] == 4.0
+
+
+@pytest.mark.parametrize("period", [2, 5, 20, 30])
+def test_losses_that_are_known_now_and_then(tmp_path, period):
+    """As with Detectron2's gather_metric_period."""
+    model = nn.Sequential(nn.BatchNorm1d(2, momentum=1.0))
+
+    def step(trainer):
+        if (trainer.iter + 1) % period:
+            trainer.total_loss = None
+        size = 10 if trainer.iter >= 80 * period - 5 else 1
+        model(torch.tensor([[-1.0, 1.0], [1.0, -1.0]]) * size)
+
+    losses = [1.0] * (80 * period - 1) + [9.0]
+    noted = make_trainer(tmp_path, model).run(losses, step=step)
+    assert [spike["iteration"] for spike in noted["spikes"]] == [80 * period - 1]
+    assert noted["spikes"][0]["layers"]["0"] == pytest.approx(100, rel=0.01)
+
+
+def test_what_has_no_ratio_of_variances(tmp_path):
+    """A channel that was dead, one that becomes infinite, and a layer that is another one now."""
+    model = nn.ModuleDict({name: nn.BatchNorm2d(1) for name in ("dead", "wild", "other")})
+    model["dead"].running_var.zero_()
+
+    def step(trainer):
+        if trainer.iter == 59:
+            model["dead"].running_var.fill_(1e-6)
+            model["wild"].running_var.fill_(math.inf)
+            model["other"] = nn.GroupNorm(1, 1)
+
+    noted = make_trainer(tmp_path, model).run([1.0] * 59 + [10.0], step=step)
+    (spike,) = noted["spikes"]
+    assert spike["layers"] == {"wild": None}
+    assert spike_text(spike).endswith("have grown: wild to infinity")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", "null", '{"largest": 1, "spikes": []}',
+             '{"largest": null, "spikes": [{}]}']
+)  # fmt: skip
+def test_a_damaged_file(tmp_path, text, caplog):
+    """A training goes on, and says so; whoever reads it is told."""
+    (tmp_path / FILE).write_text(text)
+    with pytest.raises(ValueError):
+        read_spikes(tmp_path)
+    noted = make_trainer(tmp_path).run([1.0] * 30 + [4.0], start=100)
+    assert "cannot be read, and begins anew" in caplog.text
+    assert [spike["iteration"] for spike in noted["spikes"]] == [130]
+    (tmp_path / FILE).write_text(text)
+    assert make_trainer(tmp_path).run([1.0] * 60)["spikes"] == []
 
 
 HEADS = {

@@ -13,9 +13,11 @@ from ..results import (
     Results,
     Row,
     Table,
+    average,
     by_layer,
     difference,
     draw,
+    known,
     ratio,
 )
 from ..steps import Setting, Step, Training, precise, recompute, train
@@ -89,14 +91,11 @@ def spread(results: Results, seed: int, size: int) -> list[float]:
     variances, relative; the mean of both.
     """
     step = precise_step(training(results.setting, seed, size), size)
-    report = results.json(step, "precise.json")
-    if report is None:
-        return []
-    return [
-        (of["mean_error"] + of["var_error"]) / 2 * math.sqrt(of["num_batches"])
-        for of in report["layers"]
-        if of["name"].startswith("backbone.") and "fpn" not in of["name"]
-    ]
+    layers = results.at(step, "precise.json", "layers") or []
+    layers = [of for of in layers if of["name"].startswith("backbone.") and "fpn" not in of["name"]]
+    errors = known(average((of["mean_error"], of["var_error"])) for of in layers)
+    # None of a single batch.
+    return [e * math.sqrt(of["num_batches"]) for e, of in zip(errors, layers, strict=bool(errors))]
 
 
 def small_batch_population(results: Results, seed: int) -> float | None:

@@ -36,7 +36,10 @@ def plan(setting: Setting, seed: int) -> list[Step]:
 
 
 def ap(results: Results, seed: int, statistics: str, is_steep: bool) -> float | None:
-    """Box AP at the end with PreciseBN."""
+    """Box AP at the end with PreciseBN; 0 of a training that diverged."""
+    outcome = results.outcomes.get(training(results.setting, seed, statistics, is_steep).name)
+    if outcome is not None and outcome.diverged_at is not None:
+        return 0.0
     step = precise_step(results.setting, seed, statistics, is_steep)
     return results.ap(step, "precise.json", "results", "after", "bbox")
 
@@ -54,8 +57,12 @@ def cost(results: Results, seed: int, statistics: str) -> float | None:
 
 
 def shared_costs_more(results: Results, seed: int) -> float | None:
-    """None where the loss of levels that are normalized together did not leap."""
-    if not results.spikes(training(results.setting, seed, "shared", True).name)["spikes"]:
+    """None where levels that are normalized together did not leap, or a usual training did."""
+    leapt = [
+        results.leapt(training(results.setting, seed, statistics, is_steep).name)
+        for statistics, is_steep in (("shared", True), ("shared", False), ("per_domain", False))
+    ]
+    if leapt != [True, False, False]:
         return None
     return difference(*(cost(results, seed, statistics) for statistics in multi_domain.SHARING))
 

@@ -63,10 +63,8 @@ def final_loss(results: Results, seed: int, images: int, factor: float | None) -
 
 
 def ap(results: Results, seed: int, images: int, factor: float | None) -> float | None:
-    of = training(results.setting, seed, images, factor)
-    outcome = results.outcomes.get(of.name)
-    diverged = outcome is not None and outcome.diverged_at is not None
-    return None if diverged else results.ap(of.step, "results.json", "bbox")
+    step = training(results.setting, seed, images, factor).step
+    return results.ap(step, "results.json", "bbox")
 
 
 def diverged_at(results: Results, seed: int, images: int, factor: float | None) -> float | None:

@@ -34,7 +34,8 @@ SLOW = 0.01
 """The other momentum of the EMA; by default it is 0.1."""
 
 SAMPLES = (32, 64, 128, 256, 512, 1024, 2048)
-"""Images that PreciseBN has; of blood cells there are not as many."""
+"""Images that PreciseBN has. The shapes that are trained on are 1000, so that the last number is of
+each twice, in other augmentations; of blood cells there are not as many."""
 
 
 def has_samples(setting: Setting) -> bool:
@@ -142,10 +143,9 @@ def error(results: Results, seed: int, case: str, iteration: int) -> float | Non
 def layer_errors(results: Results, seed: int, case: str, iteration: int) -> list[float]:
     """Of an EMA at a checkpoint, layer by layer; empty where it is not known."""
     step = precise_step(training(results.setting, seed, case), iteration)
-    report = results.json(step, "precise.json")
-    if report is None:
-        return []
-    return [(of["mean_shift"] + of["var_shift"]) / 2 for of in report["layers"]]
+    layers = results.at(step, "precise.json", "layers") or []
+    shifts = [average((of["mean_shift"], of["var_shift"])) for of in layers]
+    return known(shifts)  # an EMA may be infinite
 
 
 def samples_ap(results: Results, seed: int, images: int) -> float | None:
