@@ -41,19 +41,21 @@ def report_page(report: Report, folder: Path, versions: Mapping[str, str]) -> st
     """Of a report whose pictures are in a folder."""
     setting, seeds = report.results.setting, list(report.results.seeds)
     seconds = sum(o.seconds for o in report.results.outcomes.values())
-    installed = ", ".join(f"{name} {version}" for name, version in versions.items())
+    ran_with = ", ".join(f"{name} {version}" for name, version in versions.items())
+    ran_with = ran_with or "What it ran with was not noted"
     parts = [
         "<!DOCTYPE html><html lang='en'><head><meta charset='utf-8'>",
         f"<title>bn_det: {escape(report.title)}</title><style>{_STYLE}</style></head><body>",
         f"<h1>{escape(report.title)}: what the batch in BatchNorm does</h1>",
-        f"<p>Data: {setting.data}. Host: {setting.host}. Seeds: {seeds}. {escape(installed)}. "
+        f"<p>Data: {setting.data}. Host: {setting.host}. Seeds: {seeds}. {escape(ran_with)}. "
         f"The steps together took {timedelta(seconds=round(seconds))}, some at the same time "
         "(of a training that was resumed, the last part counts).</p>",
         *_warnings(report),
         "<h2>The ledger of claims</h2>",
         "<p>The claims, their metrics and the smallest effects that count were fixed before the "
         "first run (docs/claims.md). One seed is a hint, and no verdict. A seed in which a "
-        "training had a loss spike does not count, but for claims on how much a training bears. "
+        "training had a loss spike, or diverged, does not count, but for claims on how much a "
+        "training bears. "
         "Seeds needed: with which the smallest effect that counts would be told from none in nine "
         "of ten repetitions, if effects spread as those of these seeds do.</p>",
         _ledger_html(report),

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,10 +41,14 @@ class Outcome(NamedTuple):
         seconds: that it took, alone or beside others; of a training that was resumed, the last
             part.
         diverged_at: the iteration at which a training's loss was not finite; None if it was.
+        versions: of the packages that it ran with; None where that was not noted.
+        threads: OMP_NUM_THREADS; rounding depends on it.
     """
 
     seconds: float
     diverged_at: int | None
+    versions: Mapping[str, str] | None = None
+    threads: str | None = None
 
 
 class Failure(NamedTuple):
@@ -65,7 +70,7 @@ def outcome_of(step: Step, runs: Path, values: Values = file_values) -> Outcome 
         return None
     noted = _noted(path)
     _check_same(step, noted, path.parent, values)
-    return Outcome(noted["seconds"], noted["diverged_at"])
+    return _outcome(noted)
 
 
 def _noted(path: Path) -> dict[str, Any]:
@@ -85,6 +90,21 @@ def _noted(path: Path) -> dict[str, Any]:
             "again"
         ) from e
     return noted
+
+
+def _outcome(noted: Mapping[str, Any]) -> Outcome:
+    ended = noted["seconds"], noted["diverged_at"]
+    return Outcome(*ended, noted.get("versions"), noted.get("threads"))
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("bn_det", "torch", "torchvision", "detectron2", "timm"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 class Runner:
@@ -162,11 +182,11 @@ class Runner:
             resume = ("--resume",)
         else:  # lines are appended to it
             (folder / "metrics.json").unlink(missing_ok=True)
-        write_json(begun, settings_of(step))
-        print(f"{'resumes' if resume else 'starts'} {step.name}", flush=True)
         environment = dict(os.environ)
         share = max(1, len(os.sched_getaffinity(0)) // max(1, self.jobs // step.processes))
-        environment.setdefault("OMP_NUM_THREADS", str(share))
+        threads = environment.setdefault("OMP_NUM_THREADS", str(share))
+        write_json(begun, {**settings_of(step), "versions": _versions(), "threads": threads})
+        print(f"{'resumes' if resume else 'starts'} {step.name}", flush=True)
         with open(folder / LOG, "a" if resume else "w") as log:
             return subprocess.Popen(
                 [sys.executable, *step.command, *resume],
@@ -187,11 +207,14 @@ class Runner:
             self.failures.append(Failure(step, reason))
             print(f"FAILED {step.name}: {reason}", flush=True)
             return
-        outcome = Outcome(round(seconds, 1), int(diverged[1]) if diverged else None)
+        ended = {
+            "seconds": round(seconds, 1),
+            "diverged_at": int(diverged[1]) if diverged else None,
+        }
         # As it was when the step began: the file may have changed since.
-        begun = _noted(folder / BEGUN)
-        write_json(folder / DONE, {**begun, **outcome._asdict()})
-        self.outcomes[step.name] = outcome
+        done = {**_noted(folder / BEGUN), **ended}
+        write_json(folder / DONE, done)
+        self.outcomes[step.name] = _outcome(done)
         self.done_seconds += step.seconds
         how = f"diverged at iteration {diverged[1]}" if diverged else "done"
         for spike in read_spikes(folder)["spikes"]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from .words import ledger_markdown
 def write_report(report: Report, folder: Path) -> None:
     """Write ``report.html``, ``results.json``, ``claims.md`` and the pictures into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    versions = _versions()
+    versions = _versions(report)
     for picture in _pictures(report):
         with write_aside(folder / f"{picture.name}.png") as aside:
             picture.figure.savefig(aside, format="png", dpi=120)
@@ -75,11 +74,11 @@ def _table_dict(table: Table) -> dict[str, Any]:
     return {"name": table.name, "title": table.title, "rows": rows}
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in ("bn_det", "torch", "torchvision", "detectron2", "timm"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+def _versions(report: Report) -> dict[str, str]:
+    """Of the packages that its steps ran with; several of one, where they differ."""
+    found: dict[str, set[str]] = {}
+    for step in report.steps:
+        outcome = report.results.outcomes.get(step.name)
+        for name, version in ((outcome and outcome.versions) or {}).items():
+            found.setdefault(name, set()).add(version)
+    return {name: ", ".join(sorted(of)) for name, of in found.items()}

@@ -2,12 +2,14 @@
 
 import json
 import math
+import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
 from collections import defaultdict
+from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 
@@ -263,6 +265,9 @@ def test_runner_runs_each_step_once_and_in_order(tmp_path):
     for _ in range(2):
         runner = Runner([b._replace(name="a/b"), a, c][::-1], tmp_path / "runs", jobs=1)
         assert runner.run() == [] and set(runner.outcomes) == {"a", "a/b", "c"}
+        ran_with = [(of.versions["torch"], of.threads) for of in runner.outcomes.values()]
+        threads = os.environ.get("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+        assert set(ran_with) == {(metadata.version("torch"), threads)}
     assert sorted(log.read_text()) == ["a", "b", "c"]
     assert log.read_text().index("a") < log.read_text().index("b")
 
@@ -366,7 +371,8 @@ def test_runs_of_other_settings_are_not_mixed_in(tmp_path):
     done.write_text(json.dumps({"command": step.command, "seconds": 1.0, "diverged_at": None}))
     with pytest.raises(InputError, match="does not say with which settings it was run"):
         Runner([step], runs, jobs=1)
-    for text in ("", "{", "[]", "{}", '{"command": []}'):
+    ended = '{"command": [], "config": {}, "diverged_at": null, "seconds": null}'
+    for text in ("", "{", "[]", "{}", '{"command": []}', '{"command": null}', ended):
         done.write_text(text)
         words = r"--runs: .*a/done.json cannot be read \(.*\); remove its folder"
         with pytest.raises(InputError, match=words):
@@ -729,6 +735,20 @@ def test_a_training_that_diverged(results, tmp_path, spikes):
         kept.rename(folder)
     write_report(report, tmp_path / "report")
     json.loads((tmp_path / "report" / "results.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_the_versions_are_those_of_the_runs(results, tmp_path):
+    steps = plan(["domain-shift"], results.setting, results.seeds)
+    report = make_report("domain-shift", ["domain-shift"], results, steps, [])
+    write_report(report, tmp_path)
+    assert "What it ran with was not noted" in (tmp_path / "report.html").read_text()
+    for step, version in zip(steps, ("2.13.0", "2.14.1"), strict=False):
+        results.outcomes[step.name] = Outcome(1.0, None, {"torch": version}, "1")
+    write_report(report, tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text())["versions"] == {
+        "torch": "2.13.0, 2.14.1"
+    }
+    assert "torch 2.13.0, 2.14.1" in (tmp_path / "report.html").read_text()
 
 
 def test_seeds_whose_effect_is_not_known_are_named(results):
