@@ -5,7 +5,7 @@ Detectron2 (.pth, .pkl), torchvision, timm, mmdetection, or any state dict of to
 With a config, or with functions that make a model and its batches, the model is also run on
 training images, and left as it was: 32 batches take as long as 32 forward passes, and with --target
 32 of its images' batches as many again. --evaluate recomputes its statistics and compares losses on
-16 batches apart, 7 to 28 forward passes of each, and AP where there is a test set: are they the
+16 batches apart, 7 to 31 forward passes of each, and AP where there is a test set: are they the
 fault, or the weights? It tries the treatments that its findings prescribe. --treat FILE does so,
 too, and writes the checkpoint with the one that helps most. What all this takes is said before it
 begins.

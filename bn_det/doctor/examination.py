@@ -83,7 +83,8 @@ def examine(
     To tell weights from statistics, ``evaluate`` recomputes statistics and compares losses on
     batches apart: each third one, which are held in memory, half as many as ``num_iters``. That
     takes eight forward passes of each where samples are drawn in training (of RoIs), or else seven;
-    one more with frozen layers; and where statistics are the fault up to 21 more.
+    one more with frozen layers; and where statistics are the fault up to 16 more, and 6 beyond
+    where no score tells treatments apart.
 
     Args:
         batches: training batches, as the model takes them, two at least; None to look at its state

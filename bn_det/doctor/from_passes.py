@@ -303,7 +303,7 @@ def sources(seen: Seen) -> Iterator[Finding]:
             f"images: {_percent(share)} of {names[0]}'s variance lie between the sources; {how}"
         )
         treatment = (
-            "statistics for each source: NORM SourceBN with DATASETS.SOURCES, or "
+            "statistics for each source: MODEL.BN_SOURCES.PARTS with DATASETS.SOURCES, or "
             "bn_det.SourceBatchNorm2d in code; or batches that mix sources"
         )
         severity = "note" if first.is_mixed else "warning"
