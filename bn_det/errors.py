@@ -112,6 +112,7 @@ LOAD_ERRORS = (
     AssertionError,
     AttributeError,
     EOFError,
+    KeyError,
     OSError,
     RuntimeError,
     TypeError,

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from .errors import InputError
 
-_ASIDE = re.compile(r"\.\d+\.tmp$")
+_ASIDE = re.compile(r"\.\d+\.bn_det\.tmp$")
 
 
 def try_lock(file: IO) -> bool:
@@ -36,23 +36,24 @@ def try_lock(file: IO) -> bool:
 
 def aside_of(path: str | os.PathLike) -> str:
     """The file that is written first, of which each of several runs has its own."""
-    return f"{os.fspath(path)}.{os.getpid()}.tmp"
+    return f"{os.fspath(path)}.{os.getpid()}.bn_det.tmp"
 
 
 @contextmanager
 def write_aside(path: str | os.PathLike) -> Iterator[str]:
     """A path to write to instead, which replaces the real one once the block is done.
 
-    If the block fails, the real one stays as it was.
+    If the block fails, the real one stays as it was. A link stays one: what it leads to is written.
 
     Raises:
         InputError: it cannot be written.
     """
     check_replaceable(path)
-    aside = aside_of(path)
+    real = os.path.realpath(path)
+    aside = aside_of(real)
     try:
         yield aside
-        os.replace(aside, path)
+        os.replace(aside, real)
     except (OSError, RuntimeError) as e:
         if interrupt := _interrupt_behind(e):
             raise interrupt from None

@@ -79,13 +79,13 @@ def draw(runs: list[tuple[str, str, str]], metric: str) -> Figure:
         axis.set(title=_plain(panel), xlabel="iterations")
         axis.grid(alpha=0.3)
         axis.legend()
-    axes[0].set_ylabel(metric)
+    axes[0].set_ylabel(_plain(metric))
     return figure
 
 
 def _plain(text: str) -> str:
-    """A text in which matplotlib looks for no formula."""
-    return text.replace("$", r"\$")
+    """A text in which matplotlib looks for no formula, and that legends do not leave out."""
+    return text.replace("$", r"\$").replace("_", " _", 1 if text.startswith("_") else 0)
 
 
 def main(prog: str, arguments: Sequence[str]) -> None:

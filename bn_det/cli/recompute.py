@@ -2,7 +2,8 @@
 
 An EMA lags behind the model, mixes the statistics of few samples, may be of one process alone, or
 of another domain than the model is used on. This recomputes all of them on the model as it is
-(PreciseBN) and writes a new checkpoint; the old one is left as it is. The table says how far the
+(PreciseBN) and writes a new checkpoint; the old one is left as it is, and so are the detections of
+its run where --evaluate has AP before and after. The table says how far the
 old statistics were from the new ones. With --adabn they are recomputed on the test images, which
 need no labels, with the preprocessing and the proposals of test time.
 

@@ -10,7 +10,7 @@ import argparse
 import base64
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from io import BytesIO
 from pathlib import Path
@@ -26,7 +26,7 @@ from ..config.rules import between
 from ..config.yaml_text import parse
 from ..data.coco import builtin_sources, load_coco, registered_sources
 from ..errors import InputError, one_line
-from ..files import check_writable, read_text, write_text
+from ..files import check_writable, read_json, read_text, write_text
 from ..training.spikes import read_spikes, spike_text
 from .plot import LARGEST
 from .visualize import check_detections, load_detections, picture_of
@@ -34,6 +34,8 @@ from .visualize import check_detections, load_detections, picture_of
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 _EVALUATED = re.compile(rf"(?:(?P<set>.+)/)?(?P<task>bbox|segm)/(?P<metric>{'|'.join(METRICS)})")
+
+_NO_EVALUATION = "No evaluation is in metrics.json or results.json"
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -54,12 +56,14 @@ class Run(NamedTuple):
     Attributes:
         metrics: the lines of metrics.json, one an iteration; none of an evaluation alone.
         config: as config.yaml has it; empty where there is none.
+        results: as results.json has them, by data set ("" where there is one) and task.
         spikes: as in loss_spikes.json.
     """
 
     folder: Path
     metrics: list[dict[str, float]]
     config: Mapping[str, Any]
+    results: Mapping[tuple[str, str], Mapping[str, float]]
     spikes: Mapping[str, Any]
 
 
@@ -78,25 +82,42 @@ def read_run(folder: Path) -> Run:
         for line in metrics:
             if not all(type(value) in (int, float) for value in line.values()):
                 raise ValueError(f"a value of iteration {line['iteration']!r} is no number")
+            if type(line["iteration"]) is not int:
+                raise ValueError(f"iteration {line['iteration']!r} is no whole number")
         path = files["config.yaml"]
         config = parse(str(path), read_text(path)) if path.is_file() else {}
+        path = folder / "results.json"
+        results = _numbers_of(read_json(path)) if path.is_file() else {}
         path = folder / "loss_spikes.json"
-        return Run(folder, metrics, config, read_spikes(folder))
+        return Run(folder, metrics, config, results, read_spikes(folder))
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise InputError(f"{path}: is not that of a run: {one_line(e)}") from e
 
 
-def evaluations(metrics: Iterable[Mapping[str, float]]) -> dict[tuple[str, str], dict[str, float]]:
-    """The last metrics of each data set ("" where there is one) and task."""
+def _numbers_of(results: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, float]]:
+    """results.json as :func:`evaluations`; what is not known there is null."""
+    of_sets = {"": results} if results.keys() <= {"bbox", "segm"} else results
+    return {
+        (name, task): {k: math.nan if v is None else float(v) for k, v in values.items()}
+        for name, tasks in of_sets.items()
+        for task, values in tasks.items()
+    }
+
+
+def evaluations(run: Run) -> Mapping[tuple[str, str], Mapping[str, float]]:
+    """The last metrics of each data set ("" where there is one) and task.
+
+    Of a folder in which nothing but an evaluation was, those that are its results.
+    """
     found: dict[tuple[str, str], dict[str, float]] = {}
-    for line in metrics:
+    for line in run.metrics:
         for name, value in line.items():
             if match := _EVALUATED.fullmatch(name):
                 key = match["set"] or "", match["task"]
                 found.setdefault(key, {})[match["metric"]] = value
-    return found
+    return found or run.results
 
 
 def curves(metrics: Sequence[Mapping[str, float]]) -> Iterator[tuple[str, list[str]]]:
@@ -178,8 +199,8 @@ def detections(run: Run, num_images: int, threshold: float) -> Iterator[tuple[st
             continue
         try:
             yield title, _drawn(run.config, name, path, num_images, threshold)
-        except InputError as e:
-            yield title, _said(str(e))
+        except (InputError, OSError, TypeError) as e:
+            yield title, _said(one_line(e))
 
 
 def _drawn(
@@ -189,6 +210,8 @@ def _drawn(
     sources = builtin_sources() | registered_sources(cfg)
     if name not in sources:
         raise InputError(f"{name} is registered in code, and is not known here")
+    if not Path(sources[name].json_file).is_file():  # shapes would be drawn
+        raise InputError(f"there is no file {sources[name].json_file}")
     dataset = load_coco(name, sources[name])
     found = load_detections(str(path))
     check_detections(str(path), found, dataset)
@@ -226,7 +249,7 @@ def page_of(
 ) -> str:
     """The whole page, with its headline and the metrics that it is of."""
     spikes = [f"<p class='warning'>{escape(spike_text(of))}</p>" for of in run.spikes["spikes"]]
-    tables = [results_table(found)] if found else [_said("No evaluation is in metrics.json")]
+    tables = [results_table(found)] if found else [_said(_NO_EVALUATION)]
     plots = [plot(run, *of) for of in curves(run.metrics)]
     drawn = [
         f"<h2>{escape(title)}</h2>{html}" for title, html in detections(run, num_images, threshold)
@@ -264,7 +287,7 @@ def main(prog: str, arguments: Sequence[str]) -> None:
     if output.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--output: {str(output)!r} is not accepted; use a file in .html")
     check_writable("--output", output.parent)
-    found = evaluations(run.metrics)
+    found = evaluations(run)
     line = headline(run, found)
     write_text(output, page_of(run, line, found, args.num_images, args.conf_threshold))
     print(f"{output}: {line}")

@@ -175,6 +175,8 @@ def draw(args: argparse.Namespace) -> None:
     check_value("--size", args.size, between(1, 4096))
     check_value("--conf-threshold", args.conf_threshold, between(0, 1))
     sources = builtin_sources()
+    if args.images and not args.json:
+        raise InputError("--images: is not accepted without --json, whose images it is about")
     if args.json:
         if not Path(args.json).is_file():
             raise InputError(f"--json: there is no file {args.json}")

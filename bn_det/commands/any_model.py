@@ -172,18 +172,19 @@ def _call(function: Callable[[nn.Module, Any], Any] | None, model: nn.Module, ba
 
 
 def _function(flag: str, name: str) -> Callable[..., Any]:
-    """What MODULE:FUNCTION means; the folder that the command is in counts, too."""
+    """What MODULE:FUNCTION means; the folder that the command is in counts, too, as by python -m.
+
+    It stays on the path for what the function imports when it is called.
+    """
     module, colon, attribute = name.partition(":")
     if not colon or not attribute:
         raise InputError(f"--{flag}: {name!r} is not accepted; use MODULE:FUNCTION")
-    folder = os.getcwd()
-    sys.path.insert(0, folder)
+    if (folder := os.getcwd()) not in sys.path:
+        sys.path.insert(0, folder)
     try:
         return getattr(importlib.import_module(module), attribute)
     except (Exception, SystemExit) as e:  # of the module's own code, too
         raise InputError(f"--{flag}: {name!r} cannot be imported: {reason_of(e)}") from e
-    finally:
-        sys.path.remove(folder)
 
 
 def _called(flag: str, function: Callable[[], Any]) -> Any:

@@ -238,7 +238,7 @@ def _time_of(path: Path) -> int:
 
 def _check_last(path: str) -> None:
     with open(path, "rb") as file:
-        name = file.read(1000).decode(errors="replace")
+        name = file.read(1000).decode(errors="replace").strip()
     if not name or not name.isprintable():
         raise InputError(f"--resume: {path}: {name!r} is not the name of a checkpoint beside it")
 

@@ -128,6 +128,11 @@ def launch(
         RankError: a process raised something else, or died.
     """
     world = world_size(num_processes, num_machines)
+    if machine_rank not in range(num_machines):
+        raise InputError(
+            f"--machine-rank: {machine_rank} is not accepted with --num-machines "
+            f"{num_machines}; use 0 to {num_machines - 1}"
+        )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if _under_torchrun():
         place = _Place(*(int(os.environ[name]) for name in _ENVIRONMENT))
@@ -137,11 +142,6 @@ def launch(
     elif world == 1:
         fn(*args)
     else:
-        if machine_rank not in range(num_machines):
-            raise InputError(
-                f"--machine-rank: {machine_rank} is not accepted with --num-machines "
-                f"{num_machines}; use 0 to {num_machines - 1}"
-            )
         _check_device(device, num_processes)
         first = machine_rank * num_processes
         places = [_Place(first + k, world, k, num_processes) for k in range(num_processes)]
@@ -236,8 +236,9 @@ def _run_all(
 def _wait(processes: dict[int, BaseProcess], reports: Path) -> None:
     while True:
         running = [p for p in processes.values() if p.exitcode is None]
-        reported = [pickle.loads(path.read_bytes()) for path in reports.glob("*.report")]
+        # In this order: a process that ends has written its report.
         ended = {rank: p.exitcode for rank, p in processes.items() if p.exitcode}
+        reported = [pickle.loads(path.read_bytes()) for path in reports.glob("*.report")]
         if reported or ended:
             _raise_first(reported, ended)
         if not running:

@@ -119,7 +119,7 @@ def used_by_one(key: str, folder: str | os.PathLike, machine_rank: int = 0) -> I
         with suppress(OSError):  # where files cannot be locked
             _refuse_locked(key, folder, lock)
             lock.truncate(0)
-            for path in (*folder.glob("*.tmp"), *folder.glob("inference/*.tmp")):
+            for path in (*folder.glob("*.tmp"), *folder.glob("inference/**/*.tmp")):
                 if is_aside(path):
                     path.unlink(missing_ok=True)
             _cut_line(folder / "metrics.json")

@@ -99,6 +99,11 @@ def check_output(output: str | None, read: Read, name: str = "--output") -> None
         raise InputError(f"{name}: {output!r} is not accepted; the table gets that name, use .pth")
     if path.suffix == ".safetensors":
         raise InputError(f"{name}: {output!r} is not accepted; torch.save writes it, use .pth")
+    if path.suffix == ".pkl":
+        raise InputError(
+            f"{name}: {output!r} is not accepted: files of that name are read as the model zoo's, "
+            "which this is none of; use .pth"
+        )
     check_output_file(name, output, read)
     check_regular(path)
     refuse_in_use(name, path.parent)

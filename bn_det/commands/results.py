@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
@@ -45,6 +46,20 @@ def save_results(results: Mapping[str, Mapping], folder: str | Path) -> None:
     write_json(Path(folder) / "results.json", finite(results))
 
 
+@contextmanager
+def outputs_aside(cfg: CfgNode) -> Iterator[CfgNode]:
+    """The config with a folder for outputs that is removed after the block.
+
+    So that what evaluates another model leaves a run's detections, which are of its own.
+    """
+    with TemporaryDirectory() as folder:
+        aside = cfg.clone()
+        aside.defrost()
+        aside.OUTPUT_DIR = folder
+        aside.freeze()
+        yield aside
+
+
 def score_of(cfg: CfgNode, test: Callable[[CfgNode, nn.Module], Mapping]) -> Score | None:
     """The AP of boxes on DATASETS.TEST, the mean where there are several; None where there is none.
 
@@ -55,11 +70,7 @@ def score_of(cfg: CfgNode, test: Callable[[CfgNode, nn.Module], Mapping]) -> Sco
         return None
 
     def score(model: nn.Module) -> float:
-        with TemporaryDirectory() as folder:
-            aside = cfg.clone()
-            aside.defrost()
-            aside.OUTPUT_DIR = folder
-            aside.freeze()
+        with outputs_aside(cfg) as aside:
             try:
                 results = test(aside, model)
             except FloatingPointError:  # boxes that are no numbers, of which none is right
@@ -74,15 +85,25 @@ def score_of(cfg: CfgNode, test: Callable[[CfgNode, nn.Module], Mapping]) -> Sco
 def read_metrics(folder: str | Path) -> list[dict[str, float]]:
     """The lines of a run's metrics.json, one an iteration, in their order.
 
-    Of an iteration that was repeated after an interruption, the last line counts.
+    Of an iteration that was repeated after an interruption, the last line counts. One that ends in
+    the middle, as a full disk or a killed process leaves it, does not.
     """
     found: dict[int, dict[str, float]] = {}
     path = Path(folder) / "metrics.json"
     with within_memory(path):
-        for text in read_text(path).splitlines():
+        *whole, cut = read_text(path).split("\n")
+        for text in whole + [cut] * _is_json(cut):
             line = parse_json(text)
             found.setdefault(line["iteration"], {}).update(line)
     return [found[iteration] for iteration in sorted(found)]
+
+
+def _is_json(text: str) -> bool:
+    try:
+        parse_json(text)
+    except (RecursionError, ValueError):
+        return False
+    return True
 
 
 def _row_table(metrics: Mapping[str, float]) -> str:

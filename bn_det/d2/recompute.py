@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.utils import comm
+from torch import nn
 
 from ..commands.cli import start
 from ..commands.recompute import check, flags_as_opts, run, with_population
+from ..commands.results import outputs_aside
 from ..config.training import with_precise_bn_batches
 from .datasets import build_bn_loader, known_sources, load_test_images, load_training
 from .mapper import Mapper
@@ -32,7 +35,12 @@ def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
     new = Trainer.build_model(with_population(cfg, args.population)) if args.population else old
     load = _test_batches if args.adabn else train_batches
     batches = load(with_precise_bn_batches(cfg))
-    run(args, cfg, (old, new), batches, lambda model: Trainer.test(cfg, model))
+    run(args, cfg, (old, new), batches, partial(_evaluate, cfg))
+
+
+def _evaluate(cfg: CfgNode, model: nn.Module) -> dict:
+    with outputs_aside(cfg) as aside:
+        return Trainer.test(aside, model)
 
 
 def train_batches(cfg: CfgNode) -> Iterable[Any]:

@@ -58,7 +58,10 @@ def read_annotations(
     content = _parsed(where, json_file)
     for part in ("images", "annotations", "categories"):
         if not isinstance(content.get(part), list):
-            raise InputError(f"{where}: has no list of {part}, as COCO's format for detection has")
+            empty = ", empty for images without labels" if part == "annotations" else ""
+            raise InputError(
+                f"{where}: has no list of {part}{empty}, as COCO's format for detection has"
+            )
         if part != "annotations" and not content[part]:
             raise InputError(f"{where}: has no {part}")
     images = _by_id(where, "image", content["images"], _check_image)

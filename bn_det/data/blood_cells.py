@@ -137,16 +137,18 @@ def _read_boxes(path: Path) -> list[tuple[int, np.ndarray]]:
         try:
             kind, *values = line.split()
             x, y, width, height = map(float, values)
-            is_box = all(map(math.isfinite, (x, y, width, height))) and min(width, height) > 0
+            corners = np.array([x - width / 2, y - height / 2, x + width / 2, y + height / 2])
+            corners = corners.clip(0, 1)
+            is_finite = all(map(math.isfinite, (x, y, width, height)))
+            is_box = is_finite and bool((corners[2:] > corners[:2]).all())
             if int(kind) not in range(len(CATEGORIES)) or not is_box:
                 raise ValueError
         except ValueError:
             raise InputError(
                 f"{path}, line {number}: {line[:60]!r} is not accepted; use a class from 0 to "
-                f"{len(CATEGORIES) - 1}, and x, y, width and height of a box"
+                f"{len(CATEGORIES) - 1}, and x, y, width and height of a box in the image"
             ) from None
-        corners = np.array([x - width / 2, y - height / 2, x + width / 2, y + height / 2])
-        boxes.append((int(kind), corners.clip(0, 1)))
+        boxes.append((int(kind), corners))
     return boxes
 
 

@@ -83,7 +83,13 @@ def registered_sources(cfg: CfgNode) -> dict[str, CocoSource]:
         InputError: an entry is none, or has the name of another data set.
     """
     sources: dict[str, CocoSource] = {}
-    for entry in cfg.DATASETS.REGISTER_COCO:
+    entries = cfg.DATASETS.REGISTER_COCO
+    if not isinstance(entries, (list, tuple)):
+        raise InputError(
+            f"DATASETS.REGISTER_COCO: {entries!r} is not accepted; use a list of lists [name, JSON "
+            "file, folder of images]"
+        )
+    for entry in entries:
         is_triple = isinstance(entry, (list, tuple)) and len(entry) == 3
         if not is_triple or not all(isinstance(e, str) and e for e in entry):
             raise InputError(

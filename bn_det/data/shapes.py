@@ -23,7 +23,8 @@ import json
 import os
 import shutil
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -149,13 +150,10 @@ def generate_shapes(
         return root
     root.parent.mkdir(parents=True, exist_ok=True)
     _remove_unfinished(root)
-    aside = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
-    try:
-        with open(aside / _LOCK, "w") as lock:
-            with suppress(OSError):  # where files cannot be locked
-                try_lock(lock)
-            for name, split in (splits or variant.splits).items():
-                _write_split(aside, name, split, variant)
+    with _locked_aside(root) as aside:
+        for name, split in (splits or variant.splits).items():
+            _write_split(aside, name, split, variant)
+        # While it is held: without it, others take the folder for left behind.
         (aside / _LOCK).unlink()
         aside.chmod(0o755)
         try:
@@ -165,12 +163,28 @@ def generate_shapes(
             if not root.exists():
                 raise
             _check_version(root, variant)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return root
 
 
 _LOCK = ".lock"
+
+
+@contextmanager
+def _locked_aside(root: Path) -> Iterator[Path]:
+    """A folder beside the one to be, with a file that is locked; what is left of it is removed."""
+    while True:
+        aside = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+        try:
+            with open(aside / _LOCK, "w") as lock:
+                is_ours = True
+                with suppress(OSError):  # where files cannot be locked
+                    is_ours = try_lock(lock)
+                # Another generation may have found the file before it was locked.
+                if is_ours and (aside / _LOCK).exists():
+                    yield aside
+                    return
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _remove_unfinished(root: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..commands.cli import start
 from ..commands.recompute import check, flags_as_opts, run, with_population
+from ..commands.results import outputs_aside
 from ..config.training import with_precise_bn_batches
 from ..layers import record_sources
 from ..layers.comm import world
@@ -49,7 +50,8 @@ def _run(args: argparse.Namespace, cfg: CfgNode) -> None:
 
 
 def _evaluate(cfg: CfgNode, model: nn.Module) -> dict:
-    return test(cfg, model, load_datasets(cfg, "TEST"))
+    with outputs_aside(cfg) as aside:
+        return test(aside, model, load_datasets(cfg, "TEST"))
 
 
 def train_batches(cfg: CfgNode) -> Iterable[list]:

@@ -89,6 +89,50 @@ def test_detections_that_cannot_be_drawn(run):
     assert "a is registered in code, and is not known here" in words
 
 
+@pytest.mark.parametrize("entries", ["5", "null", "[[c, there/is/none.json, there]]"])
+def test_data_sets_that_are_not_there(entries, run):
+    """The page is made without them."""
+    test_detections_that_cannot_be_drawn(run)
+    config = run / "config.yaml"
+    text = config.read_text().replace("[a, b]", "[c]")
+    config.write_text(text.replace("REGISTER_COCO: []", f"REGISTER_COCO: {entries}"))
+    done = report(run)
+    assert done.returncode == 0, done.stderr
+    words = "\n".join(Page((run / "report.html").read_text()).words)
+    said = "there is no file there/is/none.json" if "[" in entries else "DATASETS.REGISTER_COCO: "
+    assert said in words
+
+
+def test_shapes_are_not_drawn_for_a_page(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "data"))
+    test_detections_that_cannot_be_drawn(run)
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("[a, b]", "[shapes_val]"))
+    assert report(run).returncode == 0
+    words = "\n".join(Page((run / "report.html").read_text()).words)
+    assert "there is no file" in words and not (tmp_path / "data").exists()
+
+
+def test_a_line_that_was_cut(run):
+    with open(run / "metrics.json", "a") as file:
+        file.write('{"iteration": 59, "total_lo')
+    done = report(run)
+    assert done.returncode == 0 and "after 40 of 100" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_an_evaluation_alone(run, several):
+    (run / "metrics.json").unlink()
+    of_set = {"bbox": {"AP": 33.25, "AP50": 50.0, "AP75": None}}
+    results = {"a": of_set, "b": of_set} if several else of_set
+    (run / "results.json").write_text(json.dumps(results))
+    done = report(run)
+    assert done.returncode == 0, done.stderr
+    assert f"AP 33.2 on {'a' if several else 'a, b'} after 0 of" in done.stdout
+    words = "\n".join(Page((run / "report.html").read_text()).words)
+    assert "50.0" in words and ("b boxes" in words) == several
+
+
 def test_of_metrics_alone(run):
     for name in ("config.yaml", "loss_spikes.json"):
         (run / name).unlink()
@@ -100,7 +144,9 @@ def test_of_metrics_alone(run):
 @pytest.mark.parametrize(
     "name, text, words",
     [
-        ("metrics.json", "{", "metrics.json: is not that of a run"),
+        ("metrics.json", "{\n", "metrics.json: is not that of a run"),
+        ("metrics.json", '{"iteration": NaN, "lr": 1}', "iteration nan is no whole number"),
+        ("results.json", '{"bbox": 3}', "results.json: is not that of a run"),
         ("metrics.json", '{"iteration": 1, "lr": "x"}', "a value of iteration 1 is no number"),
         ("metrics.json", "[]", "metrics.json: is not that of a run"),
         ("config.yaml", "DATASETS: !!python/name:os.system", "config.yaml"),

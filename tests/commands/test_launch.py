@@ -181,6 +181,7 @@ def free_port():
         ({"num_machines": 0}, ["--num-machines: 0", "1 or more"]),
         ({"num_machines": 2}, ["--dist-url: 'auto'", "--num-machines 2", "tcp://ADDRESS:PORT"]),
         ({"num_machines": 2, "machine_rank": 2}, ["--machine-rank: 2", "0 to 1"]),
+        ({"num_processes": 1, "machine_rank": 3}, ["--machine-rank: 3", "0 to 0"]),
         ({"dist_url": "file:///x"}, ["--dist-url: 'file:///x'", "auto or tcp://ADDRESS:PORT"]),
         ({"dist_url": "tcp://a:port"}, ["--dist-url: 'tcp://a:port'"]),
         ({"device": "cpu:0"}, ["MODEL.DEVICE: 'cpu:0'", "'cpu'"]),

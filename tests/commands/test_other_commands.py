@@ -114,6 +114,11 @@ def test_visualize_bad_input(tiny_shapes, tmp_path):
         *("--input", "none.json", "--output", "a.png", "--json", "gone.json"),
     )
     assert done.stderr == "error: --json: there is no file gone.json\n"
+    done = run_here(
+        "tools/visualize_json_results.py",
+        *("--input", "none.json", "--output", "a.png", "--images", "photos"),
+    )
+    assert done.stderr.startswith("error: --images: is not accepted without --json")
     _, annotations, images = ast.literal_eval(tiny_shapes[1])[1]
     for twice in ('[{"image_id": 1, "image_id": 2}]', None):
         (tmp_path / "d.json").unlink()
@@ -331,11 +336,16 @@ def test_plot_metrics(tmp_path):
     write_metrics(tmp_path / "b", [(99, float("nan")), (199, 25.0)])
     output = tmp_path / "made" / "ap.png"
     runs = [f"small/EMA={tmp_path}/a", f"small/PreciseBN={tmp_path}/b", f"large/EMA={tmp_path}/b"]
-    runs[1] = f"small/$\\x{{$={tmp_path}/b"
+    runs[1] = f"small/_$\\x{{$={tmp_path}/b"
     done = run("tools/plot_metrics.py", *runs, "--output", output)
     assert done.returncode == 0, done.stderr
     assert cv2.imread(str(output)).shape[1] == 9 * 120, "two panels"
     assert f"{tmp_path}/b/metrics.json: bbox/AP is NaN 1 times, which is left out" in done.stdout
+    assert "Warning" not in done.stderr, "every run is in the legend"
+    metric = "bbox/AP-$x{$b_$"
+    write_metrics(tmp_path / "d", [(99, 1.0)], metric)
+    done = run("tools/plot_metrics.py", f"a={tmp_path}/d", "--metric", metric, "--output", output)
+    assert done.returncode == 0, done.stderr
     for args, words in (
         (
             [f"a={tmp_path}/a", "--metric", "bbox/AQ", "--output", output],

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from bn_det.commands.output_folder import used_by_one
 from bn_det.commands.outputs import check_output
 from bn_det.errors import InputError
+from bn_det.files import write_aside, write_text
 from here import ROOT, run_here
 from hosts import every_host
 from reference import BASE, norm_opts
@@ -69,14 +71,15 @@ def test_a_killed_run_leaves_no_lock(other, tmp_path):
         pass
     os.kill(other.pid, signal.SIGKILL)
     other.wait(60)
-    (tmp_path / "out" / "inference").mkdir()
-    aside = ["model.pth.12.tmp", "inference/results.json.345.tmp"]
-    others = ["mine.tmp", "model.pth.tmp", "model.12.pth"]
+    (tmp_path / "out" / "inference" / "a").mkdir(parents=True)
+    end = "bn_det.tmp"
+    aside = [f"model.pth.12.{end}", f"inference/r.json.345.{end}", f"inference/a/r.json.6.{end}"]
+    others = ["mine.tmp", "notes.2024.tmp", "model.pth.tmp", "model.12.pth"]
     for name in (*aside, *others):
         (tmp_path / "out" / name).touch()
     with used_by_one("OUTPUT_DIR", tmp_path / "out"):
         found = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*")}
-    assert found == {".lock", "inference", *others}
+    assert found == {".lock", "inference", "inference/a", *others}
 
 
 def test_a_folder_that_cannot_be(tmp_path):
@@ -139,6 +142,23 @@ def test_output_into_the_folder_of_the_command(tmp_path):
 def test_no_output_of_another_format(tmp_path):
     with pytest.raises(InputError, match="new.safetensors' is not accepted; torch.save writes it"):
         check_output(str(tmp_path / "new.safetensors"), {})
+    with pytest.raises(InputError, match="new.pkl' is not accepted: files of that name are read"):
+        check_output(str(tmp_path / "new.pkl"), {})
+
+
+def test_a_link_stays_one(tmp_path):
+    """What it leads to is written, and left as it was by what fails."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "file").write_text("old")
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "real" / "file")
+    with pytest.raises(ZeroDivisionError), write_aside(link) as aside:
+        Path(aside).write_text("half")
+        1 / 0  # noqa: B018
+    assert link.read_text() == "old"
+    write_text(link, "new")
+    assert link.is_symlink() and (tmp_path / "real" / "file").read_text() == "new"
+    assert os.listdir(tmp_path / "real") == ["file"]
 
 
 def test_no_output_whose_table_is_another_file(tmp_path):

@@ -40,6 +40,14 @@ def batches_elsewhere():
     os.chdir("elsewhere")
     return batches()
 
+def with_a_neighbour():
+    import neighbour
+    return make()
+
+def batches_of_a_neighbour():
+    import neighbour
+    return batches()
+
 def on_no_device():
     with torch.device("meta"):
         return make()
@@ -84,6 +92,16 @@ def test_file_to_file(project, node, tmp_path):
     assert "Furthest from the new ones: 1 (mean by" in done.stdout
     looked = run(*FLAGS, "--num-iters", "2")
     assert looked.returncode == 0 and "2 batches, 8 samples" in looked.stdout
+
+
+def test_a_function_may_import_what_is_beside_it(project, tmp_path):
+    """As by the command bn-det, whose own folder is the first on the path."""
+    (tmp_path / "neighbour.py").touch()
+    torch.save(project.state_dict(), "old.pth")
+    flags = [*FLAGS, "--model", "other_project:with_a_neighbour"]
+    flags += ["--data", "other_project:batches_of_a_neighbour"]
+    done = run(*flags, "--num-iters", "2")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("wrapper", [nn.DataParallel, torch.optim.swa_utils.AveragedModel])

@@ -4,6 +4,7 @@ import ast
 import importlib
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -81,8 +82,13 @@ def test_training_images(project, capsys):
     before = project.weights.read_bytes()
     output = project.folder / "made" / "new.pth"
     larger = ["TEST.PRECISE_BN.IMS_PER_BATCH", "3"]
+    detections = project.folder / "inference" / "coco_instances_results.json"
+    detections.parent.mkdir()
+    detections.write_text("[]")
     project.run("--output", str(output), "--num-iters", "6", "--evaluate", opts=larger)
     assert project.weights.read_bytes() == before
+    assert detections.read_text() == "[]", "they are of the run's own model"
+    assert os.listdir(detections.parent) == [detections.name]
     old, new = load(project.weights), load(output)
     assert old.keys() == new.keys()
     for name, value in new.items():

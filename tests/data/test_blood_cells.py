@@ -68,6 +68,7 @@ def test_command(clone, tmp_path, monkeypatch):
         ("labels/val/9.txt", b"0 nan 0.1 0.1 0.1", "is not accepted"),
         ("labels/val/9.txt", b"0 0.5 0.5 inf 0.1", "is not accepted"),
         ("labels/val/9.txt", b"0 0.5 0.5 -0.1 0.1", "is not accepted"),
+        ("labels/val/9.txt", b"1 1.2 0.5 0.1 0.1", "width and height of a box in the image"),
         ("labels/val/9.txt", b"\xff", "9.txt: cannot be read"),
         ("images/train/9.jpg", b"no image", "9.jpg: cannot be read as an image"),
     ],

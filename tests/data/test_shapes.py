@@ -2,6 +2,8 @@ import colorsys
 import json
 import multiprocessing
 import os
+import shutil
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -215,6 +217,34 @@ def test_a_generation_that_goes_on_is_left_alone(tmp_path):
     finally:
         process.kill()
         process.join(60)
+
+
+def test_a_folder_that_is_taken_before_it_is_locked(tmp_path, monkeypatch):
+    """Another generation takes it for left behind: a new one is begun."""
+    locks = iter([False, None, True])
+
+    def try_lock(file):
+        locked = next(locks)
+        if locked is None:  # and the other is through with it already
+            shutil.rmtree(Path(file.name).parent)
+        return locked is not False
+
+    monkeypatch.setattr(shapes, "try_lock", try_lock)
+    shapes.generate_shapes(tmp_path / "shapes", SMALL)
+    assert next(locks, None) is None and os.listdir(tmp_path) == ["shapes"]
+
+
+def test_nothing_takes_what_is_done(tmp_path, monkeypatch):
+    """Between the last file and the rename there is no lock to be had."""
+    root, rename = tmp_path / "shapes", os.rename
+
+    def renamed(*paths):
+        shapes._remove_unfinished(root)
+        rename(*paths)
+
+    monkeypatch.setattr(os, "rename", renamed)
+    shapes.generate_shapes(root, SMALL)
+    assert len(list((root / "train").iterdir())) == 5
 
 
 def test_a_killed_generation_is_not_taken_for_a_finished_one(tmp_path):

@@ -1,7 +1,9 @@
 """Image files and what they get: a row for each kind of fault."""
 
 import os
+from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -38,6 +40,11 @@ def deep_grey(path):
     Image.fromarray(picture()[..., 0].astype(np.uint16) * 257).save(path, "PNG")
 
 
+def deep_colours(path):
+    cv2.imwrite(f"{path}.png", picture().astype(np.uint16) * 257)
+    Path(f"{path}.png").rename(path)
+
+
 def real(path):
     Image.fromarray(picture()[..., 0].astype(np.float32)).save(path, "TIFF")
 
@@ -54,6 +61,7 @@ REFUSED = {
     ),
     "a PNG that is cut": (part_of(png, 0.5), "cannot be read as an image: "),
     "16 bits": (deep_grey, "pixels of mode I;16 are not accepted; use 8 bits a channel"),
+    "16 bits of colours": (deep_colours, "pixels of mode RGB;16B are not accepted; use 8 bits"),
     "real numbers": (real, "pixels of mode F are not accepted; use 8 bits a channel"),
 }
 
