@@ -29,7 +29,7 @@ from .runner import Failure, Runner
 from .save import write_report
 from .steps import Setting, Step, shown
 from .verdicts import Verdict
-from .words import ledger_markdown, spikes_text, table_text
+from .words import ledger_markdown, spikes_text, table_text, warnings_of
 
 
 def reproduce(args: argparse.Namespace) -> None:
@@ -75,7 +75,7 @@ def _reports(
         seeds = range(1, number + 1)
         steps |= {step.name: step for step in plan(left, setting, seeds)}
         numbers |= dict.fromkeys(left, number)
-        runner = Runner(list(steps.values()), setting.runs, args.jobs or default_jobs())
+        runner = Runner(list(steps.values()), setting.runs, args.jobs or default_jobs(setting))
         print(_overview(left, setting, seeds, runner, looks), flush=True)
         if args.dry_run:
             print("\n".join(shown(step.command) for step in runner.pending()))
@@ -158,9 +158,10 @@ def _seeds(number: int) -> str:
     return f"--seeds {number}" + " (default)" * (number == DEFAULT_SEEDS)
 
 
-def default_jobs() -> int:
-    """Two on CPU cores, which that keeps busier than one; one where there are GPUs."""
-    return 1 if torch.cuda.is_available() else min(2, len(os.sched_getaffinity(0)))
+def default_jobs(setting: Setting) -> int:
+    """Two on CPU cores, which that keeps busier than one; one where GPUs are there or needed."""
+    has_gpus = torch.cuda.is_available() or not setting.is_small
+    return 1 if has_gpus else min(2, len(os.sched_getaffinity(0)))
 
 
 def _names(args: argparse.Namespace) -> list[str]:
@@ -205,6 +206,7 @@ def _overview(
     table = tabulate(rows, headers=headers, tablefmt="pipe")
     left = runner.pending()
     time = f", about {estimate(left, runner.jobs)} on as many CPU cores as run at a time"
+    time += ", by the settings' own options" if setting.opts else ""
     tested = ", ".join(f"'{claim.name}'" for claim in claims_of(names, setting.data))
     of_looks = _of_looks(names, setting, seeds, runner, looks)
     return (
@@ -238,4 +240,4 @@ def _summary(report: Report) -> str:
         if isinstance(item, Table)
     ]
     spikes = "\n".join(spikes_text(report))
-    return "\n\n".join([*texts, ledger_markdown(report), *([spikes] if spikes else [])])
+    return "\n\n".join([*texts, ledger_markdown(report), spikes, *warnings_of(report)])

@@ -10,7 +10,6 @@ from html import escape
 from pathlib import Path
 from types import ModuleType
 
-from .published import NUM_GPUS, what_changes
 from .registry import experiments_on
 from .report import Report
 from .results import Picture, Table
@@ -23,6 +22,8 @@ from .words import (
     needed_text,
     spikes_text,
     wanted,
+    warnings_of,
+    word_text,
 )
 
 _STYLE = """
@@ -77,22 +78,7 @@ def _about(experiment: ModuleType) -> str:
 
 
 def _warnings(report: Report) -> list[str]:
-    found, setting = [], report.results.setting
-    if setting.opts:
-        opts = escape(" ".join(setting.opts))
-        found.append(
-            f"All commands had the options <code>{opts}</code>: these are not the settings that "
-            "the claims were written down for."
-        )
-    if setting.data == "coco" and setting.num_gpus != NUM_GPUS:
-        found.append(escape(f"{setting.num_gpus} GPUs: {what_changes(setting.num_gpus)}."))
-    missing = len([s for s in report.steps if s.name not in report.results.outcomes])
-    if missing:
-        found.append(f"{missing} of {len(report.steps)} steps are missing.")
-    found += [
-        f"Failed: <code>{escape(f.step.name)}</code>: {escape(f.reason)}" for f in report.failures
-    ]
-    return [f"<p class='warning'>{text}</p>" for text in found]
+    return [f"<p class='warning'>{_rich(text)}</p>" for text in warnings_of(report)]
 
 
 def _spikes_html(report: Report) -> list[str]:
@@ -109,7 +95,7 @@ def _ledger_html(report: Report) -> str:
             f"<tr><td>{_rich(claim.sentence)}<br><span class='note'>{_rich(claim.source)}</span>"
             f"</td><td>{_rich(claim.metric)}</td><td>{escape(wanted(claim))}</td>"
             f"<td class='number'>{escape(effect_text(verdict))}</td>"
-            f"<td class='{word.replace(' ', '-')}'>{word}</td>"
+            f"<td class='{word.replace(' ', '-')}'>{word_text(claim, verdict)}</td>"
             f"<td class='number'>{needed_text(claim, verdict, report.looks)}</td></tr>"
         )
     headers = ("claim", "metric", "what counts", found_text(report.looks), "verdict", SEEDS_NEEDED)

@@ -12,7 +12,7 @@ from .power import seeds_needed
 from .report import RESULTS, Report, identity
 from .results import Picture, Table
 from .steps import shown
-from .words import ledger_markdown
+from .words import ledger_markdown, spikes_text, title_text, warnings_of
 
 
 def write_report(report: Report, folder: Path) -> None:
@@ -22,7 +22,8 @@ def write_report(report: Report, folder: Path) -> None:
     for picture in _pictures(report):
         with write_aside(folder / f"{picture.name}.png") as aside:
             picture.figure.savefig(aside, format="png", dpi=120)
-    write_text(folder / "claims.md", ledger_markdown(report) + "\n")
+    parts = [f"# {title_text(report)}", *warnings_of(report), ledger_markdown(report)]
+    write_text(folder / "claims.md", "\n\n".join([*parts, *spikes_text(report)]) + "\n")
     write_text(folder / "report.html", report_page(report, folder, versions))
     write_json(folder / RESULTS, finite(_as_dict(report, versions)))
 

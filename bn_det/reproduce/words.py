@@ -7,10 +7,11 @@ from statistics import mean, stdev
 
 from tabulate import tabulate
 
-from ..training.spikes import FACTOR, spike_text
+from ..training.spikes import FACTOR, FIRST, LEAST, spike_text
 from .claims import Claim
 from .looks import Looks
 from .power import MOST, seeds_needed
+from .published import NUM_GPUS, what_changes
 from .report import Report
 from .results import Table, Values
 from .verdicts import Verdict
@@ -46,12 +47,48 @@ def ledger_markdown(report: Report) -> str:
     rows = [
         [
             *(claim.sentence, claim.name, wanted(claim), effect_text(verdict)),
-            *(verdict.word or "-", needed_text(claim, verdict, report.looks)),
+            *(word_text(claim, verdict), needed_text(claim, verdict, report.looks)),
         ]
         for claim, verdict in report.ledger
     ]
     headers = ["claim", "name", "what counts", found_text(report.looks), "verdict", SEEDS_NEEDED]
     return tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)
+
+
+def word_text(claim: Claim, verdict: Verdict) -> str:
+    """The verdict; of one seed, which side its hint is on."""
+    if verdict.word != "hint":
+        return verdict.word or "-"
+    if claim.at_most:
+        return "hint, for" if verdict.mean <= claim.smallest else "hint, against"
+    if abs(verdict.mean) < claim.smallest:
+        return "hint, of neither"
+    return "hint, for" if verdict.mean > 0 else "hint, against"
+
+
+def warnings_of(report: Report) -> list[str]:
+    """What a reader has to know before the numbers."""
+    found, setting = [], report.results.setting
+    if setting.opts:
+        found.append(
+            f"All commands had the options `{' '.join(setting.opts)}`: these are not the settings "
+            "that the claims were written down for."
+        )
+    if setting.data == "coco" and setting.num_gpus != NUM_GPUS:
+        found.append(f"{setting.num_gpus} GPUs: {what_changes(setting.num_gpus)}.")
+    missing = len([s for s in report.steps if s.name not in report.results.outcomes])
+    if missing:
+        found.append(f"{missing} of {len(report.steps)} steps are missing.")
+    return [*found, *(f"Failed: `{f.step.name}`: {f.reason}" for f in report.failures)]
+
+
+def title_text(report: Report) -> str:
+    """What a ledger is of."""
+    results = report.results
+    seeds = ", ".join(map(str, results.seeds))
+    return (
+        f"{report.title}: data {results.setting.data}, host {results.setting.host}, seeds {seeds}"
+    )
 
 
 def effect_text(verdict: Verdict) -> str:
@@ -74,7 +111,7 @@ def effect_text(verdict: Verdict) -> str:
 def spikes_text(report: Report) -> list[str]:
     """Lines on the loss spikes of all trainings."""
     if not report.spikes:
-        return []
+        return [f"Loss spikes: no training has more than {FIRST + LEAST} iterations to look at"]
     lines = [
         f"{name}: {spike_text(spike)}"
         for name, noted in report.spikes.items()

@@ -37,7 +37,7 @@ from bn_det.reproduce.experiments import (
 from bn_det.reproduce.experiments.common import LABORATORIES, cells
 from bn_det.reproduce.experiments.new_laboratory import LEFT_OUT, METRICS
 from bn_det.reproduce.looks import Looks
-from bn_det.reproduce.main import plan
+from bn_det.reproduce.main import default_jobs, plan
 from bn_det.reproduce.published import scaled, scaled_iterations, what_changes
 from bn_det.reproduce.registry import EXPERIMENTS, experiments_on
 from bn_det.reproduce.report import make_report, verdict_of
@@ -46,7 +46,7 @@ from bn_det.reproduce.runner import Outcome, Runner, settings_of
 from bn_det.reproduce.save import write_report
 from bn_det.reproduce.steps import DATA, Setting, Step
 from bn_det.reproduce.verdicts import judge
-from bn_det.reproduce.words import cell, effect_text, spikes_text
+from bn_det.reproduce.words import cell, effect_text, spikes_text, word_text
 from here import run_here
 from waiting import wait_for
 
@@ -816,8 +816,39 @@ def test_the_command_reports_what_has_been_run(tmp_path, monkeypatch):
     assert [c["name"] for c in content["claims"]] == ["AdaBN"] and not content["failed"]
     assert Path("report", "domain_shift.png").is_file()
     assert (
-        "| hint" in done.stdout and "td class='hint'" in Path("report", "report.html").read_text()
+        "| hint, " in done.stdout and "td class='hint'" in Path("report", "report.html").read_text()
     )
+
+
+@pytest.mark.parametrize(
+    "effect, at_most, text",
+    [
+        (1.2, False, "hint, for"), (-1.2, False, "hint, against"), (0.9, False, "hint, of neither"),
+        (-0.9, False, "hint, of neither"), (0.9, True, "hint, for"), (1.1, True, "hint, against"),
+    ],
+)  # fmt: skip
+def test_which_side_a_hint_is_on(effect, at_most, text):
+    claim = Claim("x", "population", "", "", "", 1.0, "AP", at_most)
+    assert word_text(claim, judge(claim, [effect])) == text
+    assert word_text(claim, judge(claim, [])) == "-"
+    assert word_text(claim, judge(claim, [2.0, 2.1])) in ("seen", "opposite", "not seen")
+
+
+def test_the_ledger_says_what_it_is_of(results, tmp_path):
+    setting = results.setting._replace(opts=("SOLVER.MAX_ITER", "12"))
+    steps = plan(["domain-shift"], results.setting, results.seeds)
+    of = Results(setting, results.outcomes, results.seeds)
+    report = make_report("domain-shift", ["domain-shift"], of, steps, [])
+    write_report(report, tmp_path)
+    text = (tmp_path / "claims.md").read_text()
+    assert text.startswith("# domain-shift: data shapes, host torchvision, seeds 1, 2, 3\n\nAll")
+    assert "the options `SOLVER.MAX_ITER 12`: these are not the settings" in text
+    assert "Loss spikes: no training has more than 50 iterations to look at" in text
+
+
+def test_commands_on_coco_run_one_after_the_other(setting, tmp_path):
+    assert default_jobs(Setting("coco", "detectron2", tmp_path)) == 1
+    assert default_jobs(setting) == min(2, len(os.sched_getaffinity(0)))
 
 
 def test_a_report_with_nothing_done_says_so(setting, tmp_path):
