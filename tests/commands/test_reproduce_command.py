@@ -71,7 +71,7 @@ def test_an_experiment(tiny_variants, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "| domain-shift |           1 |              3 |" in done.stdout
     folder = tmp_path / "output" / "reproduce"
-    report = folder / "domain-shift-shapes"
+    report = folder / "domain-shift-shapes-torchvision"
     results = json.loads((report / "results.json").read_text())
     assert results["host"] == "torchvision" and results["opts"] == list(QUICK)
     assert len(results["steps"]) == 4 and not results["failed"]
