@@ -237,7 +237,12 @@ def _wait(processes: dict[int, BaseProcess], reports: Path) -> None:
     while True:
         running = [p for p in processes.values() if p.exitcode is None]
         # In this order: a process that ends has written its report.
-        ended = {rank: p.exitcode for rank, p in processes.items() if p.exitcode}
+        ended = {
+            rank: p.exitcode
+            for rank, p in processes.items()
+            # Torch may abort a process that is through with its work, while others save theirs.
+            if p.exitcode and not _done(reports, rank).exists()
+        }
         reported = [pickle.loads(path.read_bytes()) for path in reports.glob("*.report")]
         if reported or ended:
             _raise_first(reported, ended)
@@ -245,6 +250,11 @@ def _wait(processes: dict[int, BaseProcess], reports: Path) -> None:
             return
         # What a killed process has forked keeps its sentinel open: look again now and then.
         wait([p.sentinel for p in running], timeout=_POLL)
+
+
+def _done(reports: Path, rank: int) -> Path:
+    """A file that is there once a rank has done what it was started for."""
+    return reports / f"{rank}.done"
 
 
 def _raise_first(reported: list[tuple], ended: dict[int, int]) -> None:
@@ -291,6 +301,7 @@ def _rank(
         store = dist.TCPStore(*address, is_master=False, timeout=TIMEOUT)
         with _process_group(device, place, store=store):
             fn(*args)
+            _done(Path(reports), place.rank).touch()
     except Exception as e:
         # Before the connections close, which makes other ranks raise.
         is_input = is_mendable(e)

@@ -1,5 +1,6 @@
 """Starting processes: what they have, and what becomes of all when one fails."""
 
+import atexit
 import ctypes
 import json
 import multiprocessing
@@ -48,6 +49,22 @@ def said(folder):
     for pid in {who.pop("pid") for who in found}:
         assert pid != os.getpid() and not Path(f"/proc/{pid}").exists()
     return found
+
+
+def abort_when_done(folder):
+    """One process is through, and aborts as it ends; the other has still to save."""
+    pid = torch.tensor(os.getpid() if dist.get_rank() else 0)
+    dist.all_reduce(pid)
+    if dist.get_rank():
+        atexit.register(os.abort)
+    else:
+        wait_for(lambda: not Path(f"/proc/{pid}").exists(), 60)
+        (Path(folder) / "model.pth").touch()
+
+
+def test_a_process_that_aborts_when_it_is_through(tmp_path):
+    launch(abort_when_done, (str(tmp_path),), 2, device="cpu")
+    assert (tmp_path / "model.pth").exists()
 
 
 def test_one_process_is_this_one():
