@@ -111,12 +111,8 @@ def measure_group(
 def table(found: list[Ratios]) -> str:
     rows = [
         [
-            *(
-                of.host,
-                of.training.removeprefix("train/"),
-                of.threads,
-                "config" if of.rate is None else of.rate,
-            ),
+            *(of.host, of.training.removeprefix("train/"), of.threads),
+            "config" if of.rate is None else of.rate,
             ", ".join(f"{ratio:.2f}" for ratio in of.by_seed.values()),
             sum(ratio >= FACTOR for ratio in of.by_seed.values()),
         ]

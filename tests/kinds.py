@@ -1,5 +1,7 @@
 """Layers of every kind, and inputs that all of them take."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch import nn
 from bn_det import (
     BatchNorm2d,
     DomainBatchNorm2d,
+    L1BatchNorm2d,
     RoILevelBatchNorm2d,
     SourceBatchNorm2d,
     image_sources,
@@ -16,6 +19,18 @@ from reference import EIGHT_CHOICES
 
 C, SOURCES = 4, [0, 1, 0, 1, 1, 0]
 SHAPES = [(6, C, 3, 5), (6, C, 2, 2)]
+TENSOR_KINDS = {
+    "torch": nn.BatchNorm2d,
+    "SyncBatchNorm": nn.SyncBatchNorm,
+    "ours": BatchNorm2d,
+    "SyncBN": partial(BatchNorm2d, group="world"),
+    "GhostBN": partial(BatchNorm2d, ghost_size=2),
+    "L1BN": L1BatchNorm2d,
+    "sources": lambda c: SourceBatchNorm2d(c, 2),
+    "RoI levels": lambda c: RoILevelBatchNorm2d(c, 2),
+}
+"""Those that take one tensor, from the number of channels."""
+
 KINDS = {
     "plain": lambda **kwargs: BatchNorm2d(C, **kwargs),
     "ghost": lambda **kwargs: BatchNorm2d(C, ghost_size=2, **kwargs),

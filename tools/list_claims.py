@@ -39,9 +39,9 @@ def main() -> None:
     try:
         entries = merged(read_json(data), new)
         text = with_table(read_text(page), ledger_table(entries))
+    except InputError:
+        raise
     except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as e:
-        if isinstance(e, InputError):
-            raise
         raise InputError(
             f"--folder: {args.folder}: not as this command leaves its files: {reason_of(e)}"
         ) from e

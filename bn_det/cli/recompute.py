@@ -3,9 +3,9 @@
 An EMA lags behind the model, mixes the statistics of few samples, may be of one process alone, or
 of another domain than the model is used on. This recomputes all of them on the model as it is
 (PreciseBN) and writes a new checkpoint; the old one is left as it is, and so are the detections of
-its run where --evaluate has AP before and after. The table says how far the
-old statistics were from the new ones. With --adabn they are recomputed on the test images, which
-need no labels, with the preprocessing and the proposals of test time.
+its run where --evaluate has AP before and after. The table says how far the old statistics were
+from the new ones. With --adabn they are recomputed on the test images, which need no labels, with
+the preprocessing and the proposals of test time.
 
 Without --config-file, any model of torch: --model names a function that makes it, --data one that
 gives batches, and --call, if it is not called on a batch alone, one that calls it.

@@ -103,12 +103,12 @@ def _check_kind(path: str | os.PathLike, image: Image.Image) -> None:
         raise InputError(
             f"{path}: is PostScript, a program that would be run; use an image such as PNG or JPEG"
         )
-    # Pillow has no mode for several channels of 16 bits, and cuts them.
-    tiles = getattr(image, "tile", ())
-    cut = [args for _, _, _, args in tiles if ";16" in str(args)]
-    modes = [of for of in (image.mode,) if of not in _MODES] or cut
-    if modes:
+    mode = image.mode
+    if mode in _MODES:  # Pillow has none for several channels of 16 bits, and cuts them
+        raw = (str(args) for _, _, _, args in getattr(image, "tile", ()))
+        mode = next((of for of in raw if ";16" in of), "")
+    if mode:
         raise InputError(
-            f"{path}: pixels of mode {modes[0]} are not accepted; use 8 bits "
+            f"{path}: pixels of mode {mode} are not accepted; use 8 bits "
             "a channel, as what is brighter would be cut off"
         )

@@ -87,9 +87,10 @@ def convert_batchnorm(
     dropped: dict[str, str] = {}
     returned: set[nn.Module] = set()
     for layer, name in others.items():
-        why, rest = why_lazy(layer), None
-        if not why and (why := what_else(layer)) and (rest := follows(layer)):
-            why = ""
+        why = why_lazy(layer)
+        rest = None if why else follows(layer)
+        if not why and rest is None:
+            why = what_else(layer)
         if not why:
             new = make(layer.num_features)
             _check_made(new, layer.num_features, returned)

@@ -41,28 +41,20 @@ class Results:
     def json(self, step: Step, file: str) -> Any:
         """The content of a step's file; None if it has not been done, or is one that diverged."""
         self._trainings.add(training_of(step.name))
-        outcome = self.outcomes.get(step.name)
-        if outcome is None or outcome.diverged_at is not None:
+        if step.name not in self.outcomes or self.diverged(step.name):
             return None
         path = self.setting.runs / step.name / file
         try:
             return _dict_in(path)
         except (OSError, RecursionError, ValueError) as e:
-            raise InputError(
-                f"--runs: {path} cannot be read ({reason_of(e)}); remove {path.parent}, and the "
-                "step runs again"
-            ) from e
+            raise _spoilt(path, f"cannot be read ({reason_of(e)})") from e
 
     def at(self, step: Step, file: str, *keys: str) -> Any:
         """What a step's file has under keys; None as of :meth:`json`."""
         value = self.json(step, file)
         for key in keys:
             if value is not None and not (isinstance(value, Mapping) and key in value):
-                path = self.setting.runs / step.name
-                raise InputError(
-                    f"--runs: {path / file} has no {'.'.join(keys)}; remove {path}, and the step "
-                    "runs again"
-                )
+                raise _spoilt(self.setting.runs / step.name / file, f"has no {'.'.join(keys)}")
             value = None if value is None else value[key]
         return value
 
@@ -114,11 +106,14 @@ class Results:
         self._trainings.clear()
         return value(self, seed), set(self._trainings)
 
+    def diverged(self, name: str) -> bool:
+        """Whether a training ended with a loss that was not finite."""
+        outcome = self.outcomes.get(name)
+        return outcome is not None and outcome.diverged_at is not None
+
     def leapt(self, name: str) -> bool:
         """Whether the loss of a training did, or was not finite at last."""
-        outcome = self.outcomes.get(name)
-        diverged = outcome is not None and outcome.diverged_at is not None
-        return diverged or bool(self.spikes(name)["spikes"])
+        return self.diverged(name) or bool(self.spikes(name)["spikes"])
 
     def of_seeds(self, number: int) -> Results:
         """The same of the first seeds alone."""
@@ -130,10 +125,12 @@ class Results:
         try:
             return read_spikes(folder)
         except (OSError, ValueError) as e:
-            raise InputError(
-                f"--runs: {folder / FILE} cannot be read ({reason_of(e)}); remove {folder}, and "
-                "the training runs again"
-            ) from e
+            raise _spoilt(folder / FILE, f"cannot be read ({reason_of(e)})") from e
+
+
+def _spoilt(path: Path, why: str) -> InputError:
+    """Of a file that a step has left, and that is not as it leaves one."""
+    return InputError(f"--runs: {path} {why}; remove {path.parent}, and the step runs again")
 
 
 def _dict_in(path: Path) -> Mapping[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -107,7 +106,7 @@ class LossSpikes(Hook):
             return read_spikes(self.path.parent)
         except (OSError, ValueError) as e:
             logger.warning("%s: cannot be read, and begins anew: %s", self.path, reason_of(e))
-            return dict(_NOTHING)
+            return _nothing()
 
     def after_step(self) -> None:
         loss = self.loss()
@@ -141,7 +140,8 @@ class LossSpikes(Hook):
         write_json(self.path, finite({"largest": self._largest, "spikes": self._spikes}))
 
 
-_NOTHING: Mapping[str, Any] = {"largest": None, "spikes": []}
+def _nothing() -> dict[str, Any]:
+    return {"largest": None, "spikes": []}
 
 
 def read_spikes(folder: Path) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def read_spikes(folder: Path) -> dict[str, Any]:
     """
     path = folder / FILE
     if not path.is_file():
-        return dict(_NOTHING)
+        return _nothing()
     noted = read_json(path)
     try:
         for of in filter(None, (noted["largest"], *noted["spikes"])):

@@ -10,8 +10,6 @@ from torch import nn
 
 from bn_det import (
     BatchNorm2d,
-    L1BatchNorm2d,
-    RoILevelBatchNorm2d,
     SourceBatchNorm2d,
     convert_batchnorm,
     freeze,
@@ -21,18 +19,14 @@ from bn_det import (
     thaw,
 )
 from bn_det.layers.freeze import is_frozen
-from kinds import NormAndMore, fill
+from kinds import TENSOR_KINDS, NormAndMore, fill
 
 C = 4
+OF_SEVERAL_PROCESSES = ("SyncBatchNorm", "SyncBN")
 MAKES = {
-    "torch": nn.BatchNorm2d,
-    "ours": BatchNorm2d,
-    "GhostBN": partial(BatchNorm2d, ghost_size=2),
+    **{name: make for name, make in TENSOR_KINDS.items() if name not in OF_SEVERAL_PROCESSES},
     "renorm": partial(BatchNorm2d, renorm=(2.0, 1.0)),
-    "L1BN": L1BatchNorm2d,
-    "sources": lambda c: SourceBatchNorm2d(c, 2),
     "affine of sources": lambda c: SourceBatchNorm2d(c, 2, affine="per_domain"),
-    "RoI levels": lambda c: RoILevelBatchNorm2d(c, 2),
 }
 
 

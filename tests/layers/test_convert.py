@@ -13,7 +13,6 @@ import bn_det
 from bn_det import (
     BatchNorm2d,
     DomainBatchNorm2d,
-    L1BatchNorm2d,
     RoILevelBatchNorm2d,
     SourceBatchNorm2d,
     convert_batchnorm,
@@ -26,7 +25,7 @@ from bn_det.layers.and_more import AndMore
 from bn_det.layers.freeze import is_frozen
 from bn_det.layers.kinds import is_batch_norm
 from bn_det.layers.mixed import mixed
-from kinds import fill
+from kinds import TENSOR_KINDS, fill
 from reference import EIGHT_CHOICES
 
 C = 4
@@ -34,16 +33,6 @@ SHAPES = {
     nn.BatchNorm1d: [(6, C), (6, C, 5)],
     nn.BatchNorm2d: [(6, C, 3, 5)],
     nn.BatchNorm3d: [(6, C, 2, 3, 2)],
-}
-TENSOR_KINDS = {
-    "torch": nn.BatchNorm2d,
-    "SyncBatchNorm": nn.SyncBatchNorm,
-    "ours": BatchNorm2d,
-    "SyncBN": partial(BatchNorm2d, group="world"),
-    "GhostBN": partial(BatchNorm2d, ghost_size=2),
-    "L1BN": L1BatchNorm2d,
-    "sources": lambda c: SourceBatchNorm2d(c, 2),
-    "RoI levels": lambda c: RoILevelBatchNorm2d(c, 2),
 }
 IMAGES_ONLY = ("L1BN", "sources", "RoI levels")
 

@@ -93,9 +93,9 @@ def spread(results: Results, seed: int, size: int) -> list[float]:
     step = precise_step(training(results.setting, seed, size), size)
     layers = results.at(step, "precise.json", "layers") or []
     layers = [of for of in layers if of["name"].startswith("backbone.") and "fpn" not in of["name"]]
-    errors = known(average((of["mean_error"], of["var_error"])) for of in layers)
-    # None of a single batch.
-    return [e * math.sqrt(of["num_batches"]) for e, of in zip(errors, layers, strict=bool(errors))]
+    if not (errors := known(average((of["mean_error"], of["var_error"])) for of in layers)):
+        return []  # as of a single batch
+    return [e * math.sqrt(of["num_batches"]) for e, of in zip(errors, layers, strict=True)]
 
 
 def small_batch_population(results: Results, seed: int) -> float | None:

@@ -37,8 +37,7 @@ def plan(setting: Setting, seed: int) -> list[Step]:
 
 def ap(results: Results, seed: int, statistics: str, is_steep: bool) -> float | None:
     """Box AP at the end with PreciseBN; 0 of a training that diverged."""
-    outcome = results.outcomes.get(training(results.setting, seed, statistics, is_steep).name)
-    if outcome is not None and outcome.diverged_at is not None:
+    if results.diverged(training(results.setting, seed, statistics, is_steep).name):
         return 0.0
     step = precise_step(results.setting, seed, statistics, is_steep)
     return results.ap(step, "precise.json", "results", "after", "bbox")

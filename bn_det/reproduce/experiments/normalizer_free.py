@@ -54,7 +54,7 @@ def final_loss(results: Results, seed: int, images: int, factor: float | None) -
     lines = [line for line in results.metrics(of) if "total_loss" in line]
     if of.name not in results.outcomes:
         return None
-    if results.outcomes[of.name].diverged_at is not None:
+    if results.diverged(of.name):
         if not lines:  # before the first line; its like began with the same loss
             lines = results.metrics(training(results.setting, seed, images, DEFAULT))
         return lines[0]["total_loss"] if lines else None
