@@ -9,7 +9,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -47,14 +47,14 @@ def run_ranks(
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(world_size):
-            receiver, sender = _CONTEXT.Pipe(duplex=False)
+            pipe, other_end = _CONTEXT.Pipe()
             process = _CONTEXT.Process(
                 target=_rank,
-                args=(fn, backend, rank, world_size, f"{folder}/store", sender, args),
+                args=(fn, backend, rank, world_size, f"{folder}/store", other_end, args),
             )
             process.start()
-            sender.close()
-            pipes.append(receiver)
+            other_end.close()
+            pipes.append(pipe)
             processes.append(process)
         try:
             return _collect(pipes, time.monotonic() + timeout)
@@ -129,7 +129,7 @@ def _rank(
     rank: int,
     world_size: int,
     store: str,
-    sender: Connection,
+    pipe: Connection,
     args: tuple,
 ) -> None:
     torch.set_num_threads(1)
@@ -142,10 +142,10 @@ def _rank(
         )
         buffer = io.BytesIO()
         torch.save(fn(rank, *args), buffer)
-        sender.send((False, buffer.getvalue()))
+        pipe.send((False, buffer.getvalue()))
     except Exception:
-        sender.send((True, traceback.format_exc()))
-    finally:
-        sender.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        pipe.send((True, traceback.format_exc()))
+    # Whoever leaves closes connections that another rank may still be making, as a new group's:
+    # so it stays until it is killed, or until whoever waits for it is gone.
+    with suppress(EOFError):
+        pipe.recv()
