@@ -26,7 +26,7 @@ CELLS_CONFIG = ("blood_cells", "faster_rcnn_joint")
 
 CELLS = (
     *("MODEL.RESNETS.NORM", "FrozenBN", "MODEL.FPN.NORM", ""),
-    *("SOLVER.IMS_PER_BATCH", 2, "SOLVER.BASE_LR", 0.01, "SOLVER.WARMUP_ITERS", 100),
+    *("SOLVER.IMS_PER_BATCH", 2, "SOLVER.BASE_LR", 0.01, "SOLVER.WARMUP_ITERS", 500),
     *("SOLVER.MAX_ITER", 1500),
 )
 """What the trainings on blood cells have as those on shapes, in place of the config's batches of
