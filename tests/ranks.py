@@ -30,6 +30,7 @@ def run_ranks(
     *args: Any,
     timeout: float = 60.0,
     backend: str = "gloo",
+    stay: bool = True,
 ) -> list[Any]:
     """Call ``fn(rank, *args)`` on each rank of a process group.
 
@@ -37,6 +38,8 @@ def run_ranks(
         fn: a function of a module (no closure). What it returns is saved with ``torch.save``.
         timeout: in seconds; then all ranks are killed, and the test fails.
         backend: "gloo", or "nccl", where each rank has the GPU of its number.
+        stay: whether a rank that is done stays until all are. One that leaves closes connections
+            that another may still be making, as for a new group.
 
     Returns:
         what each rank returned.
@@ -50,7 +53,7 @@ def run_ranks(
             pipe, other_end = _CONTEXT.Pipe()
             process = _CONTEXT.Process(
                 target=_rank,
-                args=(fn, backend, rank, world_size, f"{folder}/store", other_end, args),
+                args=(fn, backend, rank, world_size, f"{folder}/store", other_end, stay, args),
             )
             process.start()
             other_end.close()
@@ -130,6 +133,7 @@ def _rank(
     world_size: int,
     store: str,
     pipe: Connection,
+    stay: bool,
     args: tuple,
 ) -> None:
     torch.set_num_threads(1)
@@ -145,7 +149,8 @@ def _rank(
         pipe.send((False, buffer.getvalue()))
     except Exception:
         pipe.send((True, traceback.format_exc()))
-    # Whoever leaves closes connections that another rank may still be making, as a new group's:
-    # so it stays until it is killed, or until whoever waits for it is gone.
-    with suppress(EOFError):
-        pipe.recv()
+    if stay:
+        with suppress(EOFError):  # whoever waits is gone
+            pipe.recv()  # nothing comes: the process is killed
+    elif dist.is_initialized():
+        dist.destroy_process_group()

@@ -116,7 +116,7 @@ def into_another_collective(rank):
 
 
 def test_a_users_collective_gets_nothing_of_a_layer():
-    (message, mean), gathered = run_ranks(into_another_collective, 2)
+    (message, mean), gathered = run_ranks(into_another_collective, 2, stay=False)
     assert message.startswith("rank(s) 1 of the group did not come to BatchNorm2d number 1")
     assert 9 < mean < 11 and not torch.stack(gathered).any()
 
@@ -224,7 +224,7 @@ def one_ends(rank):
 
 
 def test_a_rank_that_has_ended():
-    message, seconds = run_ranks(one_ends, 2)[0]
+    message, seconds = run_ranks(one_ends, 2, stay=False)[0]
     assert message.startswith("a rank has ended while this one was in 0, call 2, forward pass: ")
     assert seconds < 30
 
