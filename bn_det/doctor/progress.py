@@ -118,7 +118,7 @@ class Told:
             with tqdm(total=total, desc=what) as bar:
                 yield bar.update
         elif self.how == "log":
-            steps = with_progress(repeat(None), total, logger, f"{what}: %d/%d")
+            steps = iter(with_progress(repeat(None), total, logger, f"{what}: %d/%d"))
             next(steps)
             yield lambda: next(steps)
         else:

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..errors import number
-from ..layers import BatchNorm2d
+from ..errors import InputError, number
 from ..layers.batch_norm import STATISTICS
 from ..layers.blocks import evaluated_with
+from ..layers.freeze import is_frozen
+from ..layers.kinds import batch_norms
 from ..population.progress import with_progress
 
 logger = logging.getLogger(__name__)
@@ -65,14 +66,20 @@ def by_statistics(
         a module without batch statistics. The intervals are bootstrapped over batches, and the same
         resamples serve all: what is in a batch is not independent, and differences are paired.
         They are of the resamples in which a metric is defined.
+
+    Raises:
+        InputError: there is no batch; or, of what normalizes by batches, a layer cannot be told to
+            (:func:`bn_det.evaluated_with`).
     """
-    has_batch = any(isinstance(m, BatchNorm2d) for m in module.modules())
+    has_batch = any(not is_frozen(layer) for layer in batch_norms(module))
     kinds = STATISTICS if has_batch else STATISTICS[:1]
     counts: dict[str, list[list[float]]] = {s: [] for s in kinds}
     for batch in with_progress(batches, num_batches, logger, message):
         for statistics, rows in counts.items():
             with evaluated_with(module, statistics):
                 rows.append(list(count(batch)))
+    if not counts[STATISTICS[0]]:
+        raise InputError("batches: there is none to measure on")
     return _estimates({s: np.array(rows) for s, rows in counts.items()}, metrics)
 
 

@@ -33,7 +33,7 @@ def average_population_statistics(
 
     Every rank of the group has to call it. Afterwards ranks are equal to the bit. Layers are
     matched by their names; those without population statistics, and frozen ones, are left alone.
-    Two collectives.
+    Three collectives.
 
     Args:
         how: "averaged", the mean of the ranks' variances, as an EMA averages those of batches; or

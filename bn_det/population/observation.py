@@ -175,7 +175,6 @@ class Observer:
         thaw: whether frozen layers among them do so, too, or else by their population statistics.
 
     Attributes:
-        num_calls: how often layers have been called, in all passes.
         in_step: whether the processes have to run passes at the same time, as the model exchanges
             something in them.
     """
@@ -192,8 +191,9 @@ class Observer:
         self._by_population = {
             layer.owner for layer in layers if not by_batch or (not thaw and is_frozen(layer.owner))
         }
-        self.in_step = any(_exchanges(module) for module in model.modules())
-        self._num_passes = self.num_calls = 0
+        alone = {part for owner in self._by_population for part in owner.modules()}
+        self.in_step = any(_exchanges(module) for module in model.modules() if module not in alone)
+        self._num_passes = 0
         self._owners = list(dict.fromkeys(layer.owner for layer in layers))
         self._known = {layer.module for layer in layers if _is_known(layer.module)}
         self._usual_calls: dict[AnyBatchNorm, int] | None = None
@@ -209,7 +209,6 @@ class Observer:
         self._install(observed, calls, stop_at)
         with suppress(_Done):
             self.call(inputs)
-        self.num_calls += sum(calls.values())
         if self._usual_calls is None:
             self._usual_calls = calls
             self._calls_vary = 0 in calls.values()
@@ -230,6 +229,10 @@ class Observer:
             names.setdefault(layer.owner, []).append(layer.name)
         return [name for of_owner in names.values() for name in of_owner]
 
+    def was_called(self, layer: PopulationLayer) -> bool:
+        """Whether any pass has called a layer on this rank, be it with nothing."""
+        return layer.owner in self._in_order
+
     def watch(self, observed: Observed) -> None:
         """Have the layers fill in what they see in a pass that the caller runs to its end."""
         self._install(observed, dict.fromkeys(self._owners, 0), None)
@@ -243,12 +246,14 @@ class Observer:
         for owner in self._owners:
             self._prepare(owner)
         for layer, seen in zip(self.layers, observed.batches, strict=True):
-            take = partial(_take, layer, seen)
+            by_batch = layer.owner not in self._by_population
+            # What does not normalize by its batch sees those of its own process.
+            group = _group_of(layer.owner) if by_batch else None
+            take = partial(_take, layer, seen, group)
             if isinstance(layer.owner, BatchNorm2d):
                 layer.owner.register_observer(take)
             elif layer.module in self._known:
-                by_batch = layer.owner not in self._by_population
-                layer.module.forward = partial(_forward, layer, take, by_batch)
+                layer.module.forward = partial(_forward, layer, take, by_batch, group)
             else:
                 layer.module.register_forward_pre_hook(partial(_take_input, take))
                 continue
@@ -274,7 +279,7 @@ class Observer:
             owner.training = by_batch
             vars(owner)["track_running_stats"] = False
         elif isinstance(owner, BatchNorm2d):
-            if owner.frozen:  # ranks do not expect it to exchange anything
+            if owner.frozen or not by_batch:  # ranks do not expect it to exchange anything
                 owner.group = None
             for part in owner.modules():
                 if isinstance(part, BatchNorm2d):
@@ -297,13 +302,21 @@ def _is_known(module: nn.Module) -> bool:
     """Whether a layer that is not ours only normalizes."""
     if is_host_frozen(module):
         return not what_else(module)
-    return class_of(module).forward in _USUAL_FORWARDS
+    return _has_usual_forward(module)
+
+
+def _has_usual_forward(module: nn.Module) -> bool:
+    """Whether it is torch's, and nobody has given this one module another."""
+    return "forward" not in vars(module) and class_of(module).forward in _USUAL_FORWARDS
 
 
 def _take(
-    layer: PopulationLayer, seen: list[Moments], population: AnyBatchNorm, batches: Sequence[Batch]
+    layer: PopulationLayer,
+    seen: list[Moments],
+    group: dist.ProcessGroup | None,
+    population: AnyBatchNorm,
+    batches: Sequence[Batch],
 ) -> None:
-    group = _group_of(layer.owner)
     # Batches of several processes are seen by each of them, and count once.
     if population is layer.module and (group is None or dist.get_rank(group) == 0):
         seen += [b.moments for b in batches if b.size > 0]
@@ -316,14 +329,20 @@ def _take_input(take: Observation, module: AnyBatchNorm, inputs: tuple) -> None:
         take(module, [Batch(Moments.of(x), x.numel() // x.shape[1])])
 
 
-def _forward(layer: PopulationLayer, take: Observation, by_batch: bool, x: Tensor) -> Tensor:
+def _forward(
+    layer: PopulationLayer,
+    take: Observation,
+    by_batch: bool,
+    group: dist.ProcessGroup | None,
+    x: Tensor,
+) -> Tensor:
     """What a BatchNorm of torch computes in its mode; it need not update an EMA for that."""
     bn = layer.module
     if isinstance(bn, _NormBase):
         bn._check_input_dim(x)
     domains = [Domain(x, bn, bn, name=layer.name)]
     by_batch = by_batch and (bn.training or is_frozen(bn))
-    plan = Plan(domains, eps_of(bn), by_batch, _group_of(bn), observers=[take])
+    plan = Plan(domains, eps_of(bn), by_batch, group, observers=[take])
     return batch_norm(plan)[0]
 
 
@@ -361,6 +380,6 @@ def _exchanges(module: nn.Module) -> bool:
     if not module.training:
         return False
     if isinstance(module, _BatchNorm):
-        known = isinstance(module, BatchNorm2d) or class_of(module).forward in _USUAL_FORWARDS
+        known = isinstance(module, BatchNorm2d) or _has_usual_forward(module)
         return not known or _group_of(module) is not None
     return is_shuffled(module)

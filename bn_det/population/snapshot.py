@@ -51,7 +51,7 @@ class Snapshot:
         self.restore_attributes()
         for tensor, content in self._tensors:
             # Writing makes a graph that has saved the tensor invalid: only where it has changed.
-            if not torch.equal(tensor, content):
+            if tensor.is_sparse or not torch.equal(tensor, content):
                 tensor.copy_(content)
         for tensor, learns, gradient in self._leaves:
             if not tensor.is_leaf:  # a buffer that a pass with gradients has written into

@@ -82,9 +82,9 @@ def update_bn_stats(
         progress: "tqdm" for a bar, or None.
         estimator: "population_variance", the variance of all values together; or
             "mean_of_batch_variances", what an EMA estimates.
-        tolerance: stop once the standard error of every layer is below: that of the mean in
-            standard deviations and that of the variance relative to it, root mean square over
-            channels. Batches, not values, are taken for independent. 0 to run all batches.
+        tolerance: stop once the standard error of every layer that is called is below: that of the
+            mean in standard deviations and that of the variance relative to it, root mean square
+            over channels. Batches, not values, are taken for independent. 0 to run all batches.
         allow_short: take a loader that ends early for complete.
         call: how the model is run on a batch, ``model(batch)`` by default; a tuple may be several
             arguments (:func:`bn_det.population.calling.called`).
@@ -109,7 +109,7 @@ def update_bn_stats(
         ShortLoaderError: the loader has ended early; an InputError and an AssertionError.
         RuntimeError: another rank failed.
     """
-    _check_arguments(data_loader, num_iters, progress, estimator, tolerance)
+    check_arguments(data_loader, num_iters, progress, estimator, tolerance)
     model = unwrapped(model)
     refuse_meta("update_bn_stats", model)
     how = How(num_iters, estimator, tolerance, allow_short, process_group(group))
@@ -119,11 +119,10 @@ def update_bn_stats(
         if adabn:
             stack.enter_context(as_in_a_test(model))
         layers = population_layers(model, frozen)
-        _refuse_shared(layers)
         if not layers:
             logger.warning("update_bn_stats has nothing to update: %s", _why_none(model))
         observer = Observer(called(model, call), model, layers)
-        error = None if initial else _why_folded(model, layers)
+        error = _why_shared(layers) or (None if initial else _why_folded(model, layers))
         found, report = measure_statistics(observer, data_loader, how, progress, error)
         _write(layers, found)
     return report
@@ -172,13 +171,18 @@ _Advance = Callable[[], object]
 
 
 class _Share(NamedTuple):
-    """What a rank tells the others at a check."""
+    """What a rank tells the others at a check.
+
+    Attributes:
+        sums: of its batches.
+        samples, called: by layer.
+    """
 
     settings: dict[str, object]
     sums: Tensor
     samples: list[int]
     num_batches: int
-    num_calls: int
+    called: list[bool]
     has_ended: bool
     error: str
 
@@ -216,7 +220,7 @@ class _Run:
                 self.reason = "no layers"
                 return []
             self._check_length(data_loader)
-            batches = iter(data_loader)
+            batches = self._begin(data_loader)
             for stop_at in _checks(self.num_iters, self.tolerance):
                 self._run_until(stop_at, batches, advance)
                 every = self._gather()
@@ -235,9 +239,20 @@ class _Run:
             length = len(data_loader) if isinstance(data_loader, Sized) else math.inf
         except TypeError:  # a DataLoader of an IterableDataset
             return
+        except Exception as e:
+            self.error = e
+            return
         needed = 1 if self.allow_short or self.tolerance else self.num_iters
         if length < needed:
             self.error = self._short(f"has {length}")
+
+    def _begin(self, data_loader: Iterable[Any]) -> Iterator[Any]:
+        """Workers are started by this, and may not start."""
+        try:
+            return iter(data_loader)
+        except Exception as e:
+            self.error = e
+            return iter(())
 
     def _short(self, found: str, where: str = "") -> ShortLoaderError:
         wanted = f"{self.num_iters} batches (num_iters)"
@@ -302,7 +317,8 @@ class _Run:
         }
         error = "" if self.error is None else f"{type(self.error).__name__}: {self.error}"
         sums = self.accumulator.sums.cpu()
-        done = self.num_batches, self.observer.num_calls, self.has_ended
+        called = [self.observer.was_called(layer) for layer in self.layers]
+        done = self.num_batches, called, self.has_ended
         own = _Share(settings, sums, self.own_samples, *done, error)
         if self.group is None:
             return [own]
@@ -322,7 +338,12 @@ class _Run:
         self, found: list[Estimate | None], every: Sequence[_Share], num_batches: int
     ) -> bool:
         """Whether the run is done, and why, at a check after a number of batches of each rank."""
-        errors = [0.0 if e is None else e.error for e in found]
+        called = [any(of_layer) for of_layer in zip(*(e.called for e in every), strict=True)]
+        # What was called with nothing so far is not precise; what is not called has no part in it.
+        errors = [
+            (math.inf if was_called else 0.0) if e is None else e.error
+            for e, was_called in zip(found, called, strict=True)
+        ]
         most = max(of_rank.num_batches for of_rank in every)
         short = [rank for rank, of_rank in enumerate(every) if of_rank.has_ended]
         if self.tolerance and most and max(errors) < self.tolerance:
@@ -335,7 +356,7 @@ class _Run:
             self.reason = "end of data"
         elif num_batches == self.num_iters:
             self.reason = "num_iters"
-        if self.reason and not any(of_rank.num_calls for of_rank in every):
+        if self.reason and not any(called):
             raise InputError(
                 "update_bn_stats: the model, as it is called, reaches none of its BatchNorm layers"
             )
@@ -344,9 +365,10 @@ class _Run:
         return bool(self.reason)
 
 
-def _check_arguments(
+def check_arguments(
     data_loader: Any, num_iters: int, progress: str | None, estimator: str, tolerance: float
 ) -> None:
+    """Raise InputError for one of :func:`update_bn_stats` that it does not accept."""
     if not is_iterable(data_loader):
         raise of_other_type("data_loader", data_loader, ITERABLE)
     check_positive("num_iters", num_iters)
@@ -403,18 +425,19 @@ def _why_folded(model: nn.Module, layers: Sequence[PopulationLayer]) -> InputErr
     )
 
 
-def _refuse_shared(layers: Sequence[PopulationLayer]) -> None:
-    """Raise InputError for statistics that two layers have, and see other values for."""
+def _why_shared(layers: Sequence[PopulationLayer]) -> InputError | None:
+    """The error for statistics that two layers have, and see other values for."""
     first: dict[int, PopulationLayer] = {}
     for layer in layers:
         for buffer in (layer.module.running_mean, layer.module.running_var):
             # Not its storage, in which all of a file's tensors may lie.
             other = first.setdefault(buffer.data_ptr() or id(buffer), layer)
             if other.module is not layer.module:
-                raise InputError(
+                return InputError(
                     f"update_bn_stats: {other.name!r} and {layer.name!r} hold their statistics in "
                     "the same tensor, and see other values each; give each its own"
                 )
+    return None
 
 
 def _broken_parameter(model: nn.Module) -> str:

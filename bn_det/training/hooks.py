@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import InputError, check_positive
 from ..layers import BatchNorm2d
 from ..layers.freeze import Modules, check_freezing, freeze
 from ..layers.renorm import RenormLimits
@@ -22,8 +23,8 @@ from ..population.average import average_population_statistics
 from ..population.observation import population_layers
 from ..population.progress import with_progress
 from ..population.report import PopulationReport
-from ..population.update import update_bn_stats
-from .virtual_batch import virtual_batch
+from ..population.update import check_arguments, update_bn_stats
+from .virtual_batch import extended_layers, virtual_batch
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,9 @@ class PreciseBN(_RunsModel, _Periodic):
         data_loader: batches as in training, of its own. It is begun anew each time.
         num_iter: the number of batches; with a tolerance the largest.
         tolerance, estimator, call: as in ``update_bn_stats``.
+
+    Raises:
+        InputError: an argument is not accepted.
     """
 
     def __init__(
@@ -111,6 +115,8 @@ class PreciseBN(_RunsModel, _Periodic):
         call: Callable[[nn.Module, Any], Any] | None = None,
     ) -> None:
         super().__init__(periods)
+        check_positive("num_iter", num_iter)
+        check_arguments(data_loader, num_iter, None, estimator, tolerance)
         self.model, self.data_loader, self.num_iter = model, data_loader, num_iter
         self.how: dict[str, Any] = {"tolerance": tolerance, "estimator": estimator, "call": call}
 
@@ -157,6 +163,9 @@ class VirtualBatch(_RunsModel):
         model: the model that is trained.
         data_loader: batches of extra images, as many as there are steps.
         call: as in ``virtual_batch``.
+
+    Raises:
+        InputError: in a step, if the batches have ended; and whatever ``virtual_batch`` raises.
     """
 
     def __init__(
@@ -172,10 +181,15 @@ class VirtualBatch(_RunsModel):
     def before_step(self) -> None:
         if self._batches is None:
             self._batches = iter(self.data_loader)
-        if population_layers(self.model):
+        if extended_layers(self.model):
+            extra = next(self._batches, None)
+            if extra is None:
+                raise InputError(
+                    f"data_loader of VirtualBatch: has ended before iteration {self.trainer.iter}; "
+                    "it needs a batch for each"
+                )
             with self.context():
-                block = virtual_batch(self.model, next(self._batches), self.call)
-                self._block.enter_context(block)
+                self._block.enter_context(virtual_batch(self.model, extra, self.call))
 
     def after_step(self) -> None:
         self._block.close()

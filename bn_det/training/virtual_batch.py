@@ -36,8 +36,9 @@ def virtual_batch(
     normalize by a fixed batch and one example of one's own: so with images one by one.) The
     normalization batch grows for the price of a forward pass; nothing else does.
 
-    Of the first pass nothing is left: neither in population statistics nor in attributes such as
-    the moving average that Detectron2's RetinaNet divides its loss by.
+    The first pass moves neither population statistics nor what is assigned to attributes, such as
+    the moving average that Detectron2's RetinaNet divides its loss by. What a layer writes into
+    other buffers or containers of its own stays.
 
     Args:
         model: with layers of ours in training mode (``convert_batchnorm``); a
@@ -53,7 +54,13 @@ def virtual_batch(
         RuntimeError: from the backward pass, with activation checkpointing.
     """
     model = unwrapped(model)
-    seen = {layer: _Seen(name) for layer, name in _layers(model).items()}
+    layers = extended_layers(model)
+    if not layers:
+        raise InputError(
+            "virtual_batch: the model has no BatchNorm in training mode that a virtual batch could "
+            "be for"
+        )
+    seen = {layer: _Seen(name) for layer, name in layers.items()}
     with _extended({layer: of_layer.record for layer, of_layer in seen.items()}):
         _run(model, extra, call)
     with _extended({layer: of_layer.merge for layer, of_layer in seen.items()}):
@@ -100,8 +107,8 @@ class _Seen:
         ]
 
 
-def _layers(model: nn.Module) -> dict[BatchNorm2d, str]:
-    """The layers in training mode, each with its name."""
+def extended_layers(model: nn.Module) -> dict[BatchNorm2d, str]:
+    """The layers in whose batches extra images are, each with its name: those in training mode."""
     layers: dict[BatchNorm2d, str] = {}
     for layer, name in batch_norms(model).items():
         if not layer.training or is_frozen(layer):
@@ -112,11 +119,6 @@ def _layers(model: nn.Module) -> dict[BatchNorm2d, str]:
                 "(convert_batchnorm)"
             )
         layers[layer] = name
-    if not layers:
-        raise InputError(
-            "virtual_batch: the model has no BatchNorm in training mode that a virtual batch could "
-            "be for"
-        )
     return layers
 
 
@@ -128,3 +130,6 @@ def _run(model: nn.Module, extra: Any, call: Callable[[nn.Module, Any], Any] | N
     finally:
         for now, before in attributes:
             now.update(before)
+        # Weights that the caller's autocast has cast here are without a graph; older versions of
+        # torch would take them in the block, too.
+        torch.clear_autocast_cache()

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bn_det import BatchNorm2d
+from bn_det import BatchNorm2d, L1BatchNorm2d, freeze
+from bn_det.errors import InputError
 from bn_det.measure.bootstrap import Estimate
 from bn_det.measure.leakage import (
     METRICS,
@@ -110,6 +111,27 @@ def test_a_head_without_batch_statistics():
     results = measure_leakage(batches, len(batches), head, head)
     assert list(results) == ["population"]
     assert "no batch statistics" in leakage_table(results)
+
+
+def test_a_head_with_torchs_own_layer():
+    batches, head = make_batches(), make_head(nn.BatchNorm2d(5))
+    results = measure_leakage(batches, len(batches), head, head)
+    ours = make_head(BatchNorm2d(5))
+    assert results == measure_leakage(batches, len(batches), ours, ours)
+    frozen = freeze(head)
+    assert list(measure_leakage(batches, len(batches), frozen, frozen)) == ["population"]
+
+
+def test_a_head_that_cannot_be_measured():
+    head = make_head(L1BatchNorm2d(5))
+    with pytest.raises(InputError, match="0 is a L1BatchNorm2d, which cannot be told"):
+        measure_leakage(make_batches(), 6, head, head)
+
+
+def test_no_batches():
+    head = make_head(BatchNorm2d(5))
+    with pytest.raises(InputError, match="batches: there is none"):
+        measure_leakage([], 0, head, head)
 
 
 def test_table_and_file(tmp_path):

@@ -460,6 +460,27 @@ def test_tolerance():
     assert report.num_batches > 150, "1 / 0.05^2 = 400 batches, half of the variance in between"
 
 
+def test_a_tolerance_waits_for_what_has_seen_nothing():
+    """A layer that is called with nothing at first; not for one that is not called."""
+
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.late, self.other = (nn.BatchNorm2d(3) for _ in range(3))
+            self.num_batches = 0
+
+        def forward(self, x):
+            self.num_batches += 1
+            return self.late(self.first(x)[: None if x.mean() > 5 else 0])
+
+    model = Late()
+    batches = [torch.randn(8, 3, 20, 20) + (10 if k > 10 else 0) for k in range(40)]
+    report = update_bn_stats(model, batches, 40, tolerance=0.9)
+    assert report.reason == "tolerance" and report.num_batches > 11
+    assert [of.name for of in report.layers] == ["first", "late"] and report.unused == ["other"]
+    assert report.last_layer == "late"
+
+
 def test_report():
     model, batches = Model(), make_batches((4, 4, 2, 6))
     for bn in (model.once, model.twice):

@@ -144,8 +144,13 @@ def failing(rank, where, choices):
         yield torch.full_like(batches[2], float("nan"))
         yield batches[3]
 
+    class NotStarted:
+        def __iter__(self):
+            raise OSError("no such image")
+
+    data_loader = NotStarted() if where == "its beginning" else loader()
     try:
-        update_bn_stats(model, loader() if rank == 1 else batches, 4)
+        update_bn_stats(model, data_loader if rank == 1 else batches, 4)
     except Exception as e:
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
         dist.barrier()  # the group is still of use
@@ -154,10 +159,11 @@ def failing(rank, where, choices):
 
 @pytest.mark.parametrize("choices", [{}, {"group": "world"}])
 def test_a_failing_rank(choices):
-    results = run_ranks(failing, 2, "loader", choices)
-    assert results[1] == ("OSError", "no such image")
-    assert results[0][0] == "RuntimeError"
-    assert "rank 1 failed: OSError: no such image" in results[0][1]
+    for where in ("loader", "its beginning"):
+        results = run_ranks(failing, 2, where, choices)
+        assert results[1] == ("OSError", "no such image")
+        assert results[0][0] == "RuntimeError"
+        assert "rank 1 failed: OSError: no such image" in results[0][1]
     results = run_ranks(failing, 2, "nan", choices)
     assert {r[0] for r in results} == {"InputError", "RuntimeError"}
     assert all("1: its input has NaN or infinity in batch 2" in r[1] for r in results)

@@ -7,7 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from bn_det import BatchNorm2d, evaluated_losses, freeze, unchanged_statistics
+from bn_det import (
+    BatchNorm2d,
+    evaluated_losses,
+    freeze,
+    unchanged_statistics,
+    update_bn_stats,
+)
 from bn_det.errors import InputError
 from kinds import call, every_kind, inputs_of, make
 
@@ -108,3 +114,15 @@ def test_a_buffer_that_a_pass_with_gradients_has_written_into():
         model(torch.randn(4, 3, 5, 5))
     assert_state(model, before)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_sparse_buffer():
+    class Sparse(nn.Sequential):
+        def forward(self, x):
+            self.seen.mul_(2)
+            return super().forward(x)
+
+    model = Sparse(nn.BatchNorm2d(3))
+    model.register_buffer("seen", torch.eye(3).to_sparse())
+    update_bn_stats(model, [torch.randn(4, 3, 5, 5)], 1)
+    assert torch.equal(model.seen.to_dense(), torch.eye(3))

@@ -203,20 +203,30 @@ def test_a_failure_changes_nothing():
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
-def unfolded(rank):
-    model = folded(make_net(nn.BatchNorm2d))
+OVER_PROCESSES = {
+    "torch": nn.BatchNorm2d,
+    "ours": lambda c: BatchNorm2d(c, group="world"),
+    "SyncBN": nn.SyncBatchNorm,
+}
+
+
+def unfolded(rank, norm, training):
+    model = folded(make_net(OVER_PROCESSES[norm])).train(training)
     torch.manual_seed(1)
-    unfold(model, make_batches(4)[2 * rank : 2 * rank + 2], 2)
-    return model.state_dict()
+    report = unfold(model, make_batches(5)[3 * rank : 3 * rank + 3], 3, allow_short=True)
+    return model.state_dict(), report.num_batches
 
 
-def test_several_processes():
-    first, second = run_ranks(unfolded, 2)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("norm", OVER_PROCESSES)
+def test_several_processes(norm, training):
+    """Each rank's layers see its own images, of which there may be more on one than on another."""
+    (first, number), (second, _) = run_ranks(unfolded, 2, norm, training)
+    assert number == 5
     torch.testing.assert_close(first, second, rtol=0, atol=0)
-    torch.manual_seed(1)
     model = folded(make_net(nn.BatchNorm2d))
     torch.manual_seed(1)
-    unfold(model, make_batches(4), 4)
+    unfold(model, make_batches(5), 5)
     torch.testing.assert_close(first, model.state_dict())
 
 

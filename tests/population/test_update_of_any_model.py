@@ -25,6 +25,24 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 C = 4
 
 
+def test_a_forward_of_one_instance():
+    """It is run, and what follows sees what it returns."""
+
+    def make_model():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.BatchNorm2d(C), nn.Conv2d(C, C, 1), nn.BatchNorm2d(C))
+
+    model, plain = make_model(), make_model()
+    model[0].forward = lambda x: nn.BatchNorm2d.forward(model[0], x).relu()
+    batches = [torch.randn(4, C, 5, 5) for _ in range(3)]
+    update_bn_stats(model, batches, 3, initial=True)
+    plain.insert(1, nn.ReLU())
+    update_bn_stats(plain, batches, 3, initial=True)
+    for mine, wanted in ((model[0], plain[0]), (model[2], plain[3])):
+        torch.testing.assert_close(mine.running_mean, wanted.running_mean, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(mine.running_var, wanted.running_var, rtol=1e-5, atol=0)
+
+
 class WithActivation(nn.BatchNorm2d):
     def forward(self, x):
         return super().forward(x).relu()

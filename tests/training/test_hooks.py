@@ -10,9 +10,17 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bn_det import BatchNorm2d, freeze, update_bn_stats
+from bn_det.errors import InputError
 from bn_det.layers.renorm import RenormLimits
 from bn_det.layers.tuned import TunedNorm
-from bn_det.training.hooks import FreezeBN, Hook, PreciseBN, RenormSchedule, TuneBN
+from bn_det.training.hooks import (
+    FreezeBN,
+    Hook,
+    PreciseBN,
+    RenormSchedule,
+    TuneBN,
+    VirtualBatch,
+)
 from ranks import run_ranks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -96,6 +104,50 @@ def test_precise_bn(caplog):
     assert caplog.text.count("PreciseBN took ") == 4  # what takes time says so
     without = Trainer(make_model(), 8).train()
     assert_equal(weights_of(trainer.model), weights_of(without.model))
+
+
+def test_precise_bn_of_too_few_batches():
+    trainer, passes = Trainer(make_model(), 2), []
+    trainer.model.register_forward_hook(lambda *_: passes.append(1))
+    trainer.register(PreciseBN([1], trainer.model, make_batches(3), 5))
+    with pytest.raises(InputError, match="data_loader: has 3 of 5 batches"):
+        trainer.train()
+    assert len(passes) == 1, "the step's alone"
+
+
+@pytest.mark.parametrize(
+    "data_loader, num_iter, how, message",
+    [
+        (7, 5, {}, "data_loader: what is given is of type int"),
+        ([], 0, {}, "num_iter: 0"),
+        ([], 5, {"tolerance": -1}, "tolerance: -1"),
+        ([], 5, {"estimator": "mean"}, "estimator: 'mean'"),
+    ],
+)
+def test_precise_bn_refuses(data_loader, num_iter, how, message):
+    with pytest.raises(InputError, match=message):
+        PreciseBN([1], make_model(), data_loader, num_iter, **how)
+
+
+def make_ours(**choices):
+    return nn.Sequential(nn.Conv2d(3, 2, 1), BatchNorm2d(2, **choices))
+
+
+def test_virtual_batches_of_layers_without_statistics():
+    """These are normalized by extra images, too."""
+    trainer, found = Trainer(make_ours(track_running_stats=False), 2), []
+    extended = trainer.model[1]._extensions
+    trainer.model.register_forward_hook(lambda *_: found.append(len(extended)))
+    trainer.register(VirtualBatch(trainer.model, make_batches(2)))
+    trainer.train()
+    assert found == [1] * 4, "the extra images and the step's, twice"
+
+
+def test_virtual_batches_that_end():
+    trainer = Trainer(make_ours(), 3)
+    trainer.register(VirtualBatch(trainer.model, make_batches(2)))
+    with pytest.raises(InputError, match="data_loader of VirtualBatch: has ended before iteration"):
+        trainer.train()
 
 
 def test_precise_bn_of_a_frozen_model(caplog):
