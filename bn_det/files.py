@@ -151,6 +151,15 @@ def parse_json(text: str | bytes) -> Any:
     return json.loads(text, object_pairs_hook=_without_twins)
 
 
+def is_json(text: str | bytes) -> bool:
+    """Whether :func:`parse_json` takes it."""
+    try:
+        parse_json(text)
+    except (RecursionError, ValueError):
+        return False
+    return True
+
+
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):

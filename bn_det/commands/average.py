@@ -23,7 +23,7 @@ from ..population.progress import with_progress
 from ..population.unchanged import evaluated_losses
 from ..population.update import update_bn_stats
 from .checkpoint import save_with_table
-from .fitting import load_weights, named_as_in, refuse_failed, refuse_types
+from .fitting import load_weights, named_as_in, refuse_failed, refuse_types, without_constants
 from .outputs import check_output, read_of_config
 
 logger = logging.getLogger(__name__)
@@ -91,8 +91,8 @@ def run(args: argparse.Namespace, num_iter: int, host: Host) -> None:
 def _weights(path: str, model: nn.Module) -> dict[str, Tensor]:
     """A checkpoint's, all of which have to fit."""
     weights = {name: v for name, v in read_weights(path).items() if isinstance(v, Tensor)}
-    weights = dict(named_as_in(model, weights))
     try:
+        weights = without_constants(model, named_as_in(model, weights))
         refuse_types(model, weights)
         load_weights(model, weights)
         refuse_failed(model)

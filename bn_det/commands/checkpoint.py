@@ -24,6 +24,7 @@ from .fitting import (
     refuse_rest,
     refuse_types,
     tell_parts,
+    without_constants,
 )
 
 
@@ -33,9 +34,10 @@ class CheckpointerMixin(_Checkpointer):
     * A file is written aside and renamed, so that a run killed at any moment leaves the last
       complete checkpoint, and a ``last_checkpoint`` that names it.
     * Weights whose shapes differ are an error instead of a warning, except those of the final
-      predictors (PREDICTORS), whose shape a fine-tuning on other classes changes.
-    * With ``must_match``, which evaluation and resuming set, those too, weights that the checkpoint
-      lacks, and those that the model has no place for: it would compute something else.
+      predictors (PREDICTORS), whose shape a fine-tuning on other classes or anchors changes.
+    * With ``must_match``, which evaluation sets, and where a run is resumed, those too, weights
+      that the checkpoint lacks, and those that the model has no place for: it would compute
+      something else.
     * Statistics that are not finite, or negative variances, are an error, but with ``is_mended``.
     * Otherwise a table says what begins anew and what is not used, by parts of the model; a part
       that the checkpoint has, and of which nothing fits, is an error.
@@ -44,8 +46,12 @@ class CheckpointerMixin(_Checkpointer):
     PREDICTORS = (
         "cls_score.",
         "cls_logits.",
-        "box_predictor.bbox_pred.",
+        "bbox_pred.",
+        "objectness_logits.",
+        "anchor_deltas.",
         "mask_head.predictor.",
+        "sem_seg_head.predictor.",
+        "keypoint_head.score_lowres.",
     )
 
     must_match = False
@@ -58,6 +64,7 @@ class CheckpointerMixin(_Checkpointer):
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """As fvcore's, but that a last checkpoint that one cannot go on from is an error."""
         self._is_resumed = resume and self.has_checkpoint()
+        self.must_match = self.must_match or self._is_resumed
         return super().resume_or_load(path, resume=resume)
 
     def save_final(self, iteration: int, max_iter: int) -> None:
@@ -111,6 +118,8 @@ class CheckpointerMixin(_Checkpointer):
                 "but begin with it (MODEL.WEIGHTS)"
             )
         weights = set(checkpoint["model"])  # which fvcore takes out
+        if self.must_match:
+            checkpoint["model"] = without_constants(self.model, checkpoint["model"])
         if not checkpoint.get("matching_heuristics"):
             refuse_others(self.model, weights)
         refuse_types(self.model, checkpoint["model"])

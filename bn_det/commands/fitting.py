@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -45,6 +46,33 @@ def refuse_rest(missing: Sequence[str], unused: Sequence[str]) -> None:
             f"{unused[0]}: the checkpoint has it and {len(unused) - 1} more, for which the model "
             "of this config has no place"
         )
+
+
+_NORMALIZATION = ("pixel_mean", "pixel_std")
+"""Of images; with the anchors what Detectron2 saved until 2021, and has of the config since."""
+
+
+def without_constants(model: nn.Module, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights of a checkpoint without constants that a model has of its config.
+
+    Raises:
+        InputError: images would be normalized by others.
+    """
+    own, buffers = model.state_dict(), dict(model.named_buffers())
+    left = {
+        name
+        for name in weights
+        if name not in own and (name in _NORMALIZATION or "anchor_generator.cell_anchors" in name)
+    }
+    for name in sorted(left.intersection(_NORMALIZATION) & buffers.keys()):
+        both = weights[name], buffers[name]
+        before, now = (torch.as_tensor(t, dtype=torch.float32).flatten().tolist() for t in both)
+        if before != now:
+            raise InputError(
+                f"{name}: the checkpoint has {before}, and MODEL.{name.upper()} is {now}; images "
+                "would be normalized otherwise than in its training"
+            )
+    return {name: weight for name, weight in weights.items() if name not in left}
 
 
 def refuse_not_finite(named: Iterable[tuple[str, Tensor]], what: str) -> None:

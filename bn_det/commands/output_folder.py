@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import InputError, path_of
-from ..files import check_regular, is_aside, try_lock, within_memory
+from ..files import check_regular, is_aside, is_json, try_lock, within_memory
 from .launch import FULL, is_first
 
 
@@ -122,7 +122,7 @@ def used_by_one(key: str, folder: str | os.PathLike, machine_rank: int = 0) -> I
             for path in (*folder.glob("*.tmp"), *folder.glob("inference/**/*.tmp")):
                 if is_aside(path):
                     path.unlink(missing_ok=True)
-            _cut_line(folder / "metrics.json")
+            _end_last_line(folder / "metrics.json")
             lock.write(f"process {os.getpid()} of {socket.gethostname()}".encode())
         _held.add(os.path.realpath(folder))
         try:
@@ -164,11 +164,20 @@ def _refuse_pipes(folder: Path) -> None:
         check_regular(path)
 
 
-def _cut_line(path: Path) -> None:
-    """Cut off a last line without an end, as a full disk leaves it: others would be added to it."""
+def _end_last_line(path: Path) -> None:
+    """Cut off a line that ends in its middle, as a full disk leaves it: others would be added.
+
+    A whole one gets its end, and a file that is not a run's stays as it is.
+    """
     if not path.is_file():
         return
     with within_memory(path):
         content = path.read_bytes()
-    if not content.endswith(b"\n"):
-        os.truncate(path, content.rfind(b"\n") + 1)
+    start = content.rfind(b"\n") + 1
+    if not content.startswith(b"{", start):
+        return
+    if is_json(content[start:]):
+        with open(path, "ab") as file:
+            file.write(b"\n")
+    else:
+        os.truncate(path, start)

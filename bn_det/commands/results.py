@@ -14,7 +14,7 @@ from yacs.config import CfgNode
 
 from ..doctor.evaluation import Score
 from ..errors import shown
-from ..files import finite, parse_json, read_text, within_memory, write_json
+from ..files import finite, is_json, parse_json, read_text, within_memory, write_json
 
 
 def results_table(results: Mapping[str, Mapping]) -> str:
@@ -92,18 +92,10 @@ def read_metrics(folder: str | Path) -> list[dict[str, float]]:
     path = Path(folder) / "metrics.json"
     with within_memory(path):
         *whole, cut = read_text(path).split("\n")
-        for text in whole + [cut] * _is_json(cut):
+        for text in whole + [cut] * is_json(cut):
             line = parse_json(text)
             found.setdefault(line["iteration"], {}).update(line)
     return [found[iteration] for iteration in sorted(found)]
-
-
-def _is_json(text: str) -> bool:
-    try:
-        parse_json(text)
-    except (RecursionError, ValueError):
-        return False
-    return True
 
 
 def _row_table(metrics: Mapping[str, float]) -> str:

@@ -56,14 +56,25 @@ def check_values(cfg: CfgNode) -> None:
     _check_freezing(cfg)
 
 
+def reference_processes(cfg: CfgNode, num_processes: int) -> int:
+    """For how many processes SOLVER.IMS_PER_BATCH is; Detectron2 scales it with the others."""
+    return cfg.SOLVER.get("REFERENCE_WORLD_SIZE", 0) or num_processes
+
+
 def check_ims_per_batch(cfg: CfgNode, num_processes: int) -> None:
     """Raise InputError unless each process gets the same number of images of a batch."""
-    for key, value in (
-        ("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH),
-        ("TEST.PRECISE_BN.IMS_PER_BATCH", cfg.TEST.PRECISE_BN.IMS_PER_BATCH),
-        ("SOLVER.VIRTUAL_IMAGES", cfg.SOLVER.VIRTUAL_IMAGES),
+    reference = reference_processes(cfg, num_processes)
+    if cfg.SOLVER.IMS_PER_BATCH % reference and reference != num_processes:
+        raise InputError(
+            f"SOLVER.IMS_PER_BATCH: {cfg.SOLVER.IMS_PER_BATCH!r} is not accepted with "
+            f"SOLVER.REFERENCE_WORLD_SIZE {reference}; use a multiple of {reference}"
+        )
+    for key, value, processes in (
+        ("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH, reference),
+        ("TEST.PRECISE_BN.IMS_PER_BATCH", cfg.TEST.PRECISE_BN.IMS_PER_BATCH, num_processes),
+        ("SOLVER.VIRTUAL_IMAGES", cfg.SOLVER.VIRTUAL_IMAGES, num_processes),
     ):
-        if value % num_processes:
+        if value % processes:
             raise InputError(
                 f"{key}: {value!r} is not accepted with {num_processes} processes (--num-gpus, "
                 f"--num-machines); use a multiple of {num_processes}"

@@ -26,7 +26,7 @@ from ..training.hooks import (
 from ..training.mixed_precision import DTYPES
 from ..training.monitor import Monitor
 from ..training.spikes import LossSpikes
-from .check import check_ims_per_batch
+from .check import check_ims_per_batch, reference_processes
 from .parts import PARTS
 
 
@@ -93,10 +93,11 @@ def step_of(cfg: CfgNode, processes: int) -> Step:
     Args:
         processes: of the training.
     """
-    # Detectron2 scales the batch with the processes where it is told for how many it is.
-    reference = cfg.SOLVER.get("REFERENCE_WORLD_SIZE", 0) or processes
-    check_ims_per_batch(cfg, reference)
-    images = cfg.SOLVER.IMS_PER_BATCH / reference + cfg.SOLVER.VIRTUAL_IMAGES / processes
+    check_ims_per_batch(cfg, processes)
+    images = (
+        cfg.SOLVER.IMS_PER_BATCH / reference_processes(cfg, processes)
+        + cfg.SOLVER.VIRTUAL_IMAGES / processes
+    )
     share = images / with_precise_bn_batches(cfg).SOLVER.IMS_PER_BATCH
     return Step(processes, cfg.SOLVER.ACCUMULATE, share)
 

@@ -83,18 +83,18 @@ def check_files(cfg: CfgNode, split: str) -> dict[str, list[str]]:
     Returns:
         the names of each one's categories, in the order of the classes.
     """
-    categories = {}
+    categories, known = {}, known_sources(cfg)
     needs = {"for_evaluation": split == "TEST", "with_masks": cfg.MODEL.MASK_ON}
     for name in cfg.DATASETS[split]:
-        metadata = MetadataCatalog.get(name)
-        if metadata.get("evaluator_type") == "coco":
-            prepare(name, CocoSource(metadata.json_file, metadata.image_root))
-            content = read_annotations(name, metadata.json_file, **needs)
+        source = known.get(name)
+        if source and MetadataCatalog.get(name).get("evaluator_type") == "coco":
+            prepare(name, source)
+            content = read_annotations(name, source.json_file, **needs)
             by_id = sorted(content["categories"], key=itemgetter("id"))
             categories[name] = [category["name"] for category in by_id]
             check_num_classes(cfg, f"DATASETS.{split}", name, len(by_id))
             if split == "TRAIN" and cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon":
-                _refuse_rle(f"{name}: {metadata.json_file}", content["annotations"])
+                _refuse_rle(f"{name}: {source.json_file}", content["annotations"])
     check_categories(f"DATASETS.{split}", categories)
     return categories
 
@@ -141,8 +141,9 @@ def load_training(cfg: CfgNode, load: Callable[[CfgNode], Any]) -> Any:
     with readable_datasets("DATASETS.TRAIN", cfg.DATASETS.TRAIN):
         loader = load(cfg)
     for name in cfg.DATASETS.TRAIN:
-        number = len(MetadataCatalog.get(name).thing_classes)
-        check_num_classes(cfg, "DATASETS.TRAIN", name, number)
+        names = MetadataCatalog.get(name).get("thing_classes")
+        if names is not None:
+            check_num_classes(cfg, "DATASETS.TRAIN", name, len(names))
     return loader
 
 

@@ -68,7 +68,13 @@ class BNHooks(TrainerBase):
 
     @classmethod
     def build_bn_loader(cls, cfg: CfgNode) -> Iterable[Any]:
-        """The batches of PreciseBN, and those of extra images: loaded as the training's are."""
+        """The batches of PreciseBN, and those of extra images: loaded as the training's are.
+
+        They are of any images, whatever DATALOADER.CATEGORIES_PER_BATCH asks of the training's.
+        """
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.DATALOADER.CATEGORIES_PER_BATCH = 0
         return cls.build_train_loader(cfg)
 
 

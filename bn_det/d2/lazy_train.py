@@ -219,7 +219,6 @@ def _train(args: argparse.Namespace, cfg: DictConfig, model: nn.Module) -> Mappi
             else None,
         ]
     )
-    checkpointer.must_match = args.resume
     checkpointer.resume_or_load(train.init_checkpoint, resume=args.resume)
     checkpointer.save_final(trainer.iter, train.max_iter)
     # The checkpoint has the last iteration that is done.

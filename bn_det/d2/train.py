@@ -35,7 +35,6 @@ from ..data.coco import check_names, check_tested_categories
 from ..layers import name_layers
 from .accumulate import AccumulatingAMPTrainer, AccumulatingTrainer
 from .datasets import (
-    build_bn_loader,
     build_test_loader,
     build_train_loader,
     check_files,
@@ -56,7 +55,6 @@ class Trainer(EvaluatesOnSuccess, BNHooks, DefaultTrainer):
 
     reads_keys = (*HOOK_KEYS, *TRAINER_KEYS)
 
-    build_bn_loader = staticmethod(build_bn_loader)
     build_test_loader = staticmethod(build_test_loader)
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -81,7 +79,6 @@ class Trainer(EvaluatesOnSuccess, BNHooks, DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
-        self.checkpointer.must_match = resume
         super().resume_or_load(resume)
         self.checkpointer.save_final(self.iter, self.max_iter)
 
@@ -151,8 +148,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     load_config(cfg, args.config_file, args.opts, "Detectron2")
     num_processes = world_size(args.num_gpus, args.num_machines)
     if not args.eval_only:
-        # Detectron2 scales the batch with the processes where it is told for how many it is.
-        check_ims_per_batch(cfg, cfg.SOLVER.REFERENCE_WORLD_SIZE or num_processes)
+        check_ims_per_batch(cfg, num_processes)
     check_start(cfg, args)
     register_datasets(cfg)
     check_data(cfg, ("TEST",) if args.eval_only else ("TRAIN", "TEST"))

@@ -131,7 +131,6 @@ class Trainer:
 
     def resume_or_load(self, resume: bool) -> None:
         """Continue from the last checkpoint of OUTPUT_DIR, or begin from MODEL.WEIGHTS."""
-        self.checkpointer.must_match = resume
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         self.checkpointer.save_final(self.iter, self.max_iter)
 

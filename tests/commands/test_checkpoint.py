@@ -1,4 +1,7 @@
 import os
+import pickle
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,6 +55,68 @@ def test_shapes_have_to_fit(tmp_path):
     strict.must_match = True
     with pytest.raises(InputError, match="cls_score"):
         strict.load(path)
+
+
+class Normalizing(nn.Module):
+    """Has constants of the config, as Detectron2's detectors have."""
+
+    def __init__(self, mean=(103.53, 116.28, 123.675)):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.register_buffer("pixel_mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "pkl"])
+def test_constants_of_earlier_checkpoints(suffix, tmp_path):
+    """Until 2021 Detectron2 saved them."""
+    model, path = Normalizing(), str(tmp_path / f"model.{suffix}")
+    constants = {
+        "pixel_mean": model.pixel_mean,
+        "proposal_generator.anchor_generator.cell_anchors.0": torch.ones(3, 4),
+    }
+    weights = {**model.state_dict(), **constants}
+    if suffix == "pth":
+        torch.save({"model": weights}, path)
+    else:
+        arrays = {name: weight.double().numpy() for name, weight in weights.items()}
+        Path(path).write_bytes(pickle.dumps({"model": arrays}))
+    for mean in ((103.53, 116.28, 123.675), (0.0, 0.0, 0.0)):
+        loads = Checkpointer(Normalizing(mean))
+        loads.must_match = True
+        other = pytest.raises(
+            InputError, match=r"pixel_mean: .* \[103.5\d+, .* MODEL.PIXEL_MEAN is"
+        )
+        with other if mean[0] == 0 else nullcontext():
+            loads.load(path)
+
+
+PREDICTORS = [
+    "roi_heads.box_predictor.cls_score",
+    "roi_heads.mask_head.predictor",
+    "roi_heads.keypoint_head.score_lowres",
+    "sem_seg_head.predictor",
+    "proposal_generator.rpn_head.objectness_logits",
+    "proposal_generator.rpn_head.anchor_deltas",
+    "rpn.head.cls_logits",
+    "head.bbox_pred",
+]
+
+
+@pytest.mark.parametrize("name", PREDICTORS)
+def test_final_predictors_may_begin_anew(name, tmp_path):
+    """Of other classes, or other anchors."""
+
+    def make_model(channels):
+        model = nn.Module()
+        model.backbone = nn.Conv2d(3, 4, 1)
+        model.add_module(name.split(".")[0], part := nn.Module())
+        for of in name.split(".")[1:-1]:
+            part.add_module(of, part := nn.Module())
+        part.add_module(name.split(".")[-1], nn.Conv2d(4, channels, 1))
+        return model
+
+    Checkpointer(make_model(3), str(tmp_path)).save("model")
+    Checkpointer(make_model(6)).load(str(tmp_path / "model.pth"))
 
 
 def test_errors_say_what_is_accepted():

@@ -82,6 +82,25 @@ def test_a_killed_run_leaves_no_lock(other, tmp_path):
     assert found == {".lock", "inference", "inference/a", *others}
 
 
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ('{"a": 1}\n{"a":', '{"a": 1}\n'),
+        ('{"a":', ""),
+        ('{"a": 1}\n{"a": 2}', '{"a": 1}\n{"a": 2}\n'),
+        ('{"AP": 41.2}', '{"AP": 41.2}\n'),
+        ('{\n  "AP": 41.2\n}', '{\n  "AP": 41.2\n}'),
+        ('[\n{"AP": 41.2}\n]', '[\n{"AP": 41.2}\n]'),
+        ("", ""),
+    ],
+)
+def test_the_end_of_the_metrics(before, after, tmp_path):
+    """A line that a full disk has cut is none; nothing else is lost."""
+    (tmp_path / "metrics.json").write_text(before)
+    with used_by_one("OUTPUT_DIR", tmp_path):
+        assert (tmp_path / "metrics.json").read_text() == after
+
+
 def test_a_folder_that_cannot_be(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "in"):

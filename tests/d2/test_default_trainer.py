@@ -13,6 +13,7 @@ from functools import partial
 import fvcore.nn
 import torch
 from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor, DefaultTrainer
 from detectron2.engine.hooks import PeriodicCheckpointer
 from detectron2.evaluation import COCOEvaluator
@@ -23,7 +24,7 @@ import d2_models
 from bn_det import BatchNorm2d, update_bn_stats
 from bn_det.d2 import BNHooks, register_datasets
 from bn_det.d2.default_trainer import suits_fvcore
-from bn_det.d2.train import Trainer
+from bn_det.d2.train import Trainer, check_data
 from bn_det.errors import InputError
 from bn_det.training.hooks import Hook, PreciseBN
 from kinds import KINDS, SOURCES, call, inputs_of
@@ -266,6 +267,48 @@ def test_with_our_hooks(make_cfg):
         assert torch.equal(statistics_of_mixed[name], value), name
     assert sorted(LOADED) == [2, 3, 4]
     assert mixed.model.backbone.bottom_up.stem.conv1.norm.thawed_type is BatchNorm2d
+
+
+class WithLoader(Trainer):
+    @classmethod
+    def build_train_loader(cls, cfg):
+        LOADED.append((cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.CATEGORIES_PER_BATCH))
+        return super().build_train_loader(cfg)
+
+
+def test_our_trainer_with_a_loader_of_a_project(make_cfg):
+    """It is PreciseBN's, too, and that of extra images; which are of any categories."""
+    LOADED.clear()
+    WithLoader(make_cfg(*OPTS, "DATALOADER.CATEGORIES_PER_BATCH", "1"))
+    assert sorted(LOADED) == [(2, 1), (3, 0), (4, 0)]
+
+
+def test_nothing_to_resume(make_cfg, tmp_path):
+    """As Detectron2's it begins from MODEL.WEIGHTS then, of which some may begin anew."""
+    trainer = Trainer(make_cfg())
+    state = {n: v for n, v in trainer.model.state_dict().items() if n.startswith("backbone")}
+    first = next(name for name, value in state.items() if value.is_floating_point())
+    state[first] = torch.full_like(state[first], 0.5)
+    torch.save(state, tmp_path / "backbone.pth")
+    trainer = Trainer(make_cfg("MODEL.WEIGHTS", str(tmp_path / "backbone.pth")))
+    trainer.resume_or_load()
+    assert trainer.start_iter == 0
+    assert torch.equal(trainer.model.state_dict()[first], state[first])
+
+
+def test_a_data_set_that_only_has_a_function(make_cfg):
+    """Detectron2 asks for no metadata to train on it, nor for a file to evaluate on it."""
+    cfg = make_cfg()
+    records = DatasetCatalog.get("tiny_train")
+    DatasetCatalog.register("mine", lambda: records)
+    try:
+        MetadataCatalog.get("mine").set(evaluator_type="coco")
+        cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("mine",)
+        check_data(cfg)
+        assert len(next(iter(Trainer.build_train_loader(cfg)))) == 2
+    finally:
+        DatasetCatalog.remove("mine")
+        MetadataCatalog.remove("mine")
 
 
 def test_layers_over_processes_know_their_names(make_cfg):

@@ -227,6 +227,18 @@ def test_boxes_come_back_in_the_original_size(make_cfg, size):
         assert prediction["category_id"] == dataset.category_ids[2]
 
 
+def test_nothing_to_resume(make_cfg, tmp_path):
+    """As Detectron2's it begins from MODEL.WEIGHTS then, of which some may begin anew."""
+    trainer = Trainer(make_cfg(*NO_TEST))
+    state = {n: v for n, v in trainer.model.state_dict().items() if n.startswith("backbone")}
+    first = next(name for name, value in state.items() if value.is_floating_point())
+    state[first] = torch.full_like(state[first], 0.5)
+    torch.save(state, tmp_path / "backbone.pth")
+    trainer = Trainer(make_cfg("MODEL.WEIGHTS", str(tmp_path / "backbone.pth"), *NO_TEST))
+    trainer.resume_or_load(True)
+    assert trainer.iter == -1 and torch.equal(trainer.model.state_dict()[first], state[first])
+
+
 def test_loss_that_is_not_finite(make_cfg):
     trainer = Trainer(make_cfg("SOLVER.BASE_LR", "1e30", *NO_TEST))
     trainer.resume_or_load(False)
