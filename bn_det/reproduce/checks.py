@@ -105,7 +105,7 @@ def _check_coco_run(args: argparse.Namespace, names: Sequence[str]) -> None:
         )
     if num_gpus != NUM_GPUS:
         changes = f"--num-gpus: {what_changes(num_gpus)}"
-        if not args.yes:
+        if not (args.yes or args.dry_run):
             raise InputError(f"{changes}. Add --yes to run it so")
         print(changes)
 

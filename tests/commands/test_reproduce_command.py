@@ -156,7 +156,6 @@ def test_a_kill_leaves_no_second_writer(tiny_variants, tmp_path):
     [
         (["multi-domain", "--data", "coco"], "--data: 'coco' is not accepted: there is no "),
         (["correlated", "--data", "coco"], "is not accepted with correlated"),
-        (["leakage", "--data", "coco", "--num-gpus", "2", "--dry-run"], "Add --yes to run it so"),
         (["leakage", "--num-gpus", "2"], "--num-gpus: 2 is not accepted with --data shapes"),
         (["leakage", "--seeds", "0"], "--seeds: 0 is not accepted; use 1 or more"),
         (["leakage", "SEED"], "SEED: has no value"),
@@ -211,8 +210,8 @@ def test_coco_is_looked_for_in_its_folder(tmp_path):
 
 
 def test_fewer_gpus_on_coco(tmp_path):
-    """What is run on 4 GPUs with --yes; a dry run asks for no data."""
-    args = ("leakage", "--data", "coco", "--num-gpus", "4", "--yes", "--dry-run", *HOST)
+    """What is run on 4 GPUs with --yes; a dry run asks for neither that nor data."""
+    args = ("leakage", "--data", "coco", "--num-gpus", "4", "--dry-run", *HOST)
     done = run(tmp_path, tmp_path, *args, "MODEL.WEIGHTS", "r50.pth")
     assert done.returncode == 0, done.stderr
     assert "8 images a step instead of 16; the learning rate is scaled by 0.5" in done.stdout

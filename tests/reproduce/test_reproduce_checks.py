@@ -42,6 +42,7 @@ def test_fewer_gpus_say_what_changes_and_ask(check):
     with pytest.raises(InputError, match=f"{words}.*Add --yes to run it so"):
         check(4, "leakage", num_gpus=4)
     check(4, "leakage", num_gpus=4, yes=True)
+    check(0, "leakage", num_gpus=4, dry_run=True)
 
 
 def test_one_gpu(check, capsys):
