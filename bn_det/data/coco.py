@@ -146,12 +146,17 @@ def check_num_classes(cfg: CfgNode, key: str, name: str, found: int) -> None:
 def check_categories(key: str, categories: Mapping[str, Sequence[str]]) -> None:
     """Raise InputError unless the data sets of a key have the same categories.
 
+    Those of DATASETS.TEST, which are evaluated each by itself, may have other names
+    (:func:`check_tested_categories`).
+
     Args:
         categories: the names of each data set's, in the order of the classes.
     """
-    for name, found in categories.items():
-        first, expected = next(iter(categories.items()))
-        if found != expected:
+    (first, expected), *others = [*categories.items()] or [("", [])]
+    for name, found in others:
+        if key == "DATASETS.TEST":
+            _compare((name, found), (first, expected), key)
+        elif found != expected:
             raise InputError(
                 f"{key}: {list(categories)} have different categories: {name} has {found}, {first} "
                 f"has {expected}"
@@ -168,15 +173,19 @@ def check_tested_categories(
     Args:
         trained, tested: as :func:`check_categories` takes them, of DATASETS.TRAIN and TEST.
     """
-    if not trained or not tested:
-        return
-    (train_set, before), (test_set, after) = next(iter(trained.items())), next(iter(tested.items()))
+    if trained and tested:
+        _compare(next(iter(tested.items())), next(iter(trained.items())), "DATASETS.TRAIN")
+
+
+def _compare(tested: tuple[str, Sequence[str]], other: tuple[str, Sequence[str]], key: str) -> None:
+    """Categories of a test set with those of another set, which a key names."""
+    (test_set, after), (name, before) = tested, other
     for number, pair in enumerate(zip(before, after, strict=False)):
         if pair[0] == pair[1]:
             continue
         message = (
             f"DATASETS.TEST: class {number} is {pair[1]!r} in {test_set}, and {pair[0]!r} in "
-            f"{train_set} of DATASETS.TRAIN"
+            f"{name} of {key}"
         )
         if pair[0] in after or pair[1] in before:
             raise InputError(f"{message}; give the categories the same order by id")

@@ -220,3 +220,17 @@ def test_categories_of_other_names(host, tmp_path, caplog):
     begin(host, cfg_of(host, *sets))
     words = "DATASETS.TEST: class 1 is 'wolf' in test, and 'dog' in mine of DATASETS.TRAIN"
     assert caplog.messages.count(words) == 1
+
+
+@every_host
+def test_categories_of_several_test_sets(host, tmp_path, caplog):
+    """Each is evaluated by itself: another name is no error, and another order is one."""
+    sets = [write(tmp_path, valid()), write(tmp_path, valid(), "test")]
+    other = write(tmp_path, {**valid(), "categories": OTHERS}, "other")
+    begin(host, cfg_of(host, *sets, other))
+    words = "DATASETS.TEST: class 1 is 'wolf' in other, and 'dog' in test of DATASETS.TEST"
+    assert caplog.messages.count(words) == 1
+    swapped = write(tmp_path, {**valid(), "categories": SWAPPED}, "swapped")
+    words = "class 0 is 'dog' in swapped, and 'cat' in test of DATASETS.TEST; give"
+    with pytest.raises(InputError, match=words):
+        begin(host, cfg_of(host, *sets, swapped))
