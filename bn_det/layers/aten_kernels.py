@@ -132,7 +132,7 @@ def _before_relu(
 def _counts(xs: Sequence[Tensor]) -> Tensor:
     sizes = [x.numel() // max(x.shape[1], 1) for x in xs]
     if xs[0].device.type == "cpu":
-        return torch.tensor(sizes, dtype=torch.float64)
+        return torch.tensor(sizes, dtype=torch.float64, device="cpu")
     # Without a copy, which another device would have to be waited for.
     dtype, device = torch.float64, xs[0].device
     if torch.compiler.is_compiling():  # where a size has no number yet

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 _OF_A_LAYER = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-_OF_ANY_MODULE = set(vars(nn.Module())) - set(_OF_A_LAYER)
+OF_ANY_MODULE = set(vars(nn.Module())) - set(_OF_A_LAYER)
 """Its mode, and its hooks of all kinds."""
 
 
@@ -30,7 +30,7 @@ def become(layer: nn.Module, new: nn.Module) -> None:
     """
     cls = _parametrized(layer, type(new))
     parametrizations = layer._modules.get("parametrizations")
-    kept = {name: value for name, value in vars(layer).items() if name in _OF_ANY_MODULE}
+    kept = {name: value for name, value in vars(layer).items() if name in OF_ANY_MODULE}
     content: dict[str, Any] = {**vars(new), **kept}
     vars(layer).clear()
     vars(layer).update(content)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, SupportsIndex
@@ -11,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import InputError, choose
 from .batch_norm import STATISTICS, BatchNorm2d
-from .become import become, class_of
+from .become import OF_ANY_MODULE, become, class_of
 from .convert import as_ours
 from .freeze import is_frozen
 from .kinds import FORWARDS_OF_TORCH, batch_norms, check_module, why_lazy
@@ -124,10 +125,11 @@ def _told(what: str, module: nn.Module, statistics: str, default: str) -> Iterat
 
 
 def _take_back(layer: nn.Module, cls: type[nn.Module], content: dict[str, Any]) -> None:
-    """Give a layer the class and the attributes that it had, with the tensors that it has now."""
+    """Give a layer its class back, with the tensors, hooks and mode that it has now."""
     for name in ("_parameters", "_buffers"):
         content[name].update(vars(layer)[name])
-    content["training"] = layer.training
+    content |= {name: value for name, value in vars(layer).items() if name in OF_ANY_MODULE}
+    content |= {name: getattr(layer, name) for name in ("eps", "momentum")}
     vars(layer).clear()
     vars(layer).update(content)
     layer.__class__ = cls
@@ -139,7 +141,7 @@ class _ForNow:
     before: bool | str
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return self.before
+        return copy.deepcopy(self.before, memo)  # of a block in a block it is one, too
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple:
         return _itself, (self.before,)

@@ -216,9 +216,7 @@ def _with_state_of(old: nn.Module, new: M) -> M:
         holder.eps = old.eps
         if hasattr(holder, "momentum"):
             holder.momentum = old.momentum
-    for name in ("affine", "track_running_stats"):
-        if not isinstance(new, DomainBatchNorm2d) and hasattr(new, name):
-            setattr(new, name, getattr(old, name))
+    _set_flags(old, new)
     filled: dict[tuple[nn.Module, str], Tensor | None] = {}
     used: set[int] = set()
     for source, target, name in _pairs(old, new):
@@ -237,6 +235,18 @@ def _with_state_of(old: nn.Module, new: M) -> M:
         else:
             _put(old, new, target, name, _own(value, used))
     return new.train(getattr(old, "asked_mode", old.training))
+
+
+def _set_flags(old: nn.Module, new: nn.Module) -> None:
+    """Say of each holder of a state what it holds, which a layer of domains may do or not."""
+    olds, news = holders_of_domains(old), holders_of_domains(new)
+    for k, (population, affine) in enumerate(news):
+        of_old, affine_of_old = olds[k % len(olds)]
+        if hasattr(population, "track_running_stats"):
+            tracks = getattr(of_old, "track_running_stats", of_old.running_mean is not None)
+            population.track_running_stats = tracks
+        if hasattr(affine, "affine"):
+            affine.affine = getattr(affine_of_old, "affine", affine_of_old.weight is not None)
 
 
 def _has_no_state(new: nn.Module) -> bool:

@@ -35,8 +35,10 @@ class DomainBatchNorm2d(BatchNorm2d):
     that checkpoints go both ways.
 
     An ``nn.BatchNorm2d`` by type, so that a weight decay for normalization layers reaches the
-    affine. Tools that call or convert an ``nn.BatchNorm2d`` with a single tensor in mind (fvcore's
-    PreciseBN, ``convert_sync_batchnorm``) do not support it.
+    affine. What is "per_domain" is held by a :class:`BatchNorm2d` of each domain: set an attribute
+    such as ``momentum`` on all of ``layer.modules()``. Tools that call or convert an
+    ``nn.BatchNorm2d`` with a single tensor in mind (fvcore's PreciseBN,
+    ``convert_sync_batchnorm``) do not support it.
 
     Args:
         num_features: number of channels C.

@@ -24,7 +24,8 @@ def tracks(layer: AnyBatchNorm) -> TypeGuard[NormWithStatistics]:
     """Whether a call updates the layer's population statistics in its present mode."""
     # torch's own layers have no such choices, and a host's frozen ones not even the last
     updates = getattr(layer, "update_population", True) and not getattr(layer, "frozen", False)
-    return layer.training and updates and getattr(layer, "track_running_stats", False)
+    tracked = getattr(layer, "track_running_stats", False) and layer.running_mean is not None
+    return layer.training and updates and tracked
 
 
 @torch.library.custom_op("bn_det::snapshot", mutates_args=(), schema="(Tensor x) -> Tensor")

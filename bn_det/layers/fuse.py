@@ -320,8 +320,9 @@ def _what_else_of_convolution(pair: Pair) -> str:
     if not all(p.isfinite().all() for p in (conv.weight, conv.bias) if p is not None):
         return "the weight or bias of its convolution is NaN or infinite"
     size = [2 + d * (k - 1) + p for d, k, p in sizes]  # more than a reflection may pad
-    x = torch.randn(2, conv.in_channels, *size, generator=torch.Generator().manual_seed(0))
-    x = x.to(conv.weight)
+    x = torch.randn(
+        2, conv.in_channels, *size, generator=torch.Generator().manual_seed(0), device="cpu"
+    ).to(conv.weight)
     expected, folded = conv(x), copy.deepcopy(conv)
     if pair.norm_parent is conv:
         setattr(folded, pair.norm_name, None)

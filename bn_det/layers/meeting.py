@@ -278,7 +278,7 @@ class _RealMeeting(Meeting):
         watch.number += 1
         self._work: dist.Work | None = None
         if not watch.expects(place):
-            self._mine = torch.tensor(_header(place), dtype=torch.int64)
+            self._mine = torch.tensor(_header(place), dtype=torch.int64, device="cpu")
             self._places = self._mine.new_empty(watch.num_ranks, len(self._mine))
             flat = self._places.view(-1)
             self._work = gather_into(flat, self._mine, watch.group, async_op=True)

@@ -26,20 +26,28 @@ class DomainScope:
         self.sample, self.domain, self.how_to_name = sample, domain, how_to_name
         self.where_not = where_not
         self._current: ContextVar[_Named | None] = ContextVar(domain, default=None)
+        # On a GPU, autograd recomputes activations in a thread of its own, which is in no block.
+        self._in_any_thread: _Named | None = None
 
     @contextmanager
     def named(self, domains: Iterable[int | None] | Tensor) -> Iterator[None]:
         """A block for one call; the domain of each sample, from 0, and None for an unknown one."""
-        token = self._current.set(_Named(domains))
+        named, before = _Named(domains), self._in_any_thread
+        token = self._current.set(named)
+        self._in_any_thread = named
         try:
             yield
         finally:
             self._current.reset(token)
+            self._in_any_thread = before
+
+    def _get(self) -> _Named | None:
+        return self._current.get() or self._in_any_thread
 
     @property
     def names(self) -> list[int | None]:
         """The domain of each sample inside a block; none outside."""
-        named = self._current.get()
+        named = self._get()
         domains = () if named is None else named.domains
         return domains.tolist() if isinstance(domains, Tensor) else list(domains)
 
@@ -54,7 +62,7 @@ class DomainScope:
             InputError: nothing is named, a domain is not one of 0 to ``num_domains`` - 1, or x has
                 another number of samples.
         """
-        named = self._current.get()
+        named = self._get()
         if named is None:
             raise InputError(f"the {self.sample}s have no {self.domain}s: {self.how_to_name}")
         key = (num_domains, x.device)

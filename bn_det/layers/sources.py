@@ -98,6 +98,8 @@ class SourceBatchNorm2d(DomainBatchNorm2d):
         **choices: Any,
     ) -> None:
         check_positive("num_sources", num_sources)
+        if num_levels is not None:
+            check_positive("num_levels", num_levels)
         choose("population", population, SHARING)
         self._levels = num_levels or 1
         super().__init__(
@@ -169,13 +171,17 @@ class SourceBatchNorm2d(DomainBatchNorm2d):
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         """Take what a layer without sources has, of all levels or of each, for each source."""
         num = self.num_sources if self.population == "shared" else self.num_domains
-        for name in self.population_of(0).state_dict():
-            if f"{prefix}{num - 1}.{name}" in state_dict:
-                continue
-            of_all_levels = state_dict.pop(prefix + name, None)
-            for k in range(num):
-                level = k % self._levels if self.population == "per_domain" else None
-                value = state_dict.get(f"{prefix}{level}.{name}", of_all_levels)
-                if value is not None:
-                    state_dict[f"{prefix}{k}.{name}"] = value
+        names = list(self.population_of(0).state_dict())
+        own = [(k, f"{prefix}{k}.{name}") for k in range(num) for name in names]
+        given = {k for k, name in own if name in state_dict}
+        of_levels = self.num_levels is not None and self.population == "per_domain"
+        # Otherwise they are those of sources, of which none is another's.
+        if not given or (of_levels and given == {*range(self._levels)}):
+            for name in names:
+                of_all_levels = state_dict.pop(prefix + name, None)
+                for k in range(num):
+                    of_level = f"{prefix}{k % self._levels}.{name}"
+                    value = state_dict.get(of_level, of_all_levels) if given else of_all_levels
+                    if value is not None:
+                        state_dict[f"{prefix}{k}.{name}"] = value
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -205,10 +205,22 @@ def bake_weight_norms(model: nn.Module) -> nn.Module:
         if isinstance(layer, Weighted) and hasattr(layer, "weight_norm"):
             original = next(layer.get_submodule("parametrizations.weight").parameters())
             weight = nn.Parameter(layer.weight.detach(), original.requires_grad)
-            del layer.parametrizations, layer.weight_norm
-            layer.__class__ = type(layer).__bases__[0]
+            del layer.weight_norm
+            _without_parametrized_weight(layer)
             layer.weight = weight
     return model
+
+
+def _without_parametrized_weight(layer: nn.Module) -> None:
+    """Copies of a layer have its class, which stays as it is."""
+    cls, parametrizations = type(layer), layer.get_submodule("parametrizations")
+    if len(list(parametrizations.children())) == 1:
+        del layer.parametrizations
+        layer.__class__ = cls.__bases__[0]
+    else:  # of bias
+        delattr(parametrizations, "weight")
+        others = {name: of for name, of in vars(cls).items() if name != "weight"}
+        layer.__class__ = type(cls.__name__, cls.__bases__, others)
 
 
 def _rename_saved(

@@ -170,3 +170,25 @@ def test_a_lazy_layer_cannot_be_told():
         trained_with(nn.Sequential(nn.LazyBatchNorm2d()), "population"),
     ):
         pass
+
+
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_in_a_block_in_a_block(make_copy):
+    model = nn.Sequential(BatchNorm2d(C)).train()
+    with no_population_update(model), no_population_update(model):
+        of_updates = make_copy(model)
+    with evaluated_with(model, "batch"), evaluated_with(model, "batch"):
+        of_statistics = make_copy(model)
+    of_updates(torch.randn(4, C, 2, 2) + 5)
+    assert of_updates[0].num_batches_tracked == 1
+    assert of_statistics[0].eval_statistics == "population"
+
+
+def test_what_is_set_on_torchs_layer_stays():
+    layer, calls = nn.BatchNorm2d(C), []
+    with evaluated_with(layer, "batch"):
+        layer.momentum, layer.eps = 0.5, 0.01
+        layer.register_full_backward_hook(lambda *_: calls.append(1))
+    assert type(layer) is nn.BatchNorm2d and (layer.momentum, layer.eps) == (0.5, 0.01)
+    layer(torch.randn(4, C, 2, 2, requires_grad=True)).sum().backward()
+    assert calls == [1]

@@ -298,3 +298,32 @@ def test_gradients_of_what_is_no_parameter_any_more():
     assert all(parameter.grad is not None for parameter in parameters)
     convert_batchnorm(model, FrozenBatchNorm2d, "0")
     assert all(parameter.grad is None for parameter in parameters)
+
+
+@pytest.mark.parametrize("affine", ["shared", "per_domain"])
+@pytest.mark.parametrize("old", [bn_det.RoILevelBatchNorm2d, bn_det.SourceBatchNorm2d])
+@pytest.mark.parametrize("new", [nn.BatchNorm2d, BatchNorm2d])
+def test_flags_of_a_layer_of_domains(old, new, affine):
+    """It says of itself what it holds, and its domains' layers hold the rest."""
+    model = nn.Sequential(old(4, 2, population="per_domain", affine=affine))
+    convert_batchnorm(model, new)
+    layer = model.train()[0]
+    assert layer.track_running_stats and layer.affine
+    model(torch.randn(4, 4, 3, 3) + 5)
+    assert layer.num_batches_tracked == 1 and (layer.running_mean > 0.3).all()
+
+
+@pytest.mark.parametrize("flags", [{"track_running_stats": False}, {"affine": False}])
+@pytest.mark.parametrize("population", ["shared", "per_domain"])
+@pytest.mark.parametrize("affine", ["shared", "per_domain"])
+def test_domains_that_hold_nothing(flags, population, affine):
+    """Of a layer without statistics, or without weight and bias: the same function."""
+    model = nn.Sequential(nn.BatchNorm2d(4, **flags)).train()
+    choices = {"statistics": "shared", "population": population, "affine": affine}
+    ours = convert_batchnorm(
+        copy.deepcopy(model), lambda c: bn_det.RoILevelBatchNorm2d(c, 2, **choices)
+    ).train()
+    x = torch.randn(4, 4, 3, 3)
+    with bn_det.roi_levels([0, 0, 1, 1]):
+        torch.testing.assert_close(ours(x), model(x))
+    ours[0].reset_parameters()

@@ -3,10 +3,14 @@
 Whether a GPU computes the right values is in test_cuda.py.
 """
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 from torch._subclasses import FakeTensorMode
 
+from bn_det import BatchNorm2d, freeze, fuse, tune
 from bn_det.layers import kernels
 from cases import CASES, C, make_data, make_layer, run
 from devices import one_device
@@ -67,3 +71,21 @@ def test_fake_cuda(name, training):
         ys = case.call(layer, xs)
         assert {t.device.type for t in (*ys, *layer.buffers())} == {"cuda"}
         assert [y.shape for y in ys] == [x.shape for x in xs[: len(ys)]]
+
+
+def test_another_default_device():
+    """Of a user who makes models on a GPU: what is on the CPU stays there."""
+    conv, x = nn.Conv2d(3, 4, 1), torch.randn(4, 3, 5, 5)
+    model = nn.Sequential(conv, nn.BatchNorm2d(4)).eval()
+    layer = BatchNorm2d(3, ghost_size=2)
+    expected, tuned, fused = model(x), copy.deepcopy(model), copy.deepcopy(model)
+    torch.set_default_device("meta")
+    try:
+        tune(freeze(tuned))
+        fuse(fused)
+        found = [fused(x), tuned.eval()(x), layer(x)]
+    finally:
+        torch.set_default_device(None)
+    for y in found[:2]:
+        torch.testing.assert_close(y, expected)
+    assert found[2].device.type == "cpu"

@@ -1,6 +1,7 @@
 """Statistics for each source of images, against one layer for each."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -392,3 +393,51 @@ def test_repr_names_the_sources():
     assert "num_sources=2" in repr(SourceBatchNorm2d(C, 2))
     assert "num_sources=2, num_levels=3" in repr(SourceBatchNorm2d(C, 2, LEVELS))
     assert isinstance(SourceBatchNorm2d(C, 2), BatchNorm2d)
+
+
+def sources_of(*means, num_levels=None):
+    """A layer of as many sources as there are means; of several levels each."""
+    layer = SourceBatchNorm2d(C, len(means) // (num_levels or 1), num_levels)
+    for k, mean in enumerate(means):
+        layer.population_of(k).running_mean.fill_(mean)
+    return layer
+
+
+@pytest.mark.parametrize("num_levels", [None, 2])
+def test_a_state_dict_of_other_sources(num_levels):
+    """Nobody's statistics become another's."""
+    means = range(2 * (num_levels or 1))
+    state = sources_of(*means, num_levels=num_levels).state_dict()
+    other = SourceBatchNorm2d(C, 3, num_levels)
+    missing, _ = other.load_state_dict(copy.copy(state), strict=False)
+    assert sorted(name for name in missing if name.endswith("mean")) == [
+        f"{k}.running_mean" for k in range(len(means), 3 * (num_levels or 1))
+    ]
+    same = sources_of(*([7] * len(means)), num_levels=num_levels)
+    lacks = {name: of for name, of in state.items() if name != "1.running_mean"}
+    missing, _ = same.load_state_dict(lacks, strict=False)
+    assert missing == ["1.running_mean"] and (same.population_of(1).running_mean == 7).all()
+
+
+def test_names_reach_the_thread_of_a_backward_pass():
+    """On a GPU, autograd recomputes activations in a thread of its own."""
+    layer = SourceBatchNorm2d(C, 2).train()
+    x = torch.randn(4, C, 3, 3, requires_grad=True)
+    found = []
+
+    def backward():
+        checkpoint(layer, x, use_reentrant=True).square().sum().backward()
+        found.append(x.grad)
+
+    with image_sources([0, 0, 1, 1]):
+        thread = threading.Thread(target=backward)
+        thread.start()
+        thread.join(60)
+    assert len(found) == 1
+    with pytest.raises(InputError, match="have no sources"):
+        layer(x)
+
+
+def test_no_levels():
+    with pytest.raises(InputError, match="num_levels: 0 is not accepted; use 1 or more"):
+        SourceBatchNorm2d(C, 2, 0)

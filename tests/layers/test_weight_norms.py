@@ -411,3 +411,21 @@ def test_adaptive_gradient_clipping():
 def test_bad_arguments(layer, kind, message):
     with pytest.raises(InputError, match=message):
         normalize_weight(layer, kind)
+
+
+class Doubled(nn.Module):
+    def forward(self, bias):
+        return 2 * bias
+
+
+def test_baking_leaves_what_else_is_parametrized():
+    conv = nn.Conv2d(3, 4, 1)
+    normalize_weight(conv, "WS")
+    parametrize.register_parametrization(conv, "bias", Doubled())
+    other, x = copy.deepcopy(conv), torch.randn(2, 3, 4, 4)
+    expected = conv(x)
+    bake_weight_norms(conv)
+    torch.testing.assert_close(conv(x), expected)
+    assert isinstance(conv.weight, nn.Parameter) and parametrize.is_parametrized(conv, "bias")
+    assert parametrize.is_parametrized(other, "weight")
+    torch.testing.assert_close(other(x), expected)
