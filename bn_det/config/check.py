@@ -335,8 +335,10 @@ def _check_virtual(cfg: CfgNode) -> None:
 
 
 def _check_freezing(cfg: CfgNode) -> None:
-    if cfg.SOLVER.FREEZE_BN_ITER and cfg.TEST.BN_STATISTICS == "batch":
-        raise InputError(
-            f"SOLVER.FREEZE_BN_ITER: {cfg.SOLVER.FREEZE_BN_ITER!r} is not accepted with "
-            "TEST.BN_STATISTICS 'batch': frozen layers normalize by population statistics; use 0"
-        )
+    for key, none in (("FREEZE_BN_ITER", 0), ("FREEZE_BN_MODULES", ())):
+        value = cfg.SOLVER[key]
+        if value and cfg.TEST.BN_STATISTICS == "batch":
+            raise InputError(
+                f"SOLVER.{key}: {value!r} is not accepted with TEST.BN_STATISTICS 'batch': frozen "
+                f"layers normalize by population statistics; use {none!r}"
+            )

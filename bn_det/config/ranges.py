@@ -61,10 +61,16 @@ RANGES: dict[str, Rule] = {
     "DATASETS.TRAIN": NAMES,
     "DATASETS.TEST": NAMES,
     "DATALOADER.NUM_WORKERS": between(0, 512),
+    "DATALOADER.SAMPLER_TRAIN": one_of(
+        *("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler"),
+        *("WeightedTrainingSampler", "WeightedCategoryTrainingSampler"),
+    ),
     "INPUT.CROP.TYPE": one_of("relative_range", "relative", "absolute", "absolute_range"),
     "INPUT.CROP.SIZE": each(above(0), may_be_empty=False),
     "INPUT.FORMAT": one_of("BGR", "RGB", "L", "YUV-BT.601"),
     "INPUT.MASK_FORMAT": one_of("polygon", "bitmask"),
+    "INPUT.RANDOM_FLIP": one_of("horizontal", "vertical", "none"),
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": one_of("choice", "range"),
     "INPUT.MIN_SIZE_TRAIN": each(_SIDE, int, may_be_empty=False),
     "INPUT.MAX_SIZE_TRAIN": COUNT,
     "INPUT.MIN_SIZE_TEST": _SIDE,
@@ -111,6 +117,9 @@ RANGES: dict[str, Rule] = {
     "MODEL.ROI_MASK_HEAD.NUM_CONV": LAYERS,
     "MODEL.ROI_MASK_HEAD.CONV_DIM": CHANNELS,
     **{f"MODEL.{part}.{of}": rule for part in MATCHERS for of, rule in _MATCHING.items()},
+    "SOLVER.LR_SCHEDULER_NAME": one_of(
+        "WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"
+    ),
     "SOLVER.MAX_ITER": ITERATIONS,
     "SOLVER.IMS_PER_BATCH": IMAGES,
     "SOLVER.CHECKPOINT_PERIOD": COUNT,

@@ -167,7 +167,9 @@ class _Annotations:
         self._for_evaluation, self._with_masks = for_evaluation, with_masks
 
     def __call__(self, annotations: Sequence[Any]) -> list[dict]:
+        short = [of for of in annotations if isinstance(of, dict) and _drop_short_polygons(of)]
         every = _by_id(self._where, "annotation", annotations, self._why_not)
+        self._tell(short, "of whose polygons some have fewer than three points, which are left out")
         elsewhere, empty, outside, reaching, large = [], [], [], [], []
         for of in every.values():
             box, image = of["bbox"], self._images.get(of["image_id"])
@@ -240,6 +242,19 @@ class _Annotations:
                 "MODEL.MASK_ON True takes"
             )
         return ""
+
+
+def _drop_short_polygons(annotation: dict) -> bool:
+    """Leave out what is no polygon, where others are left; whether there was any."""
+    polygons = annotation.get("segmentation")
+    if not isinstance(polygons, list) or is_segmentation(polygons):
+        return False
+    # What is no list is an error.
+    left = [of for of in polygons if not isinstance(of, list) or is_segmentation([of])]
+    if not left or len(left) == len(polygons):
+        return False
+    annotation["segmentation"] = left
+    return True
 
 
 def _kind(entries: dict[Hashable, dict]) -> type:

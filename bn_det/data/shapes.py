@@ -240,7 +240,7 @@ def _write_split(root: Path, name: str, split: Split, variant: Variant) -> None:
         pixels, objects = draw_image(split.seed, index, variant)
         file_name = f"{index:06d}.png"
         if not cv2.imwrite(str(root / name / file_name), pixels):
-            raise OSError(f"{root / name / file_name}: could not be written")
+            raise InputError(f"{root / name / file_name}: could not be written: is the disk full?")
         images.append(
             {"id": index + 1, "file_name": file_name, "height": IMAGE_SIZE, "width": IMAGE_SIZE}
         )

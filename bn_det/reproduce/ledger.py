@@ -34,6 +34,7 @@ def entries_of(path: Path) -> list[Entry]:
     try:
         report = read_json(path)
         opts, data = list(report["opts"]), report["data"]
+        failed = len(report.get("failed", {}))
         found = [_entry(report, of) for of in report["claims"] if of["verdict"]]
         for entry in found:
             _check(entry)
@@ -41,6 +42,10 @@ def entries_of(path: Path) -> list[Entry]:
         raise InputError(
             f"{path}: cannot be read as results.json of bn-det reproduce: {reason_of(e)}"
         ) from e
+    if failed:
+        raise InputError(
+            f"{path}: is of a report of which {failed} steps have failed; give its command again"
+        )
     if data == "coco" and report.get("num_gpus") != NUM_GPUS:
         opts.append(f"--num-gpus {report.get('num_gpus')}")
     if opts:
@@ -53,10 +58,13 @@ def entries_of(path: Path) -> list[Entry]:
 
 def _entry(report: Mapping[str, Any], of: Mapping[str, Any]) -> Entry:
     kept = ("seeds", "effects", "mean", "low", "high", "left_out", "verdict")
+    # Of reports before it was noted it is nothing.
+    unknown = {"unknown": of["unknown"]} if of.get("unknown") else {}
     return {
         **{"claim": of["name"], "data": report["data"], "host": report["host"]},
         **{"confidence": report["confidence"], "versions": report["versions"]},
         **{key: of[key] for key in kept},
+        **unknown,
     }
 
 
@@ -105,7 +113,7 @@ def ledger_table(entries: Iterable[Entry]) -> str:
 
 def _row(claim: Claim, of: Entry) -> list[str]:
     interval = of["mean"], of["low"], of["high"]
-    seeds = tuple(of["seeds"]), tuple(of["left_out"])
+    seeds = tuple(of["seeds"]), tuple(of["left_out"]), tuple(of.get("unknown", ()))
     verdict = Verdict(tuple(of["effects"]), *interval, of["verdict"], *seeds)
     where = f"{of['data']}, {of['host']}"
     return [claim.name, wanted(claim), where, effect_text(verdict), of["verdict"]]

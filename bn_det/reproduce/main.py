@@ -23,7 +23,7 @@ from .claims import claims_of
 from .looks import DECIDED, DEFAULT_SEEDS, Looks, looks_of, undecided
 from .published import NUM_GPUS
 from .registry import EXPERIMENTS, experiments_on
-from .report import Report, make_report
+from .report import Report, known_identity, make_report
 from .results import Results, Table
 from .runner import Failure, Runner
 from .save import write_report
@@ -53,11 +53,26 @@ def reproduce(args: argparse.Namespace) -> None:
     if not args.dry_run:
         check_writable("--output", folder)
     with nullcontext() if args.dry_run else alone(setting.runs):
-        for report in _reports(args, names, setting, looks):
-            write_report(report, folder)
-            print(_summary(report))
-            print(f"Saved to {folder / 'report.html'}", flush=True)
-            _exit_with_failures(report)
+        _write_all(_reports(args, names, setting, looks), folder)
+
+
+def _write_all(reports: Iterable[Report], folder: Path) -> None:
+    """Each in place of the one before; one of more seeds stays until the last is there."""
+    before = len((known_identity(folder) or {"seeds": ()})["seeds"])
+    held = None
+    for report in reports:
+        print(_summary(report))
+        held = report if len(report.results.seeds) < before else None
+        if held is None:
+            _save(report, folder)
+        _exit_with_failures(report)
+    if held is not None:
+        _save(held, folder)
+
+
+def _save(report: Report, folder: Path) -> None:
+    write_report(report, folder)
+    print(f"Saved to {folder / 'report.html'}", flush=True)
 
 
 def _reports(

@@ -30,8 +30,8 @@ def seeds_needed(claim: Claim, verdict: Verdict, confidence: float = 0.95) -> in
     if len(verdict.effects) < 2:
         return None
     spread = stdev(verdict.effects)
-    if spread <= 1e-9 * claim.smallest:  # rounding
-        return 2
+    if spread == 0:
+        return None
 
     def is_enough(number: int) -> bool:
         bound = float(t.ppf((1 + confidence) / 2, number - 1))

@@ -43,12 +43,16 @@ class Outcome(NamedTuple):
         diverged_at: the iteration at which a training's loss was not finite; None if it was.
         versions: of the packages that it ran with; None where that was not noted.
         threads: OMP_NUM_THREADS; rounding depends on it.
+        resumed: whether it was interrupted, and went on.
+
+    Versions and threads are several, with commas, of a training that was resumed with others.
     """
 
     seconds: float
     diverged_at: int | None
     versions: Mapping[str, str] | None = None
     threads: str | None = None
+    resumed: bool = False
 
 
 class Failure(NamedTuple):
@@ -93,8 +97,25 @@ def _noted(path: Path) -> dict[str, Any]:
 
 
 def _outcome(noted: Mapping[str, Any]) -> Outcome:
-    ended = noted["seconds"], noted["diverged_at"]
-    return Outcome(*ended, noted.get("versions"), noted.get("threads"))
+    return Outcome(
+        noted["seconds"],
+        noted["diverged_at"],
+        noted.get("versions"),
+        noted.get("threads"),
+        noted.get("resumed", False),
+    )
+
+
+def _also(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Texts by name, to any depth, with those that there were before and are others now."""
+    found: dict[str, Any] = {}
+    for name, value in now.items():
+        old = before.get(name)
+        if isinstance(value, Mapping):
+            found[name] = _also(old or {}, value)
+        else:
+            found[name] = ", ".join(dict.fromkeys([*(old or value).split(", "), value]))
+    return found
 
 
 def _versions() -> dict[str, str]:
@@ -177,15 +198,18 @@ class Runner:
         folder.mkdir(parents=True, exist_ok=True)
         begun = folder / BEGUN
         resume: tuple[str, ...] = ()
+        before: Mapping[str, Any] = {}
         if step.is_training and begun.is_file() and (folder / "last_checkpoint").is_file():
-            _check_same(step, _noted(begun), folder)
+            before = _noted(begun)
+            _check_same(step, before, folder)
             resume = ("--resume",)
         else:  # lines are appended to it
             (folder / "metrics.json").unlink(missing_ok=True)
         environment = dict(os.environ)
         share = max(1, len(os.sched_getaffinity(0)) // max(1, self.jobs // step.processes))
         threads = environment.setdefault("OMP_NUM_THREADS", str(share))
-        write_json(begun, {**settings_of(step), "versions": _versions(), "threads": threads})
+        how = _also(before, {"versions": _versions(), "threads": threads})
+        write_json(begun, {**settings_of(step), **how, "resumed": bool(resume)})
         print(f"{'resumes' if resume else 'starts'} {step.name}", flush=True)
         with open(folder / LOG, "a" if resume else "w") as log:
             return subprocess.Popen(

@@ -81,5 +81,5 @@ def _versions(report: Report) -> dict[str, str]:
     for step in report.steps:
         outcome = report.results.outcomes.get(step.name)
         for name, version in ((outcome and outcome.versions) or {}).items():
-            found.setdefault(name, set()).add(version)
+            found.setdefault(name, set()).update(version.split(", "))
     return {name: ", ".join(sorted(of)) for name, of in found.items()}

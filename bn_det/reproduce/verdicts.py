@@ -17,7 +17,7 @@ class Verdict(NamedTuple):
         effects: of each seed that counts.
         mean: their mean.
         low, high: its confidence interval (Student's t over seeds, which are paired: each effect is
-            of runs with one seed); None with one seed.
+            of runs with one seed); None with one seed, or with the same effect in all.
         word: "seen", "opposite", "absent" or "not seen"; "hint" with one seed, which tells of no
             seed but itself; "" if nothing that counts has been measured.
         seeds: those of the effects.
@@ -42,12 +42,15 @@ def judge(claim: Claim, effects: Sequence[float], confidence: float = 0.95) -> V
     the interval is above zero, opposite if that holds of the effect's negative, and absent if the
     whole interval is of effects that are too small to count; else it is not seen, which says
     nothing. One that says "at most" is seen if the whole interval is at most that, opposite if all
-    of it is above. With one seed there is no interval, and no verdict.
+    of it is above. With one seed there is no interval, and no verdict. Effects that are all the
+    same, as of a metric of few values, tell of no spread: the claim is not seen.
     """
     if not effects:
         return Verdict((), math.nan, None, None, "")
     if len(effects) == 1:
         return Verdict(tuple(effects), effects[0], None, None, "hint")
+    if len(set(effects)) == 1:
+        return Verdict(tuple(effects), effects[0], None, None, "not seen")
     centre, low, high = _interval(effects, confidence)
     if claim.at_most:
         word = "seen" if high <= claim.smallest else "opposite" if low > claim.smallest else ""
@@ -65,6 +68,5 @@ def _interval(effects: Sequence[float], confidence: float) -> tuple[float, float
     from scipy.stats import t  # not for a command's help: it takes a second to import
 
     centre, number = mean(effects), len(effects)
-    # Not t.interval, which is NaN where all effects are the same.
     half = float(t.ppf((1 + confidence) / 2, number - 1)) * stdev(effects) / math.sqrt(number)
     return centre, centre - half, centre + half

@@ -79,6 +79,14 @@ def warnings_of(report: Report) -> list[str]:
     missing = len([s for s in report.steps if s.name not in report.results.outcomes])
     if missing:
         found.append(f"{missing} of {len(report.steps)} steps are missing.")
+    outcomes = report.results.outcomes
+    resumed = [s.name for s in report.steps if (of := outcomes.get(s.name)) and of.resumed]
+    if resumed:
+        found.append(
+            f"Interrupted and resumed: {', '.join(f'`{name}`' for name in resumed)}. On Detectron2 "
+            "the images come in their first order again from there on, which the seed alone does "
+            "not tell."
+        )
     return [*found, *(f"Failed: `{f.step.name}`: {f.reason}" for f in report.failures)]
 
 

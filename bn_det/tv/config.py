@@ -153,7 +153,6 @@ def check_cfg(cfg: CfgNode) -> None:
         _check_resnet(cfg)
     _check_anchors(cfg)
     choose("INPUT.FORMAT", cfg.INPUT.FORMAT, ["BGR", "RGB"])
-    choose("INPUT.RANDOM_FLIP", cfg.INPUT.RANDOM_FLIP, ["horizontal", "vertical", "none"])
     # The same here: masks are bits, whatever they are in the file.
     schedules = ["WarmupMultiStepLR", "WarmupCosineLR"]
     choose("SOLVER.LR_SCHEDULER_NAME", cfg.SOLVER.LR_SCHEDULER_NAME, schedules)

@@ -14,6 +14,7 @@ from torch import nn
 from bn_det.commands.checkpoint import Checkpointer
 from bn_det.commands.output_folder import used_by_one, written_in
 from bn_det.commands.outputs import check_output
+from bn_det.data.shapes import generate_shapes
 from bn_det.errors import InputError
 from bn_det.files import write_text
 from here import run_here
@@ -139,3 +140,12 @@ def test_what_is_appended_to_names_the_folder(error, words, tmp_path):
         written_in("OUTPUT_DIR", str(tmp_path), fail)
     if words:
         assert str(e.value).startswith("OUTPUT_DIR: " + words.format(folder=tmp_path))
+
+
+def test_images_that_are_generated(tmp_path):
+    with (
+        files_of_at_most(500),
+        pytest.raises(InputError, match=r"000000.png: could not be written: is the disk full\?"),
+    ):
+        generate_shapes(tmp_path / "shapes")
+    assert not (tmp_path / "shapes").exists()

@@ -223,3 +223,33 @@ def test_the_values_of_a_key(key):
     with pytest.raises(InputError) as e:
         check_ranges(cfg)
     assert str(e.value) == f"{key}: {value!r} is not accepted; use {described.rule.words}"
+
+
+@every_host
+@pytest.mark.parametrize(
+    "key, accepted",
+    [
+        ("SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"),
+        ("INPUT.RANDOM_FLIP", "horizontal"),
+        ("INPUT.MIN_SIZE_TRAIN_SAMPLING", "range"),
+        ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"),
+    ],
+)
+def test_names_of_detectron2(host, key, accepted):
+    """Whatever its own error would be, and of the host that has the key."""
+    try:
+        make_cfg(host, BASE, key, accepted)
+    except InputError as e:
+        assert host == "torchvision" and "Non-existent key" in str(e)
+        return
+    words = f"{key}: 'other' is not accepted; use one of .*{accepted}"
+    with pytest.raises(InputError, match=words):
+        make_cfg(host, BASE, key, "other")
+
+
+@every_host
+def test_parts_that_freeze_are_not_evaluated_by_their_batch(host):
+    batch = "TEST.BN_STATISTICS", "batch"
+    for key, value in (("FREEZE_BN_ITER", "5"), ("FREEZE_BN_MODULES", "('backbone*',)")):
+        with pytest.raises(InputError, match=f"SOLVER.{key}: .* 'batch': frozen layers normalize"):
+            make_cfg(host, BASE, f"SOLVER.{key}", value, *batch)

@@ -4,14 +4,14 @@ import pytest
 
 from bn_det.config.check import check_ims_per_batch
 from bn_det.errors import InputError
-from hosts import HOSTS, detectron2, make_cfg
+from hosts import detectron2, every_host, make_cfg
 from reference import BASE
 
 IMS, PRECISE = "SOLVER.IMS_PER_BATCH", "TEST.PRECISE_BN.IMS_PER_BATCH"
 REFERENCE = "SOLVER.REFERENCE_WORLD_SIZE"
 
 
-@pytest.mark.parametrize("host", HOSTS)
+@every_host
 @pytest.mark.parametrize("key", [IMS, PRECISE, "SOLVER.VIRTUAL_IMAGES"])
 def test_each_process_has_as_many(host, key):
     check_ims_per_batch(make_cfg(host, BASE, key, "4"), 2)

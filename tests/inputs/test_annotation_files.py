@@ -206,6 +206,7 @@ USED = {
     "as it is": lambda content: content,
     "no segmentation": annotation(segmentation=None),
     "a short polygon": annotation(segmentation=[[1, 1, 4, 4]]),
+    "one of two polygons is short": annotation(segmentation=[POLYGON, [1, 2]]),
     "no area": annotation(area=None),
     "far away in an unknown image": annotation(bbox=[1, 1, 1e6, 3], image_id=9),
     "rounded at the edge": annotation(bbox=[-0.4, -0.4, 9, 7]),
@@ -356,3 +357,12 @@ def test_what_an_id_of_0_would_cost(tmp_path, number):
     evaluation.accumulate()
     evaluation.summarize()
     assert math.isclose(evaluation.stats[0], 1) == (number != 0)
+
+
+@pytest.mark.parametrize("with_masks", [True, False])
+def test_what_is_no_polygon_is_left_out_where_others_are(tmp_path, with_masks, caplog):
+    content = annotation(segmentation=[POLYGON, [1, 2], [1, 1, 4, 4]])(valid())
+    dataset = load(tmp_path, content, with_masks=with_masks)
+    found = [a.get("segmentation") for r in dataset.records for a in r["annotations"]]
+    assert [POLYGON] in found
+    assert "some have fewer than three points, which are left out: 1, the first" in caplog.text

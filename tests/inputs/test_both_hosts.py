@@ -8,7 +8,6 @@ import torch
 from inputs.test_annotation_files import (
     HEIGHT,
     LEFT_OUT,
-    POLYGON,
     REACHES_OUT,
     USED,
     WIDTH,
@@ -27,7 +26,6 @@ SEEN = {
     **USED,
     **REACHES_OUT,
     "odd polygon": annotation(segmentation=[[1, 1, 4, 4, 5, 5, 6]]),
-    "one of two polygons is short": annotation(segmentation=[POLYGON, [1, 2]]),
     "keypoints are a number": annotation(keypoints=5),
     "a crowd": annotation(iscrowd=1),
     "sizes are floats": changed("images", 0, height=float(HEIGHT), width=float(WIDTH)),

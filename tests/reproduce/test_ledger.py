@@ -81,6 +81,12 @@ def test_seeds_are_those_of_the_effects(list_claims, folder):
     assert json.loads((folder / "claims.json").read_text())[0]["seeds"] == [1, 3, 4]
 
 
+def test_seeds_whose_effect_is_not_known(list_claims, folder):
+    path = report(folder / "r.json", [1.5, 1.6], of={"unknown": [3]})
+    list_claims("--folder", folder, "--add", path)
+    assert "(2; none of seed 3) " in (folder / "claims.md").read_text()
+
+
 def test_fewer_seeds_take_no_place(list_claims, folder):
     list_claims("--folder", folder, "--add", report(folder / "r.json", [1.5, 1.6, 1.7]))
     before = (folder / "claims.json").read_text()
@@ -98,6 +104,7 @@ def test_fewer_seeds_take_no_place(list_claims, folder):
         ({"of": {"verdict": "splendid"}}, "is 'splendid' there, and its effects 'seen'"),
         ({"of": {"seeds": [1, 2]}}, "has not an effect for each seed"),
         ({"of": {"effects": [1.0, None, 2.0]}}, "cannot be read as results.json"),
+        ({"failed": {"train/x": "no"}}, "of which 1 steps have failed; give its command again"),
         ({"data": "coco", "num_gpus": 2}, "with the options --num-gpus 2, which are not"),
     ],
 )

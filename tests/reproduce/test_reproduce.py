@@ -37,16 +37,16 @@ from bn_det.reproduce.experiments import (
 from bn_det.reproduce.experiments.common import LABORATORIES, cells
 from bn_det.reproduce.experiments.new_laboratory import LEFT_OUT, METRICS
 from bn_det.reproduce.looks import Looks
-from bn_det.reproduce.main import default_jobs, plan
+from bn_det.reproduce.main import _write_all, default_jobs, plan
 from bn_det.reproduce.published import scaled, scaled_iterations, what_changes
 from bn_det.reproduce.registry import EXPERIMENTS, experiments_on
 from bn_det.reproduce.report import make_report, verdict_of
 from bn_det.reproduce.results import Picture, Results, Table, average
-from bn_det.reproduce.runner import Outcome, Runner, settings_of
+from bn_det.reproduce.runner import Failure, Outcome, Runner, settings_of
 from bn_det.reproduce.save import write_report
 from bn_det.reproduce.steps import DATA, Setting, Step
 from bn_det.reproduce.verdicts import judge
-from bn_det.reproduce.words import cell, effect_text, spikes_text, word_text
+from bn_det.reproduce.words import cell, effect_text, spikes_text, warnings_of, word_text
 from here import run_here
 from waiting import wait_for
 
@@ -73,7 +73,8 @@ def claim(smallest=1.0, at_most=False):
         ([0.5, 0.6, 0.7], "absent"),  # all of the interval is too small
         ([0.5, 0.6, 0.9], "not seen"),  # not all of it
         ([-1.5, -1.6, -1.7], "opposite"),
-        ([2.0, 2.0, 2.0], "seen"),  # an interval of nothing
+        ([2.0, 2.0, 2.0], "not seen"),  # of a spread that is not known
+        ([0.0, 0.0], "not seen"),
     ],
 )
 def test_verdict(effects, word):
@@ -219,6 +220,11 @@ def test_precise_bn_has_as_many_images_in_all_that_is_compared(tmp_path, data, n
                 keys = (f"TEST.PRECISE_BN.{key}" for key in ("IMS_PER_BATCH", "NUM_ITER"))
                 found.setdefault(name, set()).add(math.prod(int(opts[key]) for key in keys))
     images = {640 if data == "shapes" else 3200}
+    if data == "coco":  # a frozen training's are estimated in it
+        steps = EXPERIMENTS["frozen"].plan(setting, 1)
+        (frozen_,) = (step for step in steps if step.name.endswith("frozen-seed1"))
+        opts = dict(pairwise(frozen_.command))
+        assert 2 * num_gpus * int(opts["TEST.PRECISE_BN.NUM_ITER"]) == 3200
     assert found == {"multi-domain": images, "population": images, "batch-size": images}
     training = population.training(setting, 1, "base")
     for n in (32, 1024, 2048):
@@ -346,8 +352,15 @@ def test_an_interrupted_training_is_resumed(tmp_path):
     other = step._replace(command=(*step.command, "SEED", "2"))
     with pytest.raises(InputError, match="has another command"):
         Runner([other], runs, jobs=1).run()
+    begun = json.loads((runs / "a" / "command.json").read_text())
+    now = begun["versions"]["torch"]
+    begun |= {"versions": {**begun["versions"], "torch": "1.0"}, "threads": "7"}
+    (runs / "a" / "command.json").write_text(json.dumps(begun))
     assert Runner([step], runs, jobs=1).run() == []
     assert (runs / "a" / "metrics.json").exists(), "lines are appended to it"
+    outcome = Runner([step], runs, jobs=1).outcomes["a"]
+    assert outcome.resumed and outcome.versions["torch"] == f"1.0, {now}"
+    assert outcome.threads.startswith("7, ")
     with pytest.raises(InputError, match="has another command"):
         Runner([other], runs, jobs=1)
 
@@ -751,6 +764,14 @@ def test_the_versions_are_those_of_the_runs(results, tmp_path):
     assert "torch 2.13.0, 2.14.1" in (tmp_path / "report.html").read_text()
 
 
+def test_a_training_that_was_resumed_is_told(results):
+    steps = plan(["domain-shift"], results.setting, results.seeds)
+    name = steps[0].name
+    results.outcomes[name] = results.outcomes[name]._replace(resumed=True)
+    (told,) = warnings_of(make_report("domain-shift", ["domain-shift"], results, steps, []))
+    assert told.startswith(f"Interrupted and resumed: `{name}`. On Detectron2 the images come")
+
+
 def test_seeds_whose_effect_is_not_known_are_named(results):
     """A step that has failed in the first seed leaves the others their numbers."""
     step = multi_domain.population_step(
@@ -999,6 +1020,24 @@ def test_a_report_is_not_written_over_what_is_none(setting, tmp_path):
         (tmp_path / "results.json").write_text(content)
         with pytest.raises(InputError, match=r"results.json is not of a report"):
             check_folder(tmp_path, "all", setting, Looks((1,), 0.95))
+
+
+def test_a_look_that_fails_leaves_a_report_of_more_seeds(results, tmp_path):
+    """As where runs of earlier looks are gone; the last look is written whatever was there."""
+    steps = plan(["domain-shift"], results.setting, results.seeds)
+    of = "domain-shift", ["domain-shift"]
+    write_report(make_report(*of, results, steps, []), tmp_path)
+
+    def seeds():
+        return json.loads((tmp_path / "results.json").read_text())["seeds"]
+
+    fewer = Results(results.setting, results.outcomes, [1, 2])
+    failed = make_report(*of, fewer, steps, [Failure(steps[0], "it has failed")])
+    with pytest.raises(SystemExit, match="1 steps have failed"):
+        _write_all([failed], tmp_path)
+    assert seeds() == [1, 2, 3]
+    _write_all([make_report(*of, fewer, steps, [])], tmp_path)
+    assert seeds() == [1, 2]
 
 
 def test_cells():

@@ -36,12 +36,17 @@ def training(setting: Setting, seed: int, size: int) -> Training:
     return train(setting, f"retinanet-nbs_{size}", config, seed, 280, processes=2)
 
 
+def precise_images(setting: Setting) -> int:
+    """That population statistics are estimated from."""
+    return setting.pick(640, 3200)
+
+
 def precise_step(of: Training, size: int) -> Step:
     """Population statistics of the model with normalization batches as in training.
 
     All sizes' from as many images.
     """
-    number = of.setting.pick(640, 3200) // size
+    number = precise_images(of.setting) // size
     opts = ("TEST.PRECISE_BN.IMS_PER_BATCH", size, "TEST.PRECISE_BN.NUM_ITER", number)
     return recompute(of, "precise", 35, (), opts)
 

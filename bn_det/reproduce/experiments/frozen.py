@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..results import Picture, Results, Row, Table, difference, ratio
 from ..steps import Setting, Step, Training, train
-from .batch_size import CURVES, SETS, loss_step, precise_step
+from .batch_size import CURVES, SETS, loss_step, precise_images, precise_step
 from .batch_size import training as of_size
 
 SIZE = 2
@@ -20,7 +20,9 @@ def trainings(setting: Setting, seed: int) -> tuple[Training, Training]:
     if setting.data == "shapes":
         config = ("batch_size", f"NBS_{SIZE}_frozen")
         return usual, train(setting, name, config, seed, 280, processes=2)
-    opts = ("SOLVER.FREEZE_BN_ITER", 72000)
+    # As many images as those of the usual training's statistics.
+    batches = precise_images(setting) // (SIZE * setting.num_gpus)
+    opts = ("SOLVER.FREEZE_BN_ITER", 72000, "TEST.PRECISE_BN.NUM_ITER", batches)
     return usual, train(setting, name, ("ways", "BN"), seed, 0, opts)
 
 
