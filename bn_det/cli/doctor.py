@@ -22,8 +22,8 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -168,7 +168,8 @@ def main(prog: str, arguments: Sequence[str]) -> None:
 def report_of(args: argparse.Namespace) -> Report:
     check_positive("--num-iters", args.num_iters)
     is_file = args.config_file is None and args.model is None
-    if (args.evaluate or args.treat is not None) and args.num_iters < LEAST_TO_EVALUATE:
+    evaluates = args.evaluate or args.treat is not None
+    if evaluates and args.num_iters < LEAST_TO_EVALUATE:
         raise InputError(
             f"--num-iters: {args.num_iters} is not accepted; to evaluate, use "
             f"{LEAST_TO_EVALUATE} or more"
@@ -186,12 +187,13 @@ def report_of(args: argparse.Namespace) -> Report:
         report = examine(
             of.model, of.batches, args.num_iters, call=of.call, target=of.target,
             target_score=of.target_score, optimizer=of.optimizer, step=of.step,
-            evaluate=args.evaluate, score=of.score, treat=args.treat is not None, rules=rules,
+            evaluate=args.evaluate, score=of.score if evaluates else None,
+            treat=args.treat is not None, rules=rules,
             recompute=loaded.recompute,
             progress="tqdm" if sys.stderr is not None and sys.stderr.isatty() else "log",
         )  # fmt: skip
     if args.treat is not None:
-        with redirect_stdout(sys.stderr):
+        with shown_if_it_fails(report), redirect_stdout(sys.stderr):
             report = write_mended(loaded, report, args.treat)
     return report
 
@@ -304,7 +306,8 @@ def by_config(args: argparse.Namespace) -> Loaded:
     config += f" --host {args.host}" * (args.host != "auto")
     adapt = f"{config} --adabn --dataset {shlex.quote(args.target or '')} --evaluate"
     opts = _other_opts(args.opts)
-    recompute = Recompute.by_command(path, config + opts, adapt + opts, keys)
+    as_tested = f"{config} --adabn --dataset {shlex.quote(cfg.DATASETS.TRAIN[0])}{opts}"
+    recompute = Recompute.by_command(path, config + opts, adapt + opts, keys, as_tested)
     return Loaded(of, recompute, beside_weights(path, of.model.state_dict()))
 
 
@@ -365,11 +368,22 @@ def formatted(report: Report, args: argparse.Namespace) -> str:
     return json.dumps(report.as_dict(), indent=1) if args.format == "json" else str(report)
 
 
+@contextmanager
+def shown_if_it_fails(report: Report) -> Iterator[None]:
+    """An examination may have taken an hour: a full disk does not lose what it has found."""
+    try:
+        yield
+    except BaseException:
+        print(report)
+        raise
+
+
 def show(report: Report, args: argparse.Namespace) -> None:
     if args.output is None:
         print(formatted(report, args))
     else:
-        write_text(args.output, formatted(report, args))
+        with shown_if_it_fails(report):
+            write_text(args.output, formatted(report, args))
         print(f"{report}\nSaved to {args.output}")
     severe = SEVERITIES[: SEVERITIES.index(args.fail_on) + 1] if args.fail_on != "never" else ()
     if any(finding.severity in severe for finding in report.findings):

@@ -26,12 +26,14 @@ class SourceShare(NamedTuple):
     share: of a layer's variance, what lies between them.
     error: its standard error.
     is_mixed: whether any batch was of several.
+    passes: in which the layer has seen some.
     """
 
     sources: int
     share: float
     error: float
     is_mixed: bool
+    passes: int
 
 
 class CallObserver(Observer):
@@ -91,7 +93,7 @@ class CallObserver(Observer):
             seen = [of for of in merged if any(of)]
             if len(known) > 1:
                 is_mixed = any(sum(m is not None for m in of) > 1 for of in seen)
-                found[name] = SourceShare(len(known), *between_sources(seen), is_mixed)
+                found[name] = SourceShare(len(known), *between_sources(seen), is_mixed, len(seen))
         return found
 
     def noise(self, of: LayerReport) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
@@ -130,6 +131,11 @@ def examine(
         raise InputError("target: batches of a target are not accepted without batches of a source")
     if target_score is not None and target is None:
         raise InputError("target_score: it is not accepted without target")
+    if score is not None and not (evaluate or treat):
+        raise InputError("score: it is not accepted without evaluate or treat, which ask for it")
+    for key, number in (step or Step())._asdict().items():
+        if not 0 < number < math.inf:
+            raise InputError(f"step: {key} {number!r} is not accepted; use a number above 0")
     if evaluate := evaluate or treat:
         _check_evaluation(batches, num_iters, group)
     model = unwrapped(model)
@@ -137,13 +143,11 @@ def examine(
     with as_frozen(model):
         with torch.no_grad():
             checkpoint = _checkpoint(model)
+            recompute = from_file.suited(recompute, checkpoint)
             findings = [
                 *from_file.findings_of(checkpoint, recompute),
                 *from_model.findings_of(model, recompute),
             ]
-        if any(of.rule == "BN101" for of in findings):
-            # Without initial=True they would be taken for folded, and refused.
-            recompute = recompute._replace(usual=recompute.initial)
         if optimizer is not None:
             findings += from_training.of_optimizer(model, optimizer)
         if not checkpoint.layers:
@@ -154,7 +158,7 @@ def examine(
             healthy = _healthy_state(checkpoint) + _not_seen(unseen) * (batches is not None)
             return make_report(untried(findings, recompute), rules, healthy)
         told = Told(progress)
-        examination = _Examination(model, num_iters, call, group, told, recompute, findings)
+        examination = _Examination(model, num_iters, call, group, told, recompute, findings, step)
         images = Images(batches, evaluate, evaluate and has_frozen(model))
         scores = score is not None, target_score is not None
         price = _price(model, num_iters, evaluate, *scores, target is not None)
@@ -167,7 +171,7 @@ def examine(
                 raise
             report = make_report(untried(findings, recompute), rules, "")
             return report._replace(verdict=f"{report.verdict}; nothing was seen on images: {e}")
-        examination.of_passes(seen, step or Step())
+        examination.of_passes(seen)
         of_target: Seen | None = None
         on_target: list[Shift] = []
         if target is not None:
@@ -199,20 +203,22 @@ class _Examination:
         told: Told,
         recompute: Recompute,
         findings: list[Finding],
+        step: Step | None,
     ) -> None:
+        self.step = step or Step()
         self.model, self.num_iters, self.call, self.group = model, num_iters, call, group
         self.told, self.recompute, self.findings = told, recompute, findings
 
     def look(self, batches: Iterable[Any], frozen: bool) -> Seen:
         how = self.num_iters, self.call, self.group, self.told.bars
-        return from_passes.look(self.model, batches, *how, frozen)
+        return from_passes.look(self.model, batches, *how, frozen, self.step)
 
-    def of_passes(self, seen: Seen, step: Step) -> None:
+    def of_passes(self, seen: Seen) -> None:
         self.findings = [
             *from_passes.counted(self.findings, seen),
             *from_passes.findings_of(seen, self.recompute),
         ]
-        self.findings += from_training.small_batches(seen.called, step)
+        self.findings += from_training.small_batches(seen.called, self.step)
 
     def of_target(self, target: Iterable[Any]) -> Seen:
         try:

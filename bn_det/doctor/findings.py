@@ -69,6 +69,8 @@ class Recompute(NamedTuple):
         per_level: the same where levels are to have statistics of their own.
         needs: what a checkpoint with these needs beside it.
         adapt: the same on the target's images (AdaBN).
+        frozen: the same of frozen layers, too.
+        as_tested: the same in passes as at test time.
     """
 
     usual: str
@@ -76,10 +78,17 @@ class Recompute(NamedTuple):
     per_level: str
     needs: str
     adapt: str
+    frozen: str
+    as_tested: str
 
     @classmethod
     def by_command(
-        cls, weights: str | os.PathLike, model: str, adapt: str = "", keys: Sequence[str] = ()
+        cls,
+        weights: str | os.PathLike,
+        model: str,
+        adapt: str = "",
+        keys: Sequence[str] = (),
+        as_tested: str = "",
     ) -> Recompute:
         """By bn-det recompute.
 
@@ -87,15 +96,23 @@ class Recompute(NamedTuple):
             model: the flags that say what the model and its images are.
             adapt: the same with those of the target.
             keys: KEY VALUE of a config whose levels then have statistics of their own.
+            as_tested: flags of the model and its training images in passes as at test time, where
+                the command has such.
         """
         path = shlex.quote(os.fspath(weights))
         start = f"bn-det recompute --weights {path} --output"
+        mended, adapted = (
+            f"{name}_again.pth" if os.path.basename(weights) == f"{name}.pth" else f"{name}.pth"
+            for name in ("mended", "adapted")
+        )
         per_level, needs = IN_CODE.per_level, IN_CODE.needs
         if keys:
-            per_level = f"{start} mended.pth --population per_domain {model}"
+            per_level = f"{start} {mended} --population per_domain {model}"
             needs = f"its config needs {' '.join(keys)} from then on"
-        usual, initial = (f"{start} mended.pth{f} {model}" for f in ("", " --initial"))
-        return cls(usual, initial, per_level, needs, f"{start} adapted.pth {adapt}")
+        usual, initial = (f"{start} {mended}{f} {model}" for f in ("", " --initial"))
+        of_target = f"{start} {adapted} {adapt}"
+        tested = f"{start} {adapted} {as_tested}" if as_tested else IN_CODE.as_tested
+        return cls(usual, initial, per_level, needs, of_target, IN_CODE.frozen, tested)
 
 
 def _in_code(arguments: str) -> str:
@@ -109,6 +126,8 @@ IN_CODE = Recompute(
     "bn_det.DomainBatchNorm2d in code",
     "the model that loads it needs population per_domain in its bn_det.DomainBatchNorm2d",
     _in_code("model, target, allow_short=True, adabn=True"),
+    _in_code("model.train(), batches, allow_short=True, frozen=True"),
+    _in_code("model, batches, allow_short=True, adabn=True"),
 )
 
 
@@ -389,7 +408,8 @@ def _verdict(first: Finding, tried: Sequence[Tried]) -> str:
     helping = [of for of in tried if of.helps and of.on_target == (own or tried[0]).on_target]
     best = max(helping, key=lambda of: (of.kept, of.gain), default=None)
     if own is None:
-        return f"{said}; {first.prescription}; statistics are not it: {tried[0]}"
+        also = f"and {tried[0]}" if tried[0].helps else f"statistics are not it: {tried[0]}"
+        return f"{said}; {first.prescription}; {also}"
     if best is None and own.gain > 0:
         return f"{said}; too few batches to tell whether this helps (give more: {_HOW}): {own}"
     if best is None:
@@ -418,9 +438,10 @@ def selected(rules: Collection[str], select: Collection[str], ignore: Collection
     Raises:
         InputError: one is the start of none.
     """
-    for flag, names in (("--select", select), ("--ignore", ignore)):
+    # What is to be ignored need not be looked for here: one command may be for files and models.
+    for flag, names, known in (("--select", select, rules), ("--ignore", ignore, RULES)):
         for name in names:
-            if not name or not any(rule.startswith(name) for rule in rules):
-                raise InputError(f"{flag}: there is no rule {name!r}; {nearest(name, rules)}")
+            if not name or not any(rule.startswith(name) for rule in known):
+                raise InputError(f"{flag}: there is no rule {name!r}; {nearest(name, known)}")
     wanted = {r for r in rules if not select or r.startswith(tuple(select))}
     return wanted - {r for r in rules if ignore and r.startswith(tuple(ignore))}

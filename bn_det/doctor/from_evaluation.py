@@ -163,7 +163,7 @@ def findings_of(
         own: rules by which statistics have been found to be off themselves.
     """
     yield from accumulated(found, seen, recompute, own)
-    yield from proposals(seen)
+    yield from proposals(seen, recompute)
 
 
 def accumulated(
@@ -196,7 +196,7 @@ def _root_mean_square(found: Sequence[Shift]) -> float:
     return (sum(max(of.mean_shift, of.var_shift) ** 2 for of in found) / len(found)) ** 0.5
 
 
-def proposals(seen: Inputs) -> Iterator[Finding]:
+def proposals(seen: Inputs, recompute: Recompute) -> Iterator[Finding]:
     """BN207."""
     off = {of.name: of.worst for of in proposal_shifts(seen) if of.worst}
     if not off or seen.detected is None:
@@ -213,11 +213,12 @@ def proposals(seen: Inputs) -> Iterator[Finding]:
         f"by {shift:.3g} (standard deviations of the mean, or relative to the variance)"
     )
     treatment = (
-        "untried: bn-det recompute --adabn --dataset TRAINING_SET takes statistics of "
-        "the proposals of test time; or a norm without population statistics in that head (GN)"
+        f"{recompute.as_tested} takes statistics of the proposals of test time; or a norm without "
+        "population statistics in that head (GN)"
     )
+    harm = "it may harm, as the head has been trained on what training samples"
     severity = "warning" if shift >= COSTS else "note"
-    yield Finding("BN207", severity, names, shift, why, treatment, error)
+    yield Finding("BN207", severity, names, shift, why, treatment, error, untried=harm)
 
 
 def proposal_shifts(seen: Inputs) -> list[Shift]:

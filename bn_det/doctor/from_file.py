@@ -59,7 +59,7 @@ def examine_file(
     checkpoint = read(path, part)
     # Of a config it is the model's.
     of_part = _ANY if part in (None, "model") else f"--part {shlex.quote(part)} {_FUNCTIONS}"
-    recompute = Recompute.by_command(path, of_part)
+    recompute = suited(Recompute.by_command(path, of_part), checkpoint)
     findings = untried([*findings_of(checkpoint, recompute), *fused_file(checkpoint)], recompute)
     number = len(checkpoint.layers)
     others = checkpoint.others
@@ -70,6 +70,12 @@ def examine_file(
         f"--model and --data, or bn_det.examine(model, batches){also}"
     )
     return make_report(findings, wanted, healthy if number else "the file has no BatchNorm" + also)
+
+
+def suited(recompute: Recompute, checkpoint: Checkpoint) -> Recompute:
+    """As a checkpoint's statistics are recomputed: those of a new layer (BN101) look folded."""
+    is_new = any(of.rule == "BN101" for of in initial_statistics(checkpoint, recompute))
+    return recompute._replace(usual=recompute.initial) if is_new else recompute
 
 
 def findings_of(checkpoint: Checkpoint, recompute: Recompute) -> Iterator[Finding]:
@@ -136,7 +142,7 @@ def initial_statistics(checkpoint: Checkpoint, recompute: Recompute) -> Iterator
                 "note",
                 f"{words} have their statistics in weight and bias: right while they are frozen",
                 "keep them frozen, or have real statistics before they train: bn_det.unfold(model, "
-                "batches)",
+                "batches, allow_short=True)",
             ),
             "BN104": (
                 "error",
@@ -169,7 +175,7 @@ def start_left(checkpoint: Checkpoint, recompute: Recompute) -> Iterator[Finding
         why = (
             f"{len(young)} of {len(checkpoint.layers)} layers have counted {fewest} batches or a "
             f"few more: with momentum {momentum:g} {100 * most:.0f} % of the start's mean 0 and "
-            "variance 1 are in their statistics"
+            "variance 1 are in their statistics, unless these were recomputed since"
         )
         yield Finding("BN106", "warning", tuple(young), most, why, recompute.usual)
 
@@ -181,11 +187,25 @@ def left_of_start(momentum: float | None, batches: int) -> float:
 
 @_check
 def of_channels(checkpoint: Checkpoint, recompute: Recompute) -> Iterator[Finding]:
-    """BN107 to BN109, and BN111: by what channels there are."""
+    """BN108, BN109 and BN111: by what channels there are."""
     for rule, (severity, of_layer, what, treatment) in _OF_CHANNELS.items():
         found = _with_channels(checkpoint, rule, severity, of_layer, what)
         if found is not None:
             yield found._replace(treatment=treatment or recompute.usual)
+
+
+@_check
+def not_finite(checkpoint: Checkpoint, recompute: Recompute) -> Iterator[Finding]:
+    """BN107."""
+    found = _with_channels(checkpoint, "BN107", "error", _is_not_finite, "with NaN or infinity")
+    if found is None:
+        return
+    affines = [[t for t in (of.weight, of.bias) if t is not None] for of in checkpoint.layers]
+    if any(bool(_are_not_finite(*affine).any()) for affine in affines if affine):
+        failed = "an earlier checkpoint: the training had failed, and weights are not measured anew"
+        yield found._replace(treatment=failed)
+    else:
+        yield found._replace(treatment=recompute.usual)
 
 
 @_check
@@ -229,8 +249,11 @@ def _with_channels(
 
 
 def _is_not_finite(layer: Layer) -> Tensor:
-    values = [t for t in (layer.mean, layer.var, layer.weight, layer.bias) if t is not None]
-    return ~torch.stack([t.double() for t in values]).isfinite().all(0)
+    return _are_not_finite(layer.mean, layer.var, layer.weight, layer.bias)
+
+
+def _are_not_finite(*values: Tensor | None) -> Tensor:
+    return ~torch.stack([t.double() for t in values if t is not None]).isfinite().all(0)
 
 
 def _is_clamped(layer: Layer) -> Tensor:
@@ -255,7 +278,6 @@ def _is_dead(layer: Layer) -> Tensor:
 
 
 _OF_CHANNELS: dict[str, tuple[str, Callable[[Layer], Tensor], str, str]] = {
-    "BN107": ("error", _is_not_finite, "with a value that is NaN or infinite", ""),
     "BN108": ("error", lambda layer: layer.var < 0, "with a variance below 0", ""),
     "BN109": (
         "error",

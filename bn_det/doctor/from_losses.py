@@ -38,6 +38,7 @@ class Compared(NamedTuple):
         parts: by part of the model what its old statistics add; empty where they add nothing.
         layers: of each part.
         inputs: what layers have seen in those passes.
+        left_out: batches beside them whose loss is not finite by any statistics.
     """
 
     old: Tensor
@@ -48,6 +49,7 @@ class Compared(NamedTuple):
     parts: dict[str, Tensor]
     layers: dict[str, list[str]]
     inputs: Inputs
+    left_out: int
 
 
 class Difference(NamedTuple):
@@ -101,6 +103,10 @@ def compare(losses: Losses, seen: Seen) -> Compared:
             draws = zip(_draws(seen), watches[2:], strict=True)
             noisy = torch.stack([_by(losses, drawn, watch) for drawn, watch in draws])
             of_new = _by(losses, seen.statistics, watches[1])
+        told = _judged(torch.stack([of_old, of_new, of_batch, *noisy]))
+        losses.keep(told)
+        of_old, of_new, of_batch, noisy = of_old[told], of_new[told], of_batch[told], noisy[:, told]
+        of_thawed = None if of_thawed is None else of_thawed[told]
         parts, layers = {}, {}
         if places and _cost(of_old, noisy).is_more:
             layers = parts_of([place.name for place in places])
@@ -109,7 +115,21 @@ def compare(losses: Losses, seen: Seen) -> Compared:
     finally:
         put(model, old)
     inputs = Inputs(watches[0], watches[1], watches[2:], detected)
-    return Compared(of_old, of_new, noisy, of_batch, of_thawed, parts, layers, inputs)
+    left_out = len(told) - int(told.sum())
+    return Compared(of_old, of_new, noisy, of_batch, of_thawed, parts, layers, inputs, left_out)
+
+
+def _judged(losses: Tensor) -> Tensor:
+    """Which batches tell statistics apart: not those of a loss that is finite by none.
+
+    Args:
+        losses: by several statistics, shape (*, number of batches).
+
+    Returns:
+        shape (number of batches,); all of them where fewer than two do.
+    """
+    finite = losses.isfinite().any(0)
+    return finite if finite.sum() > 1 else torch.ones_like(finite)
 
 
 def num_passes(model: nn.Module) -> int:
@@ -175,7 +195,7 @@ def findings_of(seen: Compared, recompute: Recompute) -> Iterator[Finding]:
     """BN301 to BN304."""
     yield from _costs(seen, recompute)
     yield from _by_batch(seen)
-    yield from _frozen(seen)
+    yield from _frozen(seen, recompute)
 
 
 def _costs(seen: Compared, recompute: Recompute) -> Iterator[Finding]:
@@ -192,6 +212,8 @@ def _costs(seen: Compared, recompute: Recompute) -> Iterator[Finding]:
         f"statistics, {_mean(seen.new)} by those of the passes, {_mean(seen.noisy)} with the "
         f"noise of an EMA, and {_mean(seen.batch)} by those of each batch"
     )
+    if seen.left_out:
+        why += f"; {seen.left_out} more have no finite loss by any statistics, and are left out"
     if seen.parts and not ordered:
         why += "; that it is of one part and not of others is not beyond chance"
     yield Finding("BN301", "error", where, cost.value, why, recompute.usual, cost.error)
@@ -222,7 +244,7 @@ def _by_batch(seen: Compared) -> Iterator[Finding]:
         yield Finding("BN303", "note", (), off.value, why, treatment, off.error)
 
 
-def _frozen(seen: Compared) -> Iterator[Finding]:
+def _frozen(seen: Compared, recompute: Recompute) -> Iterator[Finding]:
     """BN304."""
     if seen.thawed is None:
         return
@@ -233,8 +255,8 @@ def _frozen(seen: Compared) -> Iterator[Finding]:
             "statistics do not fit these images"
         )
         treatment = (
-            "bn_det.update_bn_stats(model, batches, frozen=True), or thaw them (bn_det.thaw) with "
-            "a normalization batch of 16 and more"
+            f"{recompute.frozen}; or thaw them (bn_det.thaw) with a normalization batch of 16 and "
+            "more"
         )
         yield Finding("BN304", "warning", (), off.value, why, treatment, off.error)
 

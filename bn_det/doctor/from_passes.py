@@ -22,6 +22,7 @@ from .calls import CallObserver, SourceShare, of_each
 from .chance import FALSE_ALARMS, bound_of
 from .findings import COSTS, IN_CODE, Finding, Measures, Recompute, count, furthest
 from .from_model import as_weight
+from .from_training import Step, share_of_batch
 from .losses import Values
 from .modes import as_called, in_mode
 from .shares import Share, share_of
@@ -71,11 +72,13 @@ def look(
     group: Group,
     progress: str | None,
     frozen: bool = False,
+    step: Step | None = None,
 ) -> Seen:
     """Run a model in training mode on batches, and leave it as it was.
 
     Args:
         frozen: whether frozen layers are looked at, too, which normalize as they do in training.
+        step: of the training.
 
     Raises:
         InputError: as :func:`bn_det.update_bn_stats`; there are fewer than two batches.
@@ -103,10 +106,12 @@ def look(
     bound = bound_of(fewest, 2 * max(len(moving), 1))
     by_level = observer.levels()
     by_name = {layer.name: layer for layer in layers}
+    owners = {of.name: by_name[of.name].owner for of in moving}
+    emas = {name: _Ema(momenta[name], share_of_batch(of, step)) for name, of in owners.items()}
     offs = {
-        of.name: _off_in_turn(by_name[of.name].module, by_level[of.name], momenta[of.name])
+        of.name: _off_in_turn(by_name[of.name].module, by_level[of.name], emas[of.name])
         if of.name in by_level
-        else _off(of, momenta[of.name])
+        else _off(of, emas[of.name])
         for of in moving
     }
     shares = {name: share_of(passes) for name, passes in by_level.items()}
@@ -157,20 +162,36 @@ def _measures(
     )
 
 
-def _off(of: LayerReport, momentum: float | None) -> _Off:
-    chances = [_chance(of, error, momentum) for error in (of.mean_error, of.var_error)]
+class _Ema(NamedTuple):
+    """Attributes:
+    momentum: None for the mean of all batches.
+    share: the samples of a normalization batch of the training, in those of one of the passes.
+    """
+
+    momentum: float | None
+    share: float
+
+    def noise(self, momentum: float) -> float:
+        """Its variance about what it estimates, in that of the statistics of a batch of the passes.
+
+        It has m / (2 - m) of the variance of those of its own batches, which goes as one over their
+        samples. That larger batches vary less is not counted on.
+        """
+        return momentum / (2 - momentum) / min(self.share, 1)
+
+
+def _off(of: LayerReport, ema: _Ema) -> _Off:
+    chances = [_chance(of, error, ema) for error in (of.mean_error, of.var_error)]
     return _Off(of.mean_shift, of.var_shift, *chances)
 
 
-def _off_in_turn(
-    module: WithStatistics, passes: Sequence[Sequence[Moments]], momentum: float | None
-) -> _Off:
+def _off_in_turn(module: WithStatistics, passes: Sequence[Sequence[Moments]], ema: _Ema) -> _Off:
     """The same of an EMA that several batches a pass move in turn, whatever their sizes are.
 
     Of K of them the k-th has the weight m (1 - m)^(K - k), so that over passes it is an EMA of
     their weighted means, of momentum 1 - (1 - m)^K.
     """
-    calls, number = len(passes[0]), len(passes)
+    calls, number, momentum = len(passes[0]), len(passes), ema.momentum
     weights = torch.tensor([(1 - (momentum or 0)) ** (calls - 1 - k) for k in range(calls)])
     statistics = torch.stack(
         [torch.stack([torch.stack([b.mean, b.unbiased_var()]) for b in of]) for of in passes]
@@ -181,21 +202,19 @@ def _off_in_turn(
     units = torch.stack([var.sqrt(), var])
     noise = torch.where(units > 0, of_pass.var(0) / units.square(), 0.0).mean(1)
     m = 2 / (number + 1) if momentum is None else 1 - (1 - momentum) ** calls
-    chances = (noise * (m / (2 - m) + 1 / number)).sqrt().tolist()
+    chances = (noise * (ema.noise(m) + 1 / number)).sqrt().tolist()
     old_mean, old_var = (b.to(of_pass) for b in (module.running_mean, module.running_var))
     return _Off(shift_of(old_mean, mean, units[0]), shift_of(old_var, var, units[1]), *chances)
 
 
-def _chance(of: LayerReport, error: float, momentum: float | None) -> float:
+def _chance(of: LayerReport, error: float, ema: _Ema) -> float:
     """The standard deviation of an EMA about what it estimates, with that of the estimate.
 
-    An EMA of weight m has m / (2 - m) of the variance of a batch's statistics, for batches of the
-    size that the passes had. A mean of all batches is as precise as that of as many as the passes
-    had, at least.
+    A mean of all batches is as precise as that of as many as the passes had, at least.
     """
-    m = 2 / (of.num_batches + 1) if momentum is None else float(momentum)
+    m = 2 / (of.num_batches + 1) if ema.momentum is None else float(ema.momentum)
     of_batch = error * math.sqrt(of.num_batches)
-    return math.hypot(of_batch * math.sqrt(m / (2 - m)), error)
+    return math.hypot(of_batch * math.sqrt(ema.noise(m)), error)
 
 
 def findings_of(seen: Seen, recompute: Recompute) -> Iterator[Finding]:
@@ -235,10 +254,7 @@ def levels(seen: Seen, recompute: Recompute) -> Iterator[Finding]:
         calls = {name: of.calls for name, of in seen.shares.items()}
         finding = of_levels(off, calls)._replace(treatment=recompute.per_level)
         chances = {of.name: of.mean_chance for of in seen.layers}
-        _, share, _ = furthest(off)
-        if math.sqrt(share) >= COSTS:
-            finding = finding._replace(severity="error")
-        elif all(seen.shares[name].excess < chances[name] ** 2 for name in off):
+        if all(seen.shares[name].excess < chances[name] ** 2 for name in off):
             why = f"{finding.why}, less than an EMA is off by chance"
             finding = finding._replace(severity="note", why=why)
         yield finding
@@ -266,12 +282,17 @@ def _percent(share: float) -> str:
 
 
 def counted(findings: Iterable[Finding], seen: Seen) -> Iterator[Finding]:
-    """Findings, with BN112 as a note where layers are called as often as they have counted.
+    """Findings of a state, with a note of what passes tell to be no fault.
 
-    It is known of these what a file leaves open, and BN202 is about what it costs.
+    BN112 where layers are called as often as they have counted, of which BN202 tells what it costs.
+    BN106 where statistics fit the weights, as they have been recomputed.
     """
     calls = {of.name: of.calls for of in seen.layers}
+    off = {of.name for of in seen.layers if of.worst}
     for of in findings:
+        if of.rule == "BN106" and off.isdisjoint(of.where) and calls.keys() >= {*of.where}:
+            yield of._replace(severity="note", why=f"{of.why}; on images they fit the weights")
+            continue
         if of.rule == "BN112" and all(calls.get(name) == of.value for name in of.where):
             why = f"{of.why}; a pass calls them {of.value:g} times"
             yield of._replace(severity="note", why=why)
@@ -284,11 +305,10 @@ def sources(seen: Seen) -> Iterator[Finding]:
 
     Where batches are of one source each, training normalizes each source by itself.
     """
-    bound = bound_of(seen.num_batches, max(len(seen.sources), 1))
     off = {
         name: (of.share, of.error)
         for name, of in seen.sources.items()
-        if name not in seen.frozen and of.share > bound * of.error
+        if name not in seen.frozen and of.share > bound_of(of.passes, len(seen.sources)) * of.error
     }
     if off:
         names, share, error = furthest(off)

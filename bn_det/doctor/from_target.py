@@ -20,12 +20,12 @@ def shifts(source: Seen, target: Seen) -> list[Shift]:
     batch. Chance is the standard errors of both.
     """
     names = [name for name in source.estimates if name in target.estimates]
-    fewest = min(source.num_batches, target.num_batches)
-    bound = bound_of(fewest, 2 * max(len(names), 1))
-    return [_shift(name, source.estimates[name], target.estimates[name], bound) for name in names]
+    tests = 2 * max(len(names), 1)
+    return [_shift(name, source.estimates[name], target.estimates[name], tests) for name in names]
 
 
-def _shift(name: str, source: Estimate, target: Estimate, bound: float) -> Shift:
+def _shift(name: str, source: Estimate, target: Estimate, num_tests: int) -> Shift:
+    bound = bound_of(min(source.num_batches, target.num_batches), num_tests)
     chances = (
         (source.mean_error**2 + target.mean_error**2) ** 0.5,
         (source.var_error**2 + target.var_error**2) ** 0.5,

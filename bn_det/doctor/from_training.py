@@ -130,7 +130,7 @@ def small_batches(called: Mapping[str, tuple[nn.Module, float]], step: Step) -> 
     few = {}
     for name, (layer, samples) in called.items():
         processes = step.processes if is_synchronized(layer) else 1
-        size = samples * step.share * processes
+        size = samples * share_of_batch(layer, step)
         if size <= FEW and by_whole_batch(layer):
             few[name] = (size, processes)
     if not few:
@@ -150,6 +150,12 @@ def small_batches(called: Mapping[str, tuple[nn.Module, float]], step: Step) -> 
         "gradients do not enlarge a normalization batch"
     )
     yield Finding("BN502", "warning", names, least, why, treatment)
+
+
+def share_of_batch(layer: nn.Module, step: Step | None) -> float:
+    """The samples of a layer's normalization batch in training, in those of one examined."""
+    step = step or Step()
+    return step.share * (step.processes if is_synchronized(layer) else 1)
 
 
 def is_synchronized(layer: nn.Module) -> bool:

@@ -48,6 +48,10 @@ class Losses:
         with self.told.bar(what, number * len(self.batches)) as self._advance:
             yield
 
+    def keep(self, batches: Tensor) -> None:
+        """Go on with some of the batches; a boolean for each."""
+        self.batches = [of for of, is_one in zip(self.batches, batches, strict=True) if is_one]
+
     def of(self, watch: Callable[[], None] = lambda: None) -> Tensor:
         """The loss of each batch, by the population statistics that the model has.
 

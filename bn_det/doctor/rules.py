@@ -219,8 +219,10 @@ RULES = {
         "Test time normalizes by them. They lag behind weights that moved fast, were averaged "
         "apart from them, are of another domain, or of one process alone (Wu & Johnson, "
         "Rethinking Batch in BatchNorm, Sec. 3).",
-        "The noise of an EMA is taken from the batches of the examination: with much smaller ones "
-        "than those of training, less is found. Values of a map are not independent; batches are "
+        "The noise of an EMA is taken from the batches of the examination, and is larger by as "
+        "much as the training's are said to be smaller (--num-gpus, step). With much smaller ones "
+        "than those of training less is found; with much larger ones, of which nothing is said, "
+        "healthy statistics may be. Values of a map are not independent; batches are "
         "taken to be. Channels that are constant in all batches are not looked at. That a "
         "difference costs AP is certain only once it was tried.",
         "facebookresearch/maskrcnn-benchmark 686, open-mmlab/mmdetection 726, tensorflow/models "

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import resource
 import shlex
 import subprocess
 import sys
@@ -459,3 +460,21 @@ def test_levels_get_statistics_of_their_own(host, tiny_shapes, tmp_path, caplog)
     mended = torch.load(tmp_path / "mended.pth", weights_only=True)["model"]
     key = "MODEL.RETINANET.BN.POPULATION", "per_domain"
     build_model(host, make_cfg(host, BASE, *small, *key)).load_state_dict(mended)
+
+
+def test_one_command_for_files_and_models(broken):
+    """What is looked for in models alone is ignored in a file."""
+    done = doctor(broken, "--ignore", "BN203", "--ignore", "BN107")
+    assert done.returncode == 0 and "BN112" in done.stdout
+
+
+def test_a_report_that_cannot_be_written_is_shown(broken):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5120, before[1]))  # as on a full disk
+    try:
+        done = doctor(broken, "--format", "html", "--output", broken.parent / "page.html")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert done.returncode == 1 and "File too large" in done.stderr
+    assert done.stdout.startswith("statistics, weight or bias are NaN or infinite, in 1 (BN107); ")
+    assert not (broken.parent / "page.html").exists()

@@ -302,3 +302,31 @@ def test_what_cannot_be_evaluated(kwargs, words, model):
     with pytest.raises(InputError, match=words):
         examine(model, evaluate=True, **arguments)
     assert_same(model, state)
+
+
+def test_a_batch_that_tells_nothing(model):
+    """Of which no image has a label: its loss is NaN whatever the statistics are."""
+    model[4].running_mean += 1.5 * model[4].running_var.sqrt()
+    data = batches(48, seed=2)
+    expected = examine(model, data[:5] + data[6:], call=loss, evaluate=True)
+    data[5] = (data[5][0], torch.full_like(data[5][1], -100))
+    report = examine(model, data, call=loss, evaluate=True)
+    assert rules(report) == rules(expected) and "BN301" in rules(report)
+    (found,) = [of for of in report.findings if of.rule == "BN301"]
+    assert "on 15 batches apart" in found.why and "; 1 more have no finite loss" in found.why
+    (tried,) = report.tried
+    assert tried.helps and math.isfinite(tried.before) and report.verdict.startswith("statistics, ")
+
+
+def test_what_helps_is_not_said_to_be_none_of_it(model):
+    """Beside a first finding that prescribes other things than statistics."""
+    before = float(model[4].running_mean.mean())
+    model[4].running_mean += 3 * model[4].running_var.sqrt()
+
+    def score(model):
+        return 50 - 10 * abs(float(model[4].running_mean.mean()) - before)
+
+    few = [(x[:2], y[:2]) for x, y in batches(48, seed=2)]
+    report = examine(model, few, call=loss, evaluate=True, score=score, rules=["BN502"])
+    assert [of.rule for of in report.findings] == ["BN502"] and report.tried[0].helps
+    assert report.verdict.endswith(f"; and {report.tried[0]}")

@@ -11,7 +11,8 @@ from torch import nn
 from torchvision.models.detection import retinanet_resnet50_fpn
 
 import bn_det
-from bn_det import DomainBatchNorm2d, examine
+from bn_det import DomainBatchNorm2d, convert_batchnorm, examine
+from bn_det.doctor import Step
 from bn_det.doctor.shares import between_sources, share_of
 from bn_det.errors import InputError
 from bn_det.layers.moments import Moments
@@ -498,3 +499,61 @@ def test_depth_is_the_order_of_calls():
     report = examine(model, [x - x.mean() + 0.1 * (k > 1) for k, x in enumerate(source)],
                      call=sometimes)  # fmt: skip
     assert [of.name for of in report.layers] == ["first", "last", "unused"]
+
+
+@pytest.mark.parametrize("synchronized", [False, True])
+def test_a_training_of_smaller_batches(synchronized):
+    """The EMA of batches of two varies as these do, where it is told that they are of two."""
+    found = {False: [], True: []}
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = classifier().train()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for x in batches(200, seed):
+                model(x[torch.randperm(8, generator=generator)[:2]])
+        if synchronized:  # by its name: then it is of eight, and lags
+            model = convert_batchnorm(model, nn.SyncBatchNorm)
+        for told in found:
+            report = examine(model, batches(seed=9), step=Step(4, 1, 2 / 8) if told else None)
+            found[told] += [of for of in report.findings if of.rule == "BN201"]
+    assert found[False] and bool(found[True]) == synchronized
+
+
+@pytest.mark.parametrize(
+    "kwargs, words",
+    [
+        ({"step": Step(processes=0)}, "step: processes 0 is not accepted; use a number above 0"),
+        ({"step": Step(share=math.nan)}, "step: share nan is not accepted"),
+        ({"score": float}, "score: it is not accepted without evaluate or treat"),
+    ],
+)
+def test_what_is_no_step_or_asks_for_no_score(model, kwargs, words):
+    with pytest.raises(InputError, match=words):
+        examine(model, batches(), **kwargs)
+
+
+def test_the_start_is_no_fault_of_statistics_that_fit():
+    """Recomputed after twenty batches: the counter is as it was."""
+    torch.manual_seed(0)
+    model = classifier().train()
+    with torch.no_grad():
+        for x in batches(20, seed=1):
+            model(x)
+    assert "BN106" in rules(examine(model, batches()))
+    bn_det.update_bn_stats(model, batches(), allow_short=True)
+    report = examine(model, batches())
+    assert rules(report) == [] and "BN106" in rules(report, ("note",))
+
+
+def test_each_cure_beside_new_statistics_is_initial():
+    """As without it statistics of the others would look folded."""
+    torch.manual_seed(0)
+    model = classifier()
+    nn.init.normal_(model[1].weight)
+    model[4].running_var[0] = -1.0
+    model[4].num_batches_tracked += 100
+    found = {of.rule: of for of in examine(model).findings}
+    assert found.keys() >= {"BN101", "BN108"}
+    assert "initial=True" in found["BN108"].treatment and found["BN108"].untried
+    bn_det.update_bn_stats(model.train(), batches(), allow_short=True, initial=True)

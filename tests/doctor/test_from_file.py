@@ -389,3 +389,28 @@ def test_numbers_of_other_types(tmp_path):
     (tmp_path / "model.pkl").write_bytes(dumps(arrays))
     (finding,) = examine_file(tmp_path / "model.pkl").findings
     assert finding.rule == "BN113"
+
+
+@pytest.mark.parametrize(
+    "key, words", [("running_mean", "bn-det recompute --weights"), ("bias", "an earlier checkpoi")]
+)
+def test_what_is_not_finite_decides_the_cure(key, words, state, examine):
+    state[f"{LAYER}.{key}"][0] = float("nan")
+    (finding,) = [of for of in examine(state).findings if of.rule == "BN107"]
+    assert finding.treatment.startswith(words)
+
+
+def test_cures_in_a_file_of_new_statistics(state, examine):
+    without_buffers(state)
+    state[f"{LAYER}.running_var"] = -torch.ones_like(state[f"{LAYER}.running_var"])
+    found = {of.rule: of for of in examine(state).findings}
+    assert found["BN101"].treatment == found["BN108"].treatment
+    assert " --initial " in found["BN108"].treatment
+
+
+def test_the_cure_of_a_mended_file_is_another(state, tmp_path):
+    state[f"{LAYER}.running_var"][0] = -1.0
+    path = tmp_path / "mended.pth"
+    torch.save(state, path)
+    (finding,) = [of for of in examine_file(path).findings if of.rule == "BN108"]
+    assert f"--weights {path} --output mended_again.pth" in finding.treatment

@@ -155,7 +155,8 @@ def test_proposals_of_test_time():
     assert model.training
     model.eval()
     (finding,) = [of for of in report.findings if of.rule == "BN207"]
-    assert finding.where == ("head.1",) and "--adabn" in finding.treatment
+    assert finding.where == ("head.1",) and "adabn=True" in finding.treatment
+    assert finding.untried.startswith("it may harm, as the head has been trained on what training")
     assert "head.1 32 a batch and not the 8 " in finding.why
     data = held(bright_corners())
     tested = inputs_of(model, data, "head.1")

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from test_examine import batches, classifier, rules
+from torch import nn
 
 import bn_det
 from bn_det import examine
@@ -151,3 +152,32 @@ def test_what_fails_leaves_the_model(model):
 def test_what_is_no_target(kwargs, words, model):
     with pytest.raises(InputError, match=words):
         examine(model, **{"batches": batches(), **kwargs})
+
+
+def test_layers_that_few_batches_reach():
+    """Chance is that of as many batches as a layer has seen, and not of all."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.often, self.seldom = (
+                nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)) for _ in range(2)
+            )
+
+        def forward(self, x, both):
+            self.often(x)
+            if both:
+                self.seldom(x)
+
+    found = []
+    for seed in range(12):
+        torch.manual_seed(seed)
+        model = Net().train()
+        source, target = (
+            [(x, k in (3, 9)) for k, x in enumerate(batches(seed=2 * seed + k))] for k in (0, 1)
+        )
+        report = examine(model, source, target=target, call=lambda model, batch: model(*batch))
+        bounds = {of.name: of.bound for of in report.on_target}
+        assert bounds["seldom.1"] > 5 * bounds["often.1"]
+        found += [of for of in report.findings if of.rule == "BN205"]
+    assert not found
