@@ -102,7 +102,7 @@ def train_and_fail(rank, opts):
 
 def test_failure_in_the_last_iteration_is_no_reason_to_evaluate(opts):
     """EvalHook would do so, and wait for ranks that are still in that iteration."""
-    run_ranks(train_and_fail, 2, opts)
+    run_ranks(train_and_fail, 2, opts, stay=False)
 
 
 def population(rank, opts):

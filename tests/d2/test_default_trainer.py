@@ -300,15 +300,15 @@ def test_a_data_set_that_only_has_a_function(make_cfg):
     """Detectron2 asks for no metadata to train on it, nor for a file to evaluate on it."""
     cfg = make_cfg()
     records = DatasetCatalog.get("tiny_train")
-    DatasetCatalog.register("mine", lambda: records)
+    DatasetCatalog.register("of_a_function", lambda: records)
     try:
-        MetadataCatalog.get("mine").set(evaluator_type="coco")
-        cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("mine",)
+        MetadataCatalog.get("of_a_function").set(evaluator_type="coco")
+        cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("of_a_function",)
         check_data(cfg)
         assert len(next(iter(Trainer.build_train_loader(cfg)))) == 2
     finally:
-        DatasetCatalog.remove("mine")
-        MetadataCatalog.remove("mine")
+        DatasetCatalog.remove("of_a_function")
+        MetadataCatalog.remove("of_a_function")
 
 
 def test_layers_over_processes_know_their_names(make_cfg):

@@ -182,7 +182,7 @@ def train_poisoned(rank, opts):
 
 
 def test_loss_of_one_rank_that_is_not_finite(opts, tmp_path):
-    _, message = run_ranks(train_poisoned, 2, opts)
+    _, message = run_ranks(train_poisoned, 2, opts, stay=False)
     assert message.startswith("loss not finite at iteration 3")
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
 
