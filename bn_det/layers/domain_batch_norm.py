@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from ..errors import check_positive, choose
+from ..errors import InputError, check_positive, choose
 from .batch_norm import BatchNorm2d
 from .forward import Domain, batch_norm
 
@@ -74,6 +74,11 @@ class DomainBatchNorm2d(BatchNorm2d):
         choose("population", population, SHARING)
         choose("affine", affine, SHARING)
         check_positive("num_domains", num_domains)
+        if "track_running_stats" in choices:
+            raise InputError(
+                "track_running_stats: it is not accepted by a layer of domains, which has "
+                "statistics; use BatchNorm2d for each"
+            )
         super().__init__(
             num_features,
             eps,

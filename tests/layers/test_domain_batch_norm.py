@@ -424,3 +424,9 @@ def test_dtype_and_device_reach_all_of_a_layer(choices):
     assert {y.dtype for y in layer([x, x])} == {torch.float64}
     on_meta = DomainBatchNorm2d(3, 2, population=population, affine=affine, device="meta")
     assert {t.device.type for t in on_meta.state_dict().values()} == {"meta"}
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+def test_statistics_are_no_choice(tracked):
+    with pytest.raises(InputError, match="track_running_stats: it is not accepted by a layer of"):
+        DomainBatchNorm2d(4, 2, track_running_stats=tracked)
