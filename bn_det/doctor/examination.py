@@ -133,7 +133,8 @@ def examine(
         raise InputError("target_score: it is not accepted without target")
     if score is not None and not (evaluate or treat):
         raise InputError("score: it is not accepted without evaluate or treat, which ask for it")
-    for key, number in (step or Step())._asdict().items():
+    step = step or Step()
+    for key, number in step._asdict().items():
         if not 0 < number < math.inf:
             raise InputError(f"step: {key} {number!r} is not accepted; use a number above 0")
     if evaluate := evaluate or treat:
@@ -203,11 +204,10 @@ class _Examination:
         told: Told,
         recompute: Recompute,
         findings: list[Finding],
-        step: Step | None,
+        step: Step,
     ) -> None:
-        self.step = step or Step()
         self.model, self.num_iters, self.call, self.group = model, num_iters, call, group
-        self.told, self.recompute, self.findings = told, recompute, findings
+        self.told, self.recompute, self.findings, self.step = told, recompute, findings, step
 
     def look(self, batches: Iterable[Any], frozen: bool) -> Seen:
         how = self.num_iters, self.call, self.group, self.told.bars

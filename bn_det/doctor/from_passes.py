@@ -71,8 +71,8 @@ def look(
     call: Callable[[nn.Module, Any], Any] | None,
     group: Group,
     progress: str | None,
-    frozen: bool = False,
-    step: Step | None = None,
+    frozen: bool,
+    step: Step,
 ) -> Seen:
     """Run a model in training mode on batches, and leave it as it was.
 

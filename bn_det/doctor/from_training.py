@@ -152,9 +152,8 @@ def small_batches(called: Mapping[str, tuple[nn.Module, float]], step: Step) -> 
     yield Finding("BN502", "warning", names, least, why, treatment)
 
 
-def share_of_batch(layer: nn.Module, step: Step | None) -> float:
+def share_of_batch(layer: nn.Module, step: Step) -> float:
     """The samples of a layer's normalization batch in training, in those of one examined."""
-    step = step or Step()
     return step.share * (step.processes if is_synchronized(layer) else 1)
 
 
