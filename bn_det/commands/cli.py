@@ -167,7 +167,12 @@ def choose_host(requested: str) -> str:
 
 def import_host(requested: str, module: str) -> ModuleType:
     """A module of the host that --host asks for."""
-    package = {"detectron2": "d2", "torchvision": "tv"}[choose_host(requested)]
+    return host_module(choose_host(requested), module)
+
+
+def host_module(host: str, module: str) -> ModuleType:
+    """A module of a host, "detectron2" or "torchvision"."""
+    package = {"detectron2": "d2", "torchvision": "tv"}[host]
     return importlib.import_module(f"bn_det.{package}.{module}")
 
 

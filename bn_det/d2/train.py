@@ -141,11 +141,17 @@ def main(args: argparse.Namespace) -> None:
         start(_run, args, setup(args))
 
 
-def setup(args: argparse.Namespace) -> CfgNode:
-    """Load the config and check what it names, before any process is started."""
+def read_config(config_file: str, opts: Sequence[str]) -> CfgNode:
+    """Detectron2's config with our keys, a file's values and KEY VALUE pairs."""
     cfg = get_cfg()
     add_bn_det_config(cfg)
-    load_config(cfg, args.config_file, args.opts, "Detectron2")
+    load_config(cfg, config_file, opts, "Detectron2")
+    return cfg
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """Load the config and check what it names, before any process is started."""
+    cfg = read_config(args.config_file, args.opts)
     num_processes = world_size(args.num_gpus, args.num_machines)
     if not args.eval_only:
         check_ims_per_batch(cfg, num_processes)

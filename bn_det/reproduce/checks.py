@@ -9,13 +9,17 @@ from pathlib import Path
 
 import torch
 
+from ..commands.cli import host_module
 from ..data.coco import builtin_sources, datasets_root
 from ..errors import InputError, check_positive
 from .looks import Looks
 from .published import NUM_GPUS, what_changes
 from .registry import SEVERAL_GPUS, experiments_on
 from .report import identity, known_identity
-from .steps import Setting
+from .steps import Setting, Step
+
+_MOST_SEEDS = 1000
+"""More are a slip of the finger, and a plan that takes minutes to make."""
 
 
 def check_arguments(args: argparse.Namespace, names: Sequence[str]) -> None:
@@ -27,6 +31,8 @@ def check_arguments(args: argparse.Namespace, names: Sequence[str]) -> None:
     ):
         if value is not None:
             check_positive(flag, value)
+    if (args.seeds or 0) > _MOST_SEEDS:
+        raise InputError(f"--seeds: {args.seeds} is not accepted; use 1 to {_MOST_SEEDS}")
     if len(args.opts) % 2:
         raise InputError(
             f"{args.opts[-1]}: has no value; the end of the command is KEY VALUE pairs"
@@ -131,6 +137,29 @@ def check_host(setting: Setting) -> None:
             "Detectron2's ResNet-50; install Detectron2, or end the command with MODEL.WEIGHTS and "
             "a checkpoint of torchvision's, and MODEL.RESNETS.STRIDE_IN_1X1 False"
         )
+
+
+def check_options(steps: Sequence[Step], setting: Setting) -> None:
+    """What the user's KEY VALUE pairs make of the trainings, before the first of them.
+
+    Each config has to be accepted, and each checkpoint that is measured has to be saved.
+    """
+    if not setting.opts:
+        return
+    read_config = host_module(setting.host, "train").read_config
+    for training in (step for step in steps if step.is_training):
+        solver = read_config(training.config, training.opts).SOLVER
+        for of in steps:
+            iteration = of.looks_at if training.name in of.needs else None
+            if iteration is None:
+                continue
+            if iteration > solver.MAX_ITER or iteration % solver.CHECKPOINT_PERIOD:
+                raise InputError(
+                    f"SOLVER.MAX_ITER and SOLVER.CHECKPOINT_PERIOD: {solver.MAX_ITER} and "
+                    f"{solver.CHECKPOINT_PERIOD} are not accepted with {training.name}, whose "
+                    f"checkpoint of iteration {iteration} is measured, and would not be saved; "
+                    "leave out what you have given of them"
+                )
 
 
 def check_folder(folder: Path, title: str, setting: Setting, looks: Looks) -> None:

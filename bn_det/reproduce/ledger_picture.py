@@ -38,9 +38,11 @@ def ledger_picture(ledger: Sequence[tuple[Claim, Verdict]], confidence: float) -
     axis.set_xlabel("effect, in units of the smallest that counts (grey: too small to count)")
     axis.grid(axis="x", alpha=0.3)
     caption = (
-        f"Each claim's effect: a dot for each seed, a bar for the {100 * confidence:g} % interval. "
-        "A claim of 'at most' is seen where the bar ends in the grey or left of it."
+        f"Each claim's effect: a dot for each seed, a stroke for the mean, a bar for the "
+        f"{100 * confidence:g} % interval; the scale is linear to 2, and logarithmic from there on."
     )
+    if any(claim.at_most for claim, _ in known):
+        caption += " A claim of 'at most' is seen where the bar ends in the grey or left of it."
     return Picture("ledger", caption, figure)
 
 

@@ -18,7 +18,7 @@ from tabulate import tabulate
 from ..commands.cli import choose_host
 from ..errors import InputError
 from ..files import check_writable
-from .checks import check_arguments, check_data, check_folder, check_host
+from .checks import check_arguments, check_data, check_folder, check_host, check_options
 from .claims import claims_of
 from .looks import DECIDED, DEFAULT_SEEDS, Looks, looks_of, undecided
 from .published import NUM_GPUS
@@ -27,9 +27,12 @@ from .report import Report, known_identity, make_report
 from .results import Results, Table
 from .runner import Failure, Runner
 from .save import write_report
-from .steps import Setting, Step, shown
+from .steps import Setting, Step, estimate, shown
 from .verdicts import Verdict
 from .words import ledger_markdown, spikes_text, table_text, warnings_of
+
+_TIMED_ON = "detectron2"
+"""The host whose times the steps' estimates are."""
 
 
 def reproduce(args: argparse.Namespace) -> None:
@@ -47,6 +50,7 @@ def reproduce(args: argparse.Namespace) -> None:
     looks = looks_of(args)
     setting = _setting(args)
     check_host(setting)
+    check_options(plan(names, setting, [1]), setting)
     of = f"{args.experiment}-{args.data}-{setting.host}"
     folder = Path(args.output or f"output/reproduce/{of}")
     check_folder(folder, args.experiment, setting, looks)
@@ -58,12 +62,15 @@ def reproduce(args: argparse.Namespace) -> None:
 
 def _write_all(reports: Iterable[Report], folder: Path) -> None:
     """Each in place of the one before; one of more seeds stays until the last is there."""
-    before = len((known_identity(folder) or {"seeds": ()})["seeds"])
+    known = known_identity(folder) or {"seeds": (), "failed": {}}
+    before = len(known["seeds"])
     held = None
     for report in reports:
         print(_summary(report))
         held = report if len(report.results.seeds) < before else None
-        if held is None:
+        if held is None and report.failures and before and not known.get("failed"):
+            print(f"Not saved: {folder} has a report without failures, which stays")
+        elif held is None:
             _save(report, folder)
         _exit_with_failures(report)
     if held is not None:
@@ -91,9 +98,10 @@ def _reports(
         steps |= {step.name: step for step in plan(left, setting, seeds)}
         numbers |= dict.fromkeys(left, number)
         runner = Runner(list(steps.values()), setting.runs, args.jobs or default_jobs(setting))
+        if args.dry_run:  # the summary last, where one looks
+            print("\n".join(shown(step.command) for step in runner.pending()), end="\n\n")
         print(_overview(left, setting, seeds, runner, looks), flush=True)
         if args.dry_run:
-            print("\n".join(shown(step.command) for step in runner.pending()))
             return
         failures = run_to_end(runner)
         results = Results(setting, runner.outcomes, seeds)
@@ -144,12 +152,6 @@ def plan(names: Sequence[str], setting: Setting, seeds: Iterable[int]) -> list[S
     return list(found.values())
 
 
-def estimate(steps: Iterable[Step], jobs: int) -> timedelta:
-    """About how long steps take on two CPU cores."""
-    seconds = sum(step.seconds * min(step.processes, jobs) / jobs for step in steps)
-    return timedelta(seconds=round(seconds))
-
-
 def times() -> str:
     """For the command's help: about how long each experiment takes on small data."""
     named = {**{name: [name] for name in EXPERIMENTS}, "all": list(EXPERIMENTS)}
@@ -165,7 +167,7 @@ def times() -> str:
 def _time(names: Sequence[str], data: str, seeds: int) -> timedelta | str:
     """Of experiments, as far as there are some on the data."""
     there = [name for name in names if name in experiments_on(data)]
-    setting = Setting(data, "detectron2", Path("runs"))
+    setting = Setting(data, _TIMED_ON, Path("runs"))
     return estimate(plan(there, setting, range(1, seeds + 1)), 2) if there else "-"
 
 
@@ -221,6 +223,7 @@ def _overview(
     table = tabulate(rows, headers=headers, tablefmt="pipe")
     left = runner.pending()
     time = f", about {estimate(left, runner.jobs)} on as many CPU cores as run at a time"
+    time += ", as measured on Detectron2" if setting.host != _TIMED_ON else ""
     time += ", by the settings' own options" if setting.opts else ""
     tested = ", ".join(f"'{claim.name}'" for claim in claims_of(names, setting.data))
     of_looks = _of_looks(names, setting, seeds, runner, looks)

@@ -49,12 +49,17 @@ def report_page(report: Report, folder: Path, versions: Mapping[str, str]) -> st
         f"<title>bn_det: {escape(report.title)}</title><style>{_STYLE}</style></head><body>",
         f"<h1>{escape(report.title)}: what the batch in BatchNorm does</h1>",
         f"<p>Data: {setting.data}. Host: {setting.host}. Seeds: {seeds}. {escape(ran_with)}. "
-        f"The steps together took {timedelta(seconds=round(seconds))}, some at the same time "
-        "(of a training that was resumed, the last part counts).</p>",
+        f"The steps' times add up to {timedelta(seconds=round(seconds))} (several may have run at "
+        "the same time; of a training that was resumed, the last part counts).</p>",
         *_warnings(report),
         "<h2>The ledger of claims</h2>",
         "<p>The claims, their metrics and the smallest effects that count were fixed before the "
-        "first run (docs/claims.md). One seed is a hint, and no verdict. A seed in which a "
+        "first run (docs/claims.md). <em>Seen</em>: the mean is an effect that counts, and its "
+        "interval is above zero. <em>Opposite</em>: the same of its negative. <em>Absent</em>: the "
+        "whole interval is of effects too small to count. <em>Not seen</em>: these seeds do not "
+        "tell, which is not that there is no effect. A claim of <em>at most</em> is seen where all "
+        "of the interval is at most that, and opposite where all of it is above. One seed is a "
+        "<em>hint</em>, and no verdict. A seed in which a "
         "training had a loss spike, or diverged, does not count, but for claims on how much a "
         "training bears. "
         "Seeds needed: with which the smallest effect that counts would be told from none in nine "
@@ -62,6 +67,8 @@ def report_page(report: Report, folder: Path, versions: Mapping[str, str]) -> st
         _ledger_html(report),
         *([_picture_html(report.picture, folder)] if report.picture else []),
         *_spikes_html(report),
+        "<p class='note'>In tables a mean and a standard deviation over the seeds, in the pictures "
+        "of an experiment a mean, and a band or bar from the least to the greatest.</p>",
     ]
     for name, show in report.shows.items():
         parts.append(f"<h2>{name}</h2><p>{_rich(_about(experiments_on(setting.data)[name]))}</p>")
@@ -116,8 +123,7 @@ def _table_html(table: Table) -> str:
 
 
 def _config(steps: Sequence[Step]) -> str:
-    command = steps[0].command
-    return f"<code>{escape(command[command.index('--config-file') + 1])}</code>"
+    return f"<code>{escape(steps[0].config)}</code>"
 
 
 def _html(headers: Sequence[str], rows: Sequence[str]) -> str:

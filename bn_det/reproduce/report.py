@@ -33,6 +33,7 @@ class Report(NamedTuple):
         failures: what went wrong.
         looks: when claims are looked at, this time among others.
         spikes: what is noted of the losses of each training, by its name.
+        diverged: the iterations at which trainings had a loss that was not finite, by their names.
     """
 
     title: str
@@ -44,6 +45,7 @@ class Report(NamedTuple):
     failures: Sequence[Failure]
     looks: Looks
     spikes: dict[str, dict[str, Any]]
+    diverged: dict[str, int]
 
 
 def make_report(
@@ -75,8 +77,12 @@ def make_report(
     ]
     spikes = {s.name: results.spikes(s.name) for s in steps if s.is_training}
     known = {name: noted for name, noted in spikes.items() if noted["largest"]}  # as any spike is
+    ended = {
+        s.name: results.outcomes[s.name].diverged_at for s in steps if s.name in results.outcomes
+    }
+    diverged = {name: at for name, at in ended.items() if at is not None}
     picture = ledger_picture(ledger, looks.confidence)
-    return Report(title, results, shows, ledger, picture, steps, failures, looks, known)
+    return Report(title, results, shows, ledger, picture, steps, failures, looks, known, diverged)
 
 
 def verdict_of(claim: Claim, results: Results, confidence: float = 0.95) -> Verdict:

@@ -68,9 +68,13 @@ class Results:
         metrics = self.at(step, file, *where)
         if metrics is None:
             return None
+        path = self.setting.runs / step.name / file
         # Detectron2 has no masks where there are no detections.
-        found = metrics.get(task, {}).get(metric) or 0.0
-        return 0.0 if math.isnan(found) else found
+        of_task = metrics.get(task, {}) if isinstance(metrics, Mapping) else None
+        found = of_task.get(metric) or 0.0 if isinstance(of_task, Mapping) else None
+        if not isinstance(found, int | float):
+            raise _spoilt(path, f"has no AP under {'.'.join(keys)}")
+        return 0.0 if math.isnan(found) else float(found)
 
     def metrics(self, training: Training) -> list[dict[str, float]]:
         """The lines of a training's metrics.json, also of one that has diverged, in their order."""
@@ -122,6 +126,8 @@ class Results:
     def spikes(self, name: str) -> dict[str, Any]:
         """What :class:`bn_det.training.LossSpikes` has noted of a training."""
         folder = self.setting.runs / name
+        if name in self.outcomes and not self.diverged(name) and not (folder / FILE).is_file():
+            raise _spoilt(folder / FILE, "is not there")  # and may have told of a spike
         try:
             return read_spikes(folder)
         except (OSError, ValueError) as e:

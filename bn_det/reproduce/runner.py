@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -16,11 +17,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..data.coco import builtin_sources
 from ..errors import InputError, reason_of
 from ..files import read_json, write_json
 from ..training.spikes import read_spikes, spike_text
+from .data_used import data_used
 from .published import file_values
-from .steps import Step, shown
+from .steps import Step, estimate, shown
 
 LOG = "reproduce.log"
 BEGUN = "command.json"
@@ -86,14 +89,35 @@ def _noted(path: Path) -> dict[str, Any]:
         if path.name == DONE:
             if not {"seconds", "diverged_at"} <= noted.keys():
                 raise ValueError("it does not say how the step ended")
-            float(noted["seconds"])
-            int(noted["diverged_at"] or 0)
+            _check_ended(noted)
     except (AttributeError, OSError, RecursionError, TypeError, ValueError) as e:
         raise InputError(
             f"--runs: {path} cannot be read ({reason_of(e)}); remove its folder, and the step runs "
             "again"
         ) from e
     return noted
+
+
+def _check_ended(noted: Mapping[str, Any]) -> None:
+    """Raise TypeError where what is noted of how a step ended has values of other kinds."""
+    texts, none = (str,), type(None)
+    kinds: dict[str, tuple[type, ...]] = {
+        "seconds": (int, float),
+        "diverged_at": (int, none),
+        "versions": (dict, none),
+        "data": (dict, none),
+        "threads": (str, none),
+        "resumed": (bool, none),
+    }
+    values = [(key, noted.get(key), kind) for key, kind in kinds.items()]
+    values += [
+        (f"versions.{name}", of, texts) for name, of in (noted.get("versions") or {}).items()
+    ]
+    for key, value, kind in values:
+        if not isinstance(value, kind):
+            raise TypeError(f"its {key} is a {type(value).__name__}")
+    if not math.isfinite(noted["seconds"]):
+        raise ValueError(f"its seconds are {noted['seconds']}")
 
 
 def _outcome(noted: Mapping[str, Any]) -> Outcome:
@@ -146,8 +170,7 @@ class Runner:
         once = cache(file_values)  # many steps have the same config
         self.outcomes = {s.name: o for s in steps if (o := outcome_of(s, runs, once)) is not None}
         self.failures: list[Failure] = []
-        self.begin = time.monotonic()
-        self.done_seconds = 0.0  # of the steps' estimates, in this call
+        self.done: list[tuple[Step, float]] = []  # in this call, and the seconds of each
 
     def pending(self) -> list[Step]:
         """What is to be run still."""
@@ -209,7 +232,9 @@ class Runner:
         share = max(1, len(os.sched_getaffinity(0)) // max(1, self.jobs // step.processes))
         threads = environment.setdefault("OMP_NUM_THREADS", str(share))
         how = _also(before, {"versions": _versions(), "threads": threads})
-        write_json(begun, {**settings_of(step), **how, "resumed": bool(resume)})
+        settings = settings_of(step)
+        settings["data"] = data_used(settings)
+        write_json(begun, {**settings, **how, "resumed": bool(resume)})
         print(f"{'resumes' if resume else 'starts'} {step.name}", flush=True)
         with open(folder / LOG, "a" if resume else "w") as log:
             return subprocess.Popen(
@@ -235,11 +260,13 @@ class Runner:
             "seconds": round(seconds, 1),
             "diverged_at": int(diverged[1]) if diverged else None,
         }
-        # As it was when the step began: the file may have changed since.
-        done = {**_noted(folder / BEGUN), **ended}
+        # As it was when the step began: the file may have changed since. But shapes that were not
+        # there have been drawn.
+        noted = _noted(folder / BEGUN)
+        done = {**noted, **ended, "data": {**data_used(noted), **noted["data"]}}
         write_json(folder / DONE, done)
         self.outcomes[step.name] = _outcome(done)
-        self.done_seconds += step.seconds
+        self.done.append((step, seconds))
         how = f"diverged at iteration {diverged[1]}" if diverged else "done"
         for spike in read_spikes(folder)["spikes"]:
             print(f"LOSS SPIKE in {step.name}: {spike_text(spike)}", flush=True)
@@ -250,11 +277,20 @@ class Runner:
         )
 
     def _left(self) -> str:
-        left = sum(step.seconds for step in self.pending())
-        if not (left and self.done_seconds):
-            return f"{len(self.pending())} steps left"
-        rate = (time.monotonic() - self.begin) / self.done_seconds
-        return f"about {timedelta(seconds=round(left * rate))} left"
+        """By how much longer than estimated the steps of this call have taken."""
+        pending = self.pending()
+        left = estimate(map(self._as_others_took, pending), self.jobs)
+        return f"about {left} left" if left else f"{len(pending)} steps left"
+
+    def _as_others_took(self, step: Step) -> Step:
+        """A training by trainings and a measurement by measurements, as far as there are any.
+
+        Options of the user's may take one kind far from its estimate, and not the other.
+        """
+        alike = [of for of in self.done if of[0].is_training == step.is_training] or self.done
+        estimated = sum(of.seconds for of, _ in alike)
+        factor = sum(took for _, took in alike) / estimated if estimated else 0.0
+        return step._replace(seconds=step.seconds * factor)
 
     def _look(self, names: Sequence[str]) -> None:
         """Where the steps are that run now, by the times left that their logs tell."""
@@ -294,6 +330,20 @@ def _check_same(step: Step, found: Any, folder: Path, values: Values = file_valu
             raise InputError(
                 f"--runs: {folder} was run with other settings: {key} was {before!r} in its "
                 f"config, and is {after!r}; use another folder"
+            )
+    _check_same_data(found, folder)
+
+
+def _check_same_data(found: Mapping[str, Any], folder: Path) -> None:
+    """Raise InputError where a data set that the step was run on is another now."""
+    noted = found.get("data", {})  # which runs of before it was noted have not
+    settings = {"command": found["command"], "config": found["config"]}
+    for name, digest in data_used(settings).items():
+        if noted.get(name, digest) != digest:
+            raise InputError(
+                f"--runs: {folder} was run on other data: the annotations of {name} are not those "
+                f"of {builtin_sources()[name].json_file}; use another folder, or that of data sets "
+                "(DETECTRON2_DATASETS) with which it was run"
             )
 
 

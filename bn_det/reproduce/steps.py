@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -17,6 +19,9 @@ T = TypeVar("T")
 DATA = ("coco", "shapes", "cells")
 
 CHECKPOINT = "model_final.pth"
+
+_SAVED = re.compile(r"/model_(\d{7})\.pth$")
+"""Checkpoints by their iterations, counted from 0."""
 
 _BN_DET = ("-m", "bn_det")
 
@@ -43,6 +48,29 @@ class Step(NamedTuple):
     @property
     def is_training(self) -> bool:
         return self.command[2:3] == ("train",) and "--eval-only" not in self.command
+
+    @property
+    def config(self) -> str:
+        """The file of its config, as its command names it."""
+        return self.command[self.command.index("--config-file") + 1]
+
+    @property
+    def opts(self) -> tuple[str, ...]:
+        """KEY VALUE pairs of a training, which follow its file and its number of processes."""
+        rest = self.command[self.command.index("--config-file") + 2 :]
+        return rest[2:] if rest[:1] == ("--num-gpus",) else rest
+
+    @property
+    def looks_at(self) -> int | None:
+        """The iteration whose checkpoint it reads; None where that is of the end, or none."""
+        found = [m for word in self.command if (m := _SAVED.search(word))]
+        return int(found[0][1]) + 1 if found else None
+
+
+def estimate(steps: Iterable[Step], jobs: int) -> timedelta:
+    """About how long steps take on two CPU cores, so many processes at a time."""
+    seconds = sum(step.seconds * min(step.processes, jobs) / jobs for step in steps)
+    return timedelta(seconds=round(seconds))
 
 
 def training_of(name: str) -> str:

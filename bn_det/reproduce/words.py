@@ -14,6 +14,7 @@ from .power import MOST, seeds_needed
 from .published import NUM_GPUS, what_changes
 from .report import Report
 from .results import Table, Values
+from .steps import training_of
 from .verdicts import Verdict
 
 SEEDS_NEEDED = "seeds needed"
@@ -76,9 +77,11 @@ def warnings_of(report: Report) -> list[str]:
         )
     if setting.data == "coco" and setting.num_gpus != NUM_GPUS:
         found.append(f"{setting.num_gpus} GPUs: {what_changes(setting.num_gpus)}.")
-    missing = len([s for s in report.steps if s.name not in report.results.outcomes])
+    missing = [s for s in report.steps if s.name not in report.results.outcomes]
     if missing:
-        found.append(f"{missing} of {len(report.steps)} steps are missing.")
+        left_out = sum(training_of(step.name) in report.diverged for step in missing)
+        why = f", {left_out} of them as their trainings diverged" if left_out else ""
+        found.append(f"{len(missing)} of {len(report.steps)} steps are missing{why}.")
     outcomes = report.results.outcomes
     resumed = [s.name for s in report.steps if (of := outcomes.get(s.name)) and of.resumed]
     if resumed:
@@ -117,14 +120,19 @@ def effect_text(verdict: Verdict) -> str:
 
 
 def spikes_text(report: Report) -> list[str]:
-    """Lines on the loss spikes of all trainings."""
-    if not report.spikes:
-        return [f"Loss spikes: no training has more than {FIRST + LEAST} iterations to look at"]
+    """Lines on the loss spikes of all trainings, and on those that diverged."""
     lines = [
         f"{name}: {spike_text(spike)}"
         for name, noted in report.spikes.items()
         for spike in noted["spikes"]
     ]
+    lines += [
+        f"{name}: diverged: its loss was not finite at iteration {iteration}"
+        for name, iteration in report.diverged.items()
+    ]
+    if not report.spikes:
+        none = f"Loss spikes: no training has more than {FIRST + LEAST} iterations to look at"
+        return [f"{none}{_and_diverged(report)}", *lines]
     name, most = max(
         ((name, noted["largest"]) for name, noted in report.spikes.items()),
         key=lambda of: of[1]["ratio"],
@@ -134,7 +142,12 @@ def spikes_text(report: Report) -> list[str]:
         f"{most['iteration']}; {FACTOR:g} is a spike"
     )
     count = sum(bool(noted["spikes"]) for noted in report.spikes.values())
-    return [f"Loss spikes in {count} of {len(report.spikes)} trainings; {end}", *lines]
+    of = f"Loss spikes in {count} of {len(report.spikes)} trainings{_and_diverged(report)}"
+    return [f"{of}; {end}", *lines]
+
+
+def _and_diverged(report: Report) -> str:
+    return f", and {len(report.diverged)} diverged" if report.diverged else ""
 
 
 def wanted(claim: Claim) -> str:

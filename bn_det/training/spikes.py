@@ -89,7 +89,7 @@ class LossSpikes(Hook):
             return
         start = self.trainer.iter
         if start == 0:
-            self.path.unlink(missing_ok=True)  # of another training
+            self._write()  # over that of another training, and so that there is one
         elif self.path.is_file():
             noted = self._noted()
             # What was done after the checkpoint is done again, and looked at again from LEAST on.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from fvcore.common.config import CfgNode
@@ -63,14 +64,7 @@ def load_model(cfg: CfgNode, resume: bool, is_mended: bool = False) -> nn.Module
 
 def setup(args: argparse.Namespace) -> CfgNode:
     """Load the config and check what it names, before any process is started."""
-    cfg = get_cfg()
-    load_config(cfg, args.config_file, args.opts, "torchvision")
-    if cfg.MODEL.WEIGHTS.startswith(("detectron2://", "catalog://")):
-        raise InputError(
-            f"MODEL.WEIGHTS: {cfg.MODEL.WEIGHTS!r} cannot be resolved by the torchvision host; use "
-            "a file or a https:// address of a checkpoint of this host"
-        )
-    check_cfg(cfg)
+    cfg = read_config(args.config_file, args.opts)
     num_processes = world_size(args.num_gpus, args.num_machines)
     if not args.eval_only:
         check_ims_per_batch(cfg, num_processes)
@@ -79,6 +73,19 @@ def setup(args: argparse.Namespace) -> CfgNode:
         check_datasets(cfg, split)
     resolve_device(cfg)
     cfg.freeze()
+    return cfg
+
+
+def read_config(config_file: str, opts: Sequence[str]) -> CfgNode:
+    """This host's config with a file's values and KEY VALUE pairs."""
+    cfg = get_cfg()
+    load_config(cfg, config_file, opts, "torchvision")
+    if cfg.MODEL.WEIGHTS.startswith(("detectron2://", "catalog://")):
+        raise InputError(
+            f"MODEL.WEIGHTS: {cfg.MODEL.WEIGHTS!r} cannot be resolved by the torchvision host; use "
+            "a file or a https:// address of a checkpoint of this host"
+        )
+    check_cfg(cfg)
     return cfg
 
 

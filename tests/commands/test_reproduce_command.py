@@ -92,8 +92,8 @@ def test_an_experiment(tiny_variants, tmp_path):
     assert {p: p.stat().st_mtime_ns for p in runs.rglob("*.pth")} == before
 
     # The training is the base of another experiment.
-    other = run_in(tiny_variants, tmp_path, "population", "--dry-run", *HOST, *QUICK)
-    assert "33 of 34 steps are to be run" in other.stdout
+    other = run_in(tiny_variants, tmp_path, "multi-domain", "--dry-run", *HOST, *QUICK)
+    assert "11 of 12 steps are to be run" in other.stdout
     # Its report is not written over this one.
     other = run_in(tiny_variants, tmp_path, "frozen", *HOST, "--output", str(report), *QUICK)
     assert other.returncode == 1
@@ -157,6 +157,13 @@ def test_a_kill_leaves_no_second_writer(tiny_variants, tmp_path):
         (["multi-domain", "--data", "coco"], "--data: 'coco' is not accepted: there is no "),
         (["correlated", "--data", "coco"], "is not accepted with correlated"),
         (["leakage", "--num-gpus", "2"], "--num-gpus: 2 is not accepted with --data shapes"),
+        (["leakage", "--seeds", "1000000"], "--seeds: 1000000 is not accepted; use 1 to 1000"),
+        (["leakage", "SOLVER.MAXITER", "3"], "SOLVER.MAXITER: '3' is not accepted: Non-existent"),
+        (
+            ["leakage", *QUICK],
+            "SOLVER.MAX_ITER and SOLVER.CHECKPOINT_PERIOD: 2 and 500 are not accepted with "
+            "train/mask_rcnn-BN-seed1, whose checkpoint of iteration 500 is measured",
+        ),
         (["leakage", "--seeds", "0"], "--seeds: 0 is not accepted; use 1 or more"),
         (["leakage", "SEED"], "SEED: has no value"),
         (["leakage", "SEED", "7"], "SEED: is not accepted; --seeds and --runs say it"),
@@ -212,7 +219,8 @@ def test_coco_is_looked_for_in_its_folder(tmp_path):
 def test_fewer_gpus_on_coco(tmp_path):
     """What is run on 4 GPUs with --yes; a dry run asks for neither that nor data."""
     args = ("leakage", "--data", "coco", "--num-gpus", "4", "--dry-run", *HOST)
-    done = run(tmp_path, tmp_path, *args, "MODEL.WEIGHTS", "r50.pth")
+    opts = ("MODEL.WEIGHTS", "r50.pth", "MODEL.RESNETS.STRIDE_IN_1X1", "False")
+    done = run(tmp_path, tmp_path, *args, *opts)
     assert done.returncode == 0, done.stderr
     assert "8 images a step instead of 16; the learning rate is scaled by 0.5" in done.stdout
     line = next(x for x in done.stdout.splitlines() if "head_SyncBN" in x)

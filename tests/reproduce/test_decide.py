@@ -99,6 +99,8 @@ def runs(tmp_path, monkeypatch):
                 content = {"bbox": {"AP": 30.0}} if step.is_training else {"results": after}
                 file = "results.json" if step.is_training else "precise.json"
                 (folder / file).write_text(json.dumps(content))
+                if step.is_training:
+                    (folder / "loss_spikes.json").write_text('{"largest": null, "spikes": []}')
         return setting.runs
 
     return write

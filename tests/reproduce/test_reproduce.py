@@ -21,6 +21,7 @@ from scipy.stats import ttest_1samp
 
 from bn_det.cli.main import COMMANDS
 from bn_det.config.packaged import find_config
+from bn_det.data.coco import builtin_sources
 from bn_det.errors import InputError
 from bn_det.reproduce.checks import check_folder
 from bn_det.reproduce.claims import CLAIMS, Claim, claims_of
@@ -295,6 +296,22 @@ def test_runner_fills_its_jobs(tmp_path):
     assert Runner(steps, tmp_path / "runs", jobs=2).run() == []
 
 
+def test_time_left_is_told_by_steps_of_its_kind(tmp_path, capsys):
+    """A training of ten times its estimate says nothing of measurements, once one has ended."""
+    step = Step("a", ("-c", "", "train"), 100)
+    runner = Runner([step._replace(name=n) for n in "ab"], tmp_path / "runs", jobs=2)
+    other = [Step(n, ("-c", ""), 50) for n in "cd"]
+    runner.steps += other
+    runner.done = [(step, 1000.0)]
+    runner.outcomes["a"] = Outcome(1000.0, None)
+    assert runner._left() == "about 0:16:40 left"  # (1000 + 2 * 500) / 2
+    runner.done.append((other[0], 25.0))
+    runner.outcomes["c"] = Outcome(25.0, None)
+    assert runner._left() == "about 0:08:32 left"  # (1000 + 25) / 2
+    runner.done = [(step._replace(seconds=0), 1000.0)]
+    assert runner._left() == "2 steps left"  # as on COCO, where times are not known
+
+
 def test_a_failure_leaves_out_what_needs_it(tmp_path, capsys):
     tool = script(tmp_path, "sys.exit('error: no luck' if sys.argv[1] == 'a' else 0)")
     a, b, c = (
@@ -384,12 +401,58 @@ def test_runs_of_other_settings_are_not_mixed_in(tmp_path):
     done.write_text(json.dumps({"command": step.command, "seconds": 1.0, "diverged_at": None}))
     with pytest.raises(InputError, match="does not say with which settings it was run"):
         Runner([step], runs, jobs=1)
-    ended = '{"command": [], "config": {}, "diverged_at": null, "seconds": null}'
-    for text in ("", "{", "[]", "{}", '{"command": []}', '{"command": null}', ended):
-        done.write_text(text)
+    ended = {"command": [], "config": {}, "diverged_at": None, "seconds": 1.0}
+    spoilt = [
+        {**ended, key: value}
+        for key, values in {
+            "seconds": (None, "1.0", math.nan),
+            "diverged_at": ("x", 1.5),
+            "versions": (3, {"torch": 3}),
+            "threads": (3,),
+            "data": ([],),
+        }.items()
+        for value in values
+    ]
+    for text in ("", "{", "[]", "{}", '{"command": []}', '{"command": null}', *spoilt):
+        done.write_text(text if isinstance(text, str) else json.dumps(text))
         words = r"--runs: .*a/done.json cannot be read \(.*\); remove its folder"
         with pytest.raises(InputError, match=words):
             Runner([step], runs, jobs=1)
+
+
+def test_runs_on_other_data_are_not_mixed_in(tmp_path, monkeypatch):
+    """Annotations that are others under the same name; as they are drawn while a step runs, too."""
+    names = "shapes_val", "shapes_train"
+    for folder, text in (("one", "[1]"), ("two", "[2]"), ("copy", "[1]")):
+        monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / folder))
+        for name in names:
+            path = Path(builtin_sources()[name].json_file)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    val = Path(builtin_sources()["shapes_val"].json_file)
+    path = tmp_path / "one" / val.relative_to(tmp_path / "copy")
+    path.unlink()
+    draw = script(tmp_path, "pathlib.Path(sys.argv[1]).write_text('[1]')")
+    config = tmp_path / "config.yaml"
+    config.write_text("DATASETS: {TRAIN: ['shapes_train'], TEST: ['shapes_val']}\n")
+    step = Step("a", (draw, str(path), "--config-file", str(config)), 1)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "one"))
+    runs = tmp_path / "runs"
+    assert Runner([step], runs, jobs=1).run() == []
+    noted = json.loads((runs / "a" / "done.json").read_text())["data"]
+    assert noted.keys() == set(names) and len(set(noted.values())) == 1
+    for folder in ("copy", "none"):  # what is not there is not used here
+        monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / folder))
+        assert Runner([step], runs, jobs=1).pending() == []
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "two"))
+    words = rf"--runs: {runs}/a was run on other data: the annotations of shapes_train are not"
+    with pytest.raises(InputError, match=words):
+        Runner([step], runs, jobs=1)
+    (runs / "a" / "done.json").rename(runs / "a" / "command.json")  # as if it had been interrupted
+    (runs / "a" / "last_checkpoint").touch()
+    begun = Step("a", step.command, 1)
+    Runner([begun], runs, jobs=1).run()  # no training: it runs anew
+    assert json.loads((runs / "a" / "done.json").read_text())["data"] != noted
 
 
 def test_an_interruption_ends_what_runs(tmp_path):
@@ -421,6 +484,11 @@ def note_spikes(runs, name, spikes=(), ratio=1.5):
     most = {"iteration": 59, "loss": ratio, "median": 1.0, "ratio": ratio}
     noted = {"largest": most, "spikes": [{**most, "layers": {"head": 13.0}} for _ in spikes]}
     (runs / name / "loss_spikes.json").write_text(json.dumps(noted))
+
+
+def note_nothing(runs, name):
+    """As a training does that has fewer iterations than a median needs."""
+    (runs / name / "loss_spikes.json").write_text('{"largest": null, "spikes": []}')
 
 
 def write_results(setting, steps, rng, iterations=range(14, 1500, 15)):
@@ -479,6 +547,7 @@ def write_results(setting, steps, rng, iterations=range(14, 1500, 15)):
             line = {"iteration": iteration, "total_loss": rng.uniform(0.5, 2), "time": 0.25}
             lines.append({**line, **{key: rng.uniform(10, 50) for key in keys}})
         (folder / "metrics.json").write_text("\n".join(map(json.dumps, lines)) + "\n")
+        note_nothing(setting.runs, step.name)
         if "-steep-" in step.name:
             note_spikes(setting.runs, step.name, [1], ratio=4.0)
 
@@ -748,6 +817,51 @@ def test_a_training_that_diverged(results, tmp_path, spikes):
         kept.rename(folder)
     write_report(report, tmp_path / "report")
     json.loads((tmp_path / "report" / "results.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_trainings_that_diverged_are_told(results, tmp_path):
+    """And that steps are missing because of them; also where no loss was looked at."""
+    steps = plan(["multi-domain"], results.setting, [1])
+    of = multi_domain.training(results.setting, 1, "shared", "shared")
+    outcomes = {s.name: results.outcomes[s.name] for s in steps if of.name not in s.needs}
+    outcomes[of.name] = Outcome(60.0, 12)
+    found = Results(results.setting, outcomes, [1])
+    report = make_report("x", ["multi-domain"], found, steps, [])
+    told = f"{of.name}: diverged: its loss was not finite at iteration 12"
+    none = "Loss spikes: no training has more than 50 iterations to look at, and 1 diverged"
+    assert spikes_text(report) == [none, told]
+    missing = sum(of.name in s.needs for s in steps)
+    assert f"{missing} of 12 steps are missing, {missing} of them as their trainings diverged." in (
+        warnings_of(report)
+    )
+    note_spikes(
+        results.setting.runs,
+        next(s.name for s in steps if "per_domain" in s.name and s.is_training),
+    )
+    report = make_report("x", ["multi-domain"], found, steps, [])
+    first, line = spikes_text(report)
+    assert first.startswith("Loss spikes in 0 of 1 trainings, and 1 diverged; the largest")
+    write_report(report, tmp_path)
+    assert line == told and told in (tmp_path / "report.html").read_text()
+
+
+def test_a_training_whose_losses_are_not_noted(results):
+    """It may have leapt: its seed would count, or not, by a file that is gone."""
+    of = multi_domain.training(results.setting, 1, "shared", "shared")
+    path = results.setting.runs / of.name / "loss_spikes.json"
+    path.unlink()
+    with pytest.raises(InputError, match=f"^--runs: {path} is not there; remove {path.parent}, "):
+        make_report("x", ["multi-domain"], results, [of.step], [])
+
+
+@pytest.mark.parametrize("ap", [3, {"AP": "x"}, {"AP": [1]}])
+def test_ap_that_is_no_number(results, ap):
+    of = multi_domain.training(results.setting, 1, "shared", "shared")
+    step = multi_domain.population_step(of, "shared")
+    path = results.setting.runs / step.name / "precise.json"
+    path.write_text(json.dumps({"results": {"before": {"bbox": ap}, "after": {"bbox": ap}}}))
+    with pytest.raises(InputError, match=f"^--runs: {path} has no AP under results.*; remove"):
+        make_report("x", ["multi-domain"], results, [of.step], [])
 
 
 def test_the_versions_are_those_of_the_runs(results, tmp_path):
@@ -1038,6 +1152,23 @@ def test_a_look_that_fails_leaves_a_report_of_more_seeds(results, tmp_path):
     assert seeds() == [1, 2, 3]
     _write_all([make_report(*of, fewer, steps, [])], tmp_path)
     assert seeds() == [1, 2]
+
+
+def test_a_report_without_failures_is_not_replaced_by_one_with_some(results, tmp_path, capsys):
+    steps = plan(["domain-shift"], results.setting, results.seeds)
+    of = "domain-shift", ["domain-shift"]
+
+    def failed():
+        with pytest.raises(SystemExit, match="1 steps have failed"):
+            _write_all([make_report(*of, results, steps, [Failure(steps[0], "why")])], tmp_path)
+        return json.loads((tmp_path / "results.json").read_text())["failed"]
+
+    assert failed() == {steps[0].name: "why"}, "where there was none"
+    _write_all([make_report(*of, results, steps, [])], tmp_path)
+    assert failed() == {}
+    assert f"Not saved: {tmp_path} has a report without failures, which stays" in (
+        capsys.readouterr().out
+    )
 
 
 def test_cells():

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from bn_det.errors import InputError
-from bn_det.reproduce.checks import check_arguments, check_data
+from bn_det.reproduce.checks import check_arguments, check_data, check_options
+from bn_det.reproduce.main import plan
+from bn_det.reproduce.registry import experiments_on
+from bn_det.reproduce.steps import DATA, Setting
 
 
 @pytest.fixture
@@ -77,3 +80,42 @@ def test_experiments_that_some_data_does_not_have(experiment, data):
         check_data(experiment, data)
     check_data(experiment, "shapes")
     check_data("all", data)
+
+
+@pytest.mark.parametrize("experiment", ["leakage", "population", "doctor", "multi-domain"])
+def test_options_by_which_a_measured_checkpoint_is_not_saved(tmp_path, experiment):
+    """Refused before the first training; multi-domain looks at the end alone."""
+    measured = {"leakage": 500, "population": 90, "doctor": 90}.get(experiment)
+    for opts in (
+        ("SOLVER.MAX_ITER", "80"),
+        ("SOLVER.CHECKPOINT_PERIOD", "501"),
+        ("SOLVER.MAX_ITER", "1500", "SOLVER.CHECKPOINT_PERIOD", "501"),
+    ):
+        setting = Setting("shapes", "torchvision", tmp_path, opts=opts)
+        steps = plan([experiment], setting, [1])
+        if measured is None:
+            check_options(steps, setting)
+            continue
+        words = rf"not accepted with train/.*, whose checkpoint of iteration {measured} is measured"
+        with pytest.raises(InputError, match=words):
+            check_options(steps, setting)
+    longer = Setting("shapes", "torchvision", tmp_path, opts=("SOLVER.MAX_ITER", "3000"))
+    check_options(plan([experiment], longer, [1]), longer)
+
+
+@pytest.mark.parametrize("data", DATA)
+def test_every_plan_has_the_checkpoints_that_it_measures(tmp_path, data):
+    """With an option that changes nothing of it."""
+    setting = Setting(data, "torchvision", tmp_path, opts=("SOLVER.MOMENTUM", "0.9"))
+    if data == "coco":
+        opts = ("MODEL.WEIGHTS", "r50.pth", "MODEL.RESNETS.STRIDE_IN_1X1", "False")
+        setting = setting._replace(opts=opts)
+    names = [name for name in experiments_on(data) if name != "normalizer-free"]
+    check_options(plan(names, setting, [1]), setting)
+
+
+def test_options_that_no_config_has(tmp_path):
+    for key, value in (("SOLVER.MAXITER", "3"), ("SOLVER.MAX_ITER", "three")):
+        setting = Setting("shapes", "torchvision", tmp_path, opts=(key, value))
+        with pytest.raises(InputError, match=key):
+            check_options(plan(["multi-domain"], setting, [1]), setting)

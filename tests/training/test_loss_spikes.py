@@ -33,7 +33,8 @@ class Trainer:
         for self.iter, self.total_loss in enumerate(losses, start):
             step(self)
             self.hook.after_step()
-        return read_spikes(self.hook.path.parent) if self.hook.path.is_file() else None
+        assert self.hook.path.is_file(), "from the first iteration on"
+        return read_spikes(self.hook.path.parent)
 
 
 def make_trainer(folder, model=None):
@@ -82,8 +83,9 @@ def test_what_is_no_spike(tmp_path):
     assert make_trainer(tmp_path).run(below)["spikes"] == []
     first = [0.01] * FIRST + [1.0] * (LEAST + 5)
     assert make_trainer(tmp_path).run(first)["spikes"] == []
-    assert make_trainer(tmp_path).run([1.0] * (FIRST + LEAST)) is None, "nothing is left of others"
-    assert make_trainer(tmp_path).run([0.0] * 60 + [1.0]) is None, "no median to be above of"
+    nothing = {"largest": None, "spikes": []}  # and none is left of others
+    assert make_trainer(tmp_path).run([1.0] * (FIRST + LEAST)) == nothing
+    assert make_trainer(tmp_path).run([0.0] * 60 + [1.0]) == nothing, "no median to be above of"
 
 
 def test_the_layers_that_have_grown_are_named(tmp_path):
