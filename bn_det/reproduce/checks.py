@@ -18,6 +18,14 @@ from .registry import SEVERAL_GPUS, experiments_on
 from .report import identity, known_identity
 from .steps import Setting, Step
 
+_NOT_OPTIONS = {
+    "SEED": "--seeds says it",
+    "OUTPUT_DIR": "--runs says it",
+    "TEST.EVAL_PERIOD": "experiments evaluate their trainings where they look at them",
+    "SOLVER.REFERENCE_WORLD_SIZE": "experiments say how many processes a training has",
+}
+"""Keys that experiments have to themselves."""
+
 _MOST_SEEDS = 1000
 """More are a slip of the finger, and a plan that takes minutes to make."""
 
@@ -42,9 +50,9 @@ def check_arguments(args: argparse.Namespace, names: Sequence[str]) -> None:
             "EXPERIMENT: 'normalizer-free' needs timm's nets, which are not installed; use "
             "pip install 'bn_det[nf]'"
         )
-    for key in ("SEED", "OUTPUT_DIR"):
+    for key, why in _NOT_OPTIONS.items():
         if key in args.opts[::2]:
-            raise InputError(f"{key}: is not accepted; --seeds and --runs say it")
+            raise InputError(f"{key}: is not accepted; {why}")
     if args.data != "coco":
         if args.num_gpus is not None:
             raise InputError(
@@ -142,7 +150,7 @@ def check_host(setting: Setting) -> None:
 def check_options(steps: Sequence[Step], setting: Setting) -> None:
     """What the user's KEY VALUE pairs make of the trainings, before the first of them.
 
-    Each config has to be accepted, and each checkpoint that is measured has to be saved.
+    Keys and values have to be a config's, and each checkpoint that is measured has to be saved.
     """
     if not setting.opts:
         return

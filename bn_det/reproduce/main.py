@@ -61,14 +61,18 @@ def reproduce(args: argparse.Namespace) -> None:
 
 
 def _write_all(reports: Iterable[Report], folder: Path) -> None:
-    """Each in place of the one before; one of more seeds stays until the last is there."""
-    known = known_identity(folder) or {"seeds": (), "failed": {}}
+    """Each in place of the one before; one of more seeds stays until the last is there.
+
+    And one of as many seeds, in which no step has failed, stays where some have.
+    """
+    known = known_identity(folder) or {"seeds": ()}
     before = len(known["seeds"])
     held = None
     for report in reports:
         print(_summary(report))
-        held = report if len(report.results.seeds) < before else None
-        if held is None and report.failures and before and not known.get("failed"):
+        number = len(report.results.seeds)
+        held = report if number < before else None
+        if number == before and report.failures and not known.get("failed"):
             print(f"Not saved: {folder} has a report without failures, which stays")
         elif held is None:
             _save(report, folder)
@@ -103,8 +107,11 @@ def _reports(
         print(_overview(left, setting, seeds, runner, looks), flush=True)
         if args.dry_run:
             return
-        failures = run_to_end(runner)
         results = Results(setting, runner.outcomes, seeds)
+        for step in runner.steps:  # before anything is run for a report that cannot be made
+            if step.is_training:
+                results.spikes(step.name)
+        failures = run_to_end(runner)
         done = runner.steps, failures, looks, decided, numbers
         report = make_report(args.experiment, names, results, *done)
         decided |= {claim.name: of for claim, of in report.ledger if of.word in DECIDED}

@@ -42,7 +42,7 @@ def scaled(file: str, opts: Sequence[str], num_gpus: int) -> tuple[str, ...]:
     if num_gpus == NUM_GPUS:
         return ()
     factor, values = num_gpus / NUM_GPUS, {**_DEFAULTS, **_values(file)}
-    values.update(zip(opts[::2], map(_decoded, opts[1::2]), strict=True))
+    values.update(zip(opts[::2], map(decoded, opts[1::2]), strict=True))
     changed: dict[str, Any] = {
         "SOLVER.IMS_PER_BATCH": round(values["SOLVER.IMS_PER_BATCH"] * factor),
         "SOLVER.BASE_LR": values["SOLVER.BASE_LR"] * factor,
@@ -66,7 +66,7 @@ def scaled_iterations(published: int, num_gpus: int) -> int:
 @cache
 def _values(file: str) -> dict[str, Any]:
     """As file_values, read once: a plan asks for each training of a file."""
-    return {key: _decoded(value) for key, value in file_values(file).items()}
+    return {key: decoded(value) for key, value in file_values(file).items()}
 
 
 def file_values(file: str) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def file_values(file: str) -> dict[str, Any]:
     return dict(sorted(leaves(load_yaml(find_config(file)))))
 
 
-def _decoded(value: Any) -> Any:
+def decoded(value: Any) -> Any:
     """As yacs reads what YAML has left a text, a tuple for example."""
     try:
         return literal_eval(value) if isinstance(value, str) else value

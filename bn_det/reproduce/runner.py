@@ -17,7 +17,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..data.coco import builtin_sources
 from ..errors import InputError, reason_of
 from ..files import read_json, write_json
 from ..training.spikes import read_spikes, spike_text
@@ -86,6 +85,8 @@ def _noted(path: Path) -> dict[str, Any]:
         noted = read_json(path)
         if not isinstance(noted.get("command"), list):
             raise ValueError("it has no command")
+        if not isinstance(noted.get("data", {}), dict):
+            raise TypeError("its data are no names with digests")
         if path.name == DONE:
             if not {"seconds", "diverged_at"} <= noted.keys():
                 raise ValueError("it does not say how the step ended")
@@ -105,7 +106,6 @@ def _check_ended(noted: Mapping[str, Any]) -> None:
         "seconds": (int, float),
         "diverged_at": (int, none),
         "versions": (dict, none),
-        "data": (dict, none),
         "threads": (str, none),
         "resumed": (bool, none),
     }
@@ -233,7 +233,7 @@ class Runner:
         threads = environment.setdefault("OMP_NUM_THREADS", str(share))
         how = _also(before, {"versions": _versions(), "threads": threads})
         settings = settings_of(step)
-        settings["data"] = data_used(settings)
+        settings["data"] = {**data_used(settings), **before.get("data", {})}
         write_json(begun, {**settings, **how, "resumed": bool(resume)})
         print(f"{'resumes' if resume else 'starts'} {step.name}", flush=True)
         with open(folder / LOG, "a" if resume else "w") as log:
@@ -263,10 +263,17 @@ class Runner:
         # As it was when the step began: the file may have changed since. But shapes that were not
         # there have been drawn.
         noted = _noted(folder / BEGUN)
+        try:
+            _check_same_data(noted, folder)
+        except InputError as e:
+            self.failures.append(Failure(step, str(e)))
+            print(f"FAILED {step.name}: {e}", flush=True)
+            return
         done = {**noted, **ended, "data": {**data_used(noted), **noted["data"]}}
         write_json(folder / DONE, done)
         self.outcomes[step.name] = _outcome(done)
-        self.done.append((step, seconds))
+        if not noted["resumed"]:  # of which this was a part
+            self.done.append((step, seconds))
         how = f"diverged at iteration {diverged[1]}" if diverged else "done"
         for spike in read_spikes(folder)["spikes"]:
             print(f"LOSS SPIKE in {step.name}: {spike_text(spike)}", flush=True)
@@ -305,7 +312,7 @@ def settings_of(step: Step, values: Values = file_values) -> dict[str, Any]:
     """What a step is: its command, and what its config file says with its bases, by key."""
     config: Mapping[str, Any] = {}
     if "--config-file" in step.command:
-        config = values(step.command[step.command.index("--config-file") + 1])
+        config = values(step.config)
     # As it is when it has been noted: JSON has no tuples.
     return {"command": list(step.command), "config": json.loads(json.dumps(config))}
 
@@ -341,9 +348,9 @@ def _check_same_data(found: Mapping[str, Any], folder: Path) -> None:
     for name, digest in data_used(settings).items():
         if noted.get(name, digest) != digest:
             raise InputError(
-                f"--runs: {folder} was run on other data: the annotations of {name} are not those "
-                f"of {builtin_sources()[name].json_file}; use another folder, or that of data sets "
-                "(DETECTRON2_DATASETS) with which it was run"
+                f"--runs: {folder} was run on other data: the annotations of {name} are not what "
+                "they were; use another folder, or the data (DETECTRON2_DATASETS) with which it "
+                "was run"
             )
 
 

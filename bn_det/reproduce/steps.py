@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -63,14 +64,17 @@ class Step(NamedTuple):
     @property
     def looks_at(self) -> int | None:
         """The iteration whose checkpoint it reads; None where that is of the end, or none."""
-        found = [m for word in self.command if (m := _SAVED.search(word))]
-        return int(found[0][1]) + 1 if found else None
+        files = dict(pairwise(self.command))  # the last value of a key counts
+        found = _SAVED.search(files.get("--weights") or files.get("MODEL.WEIGHTS", ""))
+        return int(found[1]) + 1 if found else None
 
 
 def estimate(steps: Iterable[Step], jobs: int) -> timedelta:
     """About how long steps take on two CPU cores, so many processes at a time."""
-    seconds = sum(step.seconds * min(step.processes, jobs) / jobs for step in steps)
-    return timedelta(seconds=round(seconds))
+    steps = list(steps)
+    together = sum(step.seconds * min(step.processes, jobs) / jobs for step in steps)
+    longest = max((step.seconds for step in steps), default=0.0)
+    return timedelta(seconds=round(max(together, longest)))
 
 
 def training_of(name: str) -> str:

@@ -88,9 +88,7 @@ class LossSpikes(Hook):
         if world()[0] > 0:
             return
         start = self.trainer.iter
-        if start == 0:
-            self._write()  # over that of another training, and so that there is one
-        elif self.path.is_file():
+        if start > 0 and self.path.is_file():
             noted = self._noted()
             # What was done after the checkpoint is done again, and looked at again from LEAST on.
             again = start + LEAST
@@ -99,7 +97,7 @@ class LossSpikes(Hook):
             known = [of for of in losses if of and of["iteration"] < again]
             largest = max(known, key=lambda of: of["ratio"], default=None)
             self._largest = largest and {key: largest[key] for key in _OF_A_LOSS}
-            self._write()
+        self._write()  # over that of another training, and so that there is one
 
     def _noted(self) -> dict[str, Any]:
         try:

@@ -166,7 +166,8 @@ def test_a_kill_leaves_no_second_writer(tiny_variants, tmp_path):
         ),
         (["leakage", "--seeds", "0"], "--seeds: 0 is not accepted; use 1 or more"),
         (["leakage", "SEED"], "SEED: has no value"),
-        (["leakage", "SEED", "7"], "SEED: is not accepted; --seeds and --runs say it"),
+        (["leakage", "TEST.EVAL_PERIOD", "0"], "TEST.EVAL_PERIOD: is not accepted; experiments"),
+        (["leakage", "SEED", "7"], "SEED: is not accepted; --seeds says it"),
         (["leakage", "--output", "file"], "--output: file cannot be written to: File exists"),
         (
             ["leakage", "--runs", "file/runs"],

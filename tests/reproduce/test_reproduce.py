@@ -1,5 +1,6 @@
 """The experiments: what is run, that it resumes, and what is made of the results."""
 
+import hashlib
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from bn_det.data.coco import builtin_sources
 from bn_det.errors import InputError
 from bn_det.reproduce.checks import check_folder
 from bn_det.reproduce.claims import CLAIMS, Claim, claims_of
+from bn_det.reproduce.data_used import data_used
 from bn_det.reproduce.experiments import (
     batch_size,
     doctor,
@@ -45,7 +47,7 @@ from bn_det.reproduce.report import make_report, verdict_of
 from bn_det.reproduce.results import Picture, Results, Table, average
 from bn_det.reproduce.runner import Failure, Outcome, Runner, settings_of
 from bn_det.reproduce.save import write_report
-from bn_det.reproduce.steps import DATA, Setting, Step
+from bn_det.reproduce.steps import DATA, Setting, Step, estimate
 from bn_det.reproduce.verdicts import judge
 from bn_det.reproduce.words import cell, effect_text, spikes_text, warnings_of, word_text
 from here import run_here
@@ -300,16 +302,23 @@ def test_time_left_is_told_by_steps_of_its_kind(tmp_path, capsys):
     """A training of ten times its estimate says nothing of measurements, once one has ended."""
     step = Step("a", ("-c", "", "train"), 100)
     runner = Runner([step._replace(name=n) for n in "ab"], tmp_path / "runs", jobs=2)
-    other = [Step(n, ("-c", ""), 50) for n in "cd"]
+    other = [Step(f"c{k}", ("-c", ""), 50) for k in range(100)]
     runner.steps += other
     runner.done = [(step, 1000.0)]
     runner.outcomes["a"] = Outcome(1000.0, None)
-    assert runner._left() == "about 0:16:40 left"  # (1000 + 2 * 500) / 2
+    assert runner._left() == "about 7:05:00 left"  # (1000 + 100 * 500) / 2
     runner.done.append((other[0], 25.0))
-    runner.outcomes["c"] = Outcome(25.0, None)
-    assert runner._left() == "about 0:08:32 left"  # (1000 + 25) / 2
+    runner.outcomes["c0"] = Outcome(25.0, None)
+    assert runner._left() == "about 0:28:58 left"  # (1000 + 99 * 25) / 2
     runner.done = [(step._replace(seconds=0), 1000.0)]
-    assert runner._left() == "2 steps left"  # as on COCO, where times are not known
+    assert runner._left() == "100 steps left"  # as on COCO, where times are not known
+
+
+def test_steps_that_wait_for_nobody_take_as_long_as_the_longest():
+    one = Step("a", ("tool",), 100)
+    for steps, seconds in (([one], 100), ([one, one, one], 150), ([], 0)):
+        assert estimate(steps, 2).total_seconds() == seconds
+    assert estimate([one._replace(processes=2)] * 2, 2).total_seconds() == 200
 
 
 def test_a_failure_leaves_out_what_needs_it(tmp_path, capsys):
@@ -409,7 +418,7 @@ def test_runs_of_other_settings_are_not_mixed_in(tmp_path):
             "diverged_at": ("x", 1.5),
             "versions": (3, {"torch": 3}),
             "threads": (3,),
-            "data": ([],),
+            "data": ([], None),
         }.items()
         for value in values
     ]
@@ -448,11 +457,56 @@ def test_runs_on_other_data_are_not_mixed_in(tmp_path, monkeypatch):
     words = rf"--runs: {runs}/a was run on other data: the annotations of shapes_train are not"
     with pytest.raises(InputError, match=words):
         Runner([step], runs, jobs=1)
-    (runs / "a" / "done.json").rename(runs / "a" / "command.json")  # as if it had been interrupted
-    (runs / "a" / "last_checkpoint").touch()
-    begun = Step("a", step.command, 1)
-    Runner([begun], runs, jobs=1).run()  # no training: it runs anew
-    assert json.loads((runs / "a" / "done.json").read_text())["data"] != noted
+
+
+def test_data_that_changes_while_a_training_is_interrupted(tmp_path, monkeypatch):
+    """Also where the data is drawn anew, so that nothing is there when it is resumed."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    path = Path(builtin_sources()["shapes_train"].json_file)
+    path.parent.mkdir(parents=True)
+    code = (
+        "import os, sys, pathlib, signal\n"
+        "words = [word for word in sys.argv if word != '--resume']\n"
+        "folder, path = map(pathlib.Path, words[-2:])\n"
+        "if '--resume' in sys.argv: path.write_text('[2]'); sys.exit(0)\n"
+        "(folder / 'last_checkpoint').touch()\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    config = tmp_path / "config.yaml"
+    config.write_text("DATASETS: {TRAIN: ['shapes_train']}\n")
+    runs = tmp_path / "runs"
+    own = ("--config-file", str(config), "OUTPUT_DIR", str(runs / "a"), str(path))
+    step = Step("a", ("-c", code, "train", *own), 1)
+    path.write_text("[1]")
+    (failure,) = Runner([step], runs, jobs=1).run()
+    assert failure.reason.startswith("killed by SIGKILL")
+    path.write_text("[2]")
+    with pytest.raises(InputError, match="was run on other data: the annotations of shapes_train"):
+        Runner([step], runs, jobs=1).run()
+    path.unlink()
+    (failure,) = Runner([step], runs, jobs=1).run()
+    assert "was run on other data" in failure.reason and not (runs / "a" / "done.json").exists()
+
+
+def test_data_is_what_a_step_names(tmp_path, monkeypatch):
+    """By its options rather than by its config, and data sets of the user's."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    for name in ("shapes_train", "shapes_val", "shapes_night_val"):
+        path = Path(builtin_sources()[name].json_file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    (tmp_path / "own.json").write_text("own")
+    config = {"DATASETS.TRAIN": ["shapes_train"], "DATASETS.TEST": "('shapes_val',)"}
+    command = ["-m", "bn_det", "recompute", "--dataset", "shapes_night_val"]
+    found = data_used({"command": command, "config": config})
+    assert found.keys() == {"shapes_train", "shapes_val", "shapes_night_val"}
+    own = ["DATASETS.REGISTER_COCO", f"[['own', '{tmp_path}/own.json', 'images']]"]
+    command = ["-m", "bn_det", "train", *own, "DATASETS.TRAIN", "('own',)", "SOLVER.MAX_ITER", "3"]
+    found = data_used({"command": command, "config": config})
+    assert found == {
+        "own": hashlib.sha256(b"own").hexdigest(),
+        "shapes_val": hashlib.sha256(b"shapes_val").hexdigest(),
+    }
 
 
 def test_an_interruption_ends_what_runs(tmp_path):

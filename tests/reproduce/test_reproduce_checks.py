@@ -114,6 +114,13 @@ def test_every_plan_has_the_checkpoints_that_it_measures(tmp_path, data):
     check_options(plan(names, setting, [1]), setting)
 
 
+def test_weights_to_begin_with_are_not_what_is_measured(tmp_path):
+    for data in ("shapes", "coco"):
+        opts = ("MODEL.WEIGHTS", "pre/model_0004998.pth", "MODEL.RESNETS.STRIDE_IN_1X1", "False")
+        setting = Setting(data, "torchvision", tmp_path, opts=opts)
+        check_options(plan(["leakage"], setting, [1]), setting)
+
+
 def test_options_that_no_config_has(tmp_path):
     for key, value in (("SOLVER.MAXITER", "3"), ("SOLVER.MAX_ITER", "three")):
         setting = Setting("shapes", "torchvision", tmp_path, opts=(key, value))
