@@ -24,7 +24,11 @@ def merge(stack: Stack, sets: Sequence[Sequence[int]]) -> Stack:
         return _selected(stack, [row for (row,) in sets])
     of_size: dict[int, list[int]] = {}
     for k, rows in enumerate(sets):
-        of_size.setdefault(len(rows), []).append(k)
+        if (
+            len(rows) not in of_size
+        ):  # no setdefault, which torch.compile of torch 2.4 does not know
+            of_size[len(rows)] = []
+        of_size[len(rows)].append(k)
     order, parts = [], []
     for size, numbers in of_size.items():  # those of a size at once
         rows = [sets[k][n] for n in range(size) for k in numbers]

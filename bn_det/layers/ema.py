@@ -82,7 +82,7 @@ def update(batches: Moments, sizes: Sequence[int], seen: Sequence[Seen]) -> None
     if triton is not None and all(map(_is_plain, layers)):
         triton.update_emas(batches, sets, layers)
         return
-    unbiased = batches._replace(var=batches.unbiased_var())
+    unbiased = Moments(batches.count, batches.mean, batches.unbiased_var())
     while moving:  # a layer that sees a batch after the other moves as often
         of_round = dict(reversed(moving))
         moving = [pair for pair in moving if pair[1] is not of_round[pair[0]]]

@@ -264,7 +264,7 @@ def _merged(plan: Plan, pieces: Sequence[_Piece], parts: Parts, sizes: Sequence[
     holders = list(dict.fromkeys(populations))
     places = tuple([holders.index(population) for population in populations])
     # torch.compile warns of a cache, through which it looks.
-    sets_of = _sets.__wrapped__ if torch.compiler.is_compiling() else _sets
+    sets_of = _sets if torch.compiler.is_compiling() else _cached_sets
     sets, batch_of, seen = sets_of(tuple([piece.batch for piece in pieces]), places)
     totals = [sum([sizes[k] for k in of_set]) for of_set in sets]
     for total, of_set in zip(totals, sets, strict=True):
@@ -274,7 +274,6 @@ def _merged(plan: Plan, pieces: Sequence[_Piece], parts: Parts, sizes: Sequence[
     return _Merged(parts.merge(sets), totals, batch_of, seen_by)
 
 
-@lru_cache(maxsize=1024)
 def _sets(
     batches: tuple[tuple[int, int], ...], populations: tuple[int, ...]
 ) -> tuple[list[tuple[int, ...]], tuple[int, ...], list[tuple[int, list[int]]]]:
@@ -291,7 +290,10 @@ def _sets(
     sets: dict[tuple[int, ...], int] = {}
 
     def number(of_pieces: Sequence[int]) -> int:
-        return sets.setdefault(tuple(of_pieces), len(sets))
+        of_set = tuple(of_pieces)
+        if of_set not in sets:  # no setdefault, which torch.compile of torch 2.4 does not know
+            sets[of_set] = len(sets)
+        return sets[of_set]
 
     numbers = range(len(batches))
     number_of = {key: number(of_batch) for key, of_batch in _grouped(numbers, batches).items()}
@@ -303,6 +305,9 @@ def _sets(
         by_batch = _grouped(of_population, [batches[k] for k in of_population])
         seen.append((population, [number(of_batch) for of_batch in by_batch.values()]))
     return list(sets), tuple([number_of[key] for key in batches]), seen
+
+
+_cached_sets = lru_cache(maxsize=1024)(_sets)
 
 
 def _check_size(size: int, plan: Plan, domains: Iterable[Domain]) -> None:
@@ -370,5 +375,7 @@ def _grouped(values: Iterable[T], keys: Iterable[K]) -> dict[K, list[T]]:
     """The values of each key, keys in the order in which they come first."""
     grouped: dict[K, list[T]] = {}
     for value, key in zip(values, keys, strict=True):
-        grouped.setdefault(key, []).append(value)
+        if key not in grouped:
+            grouped[key] = []
+        grouped[key].append(value)
     return grouped

@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from bn_det import BatchNorm2d, DomainBatchNorm2d, convert_batchnorm, forward_levels, shuffled
 from cases import CASES, assert_same, make_data, make_layer, run
+from old_torch import not_on_torch_2_4
 from ranks import run_ranks
 
 VALUES = {"cumulative", "groups", "groups on the device", "levels, groups", "sources"}
@@ -27,7 +28,13 @@ def compiled(module, backend="aot_eager", fullgraph=True):
     return module
 
 
-@pytest.mark.parametrize("name", CASES)
+def those(names, left_out, reason):
+    """Names as parameters, of which one kind does not run on torch 2.4."""
+    mark = not_on_torch_2_4(reason)
+    return [pytest.param(name, marks=mark if left_out in name else ()) for name in names]
+
+
+@pytest.mark.parametrize("name", those(CASES, "virtual", "has no weak references in a graph"))
 def test_compiled_is_as_eager(name):
     """The statistics that a forward pass updates are not what its backward pass reads, either."""
     case = CASES[name]
@@ -89,21 +96,21 @@ def passed(model, size, training):
     return [*ys, *grads, *model.buffers()]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", those(MODELS, "head", "replaces no field of a named tuple"))
 def test_sizes_are_compiled_once(name):
     """Twice: for the first, and then for all."""
     counter = CompileCounterWithBackend("aot_eager")
     plain = MODELS[name]().double()
     model = compiled(copy.deepcopy(plain), counter)
     for training in (True, False):
-        counter.clear()
+        counter.frame_count = 0
         for size in (9, 12, 17, 21, 40):
             assert_same(passed(model, size, training), passed(plain, size, training), 1e-12)
         assert counter.frame_count <= 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", those(MODELS, "head", "replaces no field of a named tuple"))
 def test_inductor(name):
     """It adds up in another order."""
     plain = MODELS[name]().double()
@@ -141,6 +148,7 @@ def passed_of_rank(model, rank, step, levels):
     return [t.detach() for t in (*ys, *grads, *model.buffers())]
 
 
+@not_on_torch_2_4("makes no whole graph of a layer whose calls have places")
 def test_sync_batch_norm():
     """By functional collectives, in one graph."""
     for results in run_ranks(synced, 2, timeout=300):
@@ -159,7 +167,7 @@ def without_a_graph_on_one(rank):
     return found
 
 
-@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="torch 2.6 has stances")
+@not_on_torch_2_4("has no stances")
 def test_a_rank_without_a_graph_among_others_with_one():
     ranks = run_ranks(without_a_graph_on_one, 2, timeout=300)
     expected = run_ranks(in_eager_mode, 2)
@@ -184,6 +192,7 @@ def shuffled_on_ranks(rank):
 
 
 @pytest.mark.filterwarnings("ignore")  # of what is no part of a graph
+@not_on_torch_2_4("compiles no index_select with out=")
 def test_shuffled():
     for found, expected in run_ranks(shuffled_on_ranks, 2, timeout=300):
         assert_same(found, expected, 1e-12)

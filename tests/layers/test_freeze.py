@@ -54,13 +54,20 @@ def parametrized():
     return layer
 
 
+def without_bias(channels):
+    """As later torch makes it with bias=False, which 2.4 does not know."""
+    layer = nn.BatchNorm2d(channels)
+    layer.register_parameter("bias", None)
+    return layer
+
+
 LAYERS = {
     "BatchNorm1d": lambda: nn.BatchNorm1d(C),
     "BatchNorm2d": lambda: nn.BatchNorm2d(C),
     "BatchNorm3d": lambda: nn.BatchNorm3d(C),
     "SyncBatchNorm": lambda: nn.SyncBatchNorm(C),
     "no affine": lambda: nn.BatchNorm2d(C, affine=False),
-    "no bias": lambda: nn.BatchNorm2d(C, bias=False),
+    "no bias": lambda: without_bias(C),
     "subclass": lambda: Plain(C),
     "activation": lambda: WithActivation(C),
     "parametrized": parametrized,

@@ -37,6 +37,7 @@ from bn_det import (
 from bn_det.errors import InputError
 from bn_det.layers.tuned import Deferred, TunedConv, TunedNorm
 from kinds import ConvNormReLU, NormAndMore, fill
+from old_torch import not_on_torch_2_4
 from ranks import run_ranks
 
 C = 6
@@ -318,10 +319,7 @@ def test_channels_last(name):
     assert_same(pass_of(tuned, x), expected)
 
 
-follows_layers = pytest.mark.skipif(
-    not hasattr(torch.compiler, "set_stance"),  # of 2.6
-    reason="torch 2.4 makes no whole graph of a layer that is tuned",
-)
+follows_layers = not_on_torch_2_4("makes no whole graph of a layer that is tuned")
 
 
 @follows_layers

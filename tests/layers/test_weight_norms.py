@@ -22,6 +22,7 @@ from bn_det.layers import (
 from bn_det.layers.batch_norm import BatchNorm2d
 from bn_det.layers.weight_norms import GAMMA_RELU, ScaledWeightStandardization
 from bn_det.training.agc import AdaptiveGradientClipping
+from old_torch import not_on_torch_2_4
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 """In float64: the same but for the order of sums."""
@@ -222,11 +223,8 @@ def check_export(model, x):
     torch.testing.assert_close(list(program.module()(x)), list(model(x)), rtol=1e-5, atol=1e-5)
 
 
-# Torch 2.6 has stances; 2.4 looks parameters up by their names in the state dict, which are ours.
-exports_renamed = pytest.mark.skipif(
-    not hasattr(torch.compiler, "set_stance"),
-    reason="torch 2.4 exports no layer whose state dict has names of its own",
-)
+# It looks parameters up by their names in the state dict, which are ours.
+exports_renamed = not_on_torch_2_4("exports no layer whose state dict has names of its own")
 
 
 @exports_renamed

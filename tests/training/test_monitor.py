@@ -18,6 +18,7 @@ from bn_det.layers.kinds import unwrapped
 from bn_det.population.average import average_population_statistics
 from bn_det.training import Monitor
 from bn_det.training.hooks import FreezeBN, PreciseBN, VirtualBatch
+from old_torch import not_on_torch_2_4
 from ranks import run_ranks
 from training_loop import MODELS, Levels, Trainer, hooks_of, make_batch, still, warned
 
@@ -235,6 +236,7 @@ def test_models_without_statistics():
     assert [s for _, s in trainer.scalars] == [{"bn_monitor/non_finite": 0.0}] * 2
 
 
+@not_on_torch_2_4("trains no graph with statistics that move, where the backend leaves it as it is")
 def test_a_compiled_model_is_not_compiled_anew():
     def graphs(*hooks):
         torch._dynamo.reset()
