@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 
 def not_on_torch_2_4(reason):
@@ -9,3 +10,10 @@ def not_on_torch_2_4(reason):
     return pytest.mark.skipif(
         not hasattr(torch.compiler, "set_stance"), reason=f"torch 2.4 {reason}"
     )
+
+
+def without_bias(channels):
+    """A BatchNorm as later torch makes it with bias=False, which 2.4 does not know."""
+    layer = nn.BatchNorm2d(channels)
+    layer.register_parameter("bias", None)
+    return layer

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .grouping import grouped
 from .pieces import Normalization, Stack
 
 
@@ -22,14 +23,8 @@ def merge(stack: Stack, sets: Sequence[Sequence[int]]) -> Stack:
     """Those of sets of the rows of a stack."""
     if all(len(rows) == 1 for rows in sets):
         return _selected(stack, [row for (row,) in sets])
-    of_size: dict[int, list[int]] = {}
-    for k, rows in enumerate(sets):
-        if (
-            len(rows) not in of_size
-        ):  # no setdefault, which torch.compile of torch 2.4 does not know
-            of_size[len(rows)] = []
-        of_size[len(rows)].append(k)
     order, parts = [], []
+    of_size = grouped(range(len(sets)), [len(rows) for rows in sets])
     for size, numbers in of_size.items():  # those of a size at once
         rows = [sets[k][n] for n in range(size) for k in numbers]
         count, mean, var = (t.unflatten(0, (size, -1)) for t in _selected(stack, rows))

@@ -8,9 +8,9 @@ only makes the plan.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import ema
 from .batch import Batch, check_size
+from .grouping import grouped
 from .joint import joint_batch_norm
 from .kernels import grid_of, normalize_one, one_launch
 from .meeting import Place, meet
@@ -30,9 +31,6 @@ from .types import AnyBatchNorm
 
 if TYPE_CHECKING:
     from .triton_lists import Grid
-
-T = TypeVar("T")
-K = TypeVar("K", bound=Hashable)
 
 Extension = Callable[[list[Batch], Sequence[int]], list[Batch]]
 """From the batch that each piece is by itself, and the piece's domain, to larger ones."""
@@ -160,7 +158,7 @@ def _in_steps(plan: Plan, partitions: Sequence[Partition]) -> list[Tensor]:
     _show(plan, merged)
     if plan.by_batch:
         ys = _by_batch(plan, pieces, merged, grid)
-        parts_of = _grouped(ys, [piece.domain for piece in pieces])
+        parts_of = grouped(ys, [piece.domain for piece in pieces])
         ys = [of.join(parts_of[k]) for k, of in enumerate(partitions)]
     else:
         ys = [_by_population(plan, domain) for domain in plan.domains]
@@ -219,7 +217,7 @@ def _partitions(plan: Plan) -> list[Partition]:
         return [Partition.whole(len(domain.x)) for domain in plan.domains]
     of_size = {n: plan.partition(n) for n in dict.fromkeys(len(d.x) for d in plan.domains)}
     partitions = [of_size[len(domain.x)] for domain in plan.domains]
-    numbers = _grouped([len(of.sizes) for of in partitions], [d.batch for d in plan.domains])
+    numbers = grouped([len(of.sizes) for of in partitions], [d.batch for d in plan.domains])
     if any(len(set(of_batch)) > 1 for of_batch in numbers.values()):
         raise ValueError(
             f"domains of {[sum(of.sizes) for of in partitions]} samples have no ghost batches in "
@@ -291,18 +289,18 @@ def _sets(
 
     def number(of_pieces: Sequence[int]) -> int:
         of_set = tuple(of_pieces)
-        if of_set not in sets:  # no setdefault, which torch.compile of torch 2.4 does not know
+        if of_set not in sets:  # as in grouped
             sets[of_set] = len(sets)
         return sets[of_set]
 
     numbers = range(len(batches))
-    number_of = {key: number(of_batch) for key, of_batch in _grouped(numbers, batches).items()}
+    number_of = {key: number(of_batch) for key, of_batch in grouped(numbers, batches).items()}
     owners = [
         (batch, population) for (batch, _), population in zip(batches, populations, strict=True)
     ]
     seen = []
-    for (_, population), of_population in _grouped(numbers, owners).items():
-        by_batch = _grouped(of_population, [batches[k] for k in of_population])
+    for (_, population), of_population in grouped(numbers, owners).items():
+        by_batch = grouped(of_population, [batches[k] for k in of_population])
         seen.append((population, [number(of_batch) for of_batch in by_batch.values()]))
     return list(sets), tuple([number_of[key] for key in batches]), seen
 
@@ -369,13 +367,3 @@ def _by_population(plan: Plan, domain: Domain) -> Tensor:
 
 def _activated(plan: Plan, y: Tensor) -> Tensor:
     return F.relu(y) if plan.relu else y
-
-
-def _grouped(values: Iterable[T], keys: Iterable[K]) -> dict[K, list[T]]:
-    """The values of each key, keys in the order in which they come first."""
-    grouped: dict[K, list[T]] = {}
-    for value, key in zip(values, keys, strict=True):
-        if key not in grouped:
-            grouped[key] = []
-        grouped[key].append(value)
-    return grouped

@@ -152,8 +152,6 @@ def check_options(steps: Sequence[Step], setting: Setting) -> None:
 
     Keys and values have to be a config's, and each checkpoint that is measured has to be saved.
     """
-    if not setting.opts:
-        return
     read_config = host_module(setting.host, "train").read_config
     for training in (step for step in steps if step.is_training):
         solver = read_config(training.config, training.opts).SOLVER

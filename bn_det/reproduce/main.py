@@ -50,7 +50,8 @@ def reproduce(args: argparse.Namespace) -> None:
     looks = looks_of(args)
     setting = _setting(args)
     check_host(setting)
-    check_options(plan(names, setting, [1]), setting)
+    if setting.opts:
+        check_options(plan(names, setting, [1]), setting)
     of = f"{args.experiment}-{args.data}-{setting.host}"
     folder = Path(args.output or f"output/reproduce/{of}")
     check_folder(folder, args.experiment, setting, looks)

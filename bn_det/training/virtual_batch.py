@@ -16,6 +16,7 @@ from ..layers.blocks import no_population_update
 from ..layers.ema import refuse_recomputation
 from ..layers.forward import Extension
 from ..layers.freeze import is_frozen
+from ..layers.grouping import grouped
 from ..layers.kinds import batch_norms, unwrapped
 from ..population.calling import called
 from ..population.passes import surroundings
@@ -86,9 +87,7 @@ class _Seen:
         self._num_merged = 0
 
     def record(self, batches: list[Batch], domain_of: Sequence[int]) -> list[Batch]:
-        of_domain: dict[int, list[Batch]] = {}
-        for batch, domain in zip(batches, domain_of, strict=True):
-            of_domain.setdefault(domain, []).append(batch)
+        of_domain = grouped(batches, domain_of)
         self._calls.append({k: Batch.merge(parts) for k, parts in of_domain.items()})
         return batches
 

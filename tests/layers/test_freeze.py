@@ -27,6 +27,7 @@ from bn_det import (
 from bn_det.errors import InputError
 from bn_det.layers.freeze import _hold, is_frozen
 from kinds import call, every_kind, fill, inputs_of, make, outputs_and_gradients
+from old_torch import without_bias
 from ranks import run_ranks
 
 C = 6
@@ -51,13 +52,6 @@ class Doubled(nn.Module):
 def parametrized():
     layer = nn.BatchNorm2d(C)
     parametrize.register_parametrization(layer, "weight", Doubled())
-    return layer
-
-
-def without_bias(channels):
-    """As later torch makes it with bias=False, which 2.4 does not know."""
-    layer = nn.BatchNorm2d(channels)
-    layer.register_parameter("bias", None)
     return layer
 
 

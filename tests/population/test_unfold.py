@@ -13,6 +13,7 @@ from bn_det import BatchNorm2d, DomainBatchNorm2d, freeze, thaw, unfold, update_
 from bn_det.errors import InputError
 from bn_det.layers.folded import is_folded
 from bn_det.layers.kinds import batch_norms
+from old_torch import without_bias
 from ranks import run_ranks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -140,13 +141,6 @@ class Tied(nn.Sequential):
     def __init__(self):
         super().__init__(nn.BatchNorm2d(4), nn.BatchNorm2d(4))
         self[1].bias = self[0].bias
-
-
-def without_bias(channels):
-    """As later torch makes it with bias=False, which 2.4 does not know."""
-    layer = nn.BatchNorm2d(channels)
-    layer.register_parameter("bias", None)
-    return layer
 
 
 @pytest.mark.parametrize(
